@@ -203,7 +203,8 @@ def _validate(model, values, where):
     try: return model.model_validate(values)
     except ValidationError as e:
         rows = {r['key']: r for r in describe_params(model)}
-        raise ParamsError('\n'.join(f"{where}: {_problem(error, rows)}" for error in e.errors())) from None
+        errors = sorted(e.errors(), key=lambda error: error['type'] != 'extra_forbidden') # a misspelt key before the one it leaves missing
+        raise ParamsError('\n'.join(f"{where}: {_problem(error, rows)}" for error in errors)) from None
 
 # %% ../../nbs/pipeline/70_params.ipynb #6d0fb173
 def parse_params(
