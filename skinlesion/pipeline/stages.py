@@ -42,6 +42,7 @@ from jupyter_core.utils import run_sync
 from nbconvert.filters import strip_ansi
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
+from papermill.execute import ERROR_MARKER_TAG
 
 import skinlesion
 from ..files import atomic_write, read_json, repo_root, sha256_bytes, sha256_file, write_json
@@ -445,8 +446,11 @@ def execute_cells(
 ) -> nbformat.NotebookNode: # executed
     "Execute a notebook; `papermill.PapermillExecutionError` where a cell fails."
     logging.getLogger('papermill').setLevel(logging.ERROR)
-    return papermill.execute_notebook(str(notebook), None, parameters=parameters, engine_name='skinlesion', kernel_name='python3', language='python',
-                                      progress_bar=False, kernel=kernel, progress=progress, root=root)
+    try:
+        return papermill.execute_notebook(str(notebook), None, parameters=parameters, engine_name='skinlesion', kernel_name='python3',
+                                          language='python', progress_bar=False, kernel=kernel, progress=progress, root=root)
+    finally: # papermill marks a failure by cells of its own, which would shift the numbers of the others
+        if progress.nb is not None: progress.nb.cells = [c for c in progress.nb.cells if ERROR_MARKER_TAG not in c.metadata.get('tags', [])]
 
 # %% ../../nbs/pipeline/73_stages.ipynb #19d03e93
 _PACKAGES = ('torch torchvision timm lightning grad-cam albumentations numpy scipy pandas scikit-learn pillow opencv-python-headless '
