@@ -1,0 +1,77 @@
+# `make help` lists the targets. Everything runs inside .venv, which `make setup` builds from the exact pins in constraints.txt.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+# The first interpreter that the pins resolve for; choose another with `make PYTHON=/path/to/python3.12 setup`.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { command -v $$p; break; }; done)
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export NO_ALBUMENTATIONS_UPDATE := 1
+unexport PYTHONHOME
+unexport PYTHONPATH
+
+.PHONY: help setup data repro test test-all lab app bench clean distclean
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## build .venv from the exact pins (nothing happens when it is up to date)
+
+# The stamp is written last: an interrupted set-up is simply run again, and uv reuses what is there.
+$(STAMP): constraints.txt pyproject.toml setup.py settings.ini
+	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11, 3.12 or 3.13 found on PATH. Install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3 setup" >&2; exit 1; }
+	@echo "setting up $(VENV) with $$($(PYTHON) --version)"
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+		$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); \
+		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv; \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then \
+		$(PYTHON) -m venv --clear --without-pip $(VENV); \
+		$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check --constraint constraints.txt uv; \
+	else \
+		echo "$(PYTHON) can make no virtual environment: it has neither ensurepip nor pip. Remedy on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	fi
+	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode --requirement constraints.txt
+	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# `data/` is fetched only where it is absent. The marker tells a fetch that was interrupted from a folder that the user made.
+data: $(STAMP)
+	@mkdir -p .work
+	@if [ ! -e data ] || [ -e .work/fetching-data ]; then \
+		touch .work/fetching-data; dvc pull --quiet --force data.dvc; rm .work/fetching-data; \
+	else echo "data/ is there: left as it is"; fi
+
+repro: data ## rebuild everything that is out of date, from data to reports
+	@dvc repro
+	@python -m skinlesion.pipeline.cli metrics
+	@echo "reports: $(CURDIR)/reports/index.html"
+
+test: $(STAMP) ## every check: the notebooks, then tests/
+	@nbdev_test --n_workers 2 --path nbs
+	@pytest -m "not slow"
+
+test-all: $(STAMP) ## the same with the long series
+	@nbdev_test --n_workers 2 --path nbs --flags slow
+	@pytest
+
+lab: $(STAMP) ## JupyterLab on the notebooks
+	@jupyter lab --notebook-dir=nbs
+
+app: $(STAMP) ## the CAM explorer as a page (Voila)
+	@voila nbs/apps/cam_explorer.ipynb
+
+bench: $(STAMP) ## the benchmarks: ratios against named baselines
+	@for b in benchmarks/*.py; do echo "== $$b"; python $$b; done
+
+clean: ## remove what `make repro` and the tests make; data/, .venv and DVC's cache stay
+	@rm -rf artifacts .work build .pytest_cache reports/index.html
+	@find reports -name report.html -o -name executed.ipynb -o -name failed.ipynb -o -name run.json | xargs -r rm -f
+	@find nbs skinlesion tests benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv
+	@rm -rf $(VENV) skinlesion.egg-info
