@@ -76,6 +76,7 @@ def import_closure(
         path = todo.pop()
         if path in seen: continue
         seen.add(path)
+        if not (root/path).exists(): raise ValueError(f"{path} does not exist, so nobody can tell what it imports; write or export it")
         todo += library_imports(path, root)
     return sorted(p for p in seen if p.suffix == '.py')
 
@@ -135,7 +136,8 @@ def stage_problems(
     problems = list(_compare('list', 'stage', list(stages), [*STAGES, 'report'], 'mend dvc.yaml'))
     for stage in [s for s in (*STAGES, 'report') if s in stages]:
         body = stages[stage].get('do', stages[stage])
-        problems += _compare(stage, 'dep', body.get('deps', []), expected_deps(stage, root), _REMEDY)
+        try: problems += _compare(stage, 'dep', body.get('deps', []), expected_deps(stage, root), _REMEDY)
+        except ValueError as e: problems.append(f"dvc.yaml: stage {stage}: {e}")
         problems += _compare(stage, 'param', body.get('params', []), expected_params(stage), 'mend dvc.yaml')
         outputs = _outputs(body)
         problems += [f"dvc.yaml: stage {stage}: output {name} lacks `persist: true`; DVC would delete it before the run"
