@@ -1,0 +1,246 @@
+"""The shape of the library: floors, imports, cells, stages. Each check is also run on a tree with that fault planted, so none can pass by being blind."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from madeup import ADD, cell, library, nbdev, plant, stage_notebook, swap, tracked
+from skinlesion.pipeline.closure import library_imports, python_source, stage_problems
+from skinlesion.pipeline.params import STAGES, ParamsError, check_stage_parameters
+
+FLOORS = ("", "data", "model", "evaluate", "explain", "use", "apps", "pipeline")
+HEAVY = r"(lightning|pytorch_lightning|dvc|dvclive|papermill|jupyter\w*|notebook|nbconvert|ipykernel|voila|fastapi|albumentations)"
+
+
+def cells(root, path, kind="code"):
+    "Cells of a notebook with their source as one text."
+    return [c | dict(source="".join(c["source"])) for c in json.loads((root / path).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+def exported(root, path):
+    "Sources of the cells that nbdev exports, without their directives."
+    sources = [c["source"] for c in cells(root, path) if re.search(r"^#\| ?export", c["source"], re.M)]
+    return ["\n".join(line for line in s.splitlines() if not line.startswith("#|")) for s in sources]
+
+
+def libraries(root):
+    "Notebook -> (number, room, module path) of the numbered notebooks."
+    found = {}
+    for path in tracked(root, "nbs/*.ipynb"):
+        match = re.fullmatch(r"(\d+)_(\w+)", path.stem)
+        if match:
+            room = path.parent.relative_to("nbs").as_posix().strip(".")
+            found[path] = int(match[1]), room, Path("skinlesion", room, f"{match[2]}.py")
+    return found
+
+
+def check_floors(root):
+    "Imports go to lower numbers and never climb the floors; stage notebooks never reach into the pipeline."
+    books, problems = libraries(root), []
+    number = {module: (n, room) for n, room, module in books.values()}
+    for path, (n, room, _) in books.items():
+        for module in library_imports(path, root):
+            if module not in number: continue  # check_modules tells
+            below, floor = number[module]
+            if FLOORS.index(floor) > FLOORS.index(room): problems.append(f"{path} imports {module}: {room or 'the ground'} may not climb to {floor}")
+            if below > n or (below == n and books[path][2] != module): problems.append(f"{path} imports {module}, number {below}; import from numbers below {n}")
+    for path in set(tracked(root, "nbs/*.ipynb")) - set(books):
+        floor = "apps" if path.parts[1] in ("stages", "apps") else FLOORS[-1]
+        problems += [f"{path} imports {module}: above {floor}" for module in library_imports(path, root)
+                     if module in number and FLOORS.index(number[module][1]) > FLOORS.index(floor)]
+    return problems
+
+
+def check_modules(root):
+    "Every module has the one notebook its path says; rooms are known, numbers differ, package files are empty."
+    books, problems = libraries(root), []
+    modules = {module for _, _, module in books.values()}
+    for path, (n, room, module) in books.items():
+        wanted = ".".join(module.with_suffix("").parts[1:])
+        if room not in FLOORS: problems.append(f"{path}: no room {room!r}; rooms are {', '.join(FLOORS[1:])}")
+        if f"#| default_exp {wanted}" not in [c["source"].strip() for c in cells(root, path)]: problems.append(f"{path} does not export {wanted}")
+        if sum(n == other for other, _, _ in books.values()) > 1: problems.append(f"{path}: number {n} is taken twice")
+    for path in tracked(root, "skinlesion/*.py"):
+        if path.name == "__init__.py" and (root / path).read_text().strip(): problems.append(f"{path} is not empty")
+        if path.name not in ("__init__.py", "_modidx.py") and path not in modules: problems.append(f"{path}: no notebook nbs/.../NN_{path.stem}.ipynb makes it")
+    return problems
+
+
+def check_rooms_take_arguments(root):
+    "model, evaluate and explain read neither YAML nor the environment."
+    forbidden = r"^\s*(import|from)\s+(yaml|ruamel|dvc|papermill)\b|\bos\.(environ|getenv)\b|params\.yaml"
+    return [f"{path}: {found[0].strip()!r}; hand it in as an argument" for path, (_, room, _) in libraries(root).items()
+            if room in ("model", "evaluate", "explain") for source in exported(root, path) for found in re.finditer(forbidden, source, re.M)]
+
+
+def check_stages(root):
+    "dvc.yaml names exactly what the notebooks read and write."
+    return stage_problems(root)
+
+
+def parameters_cell(root, path):
+    "Values of the one cell tagged `parameters`, or a ValueError."
+    found = [c for c in cells(root, path) if "parameters" in c["metadata"].get("tags", [])]
+    if len(found) != 1: raise ValueError(f"{path} has {len(found)} cells tagged `parameters`; it needs one")
+    values = {}
+    for node in ast.parse(found[0]["source"]).body:
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise ValueError(f"{path}: `{ast.unparse(node)}` in the parameters cell is no plain `name = value`")
+        try: values[node.targets[0].id] = ast.literal_eval(node.value)
+        except ValueError: raise ValueError(f"{path}: {node.targets[0].id} in the parameters cell is no literal") from None
+    return values
+
+
+def check_stage_notebooks(root):
+    "A stage notebook has the typed parameters with valid defaults, exports nothing and defines next to nothing."
+    problems = []
+    for stage in STAGES:
+        path = Path(f"nbs/stages/{stage}.ipynb")
+        if path not in tracked(root, "nbs/stages"):
+            problems.append(f"{path} is not there")
+            continue
+        try: check_stage_parameters(stage, parameters_cell(root, path), str(path))
+        except (ParamsError, ValueError) as e: problems.append(str(e))
+        if exported(root, path): problems.append(f"{path} exports; move that to a library notebook")
+        problems += [f"{path}: {node.name} has more than three lines; move it to a library notebook" for node in ast.walk(ast.parse(python_source(root / path)))
+                     if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno - node.lineno > 2]
+    return problems
+
+
+def check_nbdev(root):
+    "nbdev_export and nbdev_clean leave the tree as it is."
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = Path(tmp)
+        kept = [p for p in tracked(root, "nbs", "skinlesion", "settings.ini", "pyproject.toml")]
+        for path in kept:
+            (copy / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / path, copy / path)
+        nbdev(copy)
+        after = [p.relative_to(copy) for p in copy.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        return [f"{path}: nbdev_export or nbdev_clean changes it; run both and commit" for path in sorted({*kept, *after})
+                if path not in kept or not (copy / path).exists() or (copy / path).read_bytes() != (root / path).read_bytes()]
+
+
+def check_docstrings(root):
+    "Every public function, class and method says what it is."
+    problems = []
+    for path in tracked(root, "skinlesion/*.py"):
+        body = ast.parse((root / path).read_text(encoding="utf-8")).body
+        named = [ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
+        for node in body:
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name not in sum(named, []): continue
+            methods = [m for m in node.body if isinstance(m, (ast.FunctionDef, ast.AsyncFunctionDef)) and not m.name.startswith("_")]
+            for what in [node, *(methods if isinstance(node, ast.ClassDef) else [])]:
+                if not ast.get_docstring(what): problems.append(f"{path}: {node.name}{'' if what is node else '.' + what.name} has no docstring")
+    return problems
+
+
+def check_cells(root):
+    "Export cells keep imports apart and stay within forty lines; cell ids are there, once each; no star imports."
+    problems = []
+    for path in tracked(root, "nbs/*.ipynb"):
+        ids = [c.get("id") for kind in ("code", "markdown", "raw") for c in cells(root, path, kind)]
+        problems += [f"{path}: cell id {i!r} is missing or there twice" for i in sorted(set(map(str, ids))) if ids.count(i) != 1]
+        for source in exported(root, path):
+            nodes, first = ast.parse(source).body, source.strip().splitlines()[:1]
+            imports = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
+            if imports and len(imports) < len(nodes): problems.append(f"{path}: an export cell mixes imports and code: {first}")
+            if any(a.name == "*" for n in imports for a in n.names): problems.append(f"{path}: import *: {first}")
+            if len(source.strip().splitlines()) > 40: problems.append(f"{path}: an export cell has more than forty lines: {first}")
+    return problems
+
+
+def check_outputs(root):
+    "No committed notebook holds an error."
+    return [f"{path}: the output of `{c['source'].splitlines()[0] if c['source'] else ''}` is an error: {o.get('ename')}" for path in tracked(root, "*.ipynb")
+            for c in cells(root, path) for o in c["outputs"] if o["output_type"] == "error"]
+
+
+def check_light_import(root):
+    "A prediction needs none of the heavy tools."
+    code = "import sys, skinlesion.use.predict as m; print(m.__file__); print(*sorted({n.split('.')[0] for n in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    if done.returncode: return [f"import skinlesion.use.predict fails: {done.stderr.strip().splitlines()[-1]}"]
+    place, names = done.stdout.splitlines()[-2:]
+    if Path(place).resolve() != (root / "skinlesion/use/predict.py").resolve(): return [f"skinlesion came from {place}"]
+    return [f"import skinlesion.use.predict loads {name}" for name in names.split() if re.fullmatch(HEAVY, name)]
+
+
+CHECKS = [f for name, f in list(globals().items()) if name.startswith("check_") and f.__module__ == __name__]
+
+ERROR = dict(output_type="error", ename="KeyError", evalue="", traceback=[])
+LONG = ADD.replace("    return a + 1", "    a += 1\n" * 36 + "    return a")
+NB, PY = "nbs/model/20_grow.ipynb", "skinlesion/model/grow.py"
+PREDICT = "skinlesion/use/predict.py"
+TRAIN = "nbs/stages/train.ipynb"
+FAULTS = [
+    (check_floors, {"nbs/00_base.ipynb": library("base", "#| export\nfrom skinlesion.data.part import part", ADD)}, "the ground may not climb to data"),
+    (check_floors, {"nbs/data/10_part.ipynb": library("data.part", "def f():\n    from skinlesion.data.other import other")}, "number 11; import from numbers below 10"),
+    (check_floors, {TRAIN: stage_notebook("train", ["import skinlesion.pipeline.reports"])}, "nbs/stages/train.ipynb imports skinlesion/pipeline/reports.py"),
+    (check_modules, {"skinlesion/data/gone.py": "x = 1\n"}, "skinlesion/data/gone.py: no notebook"),
+    (check_modules, {NB: library("model.grew", ADD)}, "does not export model.grow"),
+    (check_modules, {"nbs/data/20_twin.ipynb": library("data.twin")}, "number 20 is taken twice"),
+    (check_modules, {"nbs/attic/90_old.ipynb": library("attic.old")}, "no room 'attic'"),
+    (check_modules, {"skinlesion/__init__.py": '__version__ = "1"\n'}, "skinlesion/__init__.py is not empty"),
+    (check_rooms_take_arguments, {NB: library("model.grow", "#| export\nimport os", "#| export\nhome = os.environ['HOME']")}, "os.environ"),
+    (check_rooms_take_arguments, {NB: library("model.grow", "#| export\nimport yaml")}, "import yaml"),
+    (check_stages, {"dvc.yaml": swap("        - skinlesion/data/part.py\n", "")}, "stage train lacks the dep skinlesion/data/part.py"),
+    (check_stages, {"dvc.yaml": swap("      - data\n", "      - data\n      - README.md\n")}, "stage prepare names the dep README.md"),
+    (check_stages, {PY: "from ..data.other import other\n"}, "stage train lacks the dep skinlesion/data/other.py"),
+    (check_stages, {"dvc.yaml": swap("        - train.epochs\n", "")}, "stage train lacks the param train.epochs"),
+    (check_stage_notebooks, {TRAIN: None}, "train.ipynb is not there"),
+    (check_stage_notebooks, {TRAIN: swap("epochs = ", "epoch = ")}, "key 'epoch' is unknown"),
+    (check_stage_notebooks, {TRAIN: swap("batch_size = 32", "batch_size = 0")}, "batch_size is 0"),
+    (check_stage_notebooks, {TRAIN: swap("batch_size = 32", "batch_size = 2**5")}, "batch_size in the parameters cell is no literal"),
+    (check_stage_notebooks, {TRAIN: swap('"parameters"', '"params"')}, "has 0 cells tagged `parameters`"),
+    (check_stage_notebooks, {TRAIN: stage_notebook("train", ["#| export\nx = 1"])}, "train.ipynb exports"),
+    (check_stage_notebooks, {TRAIN: stage_notebook("train", ["def f():\n    a = 1\n    b = 2\n    return a"])}, "f has more than three lines"),
+    (check_nbdev, {PY: swap("return a + 1", "return a + 2")}, "skinlesion/model/grow.py: nbdev_export"),
+    (check_nbdev, {NB: swap('"execution_count": null', '"execution_count": 7')}, "nbs/model/20_grow.ipynb: nbdev_export"),
+    (check_docstrings, {PY: swap('    "Add one."\n', "")}, "skinlesion/model/grow.py: grow has no docstring"),
+    (check_docstrings, {PY: swap('    "Grows."\n', "")}, "Grower has no docstring"),
+    (check_docstrings, {PY: swap('        "Up."\n', "")}, "Grower.up has no docstring"),
+    (check_cells, {NB: library("model.grow", "#| export\nimport json\nx = 1")}, "mixes imports and code"),
+    (check_cells, {NB: library("model.grow", "#| export\nfrom json import *")}, "import *"),
+    (check_cells, {NB: library("model.grow", LONG)}, "more than forty lines"),
+    (check_cells, {NB: library("model.grow", cell("x", id="aa"), cell("# x", "markdown", id="aa"))}, "cell id 'aa' is missing or there twice"),
+    (check_outputs, {NB: library("model.grow", cell("x = {}[0]", outputs=[ERROR]))}, "the output of `x = {}[0]` is an error: KeyError"),
+    (check_light_import, {PREDICT: "import dvc\n"}, "loads dvc"),
+    (check_light_import, {PREDICT: "import nothing_at_all\n"}, "No module named 'nothing_at_all'"),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
+def test_repository(check, root):
+    "Nothing is wrong here."
+    assert check(root) == []
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
+def test_good_tree(check, good_tree):
+    "Nothing is wrong in the made-up tree, so that what a planted fault brings up is the fault."
+    assert check(good_tree) == []
+
+
+@pytest.mark.parametrize("check, faults, words", FAULTS, ids=lambda x: x.__name__ if callable(x) else "")
+def test_planted(check, faults, words, good_tree, tmp_path):
+    "A planted fault is found and named."
+    problems = check(plant(good_tree, tmp_path / "tree", faults))
+    assert any(words in p for p in problems), problems
+
+
+def test_every_check_is_tested():
+    "No check without a planted fault."
+    assert {f.__name__ for f in CHECKS} == {f.__name__ for f, _, _ in FAULTS}
+
+
+def test_forty_lines_will_do(good_tree, tmp_path):
+    "The limit itself is allowed."
+    assert check_cells(plant(good_tree, tmp_path / "tree", {NB: library("model.grow", LONG.replace("    a += 1\n", "", 1))})) == []
