@@ -58,7 +58,7 @@ def library_imports(
             inner = [place/f'{n}.py' for n in names if (root/place/f'{n}.py').exists()]
             if (root/place).with_suffix('.py').exists(): inner = [place.with_suffix('.py')]
             if not inner and not all((root/place/n).is_dir() for n in names or ['']):
-                raise ValueError(f"{path} imports {' and '.join([module, *names])}, but {place} holds no such module; export its notebook or mend the import")
+                raise ValueError(f"{path} imports {', '.join(names) + ' from ' if names else ''}{module}, but no file of {place} holds that; export its notebook or mend the import")
             found.update(inner)
     return sorted(p for p in found if p.stem not in ('__init__', '_modidx'))
 
@@ -165,12 +165,14 @@ def replace_deps(
 def write_deps(
     root:Path|str|None=None, # of the repository; found from the working folder by default
 ) -> list[str]: # stages whose list changed
-    "Bring the `deps` of every stage in `dvc.yaml` up to date."
+    "Bring the `deps` of every stage in `dvc.yaml` up to date; where an import leads nowhere the list stays, and `stage_problems` says so."
     root = Path(root or repo_root())
     path, changed = root/'dvc.yaml', []
     text = path.read_text(encoding='utf-8')
     for stage in (*STAGES, 'report'):
-        new = replace_deps(text, stage, expected_deps(stage, root))
+        try: deps = expected_deps(stage, root)
+        except ValueError: continue
+        new = replace_deps(text, stage, deps)
         if new != text: changed.append(stage)
         text = new
     if changed: atomic_write(path, text)
