@@ -117,7 +117,7 @@ FAULTS = [
     (check_texts, {NB: library("model.grow", "x = 1 # TO" "DO: more")}, "line 1 holds something left to do"),
     (check_version, {"settings.ini": swap("version = 4.5.6", "version = four")}, "version is 'four'"),
     (check_version, {"pyproject.toml": swap('dynamic = ["version"]', 'version = "4.5.6"')}, "pyproject.toml line 3 states the version"),
-    (check_version, {"skinlesion/base.py": "__version__ = '1'\n"}, "skinlesion/base.py line 1 states the version"),
+    (check_version, {"skinlesion/base.py": "__ver" "sion__ = '1'\n"}, "skinlesion/base.py line 1 states the version"),
     (check_readme, {"README.md": "# Something else\n"}, "README.md differs from nbs/index.ipynb"),
     (check_readme, {"README.md": None}, "README.md differs from nbs/index.ipynb"),
     (check_remote, {FOREIGN: b"somebody's skin"}, f"{FOREIGN} belongs to no file that data.dvc names"),

@@ -75,7 +75,7 @@ def check_modules(root):
 
 def check_rooms_take_arguments(root):
     "model, evaluate and explain read neither YAML nor the environment."
-    forbidden = r"^\s*(import|from)\s+(yaml|ruamel|dvc|papermill)\b|\bos\.(environ|getenv)\b|params\.yaml"
+    forbidden = r"^\s*(import|from)\s+(yaml|ruamel|dvc|papermill)\b|\bos\.(environ\[|environ\.get|getenv)|params\.yaml"
     return [f"{path}: {found[0].strip()!r}; hand it in as an argument" for path, (_, room, _) in libraries(root).items()
             if room in ("model", "evaluate", "explain") for source in exported(root, path) for found in re.finditer(forbidden, source, re.M)]
 
@@ -104,7 +104,7 @@ def check_stage_notebooks(root):
     for stage in STAGES:
         path = Path(f"nbs/stages/{stage}.ipynb")
         if path not in tracked(root, "nbs/stages"):
-            problems.append(f"{path} is not there")
+            problems.append(f"{path} is not there, or git does not track it")
             continue
         try: check_stage_parameters(stage, parameters_cell(root, path), str(path))
         except (ParamsError, ValueError) as e: problems.append(str(e))
@@ -188,7 +188,7 @@ FAULTS = [
     (check_modules, {NB: library("model.grew", ADD)}, "does not export model.grow"),
     (check_modules, {"nbs/data/20_twin.ipynb": library("data.twin")}, "number 20 is taken twice"),
     (check_modules, {"nbs/attic/90_old.ipynb": library("attic.old")}, "no room 'attic'"),
-    (check_modules, {"skinlesion/__init__.py": '__version__ = "1"\n'}, "skinlesion/__init__.py is not empty"),
+    (check_modules, {"skinlesion/__init__.py": "x = 1\n"}, "skinlesion/__init__.py is not empty"),
     (check_rooms_take_arguments, {NB: library("model.grow", "#| export\nimport os", "#| export\nhome = os.environ['HOME']")}, "os.environ"),
     (check_rooms_take_arguments, {NB: library("model.grow", "#| export\nimport yaml")}, "import yaml"),
     (check_stages, {"dvc.yaml": swap("        - skinlesion/data/part.py\n", "")}, "stage train lacks the dep skinlesion/data/part.py"),
