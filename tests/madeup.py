@@ -67,7 +67,8 @@ def stage_notebook(stage, extra=()):
     "A stage notebook whose parameters are those of the real params.yaml."
     values = stage_parameters(load_params(ROOT / "params.yaml"), stage, "image" if stage == "train" else None)
     lines = "\n".join(f"{name} = {value!r}  # made up" for name, value in values.items())
-    return notebook(cell(f"# {stage}", "markdown"), cell(lines, tags=["parameters"]), "from skinlesion.model.grow import grow", *extra)
+    use = f"print({', '.join(values)})"
+    return notebook(cell(f"# {stage}", "markdown"), cell(lines, tags=["parameters"]), "from skinlesion.model.grow import grow", use, *extra)
 
 
 def remote_object(data, suffix=""):

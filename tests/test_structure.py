@@ -99,17 +99,20 @@ def parameters_cell(root, path):
 
 
 def check_stage_notebooks(root):
-    "A stage notebook has the typed parameters with valid defaults, exports nothing and defines next to nothing."
+    "A stage notebook has the typed parameters with valid defaults, uses each, exports nothing and defines next to nothing."
     problems = []
     for stage in STAGES:
         path = Path(f"nbs/stages/{stage}.ipynb")
         if path not in tracked(root, "nbs/stages"):
             problems.append(f"{path} is not there, or git does not track it")
             continue
-        try: check_stage_parameters(stage, parameters_cell(root, path), str(path))
+        tree, values = ast.parse(python_source(root / path)), {}
+        try: values = check_stage_parameters(stage, parameters_cell(root, path), str(path))
         except (ParamsError, ValueError) as e: problems.append(str(e))
+        read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        problems += [f"{path} never uses the parameter {name}" for name in sorted(set(values) - read)]
         if exported(root, path): problems.append(f"{path} exports; move that to a library notebook")
-        problems += [f"{path}: {node.name} has more than three lines; move it to a library notebook" for node in ast.walk(ast.parse(python_source(root / path)))
+        problems += [f"{path}: {node.name} has more than three lines; move it to a library notebook" for node in ast.walk(tree)
                      if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno - node.lineno > 2]
     return problems
 
@@ -200,6 +203,7 @@ FAULTS = [
     (check_stage_notebooks, {TRAIN: swap("batch_size = 32", "batch_size = 0")}, "batch_size is 0"),
     (check_stage_notebooks, {TRAIN: swap("batch_size = 32", "batch_size = 2**5")}, "batch_size in the parameters cell is no literal"),
     (check_stage_notebooks, {TRAIN: swap('"parameters"', '"params"')}, "has 0 cells tagged `parameters`"),
+    (check_stage_notebooks, {TRAIN: swap("loss, gamma", "loss")}, "train.ipynb never uses the parameter gamma"),
     (check_stage_notebooks, {TRAIN: stage_notebook("train", ["#| export\nx = 1"])}, "train.ipynb exports"),
     (check_stage_notebooks, {TRAIN: stage_notebook("train", ["def f():\n    a = 1\n    b = 2\n    return a"])}, "f has more than three lines"),
     (check_nbdev, {PY: swap("return a + 1", "return a + 2")}, "skinlesion/model/grow.py: nbdev_export"),
