@@ -18,8 +18,9 @@ def lesion_weights(
     seed:int=0, # same seed, same resamples
 ) -> np.ndarray: # (R,N) int16 multiplicities; images of one lesion share theirs
     "Multiplicities of a lesion-cluster bootstrap: as many lesions as there are, with replacement."
-    lesion_ids = np.asarray(lesion_ids).astype(str)
-    empty = np.flatnonzero(np.isin(lesion_ids, ['', 'nan', 'None']))
+    lesion_ids = np.asarray(lesion_ids)
+    if lesion_ids.dtype.kind not in 'iu': lesion_ids = lesion_ids.astype(str)
+    empty = np.flatnonzero(np.isin(lesion_ids, ['', 'nan', 'None'])) if lesion_ids.dtype.kind == 'U' else ()
     if len(empty):
         raise ValueError(f"lesion_ids[{empty[0]}] is '{lesion_ids[empty[0]]}'; every image needs the id of its lesion "
                          f"(an image whose lesion is unknown may stand as its own: give it a unique id)")
@@ -84,6 +85,11 @@ def _missing_reason(
         return f"no interval: undefined in {lost:.0%} of the resamples, at most {MAX_UNDEFINED:.0%} may be"
     return ""
 
+def _hold_value(leaf, low, high):
+    "The leaf with its interval, widened to the value where resampling shifts a biased metric such as ECE past it."
+    leaf |= dict(low=min(low, leaf['value']), high=max(high, leaf['value']))
+    return leaf if low <= leaf['value'] <= high else leaf | dict(method=leaf['method'] + ', widened to hold the value')
+
 # %% ../../nbs/evaluate/31_intervals.ipynb #f9f809f3
 def interval_leaf(
     value:float, # the metric on the data themselves; NaN where undefined
@@ -101,7 +107,7 @@ def interval_leaf(
     reason = _missing_reason(samples, n_lesions)
     if reason: return leaf | dict(reason=reason)
     low, high = percentile_interval(samples)
-    if high - low > 1e-12: return leaf | dict(low=low, high=high)
+    if high - low > 1e-12: return _hold_value(leaf, low, high)
     if fallback: return leaf | dict(zip(('low', 'high', 'method'), fallback))
     return leaf | dict(reason="no interval: every resample gives the same value, so the bootstrap cannot say how sure it is")
 
