@@ -181,12 +181,11 @@ class Aligned(NamedTuple):
     lesion_ids:np.ndarray # (N,) str; an image of unknown lesion has a lesion of its own
     unknown_lesions:int # images of unknown lesion
 
-def _missing_ids(ids, others, has, lacks):
+def _missing_ids(missing, others, has, lacks):
     "Refuse ids that only one of two tables holds."
-    missing = sorted(set(ids) - set(others))
-    if missing:
-        raise ValueError(f"{len(missing)} image_id(s) of the {has} are not in the {lacks}, such as {', '.join(repr(m) for m in missing[:3])}."
-                         f"{nearest(missing[0], others[:2000])} Give both tables exactly the same images (for one split, filter both)")
+    if not len(missing): return
+    raise ValueError(f"{len(missing)} image_id(s) of the {has} are not in the {lacks}, such as {', '.join(repr(m) for m in sorted(missing)[:3])}."
+                     f"{nearest(min(missing), list(others[:2000]))} Give both tables exactly the same images (for one split, filter both)")
 
 def align_tables(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
@@ -195,26 +194,31 @@ def align_tables(
 ) -> Aligned: # arrays in the order of the image ids, whatever the order of the rows
     "Check both tables and match them by id; an id that only one of them holds is an error."
     predictions, labels = check_predictions(predictions, label_set), check_labels(labels, label_set)
-    _missing_ids(labels['image_id'], list(predictions['image_id']), 'labels', 'predictions')
-    _missing_ids(predictions['image_id'], list(labels['image_id']), 'predictions', 'labels')
-    table = labels.merge(predictions[['image_id', *probability_columns(label_set)]], on='image_id').sort_values('image_id')
-    unknown = (table['lesion_id'] == '').to_numpy()
-    lesions = np.where(unknown, 'image ' + table['image_id'].astype(object), table['lesion_id'].astype(object))
-    targets = table['diagnosis'].map(label_set.index).to_numpy(np.int64)
-    return Aligned(table['image_id'].to_numpy(object), targets, table[probability_columns(label_set)].to_numpy(np.float64),
-                   lesions, int(unknown.sum()))
+    ids, theirs = labels['image_id'].to_numpy(object), predictions['image_id'].to_numpy(object)
+    row = pd.Index(theirs).get_indexer(ids)
+    _missing_ids(ids[row < 0], theirs, 'labels', 'predictions')
+    _missing_ids(np.delete(theirs, row), ids, 'predictions', 'labels')
+    order = np.argsort(ids, kind='stable')
+    lesions = labels['lesion_id'].to_numpy(object, copy=True)
+    unknown = lesions == ''
+    lesions[unknown] = 'image ' + ids[unknown]
+    targets = labels['diagnosis'].map({code: c for c, code in enumerate(label_set.codes)}).to_numpy(np.int64)
+    probs = predictions[probability_columns(label_set)].to_numpy(np.float64)[row]
+    return Aligned(ids[order], targets[order], probs[order], lesions[order], int(unknown.sum()))
 
 # %% ../../nbs/evaluate/37_scorecard.ipynb #ffff2444
 class _Scorer:
     "The resamples of one set of images, and how to turn metrics over them into leaves."
     def __init__(self, data, n_resamples, seed):
-        self.data, self.weights = data, lesion_weights(data.lesion_ids, n_resamples, seed)
+        self.data, self.codes = data, pd.factorize(data.lesion_ids, sort=True)[0]
+        once = np.ones((1, len(self.codes)), np.int16)
+        self.weights = np.concatenate([once, lesion_weights(self.codes, n_resamples, seed)]) # the data, then their resamples
         k = data.unknown_lesions
         self.method = f"percentile lesion bootstrap, seed {seed}" + (f", {k} image(s) of unknown lesion each their own" if k else '')
 
     def lesions(self, units):
         "How many lesions the images `units` (N,) bool come from."
-        return len(np.unique(self.data.lesion_ids[units]))
+        return int((np.bincount(self.codes[units]) > 0).sum())
 
     def leaf(self, value, samples, units, reason='', exact=None):
         "A leaf over the images `units`; `exact` is the interval for a value on which every resample agrees."
@@ -232,12 +236,12 @@ class _Scorer:
         return self.leaf(value, samples, units, reason, exact)
 
 # %% ../../nbs/evaluate/37_scorecard.ipynb #29c4e9c0
-def _class_leaves(scorer, c, code, point, many):
+def _class_leaves(scorer, c, code, metrics):
     "Sensitivity, specificity, AUROC and F1 of one class, and how many images it has."
     positive = scorer.data.targets == c
     every, n = np.ones(len(positive), bool), int(positive.sum())
     none, all_ = f"no image of class {code}", f"every image is of class {code}"
-    of = lambda name: (point[name][0, c], many[name][:, c])
+    of = lambda name: (metrics[name][0, c], metrics[name][1:, c])
     return dict(
         n=dict(value=n, n=len(positive)),
         sensitivity=scorer.share(*of('sensitivity'), positive, none),
@@ -255,9 +259,8 @@ def _malignant_leaves(scorer, label_set):
     data, score = scorer.data, scorer.data.probs[:, malignant].sum(1)
     units = np.array([s is not None for s in said])[data.targets]
     positive = malignant[data.targets]
-    args = positive[units], score[units]
-    point, many = malignancy_metrics(*args), malignancy_metrics(*args, scorer.weights[:, units])
-    of = lambda name: (point[name][0], many[name])
+    metrics = malignancy_metrics(positive[units], score[units], scorer.weights[:, units])
+    of = lambda name: (metrics[name][0], metrics[name][1:])
     none, all_ = "no image is malignant", "every image is malignant"
     return dict(
         n=dict(value=int(positive.sum()), n=int(units.sum())),
@@ -276,18 +279,17 @@ def scorecard(
     "Every metric of a system with its 95 % interval; rows may come in any order."
     data = align_tables(predictions, labels, label_set)
     scorer = _Scorer(data, n_resamples, seed)
-    point = weighted_metrics(data.targets, data.probs)
-    many = weighted_metrics(data.targets, data.probs, scorer.weights)
+    metrics = weighted_metrics(data.targets, data.probs, scorer.weights)
     every, codes = np.ones(len(data.targets), bool), label_set.codes
     absent = [code for c, code in enumerate(codes) if not (data.targets == c).any()]
     reason = f"no image of class {', '.join(absent)}; a mean over the other classes would be another metric"
-    of = lambda name: (point[name][0], many[name])
+    of = lambda name: (metrics[name][0], metrics[name][1:])
     return dict(
         accuracy=scorer.share(*of('accuracy'), every),
         balanced_accuracy=scorer.leaf(*of('balanced_accuracy'), every, reason),
         auroc_macro=scorer.leaf(*of('auroc_macro'), every, reason),
         ece=scorer.leaf(*of('ece'), every),
-        per_class={code: _class_leaves(scorer, c, code, point, many) for c, code in enumerate(codes)},
+        per_class={code: _class_leaves(scorer, c, code, metrics) for c, code in enumerate(codes)},
         malignant=_malignant_leaves(scorer, label_set))
 
 # %% ../../nbs/evaluate/37_scorecard.ipynb #083293d4
