@@ -92,7 +92,7 @@ def closure_hash(
 
 # %% ../../nbs/pipeline/71_closure.ipynb #da1d3cdb
 REPORT_ENTRY = 'skinlesion/pipeline/reports.py'
-REPORT_INPUTS = ('reports/prepare', 'reports/train', 'reports/evaluate', 'reports/explain')
+REPORT_INPUTS = ('data/dataset.json', 'reports/prepare', 'reports/train', 'reports/evaluate', 'reports/explain')
 
 def expected_deps(
     stage:str, # prepare, train, evaluate, explain or report
@@ -107,10 +107,10 @@ def expected_deps(
 
 def expected_params(
     stage:str, # prepare, train, evaluate, explain or report
-) -> list[str]: # dotted keys of params.yaml
+) -> list[str]: # dotted keys of params.yaml, or the name of the file where all of it counts
     "What a stage's `params` have to be: the keys its parameters are made from, and no more."
     if stage == 'train': return ['base', *(f'train.{k}' for k in Recipe.model_fields), 'train.members.${key}']
-    if stage == 'report': return ['train.members']
+    if stage == 'report': return ['params.yaml']
     return ['base', *(['train.members'] if stage in ('evaluate', 'explain') else []), stage]
 
 # %% ../../nbs/pipeline/71_closure.ipynb #66f657e2
@@ -138,7 +138,8 @@ def stage_problems(
         body = stages[stage].get('do', stages[stage])
         try: problems += _compare(stage, 'dep', body.get('deps', []), expected_deps(stage, root), _REMEDY)
         except ValueError as e: problems.append(f"dvc.yaml: stage {stage}: {e}")
-        problems += _compare(stage, 'param', body.get('params', []), expected_params(stage), 'mend dvc.yaml')
+        params = [name for entry in body.get('params', []) for name in ([entry] if isinstance(entry, str) else entry)]
+        problems += _compare(stage, 'param', params, expected_params(stage), 'mend dvc.yaml')
         outputs = _outputs(body)
         problems += [f"dvc.yaml: stage {stage}: output {name} lacks `persist: true`; DVC would delete it before the run"
                      for name, options in outputs.items() if not options.get('persist')]
