@@ -58,22 +58,14 @@ class LesionModel(nn.Module):
         image:torch.Tensor, # (B,3,H,W) float32, normalised
     ) -> torch.Tensor: # the backbone's last map, (B,F,h,w) for convolutional ones
         "The backbone's feature map."
-        _check_image(self, image)
-        try: return self.backbone.forward_features(image)
-        except torch.OutOfMemoryError: raise
-        except (AssertionError, RuntimeError) as e: raise ValueError(_size_message(self, image, e)) from e
+        return _feature_map(self, image)
 
     def forward_heads(self,
         image:torch.Tensor, # (B,3,H,W) float32, normalised
         metadata:torch.Tensor|None=None, # (B,D) float32, for fusion 'concat'; else ignored
     ) -> dict: # head name -> logits (B, classes of the head)
         "The logits of every head."
-        spatial = self.forward_features(image)
-        _check_metadata(self, image, metadata)
-        features = self.backbone.forward_head(spatial, pre_logits=True)
-        if self.metadata_branch is not None:
-            features = torch.cat([features, self.metadata_branch(metadata)], dim=1)
-        features = self.drop(features)
+        features = self.drop(_joined_features(self, image, metadata))
         return {name: head(features) for name, head in self.heads.items()}
 
     def forward(self,
@@ -82,6 +74,22 @@ class LesionModel(nn.Module):
     ) -> torch.Tensor: # (B,num_classes) logits of the diagnosis
         "The primary logits."
         return self.forward_heads(image, metadata)[PRIMARY]
+
+# %% ../../nbs/model/21_fusion.ipynb #b671c821
+def _feature_map(model, image):
+    "The backbone's map of a checked image."
+    _check_image(model, image)
+    try: return model.backbone.forward_features(image)
+    except torch.OutOfMemoryError: raise
+    except (AssertionError, RuntimeError) as e: raise ValueError(_size_message(model, image, e)) from e
+
+def _joined_features(model, image, metadata):
+    "Pooled image features (B,F), with the metadata's 64 beside them in a fused model."
+    spatial = model.forward_features(image)
+    _check_metadata(model, image, metadata)
+    pooled = model.backbone.forward_head(spatial, pre_logits=True)
+    if model.metadata_branch is None: return pooled
+    return torch.cat([pooled, model.metadata_branch(metadata)], dim=1)
 
 # %% ../../nbs/model/21_fusion.ipynb #e77db468
 def _check_image(model, image):
