@@ -242,9 +242,10 @@ def _validate(criterion, outputs):
 
 def _require_finite(what, value, module):
     "Stop, with the images of the batch, where `value` is not a number."
-    if torch.isfinite(value): return
+    value = float(value.detach())
+    if math.isfinite(value): return
     images = ', '.join(module.ids[i] for i in module.index.tolist())
-    raise FloatingPointError(f"the {what} is {float(value)} in epoch {module.epoch + 1} on the batch of images {images}; "
+    raise FloatingPointError(f"the {what} is {value} in epoch {module.epoch + 1} on the batch of images {images}; "
                              "look at these images and their metadata, or lower learning_rate")
 
 # %% ../../nbs/model/22_training.ipynb #6f1892e1
