@@ -53,6 +53,12 @@ def _styles(
     rules = [r for b in blocks for r in _STYLER.findall(b) if 'url' not in r.lower() and 'expression' not in r.lower()]
     return f"<style>{''.join(rules)}</style>" if rules else ''
 
+def _described(match):
+    "A picture with an alternative text; in the place of one from elsewhere, a note."
+    alt = re.search(r'alt="([^"]*)"', match[0])
+    if ' src=' not in match[0]: return f'<em>[picture left out{": " + alt[1] if alt and alt[1] else ""}]</em>'
+    return match[0] if alt else f'{match[0][:-1]} alt="">'
+
 def sanitise_html(
     html:str, # markup of an output or of rendered markdown
 ) -> str: # markup that runs nothing and loads nothing
@@ -60,7 +66,7 @@ def sanitise_html(
     body = re.sub(r'<(script|style|iframe|object|template|noscript)\b.*?(</\1\s*>|\Z)', '', html, flags=re.S | re.I)
     clean = bleach.clean(body, tags=_TAGS, attributes=_allow, css_sanitizer=_CSS, strip=True,
                          protocols={'http', 'https', 'mailto', 'data'})
-    return _styles(html) + clean
+    return _styles(html) + re.sub(r'<img\b[^>]*>', _described, clean)
 
 # %% ../../nbs/pipeline/72_reports.ipynb #5b786db1
 def _tables(html):
