@@ -261,11 +261,11 @@ def run_lock(
     "Hold the repository's run lock, or say who does; yields the lock's file descriptor."
     (root/'.work').mkdir(parents=True, exist_ok=True)
     with open(root/'.work'/'run.lock', 'a+') as file:
-        end = time.monotonic() + patience
+        begun = time.monotonic()
         while True:
             try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except BlockingIOError: holder = _holder(file)
-            if _alive(holder.get('pid')) or time.monotonic() > end:
+            if time.monotonic() - begun > (min(patience, 1) if _alive(holder.get('pid')) else patience): # a killed process takes a moment to go
                 raise StageError(f"{what}: the stage {holder.get('stage', '(unknown)')!r} is running here, pid {holder.get('pid', '(unknown)')}, "
                                  f"since {holder.get('since', '(unknown)')}; nothing was touched. Wait until it ends, or end it (kill {holder.get('pid', 'PID')}), and run again")
             time.sleep(.1)
@@ -341,7 +341,7 @@ class StageKernel:
                             'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
         run_sync(self.km.start_kernel)(cwd=str(cwd), env=env, **({} if lock is None else {'pass_fds': (lock,)}))
         self.pid = self.km.provisioner.pid
-        self.watcher = subprocess.Popen(['/bin/sh', '-c', 'read -r _; kill -9 -- "-$0"', str(self.pid)],
+        self.watcher = subprocess.Popen(['/bin/sh', '-c', 'read -r _; kill -s KILL -- "-$0"', str(self.pid)],
                                         stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def peak_memory(self) -> int|None: # bytes; None where the system does not say
@@ -532,6 +532,7 @@ def failure_text(
     elif isinstance(error, StageError): cause = [str(error)]
     else: cause = [l.rstrip() for l in traceback.format_exception_only(error)]
     lines += [plain_text('\n'.join(cause), folders), 'The earlier outputs and reports of this stage stand as they were.']
+    if 'No space left' in lines[-2] or 'disk is full' in lines[-2]: lines.append('Free some space on the disk that holds this repository (df -h .).')
     if failed: lines.append(f'Next: look at it (jupyter lab {failed}), mend the cause, then dvc repro')
     else: lines.append('Next: mend the cause, then dvc repro')
     return '\n'.join(lines)
@@ -556,6 +557,10 @@ def _check_outputs(tree, outputs, where):
             path = PurePosixPath(file.relative_to(tree).as_posix())
             if file.is_file() and not file.is_symlink() and not own & {path, *path.parents}:
                 raise StageError(f"{where} wrote {path}, which is no output of its stage ({', '.join(outputs)}); write it below one of them")
+
+def _remove_scratch(scratch):
+    "Remove a scratch folder, unless old outputs that could not be put back lie in it."
+    if not (scratch/'swap.json').exists(): shutil.rmtree(scratch, ignore_errors=True)
 
 def _fresh_scratch(root, stage, outputs):
     "An empty scratch folder; what killed runs left is put right and removed first."
@@ -619,12 +624,13 @@ def run_notebook(
         except BaseException as error:
             logging.getLogger('asyncio').setLevel(logging.CRITICAL) # a stopped loop complains of tasks that will never end
             with hold(): progress.stop()
+            _remove_scratch(scratch) # on a full disk this is what makes room for the failed notebook
             failed = _keep_failed(root, report_dir, progress, source, progress.folders)
             print(failure_text(stage, error, progress, failed, progress.folders), file=stream, flush=True)
             wrapped = StageError(f"{stage} {error if isinstance(error, Stopped) else 'failed'}; see above")
             wrapped.exit_code = getattr(error, 'exit_code', 1)
             raise wrapped from error
-        finally: shutil.rmtree(scratch, ignore_errors=True)
+        finally: _remove_scratch(scratch)
 
 # %% ../../nbs/pipeline/73_stages.ipynb #cdc95ef0
 def _check_library(root):
