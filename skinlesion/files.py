@@ -100,6 +100,14 @@ def read_json(
     except (ValueError, RecursionError) as e: raise ValueError(f"{path}: not readable as JSON ({e})") from None
 
 # %% ../nbs/01_files.ipynb #d04473bc
+def _sync_folder(folder):
+    "Flush a folder and all below it to the disk."
+    paths = [folder, *folder.rglob('*')]
+    if len(paths) > 64: os.sync()
+    else:
+        for path in paths: _sync(path)
+
+# %% ../nbs/01_files.ipynb #15d412b6
 def recover_folder(
     final:Path|str, # a folder that `publish_folder` writes
 ) -> Path: # `final`
@@ -120,7 +128,7 @@ def publish_folder(
     with _disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(final)
-        for path in [*scratch.rglob('*'), scratch]: _sync(path)
+        _sync_folder(scratch)
         aside = final.with_name(f'.{final.name}.old')
         if final.exists(): os.rename(final, aside)
         try: os.rename(scratch, final)
