@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TYPES', 'IMAGE_SUFFIXES', 'MAX_BYTES', 'MAX_PIXELS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'ImageError',
-           'sniff_type', 'read_image', 'encode_png', 'save_png', 'clean_image', 'read_mask', 'resize_image',
-           'resize_mask', 'normalise', 'to_tensor']
+           'sniff_type', 'read_image', 'encode_png', 'save_png', 'clean_image', 'read_mask', 'image_size', 'clean_mask',
+           'resize_image', 'resize_mask', 'normalise', 'to_tensor']
 
 # %% ../nbs/02_images.ipynb #ebe23076
 import io
@@ -200,13 +200,45 @@ def clean_image(
     return encode_png(_rgb(_upright(image, name), name), icc), '.png'
 
 # %% ../nbs/02_images.ipynb #9eeaf7f5
+def _binary(image, name):
+    "(H,W) bool from a decoded image."
+    image = _upright(image, name)
+    if image.mode == '1': return np.array(image)
+    values = np.asarray(image) if image.mode == 'L' else _rgb(image, name).max(axis=2)
+    return values > (127 if values.max() > 1 else 0)
+
 def read_mask(
     source:Path|str|bytes, # a file, or its bytes; 0/255, 0/1 or one bit
     name:str|None=None, # what errors call it; the path by default
 ) -> np.ndarray: # (H,W) bool
     "Read a binary mask."
-    values = read_image(source, name).max(axis=2)
-    return values > (127 if values.max() > 1 else 0)
+    data, name = _source(source, name, MAX_BYTES)
+    return _binary(_open(data, name, MAX_BYTES, MAX_PIXELS)[0], name)
+
+# %% ../nbs/02_images.ipynb #48f9ba7e
+def image_size(
+    data:bytes, # of an image that has been through `clean_image`
+) -> tuple: # height, width
+    "The size that the header states; nothing is decoded."
+    with Image.open(io.BytesIO(data)) as image: return image.size[::-1]
+
+def clean_mask(
+    data:bytes, # of a mask file
+    name:str='mask', # what errors call it
+    shape:tuple|None=None, # height, width of its image; None to leave the size alone
+) -> bytes: # a PNG of 0 and 255, or of one bit
+    "Validate a mask and drop its metadata; a PNG that is binary and of the right size keeps its bytes."
+    image, kind = _open(data, name, MAX_BYTES, MAX_PIXELS)
+    fits = shape is None or image.size[::-1] == tuple(shape)
+    plain = image.mode == '1' or image.mode == 'L' and {v for _, v in image.getcolors() or ()} <= {0, 255}
+    if kind == 'png' and fits and plain and image.getexif().get(0x0112, 1) == 1: return _clean_png(data)
+    mask = _binary(image, name)
+    if shape is not None and mask.shape != tuple(shape):
+        (h, w), (H, W) = mask.shape, shape
+        if abs(h * W / (w * H) - 1) > .02:
+            raise ImageError(f"{name}: the mask is {w}x{h} and its image {W}x{H}, so it cannot lie over it; find the mask of this image")
+        mask = cv2.resize(mask.astype(np.uint8), (W, H), interpolation=cv2.INTER_NEAREST) > 0
+    return encode_png(mask)
 
 # %% ../nbs/02_images.ipynb #8763af4e
 def resize_image(
