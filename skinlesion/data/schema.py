@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'COLUMNS', 'FOLDERS', 'DatasetError', 'DatasetInfo', 'read_table', 'table_schema', 'validate_table',
-           'Dataset', 'read_dataset', 'check_target', 'write_dataset']
+           'Dataset', 'read_dataset', 'check_target', 'DatasetWriter', 'dataset_writer', 'write_dataset']
 
 # %% ../../nbs/data/10_schema.ipynb #3de35e35
 import csv
@@ -12,6 +12,7 @@ import io
 import numpy as np
 import pandas as pd
 import pandera.pandas as pa
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -63,23 +64,31 @@ def _read_info(path):
     return info
 
 # %% ../../nbs/data/10_schema.ipynb #9fb24151
+def _table_text(source, name):
+    "The text of a table, and its delimiter: the one of comma, tab and semicolon that its header uses most."
+    try: text = (source if isinstance(source, bytes) else Path(source).read_bytes()).decode('utf-8-sig')
+    except FileNotFoundError: raise FileNotFoundError(f"{name}: no such table") from None
+    except UnicodeDecodeError as e: raise DatasetError(name, [f"{name}: not UTF-8 at byte {e.start}; save the table as UTF-8"]) from None
+    header = text.lstrip().split('\n', 1)[0]
+    return text, max(',\t;', key=header.count)
+
 def read_table(
-    path:Path|str, # a CSV file in UTF-8, with a header
+    source:Path|str|bytes, # a CSV in UTF-8 with a header, or its bytes; also tab or semicolon separated
+    name:str|None=None, # what errors call it; the path by default
 ) -> tuple: # a DataFrame of str, and an int array: the line of the file on which each row ends
-    "Read a CSV as words; a ragged row or a doubled column is an error."
-    try: text = Path(path).read_bytes().decode('utf-8-sig')
-    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such table") from None
-    except UnicodeDecodeError as e: raise DatasetError(path, [f"{path}: not UTF-8 at byte {e.start}; save the table as UTF-8"]) from None
+    "Read a table as words; a ragged row or a doubled column is an error."
+    name = name or ('table' if isinstance(source, bytes) else str(source))
+    text, delimiter = _table_text(source, name)
     try:
-        reader = csv.reader(io.StringIO(text, newline=''), strict=True)
+        reader = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, strict=True)
         header = [c.strip() for c in next(reader, [])]
         rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as e: raise DatasetError(path, [f"{path} row {reader.line_num}: not readable as CSV ({e})"]) from None
+    except csv.Error as e: raise DatasetError(name, [f"{name} row {reader.line_num}: not readable as CSV ({e})"]) from None
     doubled = sorted({c for c in header if header.count(c) > 1})
-    problems = [f"{path} row 1: the column '{c}' is there twice; rename one" for c in doubled] if header else [f"{path}: the table is empty"]
-    problems += [f"{path} row {line}: {len(row)} cells where the header has {len(header)}; quote cells that hold a comma"
+    problems = [f"{name} row 1: the column '{c}' is there twice; rename one" for c in doubled] if header else [f"{name}: the table is empty"]
+    problems += [f"{name} row {line}: {len(row)} cells where the header has {len(header)}; quote cells that hold a comma"
                  for line, row in rows if len(row) != len(header)]
-    if problems: raise DatasetError(path, problems)
+    if problems: raise DatasetError(name, problems)
     return pd.DataFrame([row for _, row in rows], columns=header, dtype=str), np.array([line for line, _ in rows], int)
 
 # %% ../../nbs/data/10_schema.ipynb #9340904d
@@ -266,6 +275,41 @@ def _pairs(source, ids):
     return ((i, data) for i, data in pairs if data is not None)
 
 # %% ../../nbs/data/10_schema.ipynb #166db6fb
+class DatasetWriter:
+    "Takes files one by one into a scratch folder, then the table."
+    def __init__(self, scratch, out, info): self.scratch, self.out, self.info, self.dataset = scratch, out, info, None
+
+    def add(self,
+        kind:str, # 'images', 'masks', 'evidence' or 'artefacts'
+        image_id:str, # of the row that the table will have
+        data:bytes, # cleaned JPEG or PNG; a mask is a PNG
+    ):
+        "Write one file."
+        _put(self.scratch/kind, image_id, data, FOLDERS[kind])
+
+    def finish(self,
+        table:pd.DataFrame, # a row for every image; as `validate_table` takes it
+    ) -> Dataset: # which will stand in `out` when the writer closes
+        "Write the table and read the whole folder back."
+        table = validate_table(table, self.info.labels())
+        atomic_write(self.scratch/'metadata.csv', _cells(table).to_csv(index=False, lineterminator='\n'))
+        write_json(self.scratch/'dataset.json', asdict(replace(self.info, n_images=len(table))))
+        self.dataset = replace(_read(self.scratch, self.out.name), root=self.out)
+        return self.dataset
+
+@contextmanager
+def dataset_writer(
+    out:Path|str, # new, empty, or an older dataset folder, which is replaced as a whole
+    info:DatasetInfo, # n_images is filled in
+):
+    "Yield a `DatasetWriter`; swap its folder in after `finish`, or leave what was there."
+    out = check_target(out)
+    with scratch_folder(out) as scratch:
+        writer = DatasetWriter(scratch, out, info)
+        yield writer
+        if writer.dataset is None: raise RuntimeError(f"{out}: the writer was closed without finish(table), so nothing was written")
+
+# %% ../../nbs/data/10_schema.ipynb #b33441b8
 def write_dataset(
     out:Path|str, # new, empty, or an older dataset folder, which is replaced as a whole
     info:DatasetInfo, # n_images is filled in
@@ -276,15 +320,12 @@ def write_dataset(
     artefacts=None, # like masks
 ) -> Dataset: # read back from the disk
     "Write a dataset folder whole, or leave what was there."
-    out, label_set = check_target(out), info.labels()
-    table = validate_table(table, label_set)
+    table = validate_table(table, info.labels())
     known = set(table.image_id)
-    with scratch_folder(out) as scratch:
+    with dataset_writer(out, info) as writer:
         for kind, source in dict(images=images, masks=masks, evidence=evidence, artefacts=artefacts).items():
             for image_id, data in _pairs(source, table.image_id):
-                if image_id not in known: raise DatasetError(out, [f"{kind}: '{image_id}' has no row in the table; add the row or leave the file out"])
-                _put(scratch/kind, image_id, data, FOLDERS[kind])
-        atomic_write(scratch/'metadata.csv', _cells(table).to_csv(index=False, lineterminator='\n'))
-        write_json(scratch/'dataset.json', asdict(replace(info, n_images=len(table))))
-        dataset = _read(scratch, out.name)
-    return replace(dataset, root=out)
+                if image_id not in known:
+                    raise DatasetError(writer.out, [f"{kind}: '{image_id}' has no row in the table; add the row or leave the file out"])
+                writer.add(kind, image_id, data)
+        return writer.finish(table)
