@@ -255,9 +255,13 @@ def render_report(
     nb = executed_nb if isinstance(executed_nb, dict) else nbformat.read(executed_nb, as_version=4)
     source = next((c.source for c in nb.cells if 'parameters' in c.metadata.get('tags', [])), '')
     body, contents = notebook_html(nb)
+    subtitle = re.search(r'\A<section class="cell">\s*(<blockquote>.*?</blockquote>)', body, re.S)
+    if subtitle: body = body.replace(subtitle[1], '', 1).replace('<section class="cell">\n</section>\n', '', 1)
+    order = {name: i for i, name in enumerate(parameter_notes(source))}
+    parameters = dict(sorted(parameters.items(), key=lambda p: order.get(p[0], len(order))))
     entries = ''.join(f'<li class="l{level}"><a href="#{slug}">{text}</a></li>' for level, slug, text in contents if level < 4)
     toc = f'<nav aria-label="Contents"><ol>{entries}</ol></nav>\n' if entries else ''
-    head = f'<header><h1>{escape(title)}</h1></header>\n{_parameters_html(parameters, parameter_notes(source))}{_provenance_html(provenance)}'
+    head = f'<header><h1>{escape(title)}</h1>{subtitle[1] if subtitle else ""}</header>\n{_parameters_html(parameters, parameter_notes(source))}{_provenance_html(provenance)}'
     atomic_write(out_html, page_html(title, f'{head}{toc}<main id="main">\n{body}</main>\n'))
     return Path(out_html)
 
