@@ -1,0 +1,349 @@
+"""The stage runner where it matters: killed, full, failing, run twice. Each test runs a small notebook in a small tree of its own."""
+import hashlib
+import io
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from skinlesion.pipeline.stages import StageError, run_lock, run_notebook, run_stage
+
+REPO = Path(__file__).resolve().parent.parent
+PARAMETERS = dict(seed=3, data_dir='data', out_dir='artifacts/toy', report_dir='reports/toy')
+WORK = '''
+    from pathlib import Path
+    Path(out_dir).mkdir()
+    Path(out_dir, 'new.txt').write_text(f'seed {seed}, data {Path(data_dir, "a.csv").read_text()}')
+    Path(report_dir, 'metrics.json').write_text('{"a": {"value": 1}}')
+    print('written to', Path(out_dir).resolve())
+'''
+
+
+def make_tree(root, *cells):
+    "A repository with data, earlier outputs, and a stage notebook whose code cells are `cells`."
+    for name, text in {'data/a.csv': '1', 'artifacts/toy/old.txt': 'old', 'reports/toy/metrics.json': '{"a": {"value": 0}}',
+                       'reports/toy/report.html': '<p>old</p>', 'reports/toy/failed.ipynb': 'of an earlier failure'}.items():
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        (root/name).write_text(text)
+    write_notebook(root, *cells)
+    return root
+
+
+def write_notebook(root, *cells):
+    "Write the stage notebook."
+    source = '\n'.join(f'{k} = {v!r}  # a word on {k}' for k, v in (PARAMETERS | {'seed': 0}).items())
+    nb = new_notebook(cells=[new_markdown_cell('# Toy\n\n> Does it run?', id='title'),
+                             new_code_cell(source, id='params', metadata={'tags': ['parameters']})])
+    for i, cell in enumerate(cells or [WORK]):
+        nb.cells += [new_markdown_cell(f'## Step {i + 1}', id=f'head{i}'), new_code_cell(textwrap.dedent(cell).strip(), id=f'step{i}')]
+    (root/'nbs').mkdir(exist_ok=True)
+    nbformat.write(nb, root/'nbs/toy.ipynb')
+
+
+def run(root, stream=None, **changes):
+    "Run the notebook of a tree."
+    call = dict(notebook='nbs/toy.ipynb', parameters=PARAMETERS, inputs=['data'], outputs=['artifacts/toy', 'reports/toy'],
+                report_dir='reports/toy', root=root, stream=stream or io.StringIO())
+    run_notebook(**(call | changes))
+
+
+def contents(root, *leave_out):
+    "Sum of every file of outputs and reports."
+    files = [p for top in ('artifacts', 'reports') for p in (root/top).rglob('*') if p.is_file() and p.name not in leave_out]
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def fails(root, **changes):
+    "Run a tree that must fail; what was printed. The old bytes stand, and no scratch is left."
+    before, log = contents(root, 'failed.ipynb'), io.StringIO()
+    with pytest.raises(StageError) as info: run(root, log, **changes)
+    assert contents(root, 'failed.ipynb') == before
+    assert info.value.exit_code != 0
+    assert not [*(root/'.work/stages').glob('*')]
+    return log.getvalue()
+
+
+def test_success_replaces_every_output_whole(tmp_path):
+    root, log = make_tree(tmp_path), io.StringIO()
+    run(root, log)
+    assert sorted(contents(root)) == ['artifacts/toy/new.txt', 'reports/toy/executed.ipynb', 'reports/toy/metrics.json',
+                                      'reports/toy/report.html', 'reports/toy/run.json']
+    assert (root/'artifacts/toy/new.txt').read_text() == 'seed 3, data 1'
+    assert re.fullmatch(r'(toy  cell \d/3  "[\w ]+"  \d+\.\d s\n){3}', log.getvalue())
+    assert not (root/'artifacts/toy').is_symlink() and not [*(root/'.work/stages').iterdir()]
+
+
+def test_two_runs_give_the_same_bytes(tmp_path):
+    body = WORK + '''
+    import sys, warnings, pandas as pd, matplotlib.pyplot as plt
+    warnings.warn(f'look at {Path.cwd()}')
+    print(object(), file=sys.stderr); print(hash('text'))
+    plt.figure(figsize=(1, 1)); plt.plot([1, 2]); plt.show()
+    pd.DataFrame({'a': [1, 2]}).style.highlight_max()
+    '''
+    one, two = make_tree(tmp_path/'one', body), make_tree(tmp_path/'somewhere/else', body)
+    run(one), run(two)
+    first = contents(one, 'run.json')
+    assert contents(two, 'run.json') == first
+    time.sleep(1.1)
+    run(one)
+    assert contents(one, 'run.json') == first
+    for file in ('executed.ipynb', 'report.html'):
+        text = (one/'reports/toy'/file).read_text()
+        assert str(tmp_path) not in text and '.work' not in text and 'ipykernel_' not in text
+
+
+def test_failure_keeps_the_old_and_says_what_to_do(tmp_path):
+    log = fails(make_tree(tmp_path, WORK, 'def check(x):\n    raise ValueError(f"row 17: {x}")\ncheck("mela")'))
+    assert 'toy failed in cell 4 of 4, "Step 2":' in log and 'def check(x):' in log
+    assert 'ValueError: row 17: mela' in log and '\x1b' not in log and str(tmp_path) not in log
+    assert 'jupyter lab reports/toy/failed.ipynb' in log and 'dvc repro' in log
+    failed = nbformat.read(tmp_path/'reports/toy/failed.ipynb', as_version=4)
+    assert failed.cells[-1].outputs[0].ename == 'ValueError' and len(failed.cells) == 7
+    write_notebook(tmp_path)
+    run(tmp_path)
+    assert not (tmp_path/'reports/toy/failed.ipynb').exists()
+
+
+@pytest.mark.parametrize('parameters, said', [
+    ({**PARAMETERS, 'sead': 1}, "nbs/toy.ipynb: parameter 'sead' is not in its parameters cell (seed, data_dir, out_dir, report_dir). Did you mean 'seed'?"),
+    ({'seed': 1}, "'data_dir', 'out_dir', 'report_dir', which params.yaml does not give")])
+def test_misspelt_parameter_touches_nothing(tmp_path, parameters, said):
+    root = make_tree(tmp_path)
+    before = contents(root)
+    with pytest.raises(StageError, match=re.escape(said)): run(root, parameters=parameters)
+    assert contents(root) == before and not (root/'.work').exists()
+
+
+@pytest.mark.parametrize('cell, said', [
+    ('pass', 'wrote nothing to its output artifacts/toy'),
+    (WORK + '    Path("artifacts/other").write_text("x")', 'wrote artifacts/other, which is no output of its stage')])
+def test_outputs_are_what_was_declared(tmp_path, cell, said):
+    assert said in fails(make_tree(tmp_path, cell))
+
+
+def test_missing_input_is_named(tmp_path):
+    assert 'nbs/toy.ipynb reads artifacts/prepared, which is not there' in fails(make_tree(tmp_path), inputs=['artifacts/prepared'])
+
+
+def test_dead_kernel_is_a_failure(tmp_path):
+    log = fails(make_tree(tmp_path, 'import os; os.kill(os.getpid(), 9)'))
+    assert 'toy failed in cell 3 of 3' in log and 'died' in log
+
+
+def test_lock_names_its_holder(tmp_path):
+    root = make_tree(tmp_path)
+    before = contents(root)
+    with run_lock(root, 'prepare'):
+        with pytest.raises(StageError, match=f"toy: the stage 'prepare' is running here, pid {os.getpid()}"): run(root)
+    assert contents(root) == before
+    run(root)
+
+
+def test_kernel_imports_the_library_of_its_tree(tmp_path):
+    root = make_tree(tmp_path, WORK + '    import skinlesion\n    print(skinlesion.__file__)')
+    (root/'skinlesion').mkdir()
+    (root/'skinlesion/__init__.py').write_text('')
+    run(root)
+    assert '"skinlesion/__init__.py\\n"' in (root/'reports/toy/executed.ipynb').read_text()
+
+
+def test_stage_refuses_the_library_of_another_tree(tmp_path):
+    (tmp_path/'settings.ini').write_text('[DEFAULT]')
+    with pytest.raises(StageError, match='a tree runs its own code'): run_stage('prepare', root=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ['settings.ini']
+
+
+def test_values_outside_the_tree_lead_where_they_led(tmp_path):
+    (tmp_path/'weights.bin').write_text('far')
+    root = make_tree(tmp_path/'repo', WORK + '    print(Path(seed).read_text())')
+    run(root, parameters=PARAMETERS | {'seed': '../weights.bin'})
+    assert '"far\\n"' in (root/'reports/toy/executed.ipynb').read_text()
+
+
+# ---- a full disk
+
+def test_full_disk_keeps_the_old(tmp_path):
+    disk = tmp_path/'disk'
+    disk.mkdir()
+    big = WORK + "    with open(Path(out_dir, 'big'), 'wb') as f:\n        for _ in range(64): f.write(bytes(1 << 20))"
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', disk], capture_output=True).returncode == 0:
+        try:
+            log = fails(make_tree(disk, big))
+            assert 'No space left on device' in log and 'Free some space' in log
+            assert nbformat.read(disk/'reports/toy/failed.ipynb', as_version=4).cells[-1].outputs
+        finally: subprocess.run(['umount', disk], check=True)
+    else: # without the right to mount, a limit on the size of files stops the write
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, limit[1]))
+        try: assert 'File too large' in fails(make_tree(disk, big))
+        finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_full_disk_while_the_report_is_written(tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('skinlesion.pipeline.stages.render_report', full)
+    log = fails(make_tree(tmp_path))
+    assert 'No space left on device' in log and 'Free some space' in log
+
+
+def test_failed_swap_puts_all_outputs_back(tmp_path, monkeypatch):
+    rename = os.rename
+    def refuse(old, new):
+        if str(new).endswith('repo/reports/toy') and 'tree' in str(old): raise OSError(28, 'No space left on device')
+        rename(old, new)
+    root = make_tree(tmp_path/'repo')
+    monkeypatch.setattr(os, 'rename', refuse)
+    assert 'No space left on device' in fails(root)
+
+
+# ---- killed
+
+BUSY = '''
+    import multiprocessing, os, subprocess, time
+    from pathlib import Path
+    Path(out_dir).mkdir()
+    child = subprocess.Popen(['sleep', '600'])
+    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,))
+    worker.start()
+    Path({note!r} + '.part').write_text(f'{{os.getpid()}} {{child.pid}} {{worker.pid}}')
+    os.rename({note!r} + '.part', {note!r})
+    while True:
+        Path(out_dir, 'new.txt').write_text(str(time.time()))
+        time.sleep(.01)
+'''
+RUNNER = '''
+import sys
+sys.path.insert(0, {tests!r})
+from test_stages import run
+from skinlesion.pipeline.stages import StageError
+try: run({root!r}, sys.stderr)
+except StageError as error: sys.exit(error.exit_code)
+'''
+
+
+def gone(pid):
+    "Whether a process has ended (a zombie has)."
+    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] in 'ZX'
+    except (FileNotFoundError, ProcessLookupError): return True
+
+
+def wait_for(condition, seconds):
+    "Wait until `condition()`; whether it came true."
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end: time.sleep(.05)
+    return condition()
+
+
+@pytest.fixture
+def busy(tmp_path):
+    "A runner in a process of its own, inside an endless cell: (root, starter, pids of kernel and its children)."
+    if sys.platform != 'linux': pytest.skip('reads /proc')
+    started, pids = [], []
+    def start(prefix=(), **options):
+        note = tmp_path/'pids'
+        root = make_tree(tmp_path/'repo', BUSY.format(note=str(note)))
+        code = RUNNER.format(tests=str(REPO/'tests'), root=str(root))
+        with open(tmp_path/'stderr', 'w') as stderr:
+            process = subprocess.Popen([*prefix, sys.executable, '-c', code], stderr=stderr, env=os.environ | {'PYTHONPATH': str(REPO)}, **options)
+        started.append(process)
+        assert wait_for(note.exists, 60), (tmp_path/'stderr').read_text()
+        pids.extend(int(p) for p in note.read_text().split())
+        return root, process, pids
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+    for pid in pids:
+        if not gone(pid): os.kill(pid, signal.SIGKILL)
+
+
+def assert_untouched_and_free(root, before):
+    "The old bytes stand, and the next run finds the way free and leaves nothing behind."
+    assert contents(root, 'failed.ipynb') == before
+    write_notebook(root)
+    run(root)
+    assert (root/'artifacts/toy/new.txt').read_text() == 'seed 3, data 1'
+    assert not [*(root/'.work/stages').iterdir()]
+
+
+def test_kill_9_takes_the_kernel_and_its_children_along(busy):
+    root, process, pids = busy()
+    before = contents(root, 'failed.ipynb')
+    process.kill()
+    assert_untouched_and_free(root, before) # at once: it waits for the remains to go
+    assert wait_for(lambda: all(map(gone, pids)), 5), [p for p in pids if not gone(p)]
+
+
+@pytest.mark.parametrize('shell', ['/bin/sh', 'bash'])
+def test_killing_the_parent_ends_the_run(busy, shell):
+    if not shutil.which(shell): pytest.skip(f'no {shell}')
+    # As dvc does it: a process that starts a shell that runs the command.
+    parent = "import subprocess, sys; subprocess.run([sys.argv[1], '-c', 'exec \"$@\"', 'sh', *sys.argv[2:]])"
+    root, process, pids = busy(prefix=[sys.executable, '-c', parent, shell])
+    before = contents(root, 'failed.ipynb')
+    runner = int(Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()[0])
+    process.kill()
+    assert wait_for(lambda: all(map(gone, [runner, *pids])), 5), [p for p in [runner, *pids] if not gone(p)]
+    assert_untouched_and_free(root, before)
+
+
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_the_run_in_order(busy, signum, code):
+    root, process, pids = busy()
+    before = contents(root, 'failed.ipynb')
+    process.send_signal(signum)
+    process.wait(timeout=20)
+    error = (root.parent/'stderr').read_text()
+    assert process.returncode == code
+    assert all(map(gone, pids)) and not [*(root/'.work/stages').iterdir()]
+    assert f'stopped by {signum.name}' in error and 'Step 1' in error and 'Traceback' not in error and 'Task was' not in error
+    assert (root/'reports/toy/failed.ipynb').read_text().startswith('{')
+    assert_untouched_and_free(root, before)
+
+
+# ---- the report
+
+class Loads(HTMLParser):
+    "Collects what a browser would fetch by itself."
+    def __init__(self):
+        super().__init__()
+        self.found, self.tags = [], []
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ('src', 'srcset', 'data', 'poster', 'background', 'action', 'formaction') and not value.startswith('data:image/'): self.found.append((tag, value))
+            if name == 'href' and tag not in ('a',): self.found.append((tag, value))
+            if name.startswith('on') or name == 'style' and 'url' in value: self.found.append((tag, name))
+
+
+def test_report_loads_and_runs_nothing(tmp_path):
+    body = WORK + '''
+    from IPython.display import HTML, Javascript, SVG, Markdown, display
+    display(HTML('<img src="http://example.org/x.png" onerror="f()"><script src="http://example.org/x.js"></script><b>kept</b>'))
+    display(Javascript('fetch("http://example.org")'), Markdown('![x](http://example.org/y.png)'))
+    display(SVG('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'))
+    import pandas as pd
+    pd.DataFrame({'a': range(3)})
+    '''
+    root = make_tree(tmp_path, body)
+    run(root)
+    page = (root/'reports/toy/report.html').read_text()
+    loads = Loads()
+    loads.feed(page)
+    assert loads.found == [] and not {'script', 'link', 'iframe', 'object', 'base', 'form'} & set(loads.tags)
+    assert 'fetch(' not in re.sub(r'<details class="code">.*?</details>', '', page, flags=re.S)
+    assert '<b>kept</b>' in page and '<html lang="en">' in page and page.count('<h1') == 1
+    assert 'a word on seed' in page and 'never for diagnosis' in page and 'id="provenance"' in page
+    assert all('alt="' in tag for tag in re.findall(r'<img[^>]*>', page)) and '<img' in page
