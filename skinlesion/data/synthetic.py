@@ -125,7 +125,7 @@ def globules(
     "Roundish dots or clods: globules, cysts, plugs, dotted vessels, by size and colour."
     bumps = band_noise(rng, shape, spacing, uneven) + uneven * fractal_noise(rng, shape, spacing * 3, 2)
     bumps += .2 * fractal_noise(rng, shape, max(spacing * .3, 1.5), 2)
-    level = max(np.quantile(bumps[::3, ::3], 1 - .4 * fill), .6)
+    level = max(np.quantile(bumps[::3, ::3], 1 - .4 * fill), .8)
     return _step(bumps, level - .5 * soft, level + .5 * soft).astype(np.float32)
 
 # %% ../../nbs/data/11_synthetic.ipynb #84a1c55e
@@ -297,7 +297,7 @@ def skin(
     furrow = band_noise(rng, shape, rng.uniform(4, 8) * u, .35)
     light += rng.normal(0, .006) * furrow
     flush = fractal_noise(rng, shape, rng.uniform(8, 45) * u, 5, .7)
-    blood = (.011 + .018 * sun) * (flush + .5 * np.maximum(flush, 0)**2)
+    blood = (.009 + .014 * sun) * (flush + .5 * np.maximum(flush, 0)**2)
     vein = 1 - _step(np.abs(fractal_noise(rng, shape, rng.uniform(12, 26) * u, 5, .6)), 0, .13)
     blood += .34 * sun * rng.random()**1.5 * vein * _step(fractal_noise(rng, shape, 40 * u, 2), -.7, 1.8)
     tan = fractal_noise(rng, shape, rng.uniform(10, 40) * u, 5, .7)
@@ -377,10 +377,10 @@ class Style:
 
 # %% ../../nbs/data/11_synthetic.ipynb #d98c098b
 STYLES = {
-    'akiec': Style((.14, .38, .69), .07, .14, .01, .50, .55, (12, 30), (.5, .9), (.4, .4, .2), .70, .07),
+    'akiec': Style((.14, .38, .69), .06, .18, .01, .50, .55, (12, 30), (.5, .9), (.4, .4, .2), .70, .07),
     'bcc':   Style((.07, .23, .56), .05, .10, .02, .55, .50, (9, 24), (.3, .7), (.6, .3, .1), .60, .10),
     'bkl':   Style((.08, .30, .64), .20, .05, .04, .65, .40, (4, 14), (.2, .6), (.6, .3, .1), .50, .18),
-    'df':    Style((.08, .27, .48), .14, .16, .02, .45, .30, (14, 30), (.1, .3), (1., 0., 0.), .25, .23),
+    'df':    Style((.08, .27, .48), .19, .13, .02, .40, .30, (14, 30), (.1, .3), (1., 0., 0.), .25, .23),
     'mel':   Style((.10, .31, .60), .48, .11, .03, .65, .65, (8, 20), (.4, .8), (.3, .4, .3), .40, .22),
     'nv':    Style((.06, .20, .51), .44, .12, .01, .55, .25, (8, 22), (.1, .5), (.8, .2, 0.), .20, .05),
     'vasc':  Style((.03, .10, .31), .03, .34, .04, .45, .30, (5, 11),  (.1, .3), (.9, .1, 0.), .30, .10),
@@ -405,7 +405,7 @@ def _nv(c, rng):
 # %% ../../nbs/data/11_synthetic.ipynb #6f03d99c
 def _mel(c, rng):
     u, kinds = c.unit, ['network', 'streaks', 'veil', 'regression', 'dots', 'blotch']
-    wanted = set(rng.choice(kinds, rng.integers(2, 5), replace=False, p=[.22, .14, .2, .14, .12, .18]))
+    wanted = set(rng.choice(kinds, rng.integers(2, 5), replace=False, p=[.20, .14, .18, .12, .12, .24]))
     h, w = c.shape
     tilt = rng.uniform(0, 2 * math.pi)
     side = ((np.arange(w) - w / 2) * math.cos(tilt))[None] + ((np.arange(h) - h / 2) * math.sin(tilt))[:, None]
@@ -415,7 +415,7 @@ def _mel(c, rng):
         net = pigment_network(rng, c.shape, rng.uniform(4.5, 7.5) * u, rng.uniform(.6, 1.)) * part
         c.add(net, brown=rng.uniform(.3, .6), name='atypical network')
     if 'blotch' in wanted:
-        c.add(patch(rng, c.depth, rng.uniform(.12, .35), 26 * u, .0, 1.8), brown=rng.uniform(.5, 1.4), blue=rng.uniform(0, .3), name='blotch')
+        c.add(patch(rng, c.depth, rng.uniform(.12, .35), 26 * u, .0, 1.8), brown=rng.uniform(.7, 1.6), blue=rng.uniform(0, .4), name='blotch')
     if 'dots' in wanted:
         dots = globules(rng, c.shape, 4.2 * u, .35, .8, .5) * patch(rng, c.depth, .5, 25 * u, -.2)
         c.add(dots, brown=.5, blue=.25, name='irregular dots')
@@ -458,15 +458,15 @@ def _bcc(c, rng):
         c.add(tree, red=rng.uniform(.4, .8), name='arborising vessels')
     if rng.random() < .55 or not c.structures:
         nests = globules(rng, c.shape, rng.uniform(14, 32) * u, rng.uniform(.3, .7), 1.6, .5) * _step(c.depth, 1 * u, 6 * u) * patch(rng, c.depth, rng.uniform(.25, .6), 40 * u, 0., 1.5)
-        c.add(nests * (1 + .2 * fractal_noise(rng, c.shape, 4 * u, 3)), brown=rng.uniform(.1, .5), red=.1, blue=rng.uniform(.25, .6), name='blue-grey nests')
+        c.add(nests * (1 + .2 * fractal_noise(rng, c.shape, 4 * u, 3)), brown=rng.uniform(.1, .5), red=.1, blue=rng.uniform(.4, .8), name='blue-grey nests')
     if rng.random() < .3:
         leaf = streaks(rng, c.depth, 9 * u, 8 * u, rng.uniform(.2, .45))
         c.add(_blur(leaf, .8 * u), brown=.45, blue=.15, name='leaf-like areas')
     if rng.random() < .3:
         c.cover(short_strokes(rng, c.depth, 12, 9 * u, .7 * u), (.95, .86, .86), .4, name='shiny white streaks')
     if rng.random() < .3:
-        sore = patch(rng, c.depth, rng.uniform(.03, .1), 22 * u, 2., .5)
-        c.add(sore * (.8 + .3 * fractal_noise(rng, c.shape, 3 * u, 3)), brown=.5, red=rng.uniform(.4, .9), name='ulceration')
+        sore = patch(rng, c.depth, rng.uniform(.03, .1), 18 * u, .8, .8)
+        c.add(sore * (.8 + .3 * fractal_noise(rng, c.shape, 3 * u, 3)), brown=.7, red=rng.uniform(.4, .9), name='ulceration')
 
 # %% ../../nbs/data/11_synthetic.ipynb #b74224b1
 def _akiec(c, rng):
@@ -478,10 +478,10 @@ def _akiec(c, rng):
         net = (1 - holes) * here
         tint = dict(red=rng.uniform(.14, .3)) if kind == 'strawberry' else dict(brown=.22, blue=.15, red=.08)
         c.add(net * (.8 + .2 * fractal_noise(rng, c.shape, 5 * u, 3)), name='red pseudo-network' if kind == 'strawberry' else 'grey rhomboids', **tint)
-        c.cover(holes * here, (.93, .84, .80), rng.uniform(.08, .28))
-        c.cover(plugs * here, (.90, .78, .60), .2)
+        c.cover(holes * here, (.93, .84, .80), rng.uniform(.12, .34))
+        c.cover(plugs * here, (.92, .82, .62), .3)
     if kind == 'scaly' or rng.random() < .4:
-        c.cover(scale_flakes(rng, c.depth, rng.uniform(.12, .35), rng.uniform(2.5, 4.5) * u), (.95, .90, .80), rng.uniform(.5, .8), name='scale')
+        c.cover(scale_flakes(rng, c.depth, rng.uniform(.12, .35), rng.uniform(2.5, 4.5) * u), (.95, .91, .84), rng.uniform(.5, .8), name='scale')
     if kind == 'scaly' or rng.random() < .3:
         dots = globules(rng, c.shape, rng.uniform(3, 4.5) * u, .4, .8, .4) * patch(rng, c.depth, .6, 30 * u, .3)
         c.add(dots, red=rng.uniform(.2, .5), name='dotted vessels')
@@ -496,7 +496,7 @@ def _df(c, rng):
     c.add(ring, red=rng.uniform(.02, .16), brown=rng.uniform(0, .12))
     scar = _step(wobble, rng.uniform(.35, .6), rng.uniform(1., 1.25))
     white = np.clip(c.skin.mean((0, 1)) * .6 + .42, 0, 1)
-    c.cover(scar, white, rng.uniform(.4, .75), name='central white patch')
+    c.cover(scar, white, rng.uniform(.5, .85), name='central white patch')
     if rng.random() < .5: c.cover(short_strokes(rng, c.depth * _step(wobble, .4, .6), 8, 9 * u, .6 * u), (.97, .88, .90), .2)
 
 # %% ../../nbs/data/11_synthetic.ipynb #71126bc9
@@ -505,7 +505,7 @@ def _vasc(c, rng):
     radius = math.sqrt((c.depth > 0).sum() / math.pi)
     lagoon, septa, shade = lacunae(rng, c.shape, np.clip(radius * rng.uniform(.25, .6), 4 * u, 15 * u))
     inside = _step(c.depth, 0, rng.uniform(3, 8) * u)
-    tint = dict(cherry=dict(red=.9), violet=dict(red=.4, blue=.2), black=dict(red=.5, blue=1.2, brown=.7))[kind]
+    tint = dict(cherry=dict(red=1.05), violet=dict(red=.4, blue=.2), black=dict(red=.5, blue=1.2, brown=.7))[kind]
     c.add(lagoon * inside * (.55 + .6 * shade) + .25 * septa * inside, name='lacunae', **{k: v * rng.uniform(.8, 1.2) for k, v in tint.items()})
     c.cover(septa * inside, rng.uniform((.55, .25, .35), (.80, .58, .66)), rng.uniform(.05, .35) * (kind != 'cherry'))
     if rng.random() < .25: c.cover(patch(rng, c.depth, rng.uniform(.2, .5), 16 * u, -.2, 2.5), (.74, .68, .80), rng.uniform(.2, .45))
@@ -676,7 +676,7 @@ def _put_artefacts(image, rng, corners, ruled, unit):
         lay('bubbles', rim, (.35, .28, .28), .35); lay('bubbles', shine, (1, 1, 1), .6)
     if rng.random() < .06: lay('glare', glare(rng, shape, unit), (1, .98, .96), .75)
     if ruled: lay('ruler', ruler(rng, shape, unit), (.08, .07, .09), .88)
-    if corners: lay('corners', aperture(rng, shape), rng.uniform(.0, .07, 3), 1.)
+    if corners: lay('corners', aperture(rng, shape), rng.uniform(0, .07) * np.array([1, .8, .85]), 1.)
     return image, mask, tuple(names)
 
 # %% ../../nbs/data/11_synthetic.ipynb #f99eb600
