@@ -204,13 +204,18 @@ def cam_layers(
     finally:
         for handle in handles: handle.remove()
         for module, mode in training.items(): module.training = mode
-    if final.ndim != 4 or final.shape[1] != backbone.num_features:
+    if not _is_map(backbone, final):
         raise ValueError(f"backbone '{model.config['backbone']}' ends in tokens of shape {tuple(final.shape[1:])}, not in a map of channels x height x width; "
                          "class activation maps need a convolutional backbone (resnet, mobilenet, efficientnet, convnext ...)")
-    stages = [i['module'] for i in backbone.feature_info if i['module'] in outputs]
+    stages = [i['module'] for i in getattr(backbone, 'feature_info', []) if i['module'] in outputs]
     ends = [n for n, out in outputs.items() if out is final]
     if ends and not set(ends) & set(stages): stages.append(min(ends, key=lambda n: n.count('.')))
     return [(name, backbone.get_submodule(name)) for name in stages]
+
+def _is_map(backbone, features):
+    "Whether the backbone's output is (B, channels, height, width), not tokens and not channels-last."
+    if features.ndim != 4 or getattr(backbone, 'output_fmt', 'NCHW') != 'NCHW': return False
+    return features.shape[1] == backbone.num_features or features.shape[-1] != backbone.num_features
 
 def _blank_image(backbone):
     "A blank image of the size `backbone` was made for."
