@@ -259,7 +259,7 @@ def _sealed():
     states, on_main = (random.getstate(), np.random.get_state()), threading.current_thread() is threading.main_thread()
     interrupt = signal.getsignal(signal.SIGINT) if on_main else None
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.filterwarnings('ignore', module=r'lightning\.|torch\.utils\.data')
             for log in logs: log.setLevel(logging.ERROR)
             os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
