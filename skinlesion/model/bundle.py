@@ -200,11 +200,16 @@ def _model_card(facts):
     lines += ['', '## How well it did', '', *(_metric_rows(facts['metrics']) or ['No metrics were stored with this bundle.'])]
     lines += ['', '## Limits', '', 'It knows only the classes above and gives probabilities for them whatever the image shows. It was measured on images like those it was',
               'trained on; other cameras, skin tones, ages and clinics can differ. The probabilities are not calibrated unless the metrics say so.',
-              '', '## Made from', '', *([f'- {k}: `{v}`' for k, v in sorted(facts['provenance'].items()) if not isinstance(v, (dict, list))] or ['- see bundle.json']),
+              '', '## Made from', '', *(_facts_rows(facts['provenance']) or ['- see bundle.json']),
               '', '## Use', '', '```python', 'from skinlesion.use.predict import Predictor', "Predictor('path/of/this/folder').predict('image.jpg')", '```', '']
     return '\n'.join(lines)
 
-def _metric_rows(metrics, path=''):
+def _facts_rows(facts, path=''):
+    "One line per plain value, nested names joined by dots."
+    if isinstance(facts, dict): return [row for k in sorted(facts) for row in _facts_rows(facts[k], f'{path}.{k}' if path else k)]
+    return [] if isinstance(facts, (list, tuple)) or facts in (None, '') else [f'- {path}: {facts}']
+
+def _metric_rows(metrics):
     "Table of all leaves that have a value, in their order."
     leaves = []
     def walk(node, path):
