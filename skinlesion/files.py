@@ -8,6 +8,7 @@ __all__ = ['repo_root', 'atomic_path', 'atomic_write', 'write_json', 'read_json'
 
 # %% ../nbs/01_files.ipynb #2f851581
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -40,13 +41,14 @@ def _disk_errors(path):
         raise OSError(e.errno, f"the disk is full while writing {path}; what stood there before is unchanged. "
                                "Free some space, or choose a folder on another disk, and run again") from e
 
+# %% ../nbs/01_files.ipynb #13d66f25
 def _sync(path, flags=os.O_RDONLY):
     "Flush a file or folder to the disk."
     handle = os.open(path, flags)
     try: os.fsync(handle)
     finally: os.close(handle)
 
-# %% ../nbs/01_files.ipynb #13d66f25
+# %% ../nbs/01_files.ipynb #989b43fb
 @contextmanager
 def atomic_path(
     path:Path|str, # final place; missing folders are made
@@ -63,6 +65,7 @@ def atomic_path(
             _sync(path.parent)
         finally: scratch.unlink(missing_ok=True)
 
+# %% ../nbs/01_files.ipynb #d30598e2
 def atomic_write(
     path:Path|str, # final place; missing folders are made
     data:bytes|str, # text is written as UTF-8 with '\n' line ends
@@ -80,6 +83,7 @@ def _plain(value):
     if isinstance(value, (set, frozenset)): return sorted(value)
     raise TypeError(f"a {type(value).__name__} has no JSON form; convert it first")
 
+# %% ../nbs/01_files.ipynb #e1f79de4
 def write_json(
     path:Path|str, # final place
     value, # of dicts, lists, strings, numbers, None; NumPy scalars and arrays too
@@ -90,6 +94,7 @@ def write_json(
         raise ValueError(f"{path}: cannot be written as JSON ({e}); write null with a reason where a number is undefined") from e
     return atomic_write(path, text + '\n')
 
+# %% ../nbs/01_files.ipynb #1f7b5e65
 def read_json(
     path:Path|str, # a UTF-8 file
 ): # dicts, lists, strings, numbers, None
@@ -118,6 +123,7 @@ def recover_folder(
     elif aside.exists(): shutil.rmtree(aside)
     return final
 
+# %% ../nbs/01_files.ipynb #7b56eef8
 def publish_folder(
     scratch:Path|str, # complete new folder, on the same disk as `final`
     final:Path|str, # its place; replaced as a whole
@@ -140,6 +146,20 @@ def publish_folder(
     return final
 
 # %% ../nbs/01_files.ipynb #20111c55
+def _alive(pid):
+    "Whether a process of this machine is running."
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except (PermissionError, OverflowError): pass
+    return True
+
+def _remove_orphans(final):
+    "Scratch folders of `final` whose process is gone."
+    for path in final.parent.glob(f'.{glob.escape(final.name)}.*.tmp'):
+        m = re.fullmatch(r'(\d+)-\w+', path.name[len(final.name) + 2:-len('.tmp')])
+        if m and path.is_dir() and not _alive(int(m[1])): shutil.rmtree(path, ignore_errors=True)
+
+# %% ../nbs/01_files.ipynb #90a0f919
 @contextmanager
 def scratch_folder(
     final:Path|str, # where the folder will stand; it may stand there already
@@ -148,7 +168,8 @@ def scratch_folder(
     final = Path(os.path.abspath(final))
     with _disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f'.{final.name}.', suffix='.tmp', dir=final.parent))
+        _remove_orphans(final)
+        scratch = Path(tempfile.mkdtemp(prefix=f'.{final.name}.{os.getpid()}-', suffix='.tmp', dir=final.parent))
         os.chmod(scratch, 0o755)
         try:
             yield scratch
@@ -168,11 +189,13 @@ def sha256_file(
     "SHA-256 of a file."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../nbs/01_files.ipynb #7bf34bae
 def _files_under(folder, name):
     "Relative POSIX path -> path of every file but the sums themselves, sorted."
     found = {p.relative_to(folder).as_posix(): p for p in Path(folder).rglob('*') if p.is_file()}
     return {k: found[k] for k in sorted(found) if k != name}
 
+# %% ../nbs/01_files.ipynb #39e30ae8
 def write_sums(
     folder:Path|str, # every file in it, at any depth, is summed
     name:str='SHA256SUMS', # of the file of sums
@@ -183,7 +206,7 @@ def write_sums(
         if '\n' in path or '\\' in path: raise ValueError(f"{folder}: the file name {path!r} cannot stand in {name}; rename it")
     return atomic_write(Path(folder)/name, ''.join(f'{sha256_file(p)}  {k}\n' for k, p in files.items()))
 
-# %% ../nbs/01_files.ipynb #7bf34bae
+# %% ../nbs/01_files.ipynb #a0975222
 def _read_sums(path):
     "Relative path -> digest."
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, so nothing in the folder can be verified; write the folder anew")
@@ -196,6 +219,7 @@ def _read_sums(path):
         sums[m[2]] = m[1]
     return sums
 
+# %% ../nbs/01_files.ipynb #e7fad03b
 def verify_sums(
     folder:Path|str, # a folder with sums in it
     name:str='SHA256SUMS', # of the file of sums
@@ -220,6 +244,7 @@ def safe_name(
         raise ValueError(f"{where}: the entry {name!r} points outside the archive; nothing was extracted. Do not use this archive")
     return path
 
+# %% ../nbs/01_files.ipynb #3125eb76
 def _entries(archive):
     "Yield (name, opener) of every file of a zip or tar; links and devices are refused."
     if isinstance(archive, zipfile.ZipFile):
@@ -233,13 +258,14 @@ def _entries(archive):
             if not (e.isfile() or e.isdir()): raise ValueError(f"the entry {e.name!r} is a link or a device")
             if e.isfile(): yield e.name, lambda e=e: archive.extractfile(e)
 
+# %% ../nbs/01_files.ipynb #ec27feae
 def _open_archive(path):
     "A ZipFile or TarFile, by content."
     if zipfile.is_zipfile(path): return zipfile.ZipFile(path)
     if tarfile.is_tarfile(path): return tarfile.open(path)
     raise ValueError("it is neither a zip nor a tar archive, or it is damaged")
 
-# %% ../nbs/01_files.ipynb #3125eb76
+# %% ../nbs/01_files.ipynb #6365d006
 def _copy_entry(source, target, room):
     "Copy at most `room` bytes; how many there were."
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +277,7 @@ def _copy_entry(source, target, room):
             out.write(piece)
     return size
 
+# %% ../nbs/01_files.ipynb #da59b387
 def safe_extract(
     archive:Path|str, # zip or tar (also .gz, .bz2, .xz), recognised by content
     out:Path|str, # a folder that does not exist yet, or is empty
