@@ -29,6 +29,7 @@ _MAGIC = ((rb'\xff\xd8\xff', 'jpeg'), (rb'\x89PNG\r\n\x1a\n', 'png'), (rb'RIFF..
           (rb'II\*\x00|MM\x00\*', 'tiff'), (rb'GIF8[79]a', 'gif'), (rb'....ftyp(heic|heix|mif1|msf1|avif)', 'heic or avif'),
           (rb'%PDF', 'pdf'), (rb'PK\x03\x04', 'zip'), (rb'.{128}DICM', 'dicom'), (rb'\s*<(\?xml|svg|html|!doctype)', 'markup'))
 
+# %% ../nbs/02_images.ipynb #43a439b1
 def sniff_type(
     head:bytes, # the first bytes of a file, 132 or more
 ) -> str: # one of IMAGE_TYPES, the name of another known type, or ''
@@ -48,12 +49,14 @@ def _webp_size(data):
     else: w, h = (int.from_bytes(data[i:i+2], 'little') & 0x3fff for i in (26, 28))
     return w, h
 
+# %% ../nbs/02_images.ipynb #16bb47b3
 def _check_pixels(size, name, max_pixels):
     "Refuse a size that would not fit."
     if size[0] * size[1] > max_pixels:
         raise ImageError(f"{name}: {size[0]}x{size[1]} pixels, more than the {max_pixels:,} allowed; scale the image down")
     if min(size) < 1: raise ImageError(f"{name}: {size[0]}x{size[1]} pixels, so there is nothing in it; export it again")
 
+# %% ../nbs/02_images.ipynb #b97d234f
 def _check_type(data, name):
     "The type, or an error that says what it is instead."
     kind = sniff_type(data)
@@ -62,7 +65,7 @@ def _check_type(data, name):
         raise ImageError(f"{name}: {what}; allowed are {', '.join(IMAGE_TYPES)}. Export the image as JPEG or PNG")
     return kind
 
-# %% ../nbs/02_images.ipynb #16bb47b3
+# %% ../nbs/02_images.ipynb #3dad7e4f
 def _open(data, name, max_bytes, max_pixels):
     "A fully decoded Pillow image, not yet upright, and its type."
     if len(data) > max_bytes: raise ImageError(f"{name}: {len(data):,} bytes, more than the {max_bytes:,} allowed; export a smaller image")
@@ -80,11 +83,13 @@ def _open(data, name, max_bytes, max_pixels):
     except Exception as e:  # decoders raise what they like on bytes that lie
         raise ImageError(f"{name}: truncated or damaged {kind.upper()} ({e}); fetch or export the image again") from None
 
+# %% ../nbs/02_images.ipynb #66403592
 def _upright(image, name):
     "The image turned as its EXIF orientation says."
     try: return ImageOps.exif_transpose(image)
     except Exception as e: raise ImageError(f"{name}: unreadable EXIF orientation ({e}); export the image again without metadata") from None
 
+# %% ../nbs/02_images.ipynb #c6e491fe
 def _rgb(image, name):
     "(H,W,3) uint8: 16 bits scaled to 8, transparency over white."
     if image.mode.startswith('I;16'):
@@ -97,7 +102,7 @@ def _rgb(image, name):
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return np.array(image if image.mode == 'RGB' else image.convert('RGB'))
 
-# %% ../nbs/02_images.ipynb #b97d234f
+# %% ../nbs/02_images.ipynb #42e2d871
 def _source(source, name, max_bytes):
     "Bytes and a name for errors."
     if isinstance(source, (bytes, bytearray, memoryview)): return bytes(source), name or 'image'
@@ -107,6 +112,7 @@ def _source(source, name, max_bytes):
         raise ImageError(f"{name or path}: {path.stat().st_size:,} bytes, more than the {max_bytes:,} allowed; export a smaller image")
     return path.read_bytes(), name or str(path)
 
+# %% ../nbs/02_images.ipynb #9a75a19e
 def read_image(
     source:Path|str|bytes, # a file, or its bytes
     name:str|None=None, # what errors call it; the path by default
@@ -129,6 +135,7 @@ def _jpeg_part(marker, body):
 
 _AFTER_SCAN = re.compile(rb'\xff[^\x00\xd0-\xd7\xff]')
 
+# %% ../nbs/02_images.ipynb #37400865
 def _clean_jpeg(data):
     "The segments that decoding needs, scans untouched, nothing after the end."
     out, at = [b'\xff\xd8'], 2
@@ -147,9 +154,10 @@ def _clean_jpeg(data):
         at = end
     return b''.join(out) + b'\xff\xd9'
 
-# %% ../nbs/02_images.ipynb #37400865
+# %% ../nbs/02_images.ipynb #45d733ae
 _PNG_KEPT = (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND', b'gAMA', b'cHRM', b'sRGB', b'iCCP', b'cICP', b'sBIT', b'pHYs')
 
+# %% ../nbs/02_images.ipynb #39ef17a9
 def _clean_png(data):
     "The chunks that pixels and colours need, nothing after the end."
     out, at = [data[:8]], 8
@@ -161,6 +169,7 @@ def _clean_png(data):
         at = end
     raise ValueError("there is no end chunk")
 
+# %% ../nbs/02_images.ipynb #9bea25ab
 def encode_png(
     array:np.ndarray, # (H,W,3) or (H,W) uint8, or (H,W) bool, which becomes 0 and 255
     icc:bytes|None=None, # colour profile to carry
@@ -174,6 +183,7 @@ def encode_png(
     Image.fromarray(np.ascontiguousarray(array)).save(out, 'PNG', icc_profile=icc)
     return out.getvalue()
 
+# %% ../nbs/02_images.ipynb #3d41abe1
 def save_png(
     array:np.ndarray, # as `encode_png` takes it
     path:Path|str, # final place
@@ -207,6 +217,7 @@ def _binary(image, name):
     values = np.asarray(image) if image.mode == 'L' else _rgb(image, name).max(axis=2)
     return values > (127 if values.max() > 1 else 0)
 
+# %% ../nbs/02_images.ipynb #fd6a4b09
 def read_mask(
     source:Path|str|bytes, # a file, or its bytes; 0/255, 0/1 or one bit
     name:str|None=None, # what errors call it; the path by default
@@ -222,6 +233,7 @@ def image_size(
     "The size that the header states; nothing is decoded."
     with Image.open(io.BytesIO(data)) as image: return image.size[::-1]
 
+# %% ../nbs/02_images.ipynb #36a71e23
 def clean_mask(
     data:bytes, # of a mask file
     name:str='mask', # what errors call it
@@ -249,6 +261,7 @@ def resize_image(
     shrinks = image.shape[0] >= size and image.shape[1] >= size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
+# %% ../nbs/02_images.ipynb #24231db4
 def resize_mask(
     mask:np.ndarray, # (H,W) bool
     size:int, # side of the square, in pixels
@@ -259,6 +272,7 @@ def resize_mask(
 # %% ../nbs/02_images.ipynb #87eea978
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
+# %% ../nbs/02_images.ipynb #fa106d20
 def normalise(
     images:np.ndarray, # (...,H,W,3) uint8 RGB
 ): # torch.Tensor (...,3,H,W) float32, contiguous
@@ -271,6 +285,7 @@ def normalise(
     pixels = torch.from_numpy(np.array(images, order='C')).movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
     return pixels.sub_(mean).div_(std)
 
+# %% ../nbs/02_images.ipynb #f336a364
 def to_tensor(
     image:np.ndarray, # (H,W,3) uint8 RGB
 ): # torch.Tensor (3,H,W) float32

@@ -10,6 +10,7 @@ __all__ = ['DISCLAIMER', 'LABEL_SETS', 'SITES', 'SEXES', 'CLASS_COLOURS', 'neare
 import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from fastcore.basics import patch
 
 # %% ../nbs/00_taxonomy.ipynb #94a61a26
 DISCLAIMER = "For education and research, never for diagnosis."
@@ -65,6 +66,7 @@ def _check_codes(name, codes):
                              "(it becomes a column name); put the long form into names")
         if forms.count(form) > 1: raise ValueError(f"label set '{name}': code '{code}' is there twice (case and hyphens do not count)")
 
+# %% ../nbs/00_taxonomy.ipynb #ec2b1ce6
 def _check_known(name, key, used, codes):
     "Refuse a code that the set has not."
     for code in used:
@@ -113,26 +115,6 @@ class LabelSet:
         "The code that a word means."
         return _parse(self, word, where)
 
-    def is_malignant(self,
-        code:str, # exactly as in `codes`
-    ) -> bool|None: # None where nobody said
-        "Whether a code counts as malignant."
-        self.index(code)
-        return None if self.malignant is None or code in self.undecided else code in self.malignant
-
-    def to_dict(self) -> dict: # of plain JSON values
-        "The set as `dataset.json` and `bundle.json` hold it."
-        malignant = None if self.malignant is None else [c for c in self.codes if c in self.malignant]
-        return dict(name=self.name, codes=list(self.codes), names=dict(self.names), malignant=malignant,
-                    undecided=[c for c in self.codes if c in self.undecided])
-
-    @classmethod
-    def from_dict(cls,
-        values:dict, # what `to_dict` gave
-    ) -> 'LabelSet': # equal to the first
-        "Read a set back; an unknown or missing key is an error."
-        return cls(**_checked_keys(values))
-
 # %% ../nbs/00_taxonomy.ipynb #7357c112
 def _unknown(label_set, word, where=''):
     "The error of a word that is not in the set."
@@ -140,6 +122,7 @@ def _unknown(label_set, word, where=''):
     return (f"{where}{': ' if where else ''}{said} in label set {label_set.name} ({', '.join(label_set.codes)})."
             f"{nearest(word, [*label_set.codes, *label_set.names.values()])}")
 
+# %% ../nbs/00_taxonomy.ipynb #d37fa7be
 def _parse(label_set, word, where):
     "Code, then full name, then alias."
     form = _words(word)
@@ -149,6 +132,7 @@ def _parse(label_set, word, where):
         if code in label_set.codes: return code
     raise ValueError(_unknown(label_set, word, where))
 
+# %% ../nbs/00_taxonomy.ipynb #1a469ce6
 def _checked_keys(values):
     "The keys of `LabelSet.from_dict`, or an error."
     allowed = ('name', 'codes', 'names', 'malignant', 'undecided')
@@ -157,6 +141,31 @@ def _checked_keys(values):
     for key in ('name', 'codes'):
         if key not in values: raise ValueError(f"label set: the key '{key}' is missing; it needs name and codes")
     return values
+
+# %% ../nbs/00_taxonomy.ipynb #c5c8b246
+@patch
+def is_malignant(self:LabelSet,
+    code:str, # exactly as in `codes`
+) -> bool|None: # None where nobody said
+    "Whether a code counts as malignant."
+    self.index(code)
+    return None if self.malignant is None or code in self.undecided else code in self.malignant
+
+# %% ../nbs/00_taxonomy.ipynb #d5aa993a
+@patch
+def to_dict(self:LabelSet) -> dict: # of plain JSON values
+    "The set as `dataset.json` and `bundle.json` hold it."
+    malignant = None if self.malignant is None else [c for c in self.codes if c in self.malignant]
+    return dict(name=self.name, codes=list(self.codes), names=dict(self.names), malignant=malignant,
+                undecided=[c for c in self.codes if c in self.undecided])
+
+# %% ../nbs/00_taxonomy.ipynb #f3b666a5
+@patch(cls_method=True)
+def from_dict(cls:LabelSet,
+    values:dict, # what `to_dict` gave
+) -> LabelSet: # equal to the first
+    "Read a set back; an unknown or missing key is an error."
+    return cls(**_checked_keys(values))
 
 # %% ../nbs/00_taxonomy.ipynb #1e06faef
 def _built_in(name, codes, undecided=''):
@@ -169,6 +178,7 @@ LABEL_SETS = {s.name: s for s in (
     _built_in('isic2019', 'ak bcc bkl df mel nv scc vasc unk', undecided='unk'),
     _built_in('melanoma', 'benign mel'))}
 
+# %% ../nbs/00_taxonomy.ipynb #c4ba290b
 def get_label_set(
     name:str, # 'ham10000', 'isic2019' or 'melanoma'
 ) -> LabelSet:
@@ -189,6 +199,7 @@ _SITE_OF = {
 _SEX_OF = dict(f='female', m='male', woman='female', man='male')
 _EMPTY = ('', 'unknown', 'nan', 'na', 'n a', 'none', 'not reported')
 
+# %% ../nbs/00_taxonomy.ipynb #348828a9
 def _closed(word, where, what, allowed, aliases):
     "A word of a closed list, '' where it says unknown."
     form = _words(word)
@@ -198,7 +209,7 @@ def _closed(word, where, what, allowed, aliases):
     raise ValueError(f"{where}{': ' if where else ''}{what} '{word}' is not known; allowed are {', '.join(allowed)}, "
                      f"or empty for unknown.{nearest(word, [*allowed, *aliases])}")
 
-# %% ../nbs/00_taxonomy.ipynb #348828a9
+# %% ../nbs/00_taxonomy.ipynb #d6f624b8
 def parse_site(
     word:str, # such as 'Lower extremity' or 'posterior torso'; empty or 'unknown' for unknown
     where:str='', # place of the word; begins the error
@@ -206,6 +217,7 @@ def parse_site(
     "The canonical word of a body site."
     return _closed(word, where, 'site', SITES, _SITE_OF)
 
+# %% ../nbs/00_taxonomy.ipynb #4553ab05
 def parse_sex(
     word:str, # 'female', 'male', 'f', 'm'; empty or 'unknown' for unknown
     where:str='', # place of the word; begins the error

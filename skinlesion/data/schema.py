@@ -31,6 +31,7 @@ class DatasetError(ValueError):
         shown = self.problems[:10] + [f"... and {len(self.problems) - 10} more"] * (len(self.problems) > 10)
         super().__init__(shown[0] if len(shown) == 1 else '\n  '.join([f"{where}: {len(self.problems)} problems", *shown]))
 
+# %% ../../nbs/data/10_schema.ipynb #e3f9a759
 @dataclass(frozen=True)
 class DatasetInfo:
     "What `dataset.json` holds."
@@ -72,6 +73,7 @@ def _table_text(source, name):
     header = text.lstrip().split('\n', 1)[0]
     return text, max(',\t;', key=header.count)
 
+# %% ../../nbs/data/10_schema.ipynb #1955e795
 def read_table(
     source:Path|str|bytes, # a CSV in UTF-8 with a header, or its bytes; also tab or semicolon separated
     name:str|None=None, # what errors call it; the path by default
@@ -94,6 +96,7 @@ def read_table(
 # %% ../../nbs/data/10_schema.ipynb #9340904d
 _FILE_NAME = r'^(?![.\s])[^\x00-\x1f/\\:*?"<>|]+(?<![.\s])$'
 
+# %% ../../nbs/data/10_schema.ipynb #72bea179
 def table_schema(
     label_set:LabelSet, # whose codes `diagnosis` may hold
 ) -> pa.DataFrameSchema: # for a table whose words are translated
@@ -106,6 +109,7 @@ def table_schema(
         'age': pa.Column(float, pa.Check.in_range(0, 120), nullable=True),
         'sex': word(('', *SEXES)), 'site': word(('', *SITES))}, strict=False)
 
+# %% ../../nbs/data/10_schema.ipynb #5a314735
 def _translate(column, parse):
     "Each distinct word by `parse`; those it refuses stay."
     def known(word):
@@ -118,7 +122,7 @@ def _number(column):
     empty = column.str.strip().str.lower().isin(['', 'unknown', 'nan', 'na', 'n/a'])
     return pd.to_numeric(column, errors='coerce').astype(float).fillna(np.inf).mask(empty)
 
-# %% ../../nbs/data/10_schema.ipynb #72bea179
+# %% ../../nbs/data/10_schema.ipynb #c465fbc4
 def _fault(column, word, first, label_set):
     "What is wrong with one cell."
     try:
@@ -129,6 +133,7 @@ def _fault(column, word, first, label_set):
     if first: return f"{column} '{word}' is already in row {first}; every image has one row and a name of its own"
     return f"{column} '{word}' cannot be the name of a file; use letters, digits, '_' and '-'"
 
+# %% ../../nbs/data/10_schema.ipynb #b6a72d2f
 def _faults(table, words, lines, where, label_set):
     "Every failed cell as a sentence, in the order of the file."
     try: table_schema(label_set).validate(table, lazy=True)
@@ -173,7 +178,6 @@ class Dataset:
     label_set:LabelSet # of the diagnoses
     table:pd.DataFrame # canonical, one row per image
     files:dict = field(repr=False) # folder name -> image_id -> file name
-
     def __len__(self): return len(self.table)
 
     def image_path(self,
@@ -209,6 +213,7 @@ class Dataset:
 # %% ../../nbs/data/10_schema.ipynb #3a2e69ab
 FOLDERS = dict(images=('.jpg', '.png'), masks=('.png',), evidence=('.png',), artefacts=('.png',))
 
+# %% ../../nbs/data/10_schema.ipynb #fdebfc98
 def _list_files(root, kind, ids, problems):
     "image_id -> file name of one folder; hidden files do not count."
     found, folder = {}, root/kind
@@ -221,6 +226,7 @@ def _list_files(root, kind, ids, problems):
         found[stem] = name
     return found
 
+# %% ../../nbs/data/10_schema.ipynb #ac0c953a
 def _read(root, name):
     "Read and check a folder that errors call `name`."
     info = _read_info(root/'dataset.json')
@@ -237,6 +243,7 @@ def _read(root, name):
     if problems: raise DatasetError(name, problems)
     return Dataset(root, info, label_set, table, files)
 
+# %% ../../nbs/data/10_schema.ipynb #b0430970
 def read_dataset(
     root:Path|str, # a dataset folder
 ) -> Dataset: # checked
@@ -255,10 +262,12 @@ def check_target(
         raise FileExistsError(f"{out}: the folder is not empty and is no dataset folder (no dataset.json), so it is left alone; choose another")
     return out
 
+# %% ../../nbs/data/10_schema.ipynb #166db6fb
 def _cells(table):
     "The table as it is written: whole years without a point, unknown empty."
     return table.assign(age=['' if a != a else f'{a:g}' for a in table.age])
 
+# %% ../../nbs/data/10_schema.ipynb #6d0c95ae
 def _put(folder, image_id, data, suffixes):
     "One file, named after the type of its content."
     suffix = {'jpeg': '.jpg', 'png': '.png'}.get(sniff_type(data[:200]))
@@ -268,13 +277,14 @@ def _put(folder, image_id, data, suffixes):
     folder.mkdir(exist_ok=True)
     (folder/f'{image_id}{suffix}').write_bytes(data)
 
+# %% ../../nbs/data/10_schema.ipynb #390d2ec1
 def _pairs(source, ids):
     "(image_id, bytes) from a dict, a function of the id, or pairs."
     if callable(source): pairs = ((i, source(i)) for i in ids)
     else: pairs = source.items() if isinstance(source, dict) else source or ()
     return ((i, data) for i, data in pairs if data is not None)
 
-# %% ../../nbs/data/10_schema.ipynb #166db6fb
+# %% ../../nbs/data/10_schema.ipynb #34d593f1
 class DatasetWriter:
     "Takes files one by one into a scratch folder, then the table."
     def __init__(self, scratch, out, info): self.scratch, self.out, self.info, self.dataset = scratch, out, info, None
@@ -297,6 +307,7 @@ class DatasetWriter:
         self.dataset = replace(_read(self.scratch, self.out.name), root=self.out)
         return self.dataset
 
+# %% ../../nbs/data/10_schema.ipynb #96c7d952
 @contextmanager
 def dataset_writer(
     out:Path|str, # new, empty, or an older dataset folder, which is replaced as a whole

@@ -39,6 +39,7 @@ class _Entry:
         if len(data) > limit: raise ImageError(f"{self.label}: more than the {limit:,} bytes allowed; export a smaller file")
         return data
 
+# %% ../../nbs/data/12_sources.ipynb #5dddcaf3
 def _zip_entries(path, stack):
     "The files of a zip archive, which stays open with the stack."
     if not zipfile.is_zipfile(path): raise DatasetError(path, [f"{path}: no zip archive, or cut short; fetch it again"])
@@ -49,6 +50,7 @@ def _zip_entries(path, stack):
         if name.suffix.lower() == '.zip': raise DatasetError(path, [f"{path}: it holds the archive {name}; unpack it and give the folder"])
         yield _Entry(f'{path.name}/{name}', lambda e=e: archive.open(e))
 
+# %% ../../nbs/data/12_sources.ipynb #3d2843d6
 def _entries(path, out, seen, stack):
     "The files of a path: a folder, an archive or a file; what was seen before counts once."
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder; check the path")
@@ -59,7 +61,7 @@ def _entries(path, out, seen, stack):
         if file.suffix.lower() == '.zip': yield from _zip_entries(file, stack)
         else: yield _Entry(str(file.relative_to(path.parent)), lambda file=file: open(file, 'rb'))
 
-# %% ../../nbs/data/12_sources.ipynb #5dddcaf3
+# %% ../../nbs/data/12_sources.ipynb #e3879162
 @dataclass
 class _Found:
     "What the given paths hold."
@@ -69,12 +71,14 @@ class _Found:
     others:list = field(default_factory=list) # labels of what is not read
     rows:set = field(default_factory=set) # image_ids of the table
 
+# %% ../../nbs/data/12_sources.ipynb #193c9805
 def _columns(entry):
     "The column names of what may be a table."
     with entry.open() as f: head = f.read(4096).decode('utf-8', 'replace').lstrip('\ufeff')
     line = head.split('\n')[0]
     return [c.strip().strip('"') for c in line.split(max(',\t;', key=line.count))]
 
+# %% ../../nbs/data/12_sources.ipynb #7ebeb1be
 def _collect(paths, out, stack):
     "Sort every given file by what it is."
     paths = [Path(p).resolve() for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
@@ -93,6 +97,7 @@ def _collect(paths, out, stack):
 _HAM_COLUMNS = dict(lesion_id='lesion_id', image_id='image_id', dx='diagnosis', dx_type='diagnosis_confirm_type', age='age', sex='sex',
                     localization='site')
 
+# %% ../../nbs/data/12_sources.ipynb #21e3eb4e
 def _find_table(found):
     "The one metadata table, or an error that lists what was looked at."
     tables = [e for e, columns in found.tables if {'image_id', 'dx'} <= set(columns)]
@@ -104,6 +109,7 @@ def _find_table(found):
     raise DatasetError('HAM10000', ["no metadata table (a table with the columns image_id and dx, such as HAM10000_metadata.csv) was given; "
                                     f"tables seen: {seen}. Give it beside the image archives"])
 
+# %% ../../nbs/data/12_sources.ipynb #81f5f265
 def _ham_table(entry):
     "Canonical table, line of each row, and which ages were 0."
     words, lines = read_table(entry.read(), entry.label)
@@ -146,6 +152,7 @@ class ImportReport:
             *_some("images without a row, not imported", self.images_without_row), *_some("other files, not read", self.other_files),
             f"licence: {self.licence}", DISCLAIMER])
 
+# %% ../../nbs/data/12_sources.ipynb #b1325bc5
 def _some(what, items, shown=10):
     "A line with the count, and the first few."
     if not items: return []
@@ -159,6 +166,7 @@ def _one(entries):
         if other.read() != data: raise ImageError(f"{entries[0].label} and {other.label} differ; give only the one that is meant")
     return data, entries[0].label
 
+# %% ../../nbs/data/12_sources.ipynb #aaa96850
 def _prepare(image_id, where, found):
     "Image bytes, mask bytes, whether the image was re-encoded, and what is wrong."
     image = mask = None
@@ -175,6 +183,7 @@ def _prepare(image_id, where, found):
     except ImageError as e: problems.append(f"{where}: {e}")
     return image, mask, converted, problems
 
+# %% ../../nbs/data/12_sources.ipynb #49c63749
 def _prepared(table, lines, where, found):
     "Yield (image_id, image, mask, converted, problems) in the order of the table, a few hundred at a time in memory."
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -205,6 +214,7 @@ HAM_CITATION = ("Tschandl, P., Rosendahl, C. & Kittler, H. The HAM10000 dataset,
 
 def _ham_info(): return DatasetInfo('HAM10000', 'ham10000', licence='CC BY-NC 4.0', citation=HAM_CITATION, source='https://doi.org/10.7910/DVN/DBW86T')
 
+# %% ../../nbs/data/12_sources.ipynb #42675cf1
 def _report(dataset, found, zero, masked, converted, problems):
     "The report of a finished import."
     table, counts = dataset.table, dataset.table.diagnosis.value_counts()
@@ -217,6 +227,7 @@ def _report(dataset, found, zero, masked, converted, problems):
         age_missing=int(table.age.isna().sum()), sex_missing=int((table.sex == '').sum()), site_missing=int((table.site == '').sum()),
         converted=converted, skipped=problems, images_without_row=tuple(strangers), other_files=tuple(found.others), licence=dataset.info.licence)
 
+# %% ../../nbs/data/12_sources.ipynb #863349b0
 def import_ham10000(
     paths, # a path or several, in any order: folders, zip archives, images, masks, the metadata table
     out:Path|str, # dataset folder to write; an older one is replaced as a whole, anything else is refused
