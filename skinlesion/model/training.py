@@ -257,7 +257,7 @@ def _sealed():
     flags = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     states, on_main = (random.getstate(), np.random.get_state()), threading.current_thread() is threading.main_thread()
-    interrupt = signal.getsignal(signal.SIGINT) if on_main else None
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if on_main else {}
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.filterwarnings('ignore', module=r'lightning\.|torch\.utils\.data')
@@ -273,7 +273,15 @@ def _sealed():
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
         random.setstate(states[0]); np.random.set_state(states[1]); torch.set_num_threads(threads)
         for log, level in zip(logs, levels): log.setLevel(level)
-        if on_main: signal.signal(signal.SIGINT, interrupt)
+        for number, handler in handlers.items(): signal.signal(number, handler)
+
+# %% ../../nbs/model/22_training.ipynb #0d658197
+class _PlainSigterm(L.Callback):
+    "Puts the handler of SIGTERM back that stood there before Lightning's."
+    def __init__(self): self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer, module):
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, self.handler)
 
 # %% ../../nbs/model/22_training.ipynb #abf4605b
 @dataclass(frozen=True)
@@ -317,7 +325,8 @@ def _run(model, train_ds, valid_ds, config, weights, books, after_epoch):
         module = LesionTraining(model, criterion, config, train_ds.ids, books, after_epoch)
         trainer = L.Trainer(accelerator='gpu' if gpu else 'cpu', devices=1, max_epochs=config.epochs - len(books.rows), logger=False,
                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                            num_sanity_val_steps=0, reload_dataloaders_every_n_epochs=1, use_distributed_sampler=False)
+                            num_sanity_val_steps=0, reload_dataloaders_every_n_epochs=1, use_distributed_sampler=False,
+                            callbacks=[_PlainSigterm()])
         try:
             model.train()
             if not gpu: model.to(memory_format=torch.channels_last)
