@@ -136,31 +136,35 @@ def truth(self:CamExplorer) -> str: # '' where unknown
 
 # %% ../../nbs/apps/60_panels.ipynb #77a61897
 @patch
-def _answer(self:CamExplorer):
-    "Picture, prediction and map for the state as it is, from the cache where they are in it."
+def _read(self:CamExplorer):
+    "The picture chosen."
     if self.image_name not in self.images: raise ValueError(f"there is no picture '{self.image_name}'; choose one of the list, or upload one")
+    return as_image(self.images[self.image_name], self.image_name)
+
+@patch
+def _answer(self:CamExplorer, image):
+    "Prediction and map for the state as it is, from the cache where they are in it."
     person, key = (self.age, self.sex, self.site), (self.image_name, self.age, self.sex, self.site)
-    known, found = self._cache
-    if known != key:
-        image = as_image(self.images[self.image_name], self.image_name)
-        found = dict(image=image, prediction=self.predictor.predict(image, *person, image_id=self.image_name), cams={})
-        self._cache = (key, found)
+    if self._cache[0] != key:
+        self._cache = (key, dict(prediction=self.predictor.predict(image, *person, image_id=self.image_name), cams={}))
+    found = self._cache[1]
     which = (self.method, self.layer or None, self.target or found['prediction'].predicted, self.member or 0)
     if which not in found['cams']:
-        found['cams'][which] = self.predictor.explain(found['image'], *which[:3], *person, member=which[3])
+        found['cams'][which] = self.predictor.explain(image, *which[:3], *person, member=which[3])
         self.computed += 1
-    return found['image'], found['prediction'], found['cams'][which]
+    return found['prediction'], found['cams'][which]
 
 @patch
 def submit(self:CamExplorer) -> Prediction|None: # None where there is an error
     "Answer for the state as it is; a fault becomes the sentence in `error`."
-    self.working = True
+    self.working, image, prediction, cam, error, note = True, None, None, None, '', ''
     try:
-        self.error, (image, prediction, cam) = '', self._answer()
-        self.note = f'{CAM_NAMES[self.method]}: nothing in this picture stood out for this class, so there is no map to draw.' if is_flat(cam) else ''
-    except (ValueError, OSError) as e: self.error, self.note, image, prediction, cam = str(e), '', None, None, None
+        image = self._read()
+        prediction, cam = self._answer(image)
+        if is_flat(cam): note = f'{CAM_NAMES[self.method]}: nothing in this picture stood out for this class, so there is no map to draw.'
+    except (ValueError, OSError) as e: error, prediction, cam = str(e), None, None
     finally: self.working = False
-    self.image, self.cam, self.prediction = image, cam, prediction
+    self.image, self.cam, self.prediction, self.error, self.note = image, cam, prediction, error, note
     self._blend()
     return prediction
 
@@ -177,8 +181,8 @@ def _blend(self:CamExplorer):
 # %% ../../nbs/apps/60_panels.ipynb #41cfbf18
 STYLE = """<style>
 .sk-panel {font-family: system-ui, sans-serif; max-width: 1180px; line-height: 1.4}
-.sk-panel h2 {font-size: 1.35rem; margin: 0 0 .1rem} .sk-panel h3 {font-size: .95rem; margin: .5rem 0 .1rem; color: #334}
-.sk-answer {font-size: 1.05rem; margin: .2rem 0 .4rem} .sk-caption {font-size: .85rem; color: #445}
+.sk-panel h3 {font-size: .95rem; margin: .5rem 0 .1rem; color: #334}
+.sk-answer {font-size: 1.05rem; margin: .2rem 0 .4rem; white-space: normal} .sk-caption {font-size: .85rem; color: #445}
 .sk-bars {display: grid; grid-template-columns: auto 7rem 4rem; gap: .35rem .6rem; align-items: center; font-size: .9rem; margin-top: .3rem}
 .sk-name span {color: #778; font-size: .8rem} .sk-num {text-align: right; font-variant-numeric: tabular-nums}
 .sk-track {background: #e8eaee; height: .9rem; border-radius: 2px} .sk-track i {display: block; height: 100%; border-radius: 2px; box-shadow: inset 0 0 0 1px rgba(0,0,0,.25)}
@@ -234,7 +238,7 @@ def _outputs(explorer):
         answer, chosen = explorer.prediction, explorer.target or (explorer.prediction.predicted if explorer.prediction else '')
         out['answer'].value = answer_html(labels, answer, explorer.truth)
         out['bars'].value = bars_html(labels, answer.probabilities, chosen) if answer else ''
-        out['caption'].value = f'<div class="sk-caption">{CAM_NAMES[explorer.method]}: evidence for <b>{escape(class_name(labels, chosen))}</b></div>' if answer else ''
+        out['caption'].value = f'<div class="sk-caption">{CAM_NAMES[explorer.method]}: evidence for <b>{escape(class_name(labels, chosen))}</b></div>' if answer else '<div class="sk-caption">No map</div>'
     def pictures(_): out['image'].value, out['picture'].value = shown(explorer.image), shown(explorer.picture)
     def messages(_): out['error'].value = _box('error', explorer.error) + _box('note', explorer.note)
     def status(_):
@@ -280,12 +284,12 @@ def view(self:CamExplorer) -> W.Widget: # to be displayed
     title = lambda text: W.HTML(f'<h3>{text}</h3>')
     ramp = W.HTML('<div class="sk-ramp"></div><div class="sk-scale"><span>no evidence</span><span>strongest evidence</span></div>')
     form = W.VBox([title('Picture'), pick, bring, title('Person'), *(controls[n] for n in ('age', 'sex', 'site')),
-                   title('Map'), *(controls[n] for n in ('member', 'method', 'layer', 'target', 'opacity'))], layout=W.Layout(min_width='20rem'))
+                   title('Map'), *(controls[n] for n in ('member', 'method', 'layer', 'target', 'opacity'))], layout=W.Layout(flex='0 0 20rem'))
     shots = W.HBox([W.VBox([W.HTML('<div class="sk-caption">As taken</div>'), out['image']]), W.VBox([out['caption'], out['picture'], ramp])],
                    layout=W.Layout(flex_flow='row wrap', grid_gap='1rem'))
-    right = W.VBox([out['answer'], out['error'], out['status'], shots, title('Probabilities'), out['bars']], layout=W.Layout(margin='0 0 0 1.5rem'))
+    right = W.VBox([out['answer'], out['error'], out['status'], shots, title('Probabilities'), out['bars']], layout=W.Layout(flex='1 1 24rem', min_width='0', margin='0 0 0 1.5rem'))
     foot = W.HTML(f'<div class="sk-disclaimer"><b>{escape(DISCLAIMER)}</b> Bundle {escape(self.predictor.bundle_id[:12])}.</div>')
-    page = W.VBox([W.HTML(STYLE + '<h2>Where does the model look?</h2>'), W.HBox([form, right], layout=W.Layout(flex_flow='row wrap')), foot])
+    page = W.VBox([W.HTML(STYLE), W.HBox([form, right], layout=W.Layout(flex_flow='row wrap')), foot])
     page.add_class('sk-panel')
     return page
 
