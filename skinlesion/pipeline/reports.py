@@ -194,7 +194,7 @@ pre.error { color: var(--bad) } p code, li code, td code { background: var(--was
 details { margin: .4rem 0 } summary { cursor: pointer; color: var(--soft); font-size: .86rem }
 .scroll { overflow-x: auto; margin: .8rem 0 } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) } thead th { color: var(--soft); font-weight: 600 }
-.html td, .html thead th, td.number, th.number { text-align: right } .html tbody th { text-align: left }
+.html td { white-space: nowrap } .html td, .html thead th, td.number, th.number { text-align: right } .html tbody th { text-align: left }
 td.hash { font-family: ui-monospace, monospace; font-size: .8rem; overflow-wrap: anywhere } .missing { color: var(--bad); font-weight: 600 }
 figure { margin: 1rem 0 } img { max-width: 100%; height: auto } footer { margin-top: 4rem; color: var(--soft); font-size: .86rem; border-top: 1px solid var(--line) }
 @media print { body { max-width: none; padding: 0; font-size: 10pt } nav, details.code, .skip { display: none } h2, h3 { break-after: avoid }
@@ -282,16 +282,18 @@ def metric_text(
 ) -> str: # such as "0.930 [0.910, 0.950]"
     "A metric with its 95 % interval, or why there is none."
     if leaf['value'] is None: return f"undefined: {leaf.get('reason', 'no reason given')}"
-    if leaf.get('low') is None or leaf.get('high') is None: return _number(leaf['value'])
+    if leaf.get('low') is None or leaf.get('high') is None:
+        return _number(leaf['value']) + (f" ({leaf['reason']})" if leaf.get('reason') else '')
     return f"{_number(leaf['value'])} [{_number(leaf['low'])}, {_number(leaf['high'])}]"
 
 # %% ../../nbs/pipeline/72_reports.ipynb #6243583e
-_HEADLINES = ('accuracy', 'balanced_accuracy', 'auroc_macro', 'ece', 'auroc', 'all', 'energy_inside', 'best_auroc', 'best_epoch')
+_HEADLINES = {'accuracy', 'balanced_accuracy', 'auroc_macro', 'ece', 'auroc', 'all', 'energy_inside', 'best_epoch'}
 
 def _headlines(leaves):
-    "The leaves to show first: totals over all classes, else the first few."
-    totals = [(name, leaf) for name, leaf in leaves if name.rsplit('.', 1)[-1] in _HEADLINES and 'per_class' not in name]
-    return totals[:16] or leaves[:8]
+    "The leaves to show first: totals over all classes, on the test lesions where there are such; else the first few."
+    test = [leaf for leaf in leaves if leaf[0].startswith('test.')] or leaves
+    totals = [(name, leaf) for name, leaf in test if 'per_class' not in name and _HEADLINES & set(name.split('.'))]
+    return totals[:40] or test[:12]
 
 def _metrics_table(leaves, caption):
     "Leaves as a table: name, value with interval, over how many."
