@@ -285,6 +285,21 @@ def _tied_to_parent():
     "Whether this run should end with its parent: always below DVC, else unless it was detached by nohup."
     return 'DVC_STAGE' in os.environ or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
 
+def _parent(pid):
+    "Parent of a process, or None where it is gone or the system does not say."
+    try: return int(Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[1])
+    except OSError: return None
+
+def _watch_grandparent(ended):
+    "Below DVC a shell may stand between: end this run when the shell loses its parent."
+    shell, dvc = os.getppid(), _parent(os.getppid())
+    try: name = Path(f'/proc/{shell}/comm').read_text().strip()
+    except OSError: return
+    while name in ('sh', 'ash', 'dash', 'bash', 'zsh', 'ksh', 'fish', 'busybox') and not ended.wait(.5):
+        if _parent(shell) != dvc:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
 @contextmanager
 def stop_signals():
     "Turn SIGINT, SIGTERM and SIGHUP into `Stopped`, once; yields a context in which they wait."
@@ -303,9 +318,12 @@ def stop_signals():
         return
     signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
     old = {s: signal.signal(s, stop) for s in signals}
+    ended = threading.Event()
     if _tied_to_parent(): end_with_parent(signal.SIGTERM)
+    if 'DVC_STAGE' in os.environ: threading.Thread(target=_watch_grandparent, args=(ended,), daemon=True).start()
     try: yield hold
     finally:
+        ended.set()
         end_with_parent(0)
         for s, handler in old.items(): signal.signal(s, handler)
 
@@ -582,7 +600,7 @@ def _build(root, scratch, stage, notebook, parameters, inputs, outputs, report_d
     started, nb_source = time.time(), nbformat.read(root/notebook, as_version=4)
     provenance = stage_provenance(root, notebook, parameters, inputs, code)
     tree = mirror_tree(root, scratch, outputs, parameters)
-    (tree/report_dir).mkdir(parents=True)
+    for path in outputs: (tree/path).mkdir()
     progress.folders = [tree, root]
     kernel, finished = StageKernel(root, scratch, tree, lock), False
     try:
@@ -604,7 +622,7 @@ def run_notebook(
     notebook:str, # path relative to `root`, as are all below
     parameters:dict, # exactly the names of its parameters cell
     inputs:list[str], # files and folders it reads
-    outputs:list[str], # folders it writes, `report_dir` among them; each is replaced whole
+    outputs:list[str], # folders it finds empty and fills, `report_dir` among them; each is replaced whole
     report_dir:str, # receives executed.ipynb, report.html, run.json; failed.ipynb after a failure
     root:Path|str, # of the repository
     stage:str='', # name on progress lines; by default the notebook's
