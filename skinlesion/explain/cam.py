@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAM_METHODS', 'CAM_NAMES', 'COLOUR_MAP', 'FixedMetadata', 'untouched', 'target_layers', 'find_layer', 'as_maps',
            'SignedEigenCAM', 'LeanScoreCAM', 'check_method', 'compute_cam', 'is_flat', 'overlay', 'GalleryRow',
-           'row_title', 'cam_gallery']
+           'row_title', 'dataset_row', 'cam_gallery']
 
 # %% ../../nbs/explain/40_cam.ipynb #2b94cf56
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection_with_sig
 from torch import nn
 from torch.nn import functional as F
 
+from ..images import read_image, read_mask
 from ..model.fusion import LesionModel, cam_layers
 from ..taxonomy import nearest
 
@@ -229,6 +230,20 @@ def row_title(
     sure = '' if row.probability is None else f' ({row.probability:.0%})'
     lines = [f'True: {row.truth}' if row.truth else '', f'Predicted: {row.predicted}{sure}' if row.predicted else '']
     return '\n'.join(fill(line, 36) for line in lines if line) or row.label
+
+# %% ../../nbs/explain/40_cam.ipynb #3f350c45
+def dataset_row(
+    source, # data.schema.Dataset that holds the image
+    image_id:str, # of one row of it
+    probs:np.ndarray, # (C,) probabilities that the model gives it
+    maps:dict, # method -> (h,w) map in [0, 1]
+) -> GalleryRow: # with the picture at its own size, and the lesion's outline where there is a mask
+    "The gallery row of an image of a dataset."
+    words = [source.label_set.names[code].replace('_', ' ') for code in source.label_set.codes]
+    truth = source.table.set_index('image_id').diagnosis[image_id]
+    mask, best = source.mask_path(image_id), int(np.argmax(probs))
+    return GalleryRow(read_image(source.image_path(image_id)), maps, words[source.label_set.index(truth)], words[best], float(probs[best]),
+                      None if mask is None else read_mask(mask), image_id)
 
 # %% ../../nbs/explain/40_cam.ipynb #6cbd3989
 def _outline(ax, mask):
