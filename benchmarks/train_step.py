@@ -3,12 +3,14 @@
 `fit` reads a LesionDataset (uint8 pixels, normalised and collated per batch) and does everything a run does per step: determinism, reseeding,
 schedule, gradient clipping, finiteness checks, the books. The bare loop reads normalised channels-last tensors that already lie in memory.
 Both are timed from the second step of a round to its last, so start-up, validation and the set-up of oneDNN's kernels are left out of both.
-Rounds alternate, and the ratio is the median over pairs of rounds, so that other work on the machine hits both sides alike.
+Rounds alternate, and the ratio is the median over pairs of rounds, so that other work on the machine hits both sides alike. A load above 1 is printed with a warning: two threads that wait for a core
+make single ratios swing from 0.3 to 1.3, so repeat on a quiet machine.
 
     python benchmarks/train_step.py [--backbone mobilenetv2_100] [--size 128] [--batch 32] [--steps 7] [--rounds 5] [--threads N]
 """
 import argparse
 import json
+import os
 import statistics
 import time
 from types import SimpleNamespace
@@ -80,6 +82,8 @@ def main():
         parser.add_argument(f'--{name}', type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    load = round(os.getloadavg()[0], 1)
+    if load > 1: print(f'warning: the load is {load} before the benchmark starts; other work on this machine makes the ratio unreliable')
     train, pixels = make_data(args, args.steps * args.batch)
     valid, _ = make_data(args, 14)
     images = normalise(pixels).contiguous(memory_format=torch.channels_last)
@@ -94,7 +98,7 @@ def main():
     medians = {name: statistics.median(p[name] for p in pairs) for name in ('fit', 'bare')}
     ratio = statistics.median(p['fit'] / p['bare'] for p in pairs)
     print(json.dumps(dict(benchmark='train_step', fit_images_per_s=round(medians['fit'], 1), bare_images_per_s=round(medians['bare'], 1),
-                          ratio=round(ratio, 3), target=.9, met=ratio >= .9, backbone=args.backbone, size=args.size, batch=args.batch, threads=args.threads)))
+                          ratio=round(ratio, 3), target=.9, met=ratio >= .9, backbone=args.backbone, size=args.size, batch=args.batch, threads=args.threads, load_before=load)))
 
 
 if __name__ == '__main__': main()
