@@ -417,7 +417,8 @@ class Progress:
         self.stream.flush()
 
     def start(self, cell=None, cell_index:int=0, **_): # called before a cell runs
-        "A cell begins."
+        "A cell begins; text cells are passed over."
+        if cell_index not in self.order: return
         self.current, self.started, self.ended = cell_index, time.monotonic(), threading.Event()
         if self.terminal:
             self._show(0, '')
