@@ -344,6 +344,7 @@ _CHECK = '''def _check(root):
 _check(%r)
 del _check'''
 
+# %% ../../nbs/pipeline/73_stages.ipynb #d6fd2296
 class StageKernel:
     "A kernel that dies with this process, and whatever it started with it."
     def __init__(self,
@@ -388,6 +389,7 @@ def cell_title(
         if headings: return headings[-1].strip()
     return (nb.cells[index].source.strip().splitlines() or [''])[0][:60]
 
+# %% ../../nbs/pipeline/73_stages.ipynb #af638c69
 class Progress:
     "Where a run stands, told on a stream and kept for the record."
     def __init__(self,
