@@ -183,7 +183,7 @@ STYLE = """<style>
 .sk-panel {font-family: system-ui, sans-serif; max-width: 1180px; line-height: 1.4}
 .sk-panel h3 {font-size: .95rem; margin: .5rem 0 .1rem; color: #334}
 .sk-answer {font-size: 1.05rem; margin: .2rem 0 .4rem; white-space: normal} .sk-caption {font-size: .85rem; color: #445}
-.sk-bars {display: grid; grid-template-columns: auto 7rem 4rem; gap: .35rem .6rem; align-items: center; font-size: .9rem; margin-top: .3rem}
+.sk-bars {display: grid; grid-template-columns: max-content 16rem 4rem; justify-content: start; gap: .35rem .6rem; align-items: center; font-size: .9rem; margin-top: .3rem}
 .sk-name span {color: #778; font-size: .8rem} .sk-num {text-align: right; font-variant-numeric: tabular-nums}
 .sk-track {background: #e8eaee; height: .9rem; border-radius: 2px} .sk-track i {display: block; height: 100%; border-radius: 2px; box-shadow: inset 0 0 0 1px rgba(0,0,0,.25)}
 .sk-error {background: #fdecea; border-left: 4px solid #b3261e; padding: .5rem .7rem; margin: .3rem 0}
