@@ -1,0 +1,123 @@
+"""The commands in processes of their own: what they print, what they write, how they end."""
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from skinlesion.evaluate.scorecard import read_predictions
+from skinlesion.images import read_image
+from skinlesion.pipeline.cli import app
+from skinlesion.taxonomy import get_label_set
+from skinlesion.use.predict import Predictor
+from tiny import build_bundle, build_pictures
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    pictures = build_pictures(folder)
+    (folder / "people.csv").write_text("image_id,age,sex,site\na,61,f,Back\nb,,,\nc,40,male,scalp\n")
+    return folder, build_bundle(folder / "bundle"), pictures
+
+
+def cli(*words, cwd=None):
+    "Run the command; (exit code, stdout, stderr)."
+    done = subprocess.run([sys.executable, "-m", "skinlesion.pipeline.cli", *map(str, words)], capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_predict_writes_the_table_that_evaluation_reads(made):
+    folder, bundle, pictures = made
+    code, out, err = cli("predict", *pictures.values(), "--bundle", bundle, "--metadata", folder / "people.csv", "--csv", folder / "out.csv")
+    assert code == 0, err
+    assert "3 picture(s)" in out and "never for diagnosis" in out
+    table = read_predictions(folder / "out.csv", get_label_set("ham10000"))
+    direct = Predictor(bundle).predict(pictures["a"], 61, "female", "back")
+    assert table.image_id.tolist() == ["a", "b", "c"] and table.predicted[0] == direct.predicted
+    assert abs(table.p_mel[0] - direct.probabilities["mel"]) < 1e-7
+    first = (folder / "out.csv").read_bytes()
+    CliRunner().invoke(app, [str(w) for w in ("predict", folder, "--bundle", bundle, "--metadata", folder / "people.csv", "--csv", folder / "out.csv")])
+    assert (folder / "out.csv").read_bytes() == first  # a folder of the same pictures, the same bytes
+
+
+def test_explain_draws_over_the_picture_as_it_was_taken(made):
+    folder, bundle, pictures = made
+    code, out, err = cli("explain", pictures["a"], "--bundle", bundle, "--method", "eigencam", "--layer", "layer3", "--class", "Melanoma",
+                         "--metadata", folder / "people.csv", "--out", folder / "map.png")
+    assert code == 0, err
+    assert "Eigen-CAM of member image at layer3 for mel" in out
+    assert read_image(folder / "map.png").shape == (60, 90, 3) and (read_image(folder / "map.png") != read_image(pictures["a"])).any()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["verify", "nowhere"], "nothing to verify here"),
+    (["predict", "missing.png", "--bundle", "B", "--csv", "o.csv"], "missing.png: no such image file"),
+    (["predict", "a.png", "--bundle", "nowhere", "--csv", "o.csv"], "nowhere"),
+    (["predict", "a.png", "--bundle", "B", "--csv", "o.csv", "--metadata", "short.csv"], "short.csv: column 'site' is missing"),
+    (["explain", "a.png", "--bundle", "B", "--method", "gradcm", "--out", "m.png"], "Did you mean 'gradcam'?"),
+    (["explain", "a.png", "--bundle", "B", "--class", "mela", "--out", "m.png"], "Did you mean 'mel'?"),
+    (["explain", "a.png", "--bundle", "B", "--layer", "layer9", "--out", "m.png"], "layer 'layer9' is not in this model"),
+    (["import", "ham10000", "nowhere", "--out", "data"], "nowhere")])
+def test_an_error_is_one_sentence_and_nothing_is_written(made, words, said, monkeypatch):
+    folder, bundle, _ = made
+    (folder / "short.csv").write_text("image_id,age,sex\na,1,f\n")
+    before = sorted(p.name for p in folder.iterdir())
+    monkeypatch.chdir(folder)
+    ended = CliRunner().invoke(app, [str(bundle) if w == "B" else w for w in words])
+    assert ended.exit_code == 1 and said in ended.stderr and ended.stderr.startswith("error: ") and "Traceback" not in ended.output
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_debug_shows_the_traceback_and_misspelling_is_2(made):
+    assert "Traceback" in cli("--debug", "verify", "nowhere")[2]
+    ends = [CliRunner().invoke(app, words).exit_code for words in (["verfy"], ["predict"], ["predict", "a.png", "--bundl", "x"])]
+    assert ends == [2, 2, 2]
+
+
+def test_verify_tells_sound_from_changed(made, tmp_path):
+    _, bundle, _ = made
+    code, out, _ = cli("verify", bundle)
+    assert code == 0 and out.startswith("ok: ") and "image, fused" in out
+    changed = build_bundle(tmp_path / "bundle")
+    data = bytearray((changed / "image.safetensors").read_bytes())
+    data[-1] ^= 1
+    (changed / "image.safetensors").write_bytes(bytes(data))
+    code, _, err = cli("verify", changed)
+    assert code == 1 and "image.safetensors" in err
+
+
+def test_skip_bad_lists_what_it_left_out(made):
+    folder, bundle, pictures = made
+    bad = folder / "bad"
+    bad.mkdir(exist_ok=True)
+    (bad / "z.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    words = [str(w) for w in ("predict", pictures["a"], bad / "z.jpg", "--bundle", bundle, "--csv", bad / "o.csv")]
+    assert CliRunner().invoke(app, words).exit_code == 1 and not (bad / "o.csv").exists()
+    ended = CliRunner().invoke(app, [*words, "--skip-bad"])
+    assert ended.exit_code == 0 and "skipped: " in ended.stderr and "z.jpg" in ended.stderr
+    assert pd.read_csv(bad / "o.csv").image_id.tolist() == ["a"]
+
+
+def test_help_imports_nothing_slow():
+    code = "import sys; from typer.testing import CliRunner; from skinlesion.pipeline.cli import app; assert CliRunner().invoke(app, ['--help']).exit_code == 0; " \
+           "print([m for m in ('torch', 'pandas', 'numpy', 'matplotlib', 'lightning', 'fastapi', 'papermill') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_run_belongs_to_the_tree_it_is_called_in(tmp_path):
+    "Another checkout's code is handed over to."
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
+    package = tmp_path / "skinlesion" / "pipeline"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent): (folder / "__init__.py").touch()
+    (package / "cli.py").write_text("import sys\nprint('the other tree runs', sys.argv[1:])\n")
+    (tmp_path / "deep").mkdir()
+    code = "import sys; sys.argv = ['skinlesion', 'run', 'prepare']; from skinlesion.pipeline.cli import app; app()"
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "deep", env={**os.environ, "PYTHONPATH": here})
+    assert done.stdout.strip() == "the other tree runs ['run', 'prepare']", done.stderr

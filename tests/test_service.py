@@ -1,0 +1,130 @@
+"""The service as a program sees it: `skinlesion serve` in a process of its own, and what it says when there is no sound bundle."""
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fastapi.testclient import TestClient
+
+from skinlesion.apps.service import create_app
+from skinlesion.images import read_image
+from skinlesion.use.predict import Predictor
+from tiny import build_bundle, build_pictures
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("service")
+    return build_bundle(folder / "bundle"), build_pictures(folder)
+
+
+@pytest.fixture(scope="module")
+def served(made):
+    "The address of a running service."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "skinlesion.pipeline.cli", "serve", "--bundle", str(made[0]), "--port", str(port)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, "the service ended"
+            try:
+                urllib.request.urlopen(address + "/", timeout=5)
+                break
+            except (urllib.error.URLError, OSError): time.sleep(.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def post(address, path, picture, **fields):
+    "A multipart POST by hand, as curl sends it."
+    parts = [f'--B\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode() for k, v in fields.items()]
+    parts.append(b'--B\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\nContent-Type: image/png\r\n\r\n' + picture + b"\r\n--B--\r\n")
+    request = urllib.request.Request(address + path, b"".join(parts), {"Content-Type": "multipart/form-data; boundary=B"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer: return answer.status, json.load(answer)
+    except urllib.error.HTTPError as e: return e.code, json.load(e)
+
+
+def test_infer_over_the_network(served, made):
+    bundle, pictures = made
+    status, answer = post(served, "/infer", pictures["a"].read_bytes(), age="61", sex="f", site="Back")
+    direct = Predictor(bundle).predict(pictures["a"], 61, "female", "back")
+    assert status == 200 and set(answer) == {"probs", "camPngUrl"}
+    assert answer["probs"]["malignant"] == direct.malignancy and abs(sum(answer["probs"].values()) - 1) < 1e-12
+    assert re.fullmatch(r"/cams/[0-9a-f]{32}\.png", answer["camPngUrl"])
+    with urllib.request.urlopen(served + answer["camPngUrl"], timeout=30) as png:
+        assert png.headers["content-type"] == "image/png" and read_image(png.read()).shape == (60, 90, 3)
+
+
+def test_predict_and_health_over_the_network(served, made):
+    bundle, pictures = made
+    status, answer = post(served, "/predict", pictures["b"].read_bytes())
+    direct = Predictor(bundle).predict(pictures["b"])
+    assert status == 200 and answer["probabilities"] == direct.probabilities and answer["class"] == direct.predicted
+    assert "never for diagnosis" in answer["disclaimer"]
+    with urllib.request.urlopen(served + "/health", timeout=30) as health: assert json.load(health)["bundle_id"] == direct.bundle_id
+
+
+def test_many_at_once_get_each_their_own_answer(served, made):
+    bundle, pictures = made
+    predictor = Predictor(bundle)
+    names = list(pictures) * 4
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda n: post(served, "/predict" if n != "b" else "/infer", pictures[n].read_bytes()), names))
+    for name, (status, answer) in zip(names, answers):
+        direct = predictor.predict(pictures[name])
+        assert status == 200
+        assert answer["probs"]["malignant"] == direct.malignancy if name == "b" else answer["probabilities"] == direct.probabilities
+
+
+@pytest.mark.parametrize("picture, fields, status, words", [
+    (b"hello", {}, 415, "no known image"), (b"", {}, 400, "empty"), (b"\xff\xd8\xff\xe0" + b"0" * 200, {}, 400, "damaged"),
+    (b"x" * (21 << 20), {}, 413, "allowed"), (None, {"site": "bakc"}, 422, "Did you mean 'back'?"), (None, {"age": "999"}, 422, "0 to 120")])
+def test_what_cannot_be_answered_says_why(served, made, picture, fields, status, words):
+    try: code, answer = post(served, "/infer", made[1]["a"].read_bytes() if picture is None else picture, **fields)
+    except (urllib.error.URLError, ConnectionError):  # the body was refused before it was all sent
+        assert status == 413
+        return
+    assert code == status and words in answer["detail"]
+    assert "probs" not in answer and "class" not in answer
+
+
+def test_a_map_is_found_by_its_id_alone(served):
+    for path in ("/cams/none.png", "/cams/%2e%2e%2fbundle.json", "/cams/..%2f..%2fetc%2fpasswd", "/cams/" + "0" * 32 + ".png"):
+        with pytest.raises(urllib.error.HTTPError) as caught: urllib.request.urlopen(served + path, timeout=30)
+        assert caught.value.code == 404
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "truncated", "extra"])
+def test_without_a_sound_bundle_there_is_no_class(tmp_path, made, damage):
+    bundle = tmp_path / "bundle"
+    if damage != "missing":
+        build_bundle(bundle)
+        weights = bundle / "fused.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 1
+        if damage == "extra": (bundle / "extra.pt").write_bytes(b"x")
+        else: weights.write_bytes(bytes(data) if damage == "flipped" else bytes(data[:100]))
+    client = TestClient(create_app(bundle))
+    for answer in (client.get("/health"), *(client.post(p, files={"file": ("a.png", made[1]["a"].read_bytes())}) for p in ("/infer", "/predict"))):
+        assert answer.status_code == 503
+        said = answer.json().get("detail") or answer.json()["reason"]
+        assert said.startswith("no usable bundle: ") and not {"class", "probs", "probabilities"} & set(answer.json())
+
+
+def test_a_bundle_that_comes_later_is_used(tmp_path, made):
+    client = TestClient(create_app(tmp_path / "bundle"))
+    assert client.get("/health").status_code == 503
+    build_bundle(tmp_path / "bundle")
+    assert client.get("/health").status_code == 200
