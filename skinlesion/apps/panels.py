@@ -154,6 +154,7 @@ def _answer(self:CamExplorer, image):
         self.computed += 1
     return found['prediction'], found['cams'][which]
 
+# %% ../../nbs/apps/60_panels.ipynb #109fd47d
 @patch
 def submit(self:CamExplorer) -> Prediction|None: # None where there is an error
     "Answer for the state as it is; a fault becomes the sentence in `error`."

@@ -257,6 +257,7 @@ def _verify_dataset(path):
     if faults: raise DatasetError(path, faults)
     return f"dataset '{dataset.info.name}', {len(dataset)} images of {dataset.table.lesion_id.nunique()} lesions, {masks} masks; every row and every pixel can be read"
 
+# %% ../../nbs/pipeline/74_cli.ipynb #8cb7bf92
 def verify_path(
     path:Path, # a bundle, a dataset folder, or any folder with SHA256SUMS
 ) -> str: # what was found, in one sentence
