@@ -16,7 +16,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 unexport PYTHONHOME
 unexport PYTHONPATH
 
-.PHONY: help setup data repro test test-all lab app bench clean distclean
+.PHONY: help setup data repro test test-all export lab app bench clean distclean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -58,6 +58,11 @@ test: $(STAMP) ## every check: the notebooks, then tests/
 test-all: $(STAMP) ## the same with the long series
 	@nbdev_test --n_workers 2 --path nbs --flags slow
 	@pytest
+
+export: $(STAMP) ## after an edit in nbs/: library, clean notebooks, dvc.yaml's deps and README.md
+	@nbdev_export && nbdev_clean
+	@python -m skinlesion.pipeline.closure --write
+	@python -c "from skinlesion.pipeline.readme import write_readme; write_readme()"
 
 lab: $(STAMP) ## JupyterLab on the notebooks
 	@jupyter lab --notebook-dir=nbs
