@@ -1,0 +1,195 @@
+"The pipeline as its users run it: `dvc` commands in a copy of this repository, on the embedded data with a tiny setting."
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(cwd, *args, check=True, **kwargs):
+    "Run a command in `cwd`; its output as text, with the exit status beside it."
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "",
+           "NO_ALBUMENTATIONS_UPDATE": "1"}
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+    assert not check or done.returncode == 0, done.stdout[-6000:]
+    return done
+
+
+def edit_params(repo, change):
+    "Apply `change` to the mapping in params.yaml."
+    path = repo / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    change(params)
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def make_tiny(params):
+    "Two epochs, few resamples, one CAM a class: seconds where the default takes minutes."
+    params["train"].update(epochs=2, warmup_epochs=1, augment="none")
+    params["base"]["image_size"] = 32
+    params["evaluate"]["resamples"] = 100
+    params["explain"].update(images_per_class=1, scorecam_images_per_class=1, methods=["gradcam", "eigencam"])
+
+
+def copy_repository(to):
+    "The files git knows or would add, as they are now, in a repository of their own."
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in names.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    run(to, "git", "init", "-q", "-b", "main")
+    run(to, "git", "config", "user.email", "test@example.org")
+    run(to, "git", "config", "user.name", "test")
+    run(to, "git", "add", "-A")
+    run(to, "git", "add", "-f", ".dvc/remote")
+    run(to, "git", "commit", "-qm", "start")
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    "A copy in which `dvc repro` has run once with the tiny setting."
+    to = tmp_path_factory.mktemp("pipeline") / "repo"
+    to.mkdir()
+    copy_repository(to)
+    edit_params(to, make_tiny)
+    run(to, "dvc", "pull", "-q", "data.dvc")
+    run(to, "dvc", "repro")
+    run(to, "git", "add", "-A")
+    run(to, "git", "commit", "-qm", "tiny run")
+    return to
+
+
+def hashes(repo, *folders):
+    "SHA-256 by path of every file that a stage vouches for."
+    import hashlib
+    return {str(p.relative_to(repo)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for folder in folders for p in sorted((repo / folder).rglob("*"))
+            if p.is_file() and p.name not in ("run.json", "failed.ipynb") and ".scratch" not in p.parts}
+
+
+def leaves(tree, path=()):
+    "Every leaf of a metrics file with the keys that lead to it."
+    if isinstance(tree, dict) and "value" not in tree:
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, tree
+
+
+def test_every_stage_leaves_its_metrics_and_its_report(repo):
+    for folder in ("prepare", "train/image", "train/fused", "evaluate", "explain"):
+        metrics = json.loads((repo / "reports" / folder / "metrics.json").read_text())
+        found = list(leaves(metrics))
+        assert found, folder
+        for path, leaf in found:
+            assert isinstance(leaf, dict) and {"value", "n"} <= set(leaf), (folder, path, leaf)
+            if leaf["value"] is None:
+                assert leaf["reason"], (folder, path)
+            elif "low" in leaf and leaf["low"] is not None:
+                assert leaf["low"] <= leaf["high"] and leaf["method"], (folder, path, leaf)
+        assert (repo / "reports" / folder / "report.html").stat().st_size > 10_000
+    assert (repo / "reports/index.html").is_file()
+
+
+def test_reports_load_nothing_from_elsewhere(repo):
+    for page in (repo / "reports").rglob("*.html"):
+        html = page.read_text()
+        loads = re.findall(r"""<(?:script|link|img|iframe|source)[^>]+(?:src|href)\s*=\s*["']([^"']+)""", html)
+        outside = [u for u in loads if re.match(r"(https?:)?//", u)]
+        assert not outside and "@import" not in html and not re.search(r"url\(\s*['\"]?(https?:)?//", html), (page, outside)
+
+
+def test_a_second_run_has_nothing_to_do(repo):
+    assert "up to date" in run(repo, "dvc", "repro").stdout
+    assert not run(repo, "git", "status", "--porcelain").stdout
+
+
+def test_metrics_and_plots_show(repo):
+    shown = run(repo, "dvc", "metrics", "show", "--json").stdout
+    assert "auroc_macro" in shown and "ensemble" in shown
+    run(repo, "dvc", "plots", "show", "-o", repo / ".work/plots")
+    page = (repo / ".work/plots/index.html").read_text()
+    assert all(name in page for name in ("roc", "confusion", "reliability"))
+
+
+def test_a_failing_stage_leaves_the_old_results_as_they_were(repo, tmp_path):
+    import nbformat
+    before = hashes(repo, "artifacts", "reports")
+    path = repo / "nbs/stages/evaluate.ipynb"
+    kept = path.read_bytes()
+    notebook = nbformat.read(path, 4)
+    notebook.cells.append(nbformat.v4.new_code_cell("raise RuntimeError('broken on purpose')"))
+    nbformat.write(notebook, path)
+    try:
+        failed = run(repo, "dvc", "repro", check=False)
+        assert failed.returncode != 0
+        assert "broken on purpose" in failed.stdout and "failed.ipynb" in failed.stdout and "dvc repro" in failed.stdout
+        assert hashes(repo, "artifacts", "reports") == before
+        assert (repo / "reports/evaluate/failed.ipynb").is_file()
+    finally:
+        path.write_bytes(kept)
+    assert "up to date" in run(repo, "dvc", "repro").stdout
+    assert hashes(repo, "artifacts", "reports") == before
+
+
+def test_a_misspelt_parameter_stops_before_anything_runs(repo):
+    before, kept = hashes(repo, "artifacts", "reports"), (repo / "params.yaml").read_bytes()
+    try:
+        edit_params(repo, lambda p: p["train"].update(learning_rat=1.0))
+        failed = run(repo, sys.executable, "-m", "skinlesion.pipeline.cli", "run", "prepare", check=False)
+        assert failed.returncode != 0 and "learning_rat" in failed.stdout and "learning_rate" in failed.stdout
+        assert "Traceback" not in failed.stdout
+        assert hashes(repo, "artifacts", "reports") == before
+    finally:
+        (repo / "params.yaml").write_bytes(kept)
+
+
+def test_a_stage_runs_the_code_of_its_own_tree(repo):
+    "A change in the copy's library is what the copy's stage executes."
+    report = run(repo, sys.executable, "-m", "skinlesion.pipeline.cli", "--help").stdout
+    assert "import" in report
+    where = run(repo, sys.executable, "-c", "import skinlesion.files as f; print(f.__file__)").stdout.strip()
+    assert Path(where).is_relative_to(repo), where
+
+
+@pytest.mark.slow
+def test_two_runs_from_clean_give_the_same_bytes(repo):
+    before = hashes(repo, "artifacts", "reports")
+    run(repo, "dvc", "repro", "--force", "--no-run-cache")
+    assert hashes(repo, "artifacts", "reports") == before
+
+
+@pytest.mark.slow
+def test_a_changed_member_retrains_alone_and_a_removed_one_is_gone(repo, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(repo, copy, symlinks=True)
+    edit_params(copy, lambda p: p["train"]["members"]["fused"].update(drop_rate=0.3))
+    out = run(copy, "dvc", "repro").stdout
+    assert "train@fused" in out and "Running stage 'train@image'" not in out and "Running stage 'prepare'" not in out
+    edit_params(copy, lambda p: p["train"]["members"].pop("image"))
+    run(copy, "dvc", "repro")
+    metrics = json.loads((copy / "reports/evaluate/metrics.json").read_text())
+    assert list(metrics["test"]["members"]) == ["fused"]
+    bundle = json.loads((copy / "artifacts/ensemble/bundle.json").read_text())
+    assert "image" not in json.dumps(bundle["members"])
+
+
+@pytest.mark.slow
+def test_experiments_run_in_place_and_from_the_queue(repo, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(repo, copy, symlinks=True)
+    run(copy, "dvc", "exp", "run", "-S", "evaluate.resamples=60", "--name", "here")
+    run(copy, "git", "checkout", "-q", "--", ".")
+    # The queue's own checkout must run the library of that checkout: a message planted there has to show up in its report.
+    run(copy, "dvc", "exp", "run", "--queue", "-S", "evaluate.resamples=70", "--name", "queued")
+    run(copy, "dvc", "exp", "run", "--run-all")
+    shown = run(copy, "dvc", "exp", "show", "--json").stdout
+    assert "here" in shown and "queued" in shown
