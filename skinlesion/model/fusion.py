@@ -35,6 +35,7 @@ def metadata_mlp(
 # %% ../../nbs/model/21_fusion.ipynb #b0d7c529
 PRIMARY = 'diagnosis'
 
+# %% ../../nbs/model/21_fusion.ipynb #c501d724
 class LesionModel(nn.Module):
     "A timm backbone, optionally the metadata branch, and linear heads; made by `create_model`."
     def __init__(self,

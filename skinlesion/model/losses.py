@@ -27,7 +27,9 @@ class FocalLoss(nn.Module):
         self.gamma, self.reduction = float(gamma), reduction
         self.register_buffer('alpha', None if alpha is None else torch.as_tensor(alpha, dtype=torch.float32))
 
-    def extra_repr(self): return f'gamma={self.gamma}'
+    def extra_repr(self) -> str:
+        "What `print` shows of it."
+        return f'gamma={self.gamma}'
 
     def forward(self,
         logits:torch.Tensor, # (B,C) float, any size

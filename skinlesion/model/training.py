@@ -186,7 +186,25 @@ def mix_seed(
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 # %% ../../nbs/model/22_training.ipynb #0a404fce
-class LesionTraining(L.LightningModule):
+class _Validation(L.LightningModule):
+    "After each epoch: metrics over the whole validation set, a row in the books, the decision to stop."
+    def on_validation_epoch_start(self):
+        "Begin the list of logits."
+        self.outputs = []
+
+    def validation_step(self, batch, batch_idx):
+        "Keep logits and targets of one batch."
+        self.outputs.append((_logits(self.model, batch), batch['target']))
+
+    def on_validation_epoch_end(self):
+        "Put the epoch into the books."
+        row = dict(epoch=self.epoch + 1, learning_rate=self.rate, train_loss=float(self.loss_sum / self.seen), **_validate(self.criterion, self.outputs))
+        improved = self.books.record(row, self.model)
+        self.trainer.should_stop = self.books.finished(self.config)
+        self.after_epoch(improved, self.optimizer)
+
+# %% ../../nbs/model/22_training.ipynb #0ecc1f20
+class LesionTraining(_Validation):
     "Loss, optimiser, schedule and validation of one run; made by `fit`."
     def __init__(self, model, criterion, config, ids, books, after_epoch):
         super().__init__()
@@ -195,13 +213,17 @@ class LesionTraining(L.LightningModule):
         self.steps = len(epoch_batches(len(ids), 0, config.batch_size, 0))
 
     def configure_optimizers(self):
+        "AdamW over `param_groups`, as it stood where a run goes on."
         self.optimizer = torch.optim.AdamW(param_groups(self.model, self.config.weight_decay), lr=self.config.learning_rate, fused=True)
         if self.books.optimizer: self.optimizer.load_state_dict(self.books.optimizer)
         return self.optimizer
 
-    def on_train_epoch_start(self): self.epoch, self.loss_sum, self.seen = self.first_epoch + self.current_epoch, 0., 0
+    def on_train_epoch_start(self):
+        "Begin the mean of the training loss."
+        self.epoch, self.loss_sum, self.seen = self.first_epoch + self.current_epoch, 0., 0
 
     def training_step(self, batch, batch_idx):
+        "Loss of one batch; what is drawn in it depends on seed and step alone."
         step, config = self.epoch * self.steps + batch_idx, self.config
         torch.manual_seed(mix_seed(config.seed, step))
         self.rate = config.learning_rate * lr_factor(step, config.epochs * self.steps, round(config.warmup_epochs * self.steps))
@@ -213,17 +235,8 @@ class LesionTraining(L.LightningModule):
         return loss
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        "Scale a long gradient down, and refuse one that is no number."
         _require_finite('norm of the gradient', torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm), self)
-
-    def on_validation_epoch_start(self): self.outputs = []
-
-    def validation_step(self, batch, batch_idx): self.outputs.append((_logits(self.model, batch), batch['target']))
-
-    def on_validation_epoch_end(self):
-        row = dict(epoch=self.epoch + 1, learning_rate=self.rate, train_loss=float(self.loss_sum / self.seen), **_validate(self.criterion, self.outputs))
-        improved = self.books.record(row, self.model)
-        self.trainer.should_stop = self.books.finished(self.config)
-        self.after_epoch(improved, self.optimizer)
 
 # %% ../../nbs/model/22_training.ipynb #3eb859ff
 def _logits(model, batch):

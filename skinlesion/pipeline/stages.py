@@ -34,6 +34,7 @@ from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
+# %% ../../nbs/pipeline/73_stages.ipynb #64db0212
 import nbformat
 import papermill
 from jupyter_client.kernelspec import KernelSpec
@@ -300,6 +301,7 @@ def _watch_grandparent(ended):
             os.kill(os.getpid(), signal.SIGTERM)
             return
 
+# %% ../../nbs/pipeline/73_stages.ipynb #74273909
 @contextmanager
 def stop_signals():
     "Turn SIGINT, SIGTERM and SIGHUP into `Stopped`, once; yields a context in which they wait."
@@ -396,7 +398,7 @@ class Progress:
         stage:str, # named on each line
         stream:TextIO, # a terminal, a pipe or a file
     ):
-        self.stage, self.stream, self.nb, self.current, self.seconds = stage, stream, None, None, {}
+        self.stage, self.stream, self.nb, self.current, self.seconds, self.said = stage, stream, None, None, {}, ''
         self.terminal = bool(getattr(stream, 'isatty', lambda: False)())
         self.ended = threading.Event()
 
@@ -405,37 +407,44 @@ class Progress:
         self.nb = nb
         self.order = [i for i, c in enumerate(nb.cells) if c.cell_type == 'code' and c.source.strip()]
 
-    def line(self, seconds:float) -> str: # of the current cell so far
-        "The line of the current cell."
-        n = self.order.index(self.current) + 1
-        return f'{self.stage}  cell {n}/{len(self.order)}  "{cell_title(self.nb, self.current)}"  {seconds:.1f} s'
-
-    def _tick(self, started, ended):
-        while not ended.wait(1): self._show(time.monotonic() - started, '')
-
-    def _show(self, seconds, end):
-        width = shutil.get_terminal_size().columns - 1
-        self.stream.write(f'\r\x1b[K{self.line(seconds)[:width]}{end}' if self.terminal else f'{self.line(seconds)}{end}')
-        self.stream.flush()
-
     def start(self, cell=None, cell_index:int=0, **_): # called before a cell runs
         "A cell begins; text cells are passed over."
         if cell_index not in self.order: return
-        self.current, self.started, self.ended = cell_index, time.monotonic(), threading.Event()
-        if self.terminal:
-            self._show(0, '')
-            threading.Thread(target=self._tick, args=(self.started, self.ended), daemon=True).start()
+        self.current, self.started, self.ended, self.said = cell_index, time.monotonic(), threading.Event(), ''
+        if self.terminal: threading.Thread(target=_tick, args=(self, self.started, self.ended), daemon=True).start()
 
     def done(self, cell=None, cell_index:int=0, **_): # called after a cell ran, well or not
         "A cell has ended."
         self.ended.set()
         self.seconds[cell_index] = time.monotonic() - self.started
-        self._show(self.seconds[cell_index], '\n')
+        _show_line(self, self.seconds[cell_index], '\n')
+
+    def write(self, text:str): # what the running cell prints
+        "Keep the last line printed, for a terminal to show beside the cell."
+        self.said = next((l.strip() for l in reversed(text.splitlines()) if l.strip()), self.said)
+
+    def flush(self):
+        "Nothing waits: papermill calls this after each `write`."
 
     def stop(self):
         "Leave the last line as it is."
         if self.terminal and self.current is not None and not self.ended.is_set(): self.stream.write('\n')
         self.ended.set()
+
+# %% ../../nbs/pipeline/73_stages.ipynb #822cacda
+def _show_line(progress, seconds, end):
+    "Write the current line."
+    said = f'  {progress.said}' if progress.said and not end else ''
+    n, title = progress.order.index(progress.current) + 1, cell_title(progress.nb, progress.current)
+    text = f'{progress.stage}  cell {n}/{len(progress.order)}  "{title}"  {seconds:.1f} s{said}'
+    if progress.terminal: text = f'\r\x1b[K{text[:shutil.get_terminal_size().columns - 1]}'
+    progress.stream.write(text + end)
+    progress.stream.flush()
+
+def _tick(progress, started, ended):
+    "Rewrite the line until the cell has ended."
+    _show_line(progress, 0, '')
+    while not ended.wait(1): _show_line(progress, time.monotonic() - started, '')
 
 # %% ../../nbs/pipeline/73_stages.ipynb #22165d94
 class StageEngine(NBClientEngine):
@@ -443,7 +452,7 @@ class StageEngine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, kernel=None, progress=None, root=None, **kwargs):
         "Run every cell until one fails."
-        client = PapermillNotebookClient(nb_man, km=kernel.km, timeout=None, log=logging.getLogger('papermill'))
+        client = PapermillNotebookClient(nb_man, km=kernel.km, timeout=None, log=logging.getLogger('papermill'), stdout_file=progress)
         progress.begin(nb_man.nb)
         async def check(notebook):
             reply = await client.kc.execute(_CHECK % str(root), silent=True, store_history=False, reply=True, timeout=60)
