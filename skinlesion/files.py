@@ -32,14 +32,33 @@ def repo_root(
     raise FileNotFoundError(f"{start}: no folder from here upwards holds settings.ini; run this inside a checkout of the repository")
 
 # %% ../nbs/01_files.ipynb #80fa885a
+_REMEDIES = {
+    errno.EACCES: 'choose another folder, or let this user write there', errno.EPERM: 'choose another folder, or let this user write there',
+    errno.EROFS: 'choose a folder on another disk', errno.EISDIR: 'a folder stands there, so give the name of a file in it',
+    errno.EEXIST: 'a file stands where a folder is needed, so choose another folder',
+    errno.ENOTDIR: 'a file stands where a folder is needed, so choose another folder',
+    errno.ENOENT: 'no folder can be made there, so choose another', errno.ENAMETOOLONG: 'choose a shorter name'}
+
+# %% ../nbs/01_files.ipynb #1758c6ad
+def _write_fault(error, path):
+    "What failed while writing `path`, or '' where the fault lies elsewhere."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (f"the disk is full while writing {path}; what stood there before is unchanged. "
+                "Free some space, or choose a folder on another disk, and run again")
+    if error.errno == errno.EFBIG: return f"{path} would be larger than a file may be here; raise the limit (ulimit -f) or choose another disk"
+    at, remedy = Path(error.filename or 'elsewhere'), _REMEDIES.get(error.errno)
+    above = at in (path, *path.parents)
+    if not remedy or not above and not at.name.startswith(f'.{path.name[:80]}'): return ''
+    return f"{path} cannot be written ({os.strerror(error.errno).lower()}{f': {at}' if above and at != path else ''}); {remedy}"
+
 @contextmanager
 def _disk_errors(path):
     "Say what a full disk or a missing right means for `path`."
     try: yield
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        raise OSError(e.errno, f"the disk is full while writing {path}; what stood there before is unchanged. "
-                               "Free some space, or choose a folder on another disk, and run again") from e
+        said = _write_fault(e, Path(path))
+        if not said: raise
+        raise OSError(e.errno, said) from e
 
 # %% ../nbs/01_files.ipynb #13d66f25
 def _sync(path, flags=os.O_RDONLY):
@@ -211,11 +230,11 @@ def _read_sums(path):
     "Relative path -> digest."
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, so nothing in the folder can be verified; write the folder anew")
     sums = {}
-    for row, line in enumerate(path.read_text().splitlines(), 1):
+    for row, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
         m = re.fullmatch(r'([0-9a-f]{64}) [ *](.+)', line)
-        if not m: raise ValueError(f"{path} row {row}: {line[:90]!r} is not '<sha256>  <file>'")
+        if not m: raise ValueError(f"{path} row {row}: {line[:90]!r} is not '<sha256>  <file>'. Restore the folder from where it came")
         if PurePosixPath(m[2]).is_absolute() or '..' in PurePosixPath(m[2]).parts or m[2] in sums:
-            raise ValueError(f"{path} row {row}: '{m[2]}' lies outside the folder or is there twice")
+            raise ValueError(f"{path} row {row}: '{m[2]}' lies outside the folder or is there twice. Restore the folder from where it came")
         sums[m[2]] = m[1]
     return sums
 
