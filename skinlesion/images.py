@@ -79,7 +79,9 @@ def _open(data, name, max_bytes, max_pixels):
         image.load()
         return image, kind
     except ImageError: raise
-    except Image.DecompressionBombError: raise ImageError(f"{name}: more than the {max_pixels:,} pixels allowed; scale the image down") from None
+    except Image.DecompressionBombError as e: # "Image size (2500000000 pixels) exceeds limit of ..."
+        stated = next((f'{int(n):,} pixels, ' for n in re.findall(r'\d+', str(e))), '')
+        raise ImageError(f"{name}: {stated}more than the {max_pixels:,} pixels allowed; scale the image down") from None
     except Exception as e:  # decoders raise what they like on bytes that lie
         raise ImageError(f"{name}: truncated or damaged {kind.upper()} ({e}); fetch or export the image again") from None
 
@@ -107,7 +109,7 @@ def _source(source, name, max_bytes):
     "Bytes and a name for errors."
     if isinstance(source, (bytes, bytearray, memoryview)): return bytes(source), name or 'image'
     path = Path(source)
-    if not path.is_file(): raise ImageError(f"{name or path}: no such image file; check the path")
+    if not path.is_file(): raise ImageError(f"{name or path}: {'this is a folder; name one image file in it' if path.is_dir() else 'no such image file; check the path'}")
     if path.stat().st_size > max_bytes:
         raise ImageError(f"{name or path}: {path.stat().st_size:,} bytes, more than the {max_bytes:,} allowed; export a smaller image")
     return path.read_bytes(), name or str(path)
