@@ -240,6 +240,9 @@ def verify_bundle(
 ) -> dict: # bundle_id, members (names), files (name -> SHA-256), facts (bundle.json)
     "Check sums, files and keys of a bundle without building a model; `BundleError` names what is off."
     folder = Path(folder)
+    if not (folder/'SHA256SUMS').is_file() and not (folder/'bundle.json').is_file():
+        raise BundleError(f"{folder}: {'no model bundle is in this folder' if folder.is_dir() else 'no such folder'} (bundle.json, SHA256SUMS and weights); "
+                          "name a bundle, such as artifacts/ensemble after `dvc repro`")
     try: sums = verify_sums(folder)
     except (ValueError, OSError) as e: raise BundleError(str(e)) from e
     bundle_id = hashlib.sha256(''.join(f'{digest}  {name}\n' for name, digest in sorted(sums.items())).encode()).hexdigest()[:16]
