@@ -69,6 +69,7 @@ def read_metadata(
         if not row['image_id']: raise ValueError(f"{where}: image_id is empty; it is the file's name without suffix")
         rows.append((row['image_id'], parse_age(row['age'], where), parse_sex(row['sex'], where), parse_site(row['site'], where)))
     table = pd.DataFrame(rows, columns=METADATA_COLUMNS).astype(dict(age=float))
+    table.attrs['name'] = str(path)
     for i in np.flatnonzero(table.image_id.duplicated())[:1]:
         raise ValueError(f"{path} row {lines[i]}: image_id '{table.image_id[i]}' is there twice; keep one row for each image")
     return table
@@ -159,12 +160,12 @@ def predict(self:Predictor,
 def _people(ids, metadata):
     "Age, sex and site of each id; unknown where no table is given."
     if metadata is None: return [(None, '', '')] * len(ids)
-    table = metadata.assign(image_id=metadata['image_id'].astype(str)).set_index('image_id')
-    if table.index.has_duplicates: raise ValueError(f"image_id '{table.index[table.index.duplicated()][0]}' stands twice in the metadata; keep one row for each image")
+    table, name = metadata.assign(image_id=metadata['image_id'].astype(str)).set_index('image_id'), metadata.attrs.get('name', 'the metadata')
+    if table.index.has_duplicates: raise ValueError(f"image_id '{table.index[table.index.duplicated()][0]}' stands twice in {name}; keep one row for each image")
     absent = [i for i in ids if i not in table.index]
     if absent:
         more = f' and {len(absent) - 1} more' if len(absent) > 1 else ''
-        raise ValueError(f"image '{absent[0]}'{more} has no row in the metadata; add one (empty cells where unknown), or give no metadata at all.{nearest(absent[0], table.index)}")
+        raise ValueError(f"image '{absent[0]}'{more} has no row in {name}; add one (empty cells where unknown), or give no metadata at all.{nearest(absent[0], table.index)}")
     return [tuple(table.loc[i, ['age', 'sex', 'site']]) for i in ids]
 
 def _row(answer):
