@@ -48,7 +48,7 @@ from papermill.execute import ERROR_MARKER_TAG
 import skinlesion
 from ..files import atomic_write, read_json, repo_root, sha256_bytes, sha256_file, write_json
 from .closure import import_closure
-from .params import load_params, stage_inputs, stage_outputs, stage_parameters
+from .params import STAGES, load_params, stage_inputs, stage_outputs, stage_parameters
 from .reports import render_index, render_report
 from ..taxonomy import nearest
 
@@ -557,8 +557,8 @@ def failure_text(
     else: lines.append(f'{stage} failed:')
     if isinstance(error, Stopped): cause = [str(error)]
     elif outputs:
-        frames = [l for l in strip_ansi('\n'.join(outputs[-1].traceback)).splitlines() if l.strip()]
-        cause = [l for l in frames if '-->' in l][-1:] + [f'{outputs[-1].ename}: {outputs[-1].evalue}']
+        frames = [f for f in map(strip_ansi, outputs[-1].traceback) if f.startswith('Cell In')] # the notebook's own; the rest is in failed.ipynb
+        cause = [l for f in frames[-1:] for l in f.splitlines() if '-->' in l] + [f'{outputs[-1].ename}: {outputs[-1].evalue}']
     elif isinstance(error, StageError): cause = [str(error)]
     else: cause = [l.rstrip() for l in traceback.format_exception_only(error)]
     lines += [plain_text('\n'.join(cause), folders), 'The earlier outputs and reports of this stage stand as they were.']
@@ -684,6 +684,8 @@ def run_stage(
     "Run one stage of the pipeline; `StageError` (with `exit_code`) or `ParamsError` where it cannot be done."
     root = repo_root(root).resolve()
     _check_library(root)
+    if stage not in (*STAGES, 'report'):
+        raise StageError(f"stage {stage!r} is unknown; allowed: {', '.join(STAGES)}, report.{nearest(stage, (*STAGES, 'report'))}")
     if stage == 'report':
         with run_lock(root, stage): render_index(root)
         return
