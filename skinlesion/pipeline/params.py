@@ -196,14 +196,22 @@ def _problem(error, rows):
     if kind == 'value_error': return f"{key}: {error['ctx']['error']}" if key else str(error['ctx']['error'])
     if '[key]' in loc: return f"{_dotted(loc[:-2])} holds the name {loc[-2]!r}, which is no text; write it in quotes"
     if kind == 'too_short': return f"{key} is empty; give at least one: {row.get('meaning', '')}"
-    return f"{key} is {error['input']!r}; allowed: {row.get('allowed', 'a mapping')} ({row.get('meaning', error['msg'])})"
+    value = 'null' if error['input'] is None else repr(error['input'])
+    guess = nearest(error['input'], re.findall(r"'([^']+)'", error['ctx']['expected'])) if kind == 'literal_error' and isinstance(error['input'], str) else ''
+    return f"{key} is {value}; allowed: {row.get('allowed', 'a mapping')} ({row.get('meaning', error['msg'])}){'.' if guess else ''}{guess}"
+
+def _follows(error, errors):
+    "Whether another error is the cause: a misspelt key leaves one missing, a wrong element leaves a list empty."
+    loc = error['loc']
+    if error['type'] == 'missing': return any(e['type'] == 'extra_forbidden' and e['loc'][:-1] == loc[:-1] and nearest(str(e['loc'][-1]), [str(loc[-1])]) for e in errors)
+    return error['type'] == 'too_short' and any(len(e['loc']) > len(loc) and e['loc'][:len(loc)] == loc for e in errors)
 
 def _validate(model, values, where):
     "`model` built from `values`, or a `ParamsError` that lists every problem."
     try: return model.model_validate(values)
     except ValidationError as e:
         rows = {r['key']: r for r in describe_params(model)}
-        errors = sorted(e.errors(), key=lambda error: error['type'] != 'extra_forbidden') # a misspelt key before the one it leaves missing
+        errors = sorted((error for error in e.errors() if not _follows(error, e.errors())), key=lambda error: error['type'] != 'extra_forbidden')
         raise ParamsError('\n'.join(f"{where}: {_problem(error, rows)}" for error in errors)) from None
 
 # %% ../../nbs/pipeline/70_params.ipynb #6d0fb173
