@@ -48,11 +48,11 @@ def _check_values(
 ):
     "Raise unless `split` is there and each value is one of `SPLITS`."
     if 'split' not in table:
-        raise ValueError("column 'split' is missing: add it to metadata.csv (train, valid or test in each row) or choose the split policy 'stratified'")
+        raise ValueError("metadata.csv: column 'split' is missing; add it (train, valid or test in each row) or choose the split policy 'stratified'")
     words = table['split'].fillna('').astype(str)
     for row in np.flatnonzero(~words.isin(SPLITS))[:1]:
         word = words.iloc[row]
-        raise ValueError(f"row {row + 2} (image '{table['image_id'].iloc[row]}'): split '{word}' is not one of {', '.join(SPLITS)}.{nearest(word, SPLITS)}"
+        raise ValueError(f"metadata.csv row {row + 2} (image '{table['image_id'].iloc[row]}'): split '{word}' is not one of {', '.join(SPLITS)}.{nearest(word, SPLITS)}"
                          " Give every row a split, or choose the split policy 'stratified'")
 
 # %% ../../nbs/data/14_splits.ipynb #90422dff
