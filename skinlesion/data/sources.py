@@ -247,5 +247,8 @@ def import_ham10000(
             raise DatasetError(f'{entry.label}: nothing was imported', [f'{p}, or leave it out with --skip-bad' for p in problems])
         kept = table.image_id.isin(written)
         if not kept.any(): raise DatasetError(entry.label, [f"{entry.label}: none of the {len(table)} images can be used; the first: {problems[0]}"])
+        left = table[kept].diagnosis.unique()
+        if len(left) == 1:
+            raise DatasetError(entry.label, [f"{entry.label}: with {len(problems)} left out, every image is of the class '{left[0]}'; mend images of another, the first: {problems[0]}"])
         dataset = writer.finish(table[kept])
     return _report(dataset, found, set(table.image_id[zero.to_numpy()]), masked, converted, problems)
