@@ -39,12 +39,10 @@ $(STAMP): constraints.txt pyproject.toml setup.py settings.ini
 	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# `data/` is fetched only where it is absent. The marker tells a fetch that was interrupted from a folder that the user made.
+# `data/` is fetched only where it is absent, into a scratch folder first: what stands at `data/` is whole, or the user's own.
 data: $(STAMP)
-	@mkdir -p .work
-	@if [ ! -e data ] || [ -e .work/fetching-data ]; then \
-		touch .work/fetching-data; dvc pull --quiet --force data.dvc; rm .work/fetching-data; \
-	else echo "data/ is there: left as it is"; fi
+	@if [ -e data ]; then echo "data/ is there: left as it is"; else \
+		rm -rf .work/data; mkdir -p .work; dvc fetch --quiet data.dvc; dvc get --quiet . data --out .work/data; mv .work/data data; fi
 
 repro: data ## rebuild everything that is out of date, from data to reports
 	@dvc repro
@@ -64,8 +62,8 @@ export: $(STAMP) ## after an edit in nbs/: library, clean notebooks, dvc.yaml's 
 	@python -m skinlesion.pipeline.closure --write
 	@python -c "from skinlesion.pipeline.readme import write_readme; write_readme()"
 
-lab: $(STAMP) ## JupyterLab on the notebooks
-	@jupyter lab --notebook-dir=nbs
+lab: $(STAMP) ## JupyterLab on the notebooks (a picture of up to 50 MB can be uploaded, as in `make app`)
+	@jupyter lab --notebook-dir=nbs --ServerApp.tornado_settings='{"websocket_max_message_size": 67108864}'
 
 app: $(STAMP) ## the CAM explorer as a page (Voila)
 	@voila nbs/apps/cam_explorer.ipynb
