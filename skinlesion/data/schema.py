@@ -255,12 +255,19 @@ def read_dataset(
 # %% ../../nbs/data/10_schema.ipynb #f16845d4
 def check_target(
     out:Path|str, # where a dataset folder is to be written
+    name:str='', # of the dataset that is to stand there; '' asks no further
 ) -> Path: # absolute, links resolved
-    "Refuse a place that holds anything but an older dataset."
+    "Refuse a place that holds anything but an older dataset of the same name."
     out = recover_folder(Path(out).resolve())
     if out.is_file(): raise FileExistsError(f"{out}: this is a file; choose a folder")
     if out.is_dir() and any(out.iterdir()) and not (out/'dataset.json').is_file():
         raise FileExistsError(f"{out}: the folder is not empty and is no dataset folder (no dataset.json), so it is left alone; choose another")
+    if name and (out/'dataset.json').is_file():
+        old = read_json(out/'dataset.json')
+        held = old.get('name', '') if isinstance(old, dict) else ''
+        if held != name:
+            raise FileExistsError(f"{out}: the folder holds the dataset '{held}', and '{name}' would take its place, so it is left alone; "
+                                  "move or delete it first, or choose another folder")
     return out
 
 # %% ../../nbs/data/10_schema.ipynb #166db6fb
@@ -315,7 +322,7 @@ def dataset_writer(
     info:DatasetInfo, # n_images is filled in
 ):
     "Yield a `DatasetWriter`; swap its folder in after `finish`, or leave what was there."
-    out = check_target(out)
+    out = check_target(out, info.name)
     with scratch_folder(out) as scratch:
         writer = DatasetWriter(scratch, out, info)
         yield writer

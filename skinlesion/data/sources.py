@@ -230,12 +230,12 @@ def _report(dataset, found, zero, masked, converted, problems):
 # %% ../../nbs/data/12_sources.ipynb #863349b0
 def import_ham10000(
     paths, # a path or several, in any order: folders, zip archives, images, masks, the metadata table
-    out:Path|str, # dataset folder to write; an older one is replaced as a whole, anything else is refused
+    out:Path|str, # dataset folder to write; an older HAM10000 is replaced as a whole, anything else is refused
     skip_bad:bool=False, # leave out and list images and masks that cannot be used, instead of stopping
     progress=None, # called with (images done, images in all) after each
 ) -> ImportReport:
     "Import HAM10000 as its publisher lays it out; images without a row are counted and left out, a row without an image is an error."
-    out = check_target(out)
+    out = check_target(out, _ham_info().name)
     with ExitStack() as stack:
         found = _collect(paths, out, stack)
         entry = _find_table(found)
