@@ -120,8 +120,8 @@ def read_json(
     "Read JSON; a broken file is an error that names it."
     def refuse(word): raise ValueError(f"{word} is not JSON")
     try: return json.loads(Path(path).read_bytes().decode(), parse_constant=refuse)
-    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path}: not readable as JSON ({e})") from None
+    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file; check the path") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path}: not readable as JSON ({e}); restore the file") from None
 
 # %% ../nbs/01_files.ipynb #d04473bc
 def _sync_folder(folder):

@@ -110,7 +110,7 @@ def _check_keys(values, keys, where):
 def _read_keys(path, keys):
     "A JSON file of this schema version with exactly these keys."
     try: values = read_json(path)
-    except (ValueError, OSError) as e: raise BundleError(f"{e}; export the model anew") from e
+    except (ValueError, OSError) as e: raise BundleError(f"{e}, or export the model anew") from e
     version = values.get('schema_version') if isinstance(values, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:
         raise BundleError(f"{path}: schema_version is {version!r}, but this version of skinlesion reads {SCHEMA_VERSION}; use the version that wrote it")
@@ -241,7 +241,7 @@ def verify_bundle(
     "Check sums, files and keys of a bundle without building a model; `BundleError` names what is off."
     folder = Path(folder)
     if not (folder/'SHA256SUMS').is_file() and not (folder/'bundle.json').is_file():
-        raise BundleError(f"{folder}: {'no model bundle is in this folder' if folder.is_dir() else 'no such folder'} (bundle.json, SHA256SUMS and weights); "
+        raise BundleError(f"{folder}: {'no model bundle is in this folder' if folder.is_dir() else 'this is a file' if folder.exists() else 'no such folder'} (bundle.json, SHA256SUMS and weights); "
                           "name a bundle, such as artifacts/ensemble after `dvc repro`")
     try: sums = verify_sums(folder)
     except (ValueError, OSError) as e: raise BundleError(str(e)) from e
