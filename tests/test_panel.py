@@ -1,6 +1,7 @@
 """The CAM explorer as a page: Voila serves it, the kernel answers."""
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import urllib.request
 import pytest
 
 from skinlesion.apps.panels import open_explorer
+from skinlesion.images import MAX_BYTES
 from tiny import build_bundle
 
 
@@ -21,9 +23,11 @@ def serve(root, port):
 
 
 def fetch(port):
-    "The page, as soon as it is served."
+    "The page and its headers, as soon as it is served."
     for _ in range(240):
-        try: return urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=120).read().decode()
+        try:
+            answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=120)
+            return answer.read().decode(), answer.headers
         except OSError: time.sleep(.5)
     raise AssertionError("Voila served no page")
 
@@ -36,9 +40,9 @@ def texts(widget):
 
 @pytest.fixture
 def project(root, tmp_path):
-    "A project that holds the page's notebook and nothing else."
+    "A project that holds the page's notebook, its settings and nothing else."
     (tmp_path / "nbs/apps").mkdir(parents=True)
-    shutil.copy(root / "settings.ini", tmp_path)
+    for name in ("settings.ini", "voila.json"): shutil.copy(root / name, tmp_path)
     shutil.copy(root / "nbs/apps/cam_explorer.ipynb", tmp_path / "nbs/apps")
     return tmp_path
 
@@ -65,10 +69,21 @@ def test_voila_serves_the_page(project):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     process = serve(project, port)
-    try: page = fetch(port)
+    try: page, headers = fetch(port)
     finally:
         process.terminate()
         process.wait(30)
     assert "Where does the model look?" in page and "Traceback" not in page
     # The widgets themselves reach the browser through the kernel; the page holds their place.
     assert "application/vnd.jupyter.widget-view+json" in page and "Error" not in page.partition("<main")[2]
+    # The page may ask its own machine and nobody else: it works without a network, and no picture leaves.
+    assert headers["Content-Security-Policy"].startswith("default-src 'self';")
+
+
+def test_every_picture_of_the_image_gate_can_be_uploaded(root):
+    "A picture goes to the kernel in one message, and a message over the limit would kill the page."
+    settings = json.loads((root / "voila.json").read_text())["Voila"]["tornado_settings"]
+    page, lab = settings["websocket_max_message_size"], re.search(r'websocket_max_message_size": (\d+)', (root / "Makefile").read_text())
+    assert page == int(lab[1]) >= MAX_BYTES + (1 << 20)
+    policy = settings["headers"]["Content-Security-Policy"]
+    assert "http" not in policy and "*" not in re.sub(r"ws://(localhost|127\.0\.0\.1):\*", "", policy)
