@@ -73,7 +73,7 @@ bench: $(STAMP) ## the benchmarks: ratios against named baselines
 
 clean: ## remove what `make repro` and the tests make; data/, .venv and DVC's cache stay
 	@rm -rf artifacts .work build .pytest_cache reports/index.html
-	@find reports -name report.html -o -name executed.ipynb -o -name failed.ipynb -o -name run.json | xargs -r rm -f
+	@[ ! -d reports ] || find reports -type f \( -name report.html -o -name executed.ipynb -o -name failed.ipynb -o -name run.json \) -delete
 	@find nbs skinlesion tests benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv
