@@ -69,7 +69,8 @@ app: $(STAMP) ## the CAM explorer as a page (Voila)
 	@voila nbs/apps/cam_explorer.ipynb
 
 bench: $(STAMP) ## the benchmarks: ratios against named baselines
-	@for b in benchmarks/*.py; do echo "== $$b"; python $$b; done
+	@failed=; for b in benchmarks/*.py; do echo "== $$b"; python $$b || failed="$$failed $$b"; done; \
+	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 clean: ## remove what `make repro` and the tests make; data/, .venv and DVC's cache stay
 	@rm -rf artifacts .work build .pytest_cache reports/index.html
