@@ -158,8 +158,9 @@ def check_place(
 ):
     "Refuse a place that can take no file, before the work that would be lost."
     path = Path(path).absolute()
-    if path.is_dir(): raise ValueError(f"{path}: a folder stands there; give the name of a file in it")
-    above = next(p for p in path.parents if p.exists())
+    if os.path.isdir(path): raise ValueError(f"{path}: a folder stands there; give the name of a file in it")
+    if len(os.fsencode(path.name)) > 255: raise ValueError(f"{path}: the name is too long; choose a shorter name")
+    above = next(p for p in path.parents if os.path.exists(p))
     if not above.is_dir(): raise ValueError(f"{path}: {above} is a file, so nothing can be written below it; choose another folder")
     if not os.access(above, os.W_OK): raise ValueError(f"{path}: this user may not write in {above}; choose another folder, or change its rights")
 
