@@ -6,9 +6,11 @@ SHELL := /bin/bash
 
 VENV := .venv
 STAMP := $(VENV)/.installed
-# The first interpreter that the pins resolve for; choose another with `make PYTHON=/path/to/python3.12 setup`.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { command -v $$p; break; }; done)
+# The interpreter that builds .venv: the one named by `make PYTHON=/path/to/python3.12 setup`, else the first that the pins resolve for.
+# Never .venv's own, so it is looked up on the PATH without it.
+HOST_PATH := $(subst $(CURDIR)/$(VENV)/bin:,,$(PATH))
+BASE = $(shell export PATH='$(HOST_PATH)'; for p in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { command -v "$$p"; break; }; done)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
@@ -23,17 +25,29 @@ help: ## this list
 setup: $(STAMP) ## build .venv from the exact pins (nothing happens when it is up to date)
 
 # The stamp is written last: an interrupted set-up is simply run again, and uv reuses what is there.
+# A PYTHON named for it whose version .venv has not makes it anew.
+ifneq ($(PYTHON),)
+ifneq ($(wildcard $(STAMP)),)
+ifneq ($(shell '$(BASE)' --version 2>/dev/null),$(shell $(VENV)/bin/python --version 2>/dev/null))
+$(STAMP): another-version
+endif
+endif
+endif
+.PHONY: another-version
+another-version:
+
 $(STAMP): constraints.txt pyproject.toml setup.py settings.ini
-	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11, 3.12 or 3.13 found on PATH. Install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3 setup" >&2; exit 1; }
-	@echo "setting up $(VENV) with $$($(PYTHON) --version)"
-	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
-		$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); \
+	@[ -n "$(BASE)" ] || { echo "$(if $(PYTHON),PYTHON=$(PYTHON) is,The PATH holds) none of Python 3.11, 3.12 and 3.13. Remedy: install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3 setup" >&2; exit 1; }
+	@base="$(BASE)"; echo "setting up $(VENV) with $$("$$base" --version)"; \
+	if "$$base" -c 'import ensurepip' 2>/dev/null; then \
+		{ $(VENV)/bin/python -m pip --version >/dev/null 2>&1 && [ -z "$(PYTHON)" -o "$$($(VENV)/bin/python --version)" = "$$("$$base" --version)" ]; } || \
+			"$$base" -m venv --clear $(VENV); \
 		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv; \
-	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then \
-		$(PYTHON) -m venv --clear --without-pip $(VENV); \
-		$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check --constraint constraints.txt uv; \
+	elif "$$base" -m pip --version >/dev/null 2>&1; then \
+		"$$base" -m venv --clear --without-pip $(VENV); \
+		"$$base" -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check --constraint constraints.txt uv; \
 	else \
-		echo "$(PYTHON) can make no virtual environment: it has neither ensurepip nor pip. Remedy on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+		echo "$$base can make no virtual environment: it has neither ensurepip nor pip. Remedy on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
 	fi
 	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode --requirement constraints.txt
 	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation --editable .
