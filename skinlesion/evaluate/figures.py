@@ -160,9 +160,11 @@ def plot_reliability(
     ece:dict=None, # ECE leaf with its interval, for the title; None leaves it out
     ax:plt.Axes=None, # where to draw; None makes a figure
     n_bins:int=ECE_BINS, # bins of equal width
+    n_resamples:int=1000, # of the lesion bootstrap
+    seed:int=0, # of the resamples
 ) -> plt.Axes: # the axes of the diagram; the counts stand in axes of their own below
     "Reliability diagram with intervals, the diagonal and the images per bin."
-    bins, ax = reliability_points(targets, probs, lesion_ids, n_bins), _axes(ax, 5.2, 5.6)
+    bins, ax = reliability_points(targets, probs, lesion_ids, n_bins, n_resamples, seed), _axes(ax, 5.2, 5.6)
     reach = bins[['low', 'high']].sub(bins['accuracy'], axis=0).abs().to_numpy().T
     ax.plot([0, 1], [0, 1], color='.5', lw=1, ls='--', label='as sure as right')
     ax.errorbar(bins['confidence'], bins['accuracy'], yerr=reach, fmt='o-', color='#0072B2', ms=5, lw=1.2, capsize=3,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUM_TOLERANCE', 'TEXT_COLUMNS', 'HEADLINES', 'probability_columns', 'check_predictions', 'write_predictions',
-           'read_predictions', 'check_labels', 'read_labels', 'Aligned', 'align_tables', 'scorecard', 'scorecard_table',
-           'class_table', 'compare_predictions']
+           'read_predictions', 'check_labels', 'read_labels', 'Aligned', 'align_tables', 'malignancy_probability',
+           'scorecard', 'scorecard_table', 'class_table', 'compare_predictions']
 
 # %% ../../nbs/evaluate/37_scorecard.ipynb #4a5fe382
 from pathlib import Path
@@ -235,7 +235,18 @@ class _Scorer:
         exact = (*newcombe_interval(value, *sizes), 'Newcombe method 5 over lesions, perfectly ranked') if value in (0, 1) else None
         return self.leaf(value, samples, units, reason, exact)
 
-# %% ../../nbs/evaluate/37_scorecard.ipynb #29c4e9c0
+# %% ../../nbs/evaluate/37_scorecard.ipynb #e8e942dd
+def malignancy_probability(
+    probs:np.ndarray, # (N,C) probabilities in the order of the codes
+    label_set:LabelSet, # classes and their malignancy
+) -> np.ndarray: # (N,) float64 in [0, 1]; NaN where nothing is said about any class that has mass
+    "Probability that an image shows a malignant class."
+    said = [label_set.is_malignant(code) for code in label_set.codes]
+    probs, known = np.asarray(probs, np.float64), np.array([s is not None for s in said])
+    mass, bad = probs[:, known].sum(1), probs[:, [s is True for s in said]].sum(1)
+    return np.divide(bad, mass, out=np.full(len(probs), np.nan), where=mass > 0).clip(max=1)
+
+# %% ../../nbs/evaluate/37_scorecard.ipynb #89429dc1
 def _class_leaves(scorer, c, code, metrics):
     "Sensitivity, specificity, AUROC and F1 of one class, and how many images it has."
     positive = scorer.data.targets == c
@@ -256,7 +267,7 @@ def _malignant_leaves(scorer, label_set):
     if not any(s is not None for s in said):
         reason = f"label set {label_set.name} does not say which classes are malignant"
         return {name: dict(value=None, low=None, high=None, n=0, n_lesions=0, method='none', reason=reason) for name in names}
-    data, score = scorer.data, scorer.data.probs[:, malignant].sum(1)
+    data, score = scorer.data, np.nan_to_num(malignancy_probability(scorer.data.probs, label_set), nan=.5)
     units = np.array([s is not None for s in said])[data.targets]
     positive = malignant[data.targets]
     metrics = malignancy_metrics(positive[units], score[units], scorer.weights[:, units])

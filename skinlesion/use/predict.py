@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from ..data.metadata import parse_age
 from ..data.schema import read_table
 from ..evaluate.ensemble import mean_ensemble, member_disagreement
-from ..evaluate.scorecard import probability_columns
-from ..explain.cam import check_method, compute_cam, find_layer, target_layers
+from ..evaluate.scorecard import malignancy_probability, probability_columns
+from ..explain.cam import check_method, compute_cam, default_layer, find_layer, target_layers
 from ..images import ImageError, normalise, read_image, resize_image
 from ..model.bundle import load_bundle, predict_probs
 from ..taxonomy import DISCLAIMER, nearest, parse_sex, parse_site
@@ -45,11 +45,8 @@ def malignancy_of(
     probs:np.ndarray, # (C,) probabilities in the order of the codes
 ) -> float|None: # in [0, 1]; None where it cannot be said
     "Probability of a malignant class."
-    said = [label_set.is_malignant(code) for code in label_set.codes]
-    decided = np.array([s is not None for s in said])
-    if not decided[np.argmax(probs)]: return None
-    malignant = np.array([s is True for s in said])
-    return float(min(1., probs[malignant].sum() / probs[decided].sum()))
+    if label_set.is_malignant(label_set.codes[int(np.argmax(probs))]) is None: return None
+    return float(malignancy_probability(np.asarray(probs)[None], label_set)[0])
 
 # %% ../../nbs/use/51_predict.ipynb #9826ff8e
 METADATA_COLUMNS = ('image_id', 'age', 'sex', 'site')
@@ -111,11 +108,17 @@ class Predictor:
 
     def layers(self,
         member:int|str=0, # position or name
-    ) -> list: # of str, shallow to deep; the last is the default
+    ) -> list: # of str, shallow to deep
         "Layers of a member that maps can be made at."
         found = self.member(member)
         if found.name not in self._layers: self._layers[found.name] = list(target_layers(found.model))
         return self._layers[found.name]
+
+    def default_layer(self,
+        member:int|str=0, # position or name
+    ) -> str: # one of `layers(member)`
+        "The layer of maps for which none is named, the same as in the reports."
+        return default_layer(self.member(member).model, (self.bundle.image_size,) * 2)
 
 # %% ../../nbs/use/51_predict.ipynb #30c95ca3
 def as_image(
@@ -203,7 +206,7 @@ def predict_many(self:Predictor,
 def explain(self:Predictor,
     image, # (H,W,3) uint8 RGB, or a path, or the bytes of a file
     method:str='gradcam', # one of `CAM_METHODS`
-    layer:str|None=None, # one of `layers(member)`; None takes the last
+    layer:str|None=None, # one of `layers(member)`; None takes `default_layer(member)`
     target:str|None=None, # class in any spelling; None explains the ensemble's prediction
     age=None, # years; None or '' where unknown
     sex:str='', # '' where unknown
@@ -214,7 +217,7 @@ def explain(self:Predictor,
     check_method(method)
     model = self.member(member).model
     code = self.label_set.parse(target) if target else None
-    layer = layer or self.layers(member)[-1]
+    layer = layer or self.default_layer(member)
     find_layer(model, layer)
     age, sex, site = parse_age(age), parse_sex(sex), parse_site(site)
     picture = as_image(image)
