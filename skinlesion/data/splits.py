@@ -213,10 +213,12 @@ def read_splits(
     path:Path|str, # of a splits.csv
     *parts:str, # which of `SPLITS`; all by default
 ) -> pd.DataFrame: # its rows of these parts, ids as text, age NaN where unknown
-    "Read a splits.csv; an unknown part is an error."
+    "Read a splits.csv; an unknown part, asked for or in a row, is an error."
     for part in parts:
         if part not in SPLITS: raise ValueError(f"split '{part}' is not one of {', '.join(SPLITS)}.{nearest(part, SPLITS)}")
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such table; run the stage prepare")
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for row in np.flatnonzero(~table['split'].isin(SPLITS))[:1]:
+        raise ValueError(f"{path} row {row + 2}: split '{table['split'][row]}' is not one of {', '.join(SPLITS)}; run the stage prepare anew")
     if 'age' in table: table['age'] = pd.to_numeric(table['age'].replace('', None))
     return table[table['split'].isin(parts or SPLITS)].reset_index(drop=True)
