@@ -175,7 +175,8 @@ def create_model(
 # %% ../../nbs/model/21_fusion.ipynb #0167b1fb
 def _check_arguments(backbone, num_classes, metadata_dim, fusion, heads, drop_rate):
     "Stop at an argument of `create_model` that cannot work."
-    if not timm.is_model(backbone) or '.' in backbone:
+    name, _, tag = backbone.partition('.')
+    if not timm.is_model(name) or tag and backbone not in timm.list_models(f'{name}.*', pretrained=True):
         raise ValueError(f"backbone '{backbone}' is no timm model.{_nearest_models(backbone)} See timm.list_models()")
     if num_classes < 2: raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
     if fusion not in FUSIONS: raise ValueError(f"fusion '{fusion}' is not known ({', '.join(FUSIONS)}).{nearest(str(fusion), FUSIONS)}")
