@@ -39,7 +39,7 @@ class Split(Section):
     "How lesions are dealt to train, valid and test."
     policy:Literal['stratified', 'column'] = Field(description='stratified by class, or as the column `split` of metadata.csv says')
     fractions:Annotated[tuple[float, float, float], Strict(False)] = Field(
-        description='share of lesions in train, valid, test: each above 0, sum 1; the policy `column` does not use them')
+        description='share of images in train, valid, test, whole lesions together: each above 0, sum 1; the policy `column` does not use them')
 
     @field_validator('fractions')
     @classmethod
@@ -107,7 +107,7 @@ class Explain(Section):
         min_length=1, description='class activation methods shown side by side, each once')
     images_per_class:int = Field(ge=1, le=1000, description='test images of each class that are explained')
     scorecam_images_per_class:int = Field(ge=1, le=1000, description='at most so many of them by Score-CAM, which costs a forward pass per channel')
-    layer:str|None = Field(min_length=1, description='layer the maps are read from; null takes the last spatial one')
+    layer:str|None = Field(min_length=1, description='layer the maps are read from; null takes the deepest with at least 4 x 4 cells')
     member:str|None = Field(min_length=1, description='member that is explained; null takes the first by name')
 
     @field_validator('methods')
