@@ -235,6 +235,7 @@ class Bundle:
     provenance:dict # what it was made from
     metrics:dict|None # what was measured when it was made
 
+# %% ../../nbs/model/23_bundle.ipynb #a5ac369e
 def verify_bundle(
     folder:Path|str, # of the bundle
 ) -> dict: # bundle_id, members (names), files (name -> SHA-256), facts (bundle.json)
