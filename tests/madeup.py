@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 from skinlesion.pipeline.closure import write_deps
-from skinlesion.pipeline.params import STAGES, load_params, stage_parameters
+from skinlesion.pipeline.params import STAGES, parse_params, stage_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# For repositories made here: git without the settings of whoever runs the tests (signed commits, hooks).
+PLAIN_GIT = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
 
 SETTINGS = """[DEFAULT]
 repo = made
@@ -41,6 +44,13 @@ clean_ids = False
 """
 
 
+def committed(name, root=ROOT):
+    "Text of a file as git's last commit has it, so that own settings in the working copy play no part; in an unpacked archive, as it lies there."
+    try: shown = subprocess.run(["git", "show", f"HEAD:./{name}"], cwd=root, capture_output=True)
+    except FileNotFoundError: shown = None  # no git on this machine
+    return shown.stdout.decode() if shown and shown.returncode == 0 else (root / name).read_text(encoding="utf-8")
+
+
 def cell(source, kind="code", tags=None, outputs=None, id=None):
     "One notebook cell; its id comes from its source unless given."
     made = dict(cell_type=kind, id=id or hashlib.sha256(source.encode()).hexdigest()[:8], metadata=dict(tags=tags) if tags else {}, source=source)
@@ -64,8 +74,9 @@ ADD = '#| export\ndef add(\n    a:int, # a number\n) -> int: # one more\n    "Ad
 
 
 def stage_notebook(stage, extra=()):
-    "A stage notebook whose parameters are those of the real params.yaml."
-    values = stage_parameters(load_params(ROOT / "params.yaml"), stage, "image" if stage == "train" else None)
+    "A stage notebook whose parameters are those of the committed params.yaml."
+    params = parse_params(committed("params.yaml"))
+    values = stage_parameters(params, stage, next(iter(params.train.members)) if stage == "train" else None)
     lines = "\n".join(f"{name} = {value!r}  # made up" for name, value in values.items())
     use = f"print({', '.join(values)})"
     return notebook(cell(f"# {stage}", "markdown"), cell(lines, tags=["parameters"]), "from skinlesion.model.grow import grow", use, *extra)
@@ -90,7 +101,7 @@ def good_files():
     "Name -> content of everything that is written by hand."
     return {
         "settings.ini": SETTINGS, "constraints.txt": "numpy==1\n", "pyproject.toml": '[project]\nname = "made"\ndynamic = ["version"]\n',
-        "params.yaml": (ROOT / "params.yaml").read_text(), "dvc.yaml": (ROOT / "dvc.yaml").read_text(),
+        "params.yaml": committed("params.yaml"), "dvc.yaml": (ROOT / "dvc.yaml").read_text(),
         "nbs/index.ipynb": notebook(cell("# made\n\n> Made up.", "markdown")),
         "nbs/00_base.ipynb": library("base", "#| export\nfrom math import sqrt", ADD),
         "nbs/data/10_part.ipynb": library("data.part", "#| export\nfrom skinlesion.base import add", ADD.replace("add", "part")),
@@ -127,14 +138,14 @@ def build(root):
         from skinlesion.pipeline.readme import build_readme
         write(root, "README.md", build_readme(root))
     except ImportError: pass
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True, env=os.environ | PLAIN_GIT)
     stage_all(root)
     return root
 
 
 def stage_all(root):
     "Let git track every file of the tree."
-    subprocess.run(["git", "add", "-A", "-f"], cwd=root, check=True)
+    subprocess.run(["git", "add", "-A", "-f"], cwd=root, check=True, env=os.environ | PLAIN_GIT)
 
 
 def tracked(root, *patterns):
