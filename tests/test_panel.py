@@ -3,33 +3,27 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
 import pytest
 
 from skinlesion.apps.panels import open_explorer
 from skinlesion.images import MAX_BYTES
-from tiny import build_bundle
+from tiny import build_bundle, wait_for_address
 
 
-def serve(root, port):
-    "A Voila process on the notebook of `root`."
-    return subprocess.Popen([sys.executable, "-m", "voila", str(root / "nbs/apps/cam_explorer.ipynb"), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def serve(root, log):
+    "A Voila process on the notebook of `root`; it takes a port that is free and says which in the file `log`."
+    with open(log, "w") as out:
+        return subprocess.Popen([sys.executable, "-m", "voila", str(root / "nbs/apps/cam_explorer.ipynb"), "--no-browser", "--Voila.ip=127.0.0.1"],
+                                stdout=out, stderr=subprocess.STDOUT, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def fetch(port):
-    "The page and its headers, as soon as it is served."
-    for _ in range(240):
-        try:
-            answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=120)
-            return answer.read().decode(), answer.headers
-        except OSError: time.sleep(.5)
-    raise AssertionError("Voila served no page")
+def fetch(address):
+    "The page and its headers."
+    with urllib.request.urlopen(address, timeout=120) as answer: return answer.read().decode(), answer.headers
 
 
 def texts(widget):
@@ -60,16 +54,15 @@ def test_without_a_bundle_it_says_what_to_run(tmp_path):
 def test_with_a_bundle_it_has_its_controls_and_says_what_it_is_not_for(tmp_path):
     build_bundle(tmp_path / "artifacts/ensemble")
     shown = " ".join(texts(open_explorer(tmp_path)))
-    for word in ("Picture", "Upload", "Age", "Sex", "Site", "Member", "Method", "Layer", "Class", "Opacity", "Probabilities", "never for diagnosis"): assert word in shown, word
+    for word in ("Picture", "Upload", "Age", "Sex", "Site", "Member", "Method", "Layer", "Class", "Opacity", "Probabilities", "never for diagnosis"):
+        assert word in shown, word
 
 
 def test_voila_serves_the_page(project):
     build_bundle(project / "artifacts/ensemble")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    process = serve(project, port)
-    try: page, headers = fetch(port)
+    log = project / "voila.log"
+    process = serve(project, log)
+    try: page, headers = fetch(wait_for_address(process, log, r"running at:\s+(http://127\.0\.0\.1:\d+/)"))
     finally:
         process.terminate()
         process.wait(30)

@@ -1,10 +1,10 @@
 """The service as a program sees it: `skinlesion serve` in a process of its own, and what it says when there is no sound bundle."""
+import contextlib
+import http.client
 import json
 import re
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from skinlesion.apps.service import create_app
 from skinlesion.images import read_image
 from skinlesion.use.predict import Predictor
-from tiny import build_bundle, build_pictures
+from tiny import build_bundle, build_pictures, wait_for_address
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +26,14 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(made):
-    "The address of a running service."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-m", "skinlesion.pipeline.cli", "serve", "--bundle", str(made[0]), "--port", str(port)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
+    "The address of a running service, on a port that the system chose."
+    log = made[0].parent / "service.log"
+    with open(log, "w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "skinlesion.pipeline.cli", "serve", "--bundle", str(made[0]), "--port", "0"],
+                                   stdout=out, stderr=subprocess.STDOUT)
     try:
-        for _ in range(240):
-            assert process.poll() is None, "the service ended"
-            try:
-                urllib.request.urlopen(address + "/", timeout=5)
-                break
-            except (urllib.error.URLError, OSError): time.sleep(.5)
+        address = wait_for_address(process, log, r"running on (http://127\.0\.0\.1:\d+)")
+        urllib.request.urlopen(address + "/", timeout=60).close()
         yield address
     finally:
         process.terminate()
@@ -90,14 +84,29 @@ def test_many_at_once_get_each_their_own_answer(served, made):
 
 @pytest.mark.parametrize("picture, fields, status, words", [
     (b"hello", {}, 415, "no known image"), (b"", {}, 400, "empty"), (b"\xff\xd8\xff\xe0" + b"0" * 200, {}, 400, "damaged"),
-    (b"x" * (21 << 20), {}, 413, "allowed"), (None, {"site": "bakc"}, 422, "Did you mean 'back'?"), (None, {"age": "999"}, 422, "0 to 120")])
+    (b"x" * ((20 << 20) + 1), {}, 413, "20,971,520 bytes allowed"), (None, {"site": "bakc"}, 422, "Did you mean 'back'?"), (None, {"age": "999"}, 422, "0 to 120")])
 def test_what_cannot_be_answered_says_why(served, made, picture, fields, status, words):
-    try: code, answer = post(served, "/infer", made[1]["a"].read_bytes() if picture is None else picture, **fields)
-    except (urllib.error.URLError, ConnectionError):  # the body was refused before it was all sent
-        assert status == 413
-        return
+    code, answer = post(served, "/infer", made[1]["a"].read_bytes() if picture is None else picture, **fields)
     assert code == status and words in answer["detail"]
     assert "probs" not in answer and "class" not in answer
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["stated", "chunked"])
+def test_too_long_a_body_is_refused_before_it_is_whole(served, stated):
+    "By its stated length before a byte of it came; else at the first byte over the limit. Neither request is ever finished."
+    connection = http.client.HTTPConnection(served.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/infer")
+    connection.putheader("Content-Type", "multipart/form-data; boundary=B")
+    if stated: connection.putheader("Content-Length", str(21 << 20))
+    else: connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    limit = (20 << 20) + (64 << 10)  # of the picture, and of all around it
+    head = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
+    for part in [] if stated else [head, *[b"x" * (1 << 20)] * 20, b"x" * (limit + 1 - len(head) - (20 << 20))]:
+        connection.send(b"%x\r\n%b\r\n" % (len(part), part))
+    with contextlib.closing(connection):
+        answer = connection.getresponse()
+        assert answer.status == 413 and "bytes allowed" in json.load(answer)["detail"]
 
 
 def test_a_map_is_found_by_its_id_alone(served):

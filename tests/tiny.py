@@ -1,4 +1,7 @@
 "A bundle of two untrained members and a few pictures: what they answer means nothing, how they answer is what the faces are tested with."
+import re
+import time
+
 import numpy as np
 import pandas as pd
 import torch
@@ -19,6 +22,18 @@ def build_bundle(folder, label_set=None, size=64):
               "fused": create_model("resnet10t", label_set.num_classes, encoder.dim, "concat", seed=2)}
     members = [Member(name, model.eval(), model.config) for name, model in models.items()]
     return save_bundle(folder, members, label_set, encoder, size, {"note": "untrained"})
+
+
+def wait_for_address(process, log, pattern, seconds=120):
+    "The address that a server prints into the file `log` once it listens; an AssertionError where it ends or says nothing in time."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = re.search(pattern, log.read_text(errors="replace"))
+        if found: return found[1]
+        if process.poll() is not None: break
+        time.sleep(.1)
+    why = f"no address after {seconds} s" if process.poll() is None else f"it ended with {process.returncode}"
+    raise AssertionError(f"no server: {why}\n{log.read_text(errors='replace')[-3000:]}")
 
 
 def build_pictures(folder, names=("a", "b", "c")):
