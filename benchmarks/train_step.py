@@ -3,8 +3,8 @@
 `fit` reads a LesionDataset (uint8 pixels, normalised and collated per batch) and does everything a run does per step: determinism, reseeding,
 schedule, gradient clipping, finiteness checks, the books. The bare loop reads normalised channels-last tensors that already lie in memory.
 Both are timed from the second step of a round to its last, so start-up, validation and the set-up of oneDNN's kernels are left out of both.
-Rounds alternate, and the ratio is the median over pairs of rounds, so that other work on the machine hits both sides alike. A load above 1 is printed with a warning: two threads that wait for a core
-make single ratios swing from 0.3 to 1.3, so repeat on a quiet machine.
+Rounds alternate, and the ratio is the median over pairs of rounds, so that other work on the machine hits both sides alike. A load above 1 is
+printed with a warning: two threads that wait for a core make single ratios swing from 0.3 to 1.3, so repeat on a quiet machine.
 
     python benchmarks/train_step.py [--backbone mobilenetv2_100] [--size 128] [--batch 32] [--steps 7] [--rounds 5] [--threads N]
 """
@@ -94,11 +94,13 @@ def main():
         order = list(sides) if k % 2 else list(sides)[::-1]
         pair = {name: sides[name]() for name in order}
         pairs.append(pair)
-        print(f"round {k + 1}: fit {pair['fit']:.1f} images/s, bare loop {pair['bare']:.1f} images/s, ratio {pair['fit'] / pair['bare']:.3f}", flush=True)
+        print(f"round {k + 1}: fit {pair['fit']:.1f} images/s, bare loop {pair['bare']:.1f} images/s, "
+              f"ratio {pair['fit'] / pair['bare']:.3f}", flush=True)
     medians = {name: statistics.median(p[name] for p in pairs) for name in ('fit', 'bare')}
     ratio = statistics.median(p['fit'] / p['bare'] for p in pairs)
     print(json.dumps(dict(benchmark='train_step', fit_images_per_s=round(medians['fit'], 1), bare_images_per_s=round(medians['bare'], 1),
-                          ratio=round(ratio, 3), target=.9, met=ratio >= .9, backbone=args.backbone, size=args.size, batch=args.batch, threads=args.threads, load_before=load)))
+                          ratio=round(ratio, 3), target=.9, met=ratio >= .9, backbone=args.backbone, size=args.size, batch=args.batch,
+                          threads=args.threads, load_before=load)))
 
 
 if __name__ == '__main__': main()

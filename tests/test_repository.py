@@ -15,7 +15,8 @@ REMOTE = ".dvc/remote"
 # Put together from pieces, so that this file does not find itself.
 FORBIDDEN = {
     "a machine's path": r"(?<![\w.~}\])>$*-])/(?:work|home|root|Users|opt|mnt|srv)/[\w.]",
-    "a package index": r"(?i)(?:index-url|find-links|trusted-host)[ =:]+\S*\w+\.\w+|https?://[^\s/\"']*(?:py" r"pi|regis" r"try|artifac" r"tory|nex" r"us)[^\s/\"']*",
+    "a package index": r"(?i)(?:index-url|find-links|trusted-host)[ =:]+\S*\w+\.\w+|"
+                       r"https?://[^\s/\"']*(?:py" r"pi|regis" r"try|artifac" r"tory|nex" r"us)[^\s/\"']*",
     "a machine's address": r"https?://(?!127\.0\.0\.1|0\.0\.0\.0)\d+\.\d+\.\d+\.\d+",
     "a secret": r"AKIA[0-9A-Z]{16}|gh[pousr]_\w{30,}|hf_[A-Za-z]{30,}|xox[abp]-\w{10,}|-----BEGIN [A-Z ]*PRIVATE KEY|"
                 r"(?i:password|passwd|api_?key|secret|token)[\"']?\s*[:=]\s*[\"'][^\"'\s{}$<>]{8,}[\"']",
@@ -60,7 +61,8 @@ def check_version(root):
     version = settings["DEFAULT"].get("version", "")
     if not re.fullmatch(r"\d+\.\d+\.\d+\S*", version): return [f"settings.ini: version is {version!r}; write it as 1.2.3"]
     pattern = rf"__version__\s*=\s*[\"']|version[\"']?\s*[:=]\s*[\"']?{re.escape(version)}(?![\w.])"
-    return [f"{place} states the version ({words!r}); settings.ini alone does" for place, words in finds(root, pattern) if not place.startswith("settings.ini ")]
+    return [f"{place} states the version ({words!r}); settings.ini alone does" for place, words in finds(root, pattern)
+            if not place.startswith("settings.ini ")]
 
 
 def check_readme(root):
@@ -95,7 +97,8 @@ def check_remote(root):
 
 def check_ignored(root):
     "Git tracks neither data, nor artifacts, nor what a run leaves behind."
-    pattern = r"(data|artifacts|\.venv|\.work)/.*|\.dvc/(cache|tmp|config\.local).*|reports/(.*/)?(report\.html|index\.html|executed\.ipynb|failed\.ipynb|run\.json)|.*/(__pycache__|\.ipynb_checkpoints)/.*"
+    pattern = r"(data|artifacts|\.venv|\.work)/.*|\.dvc/(cache|tmp|config\.local).*|.*/(__pycache__|\.ipynb_checkpoints)/.*|" \
+              r"reports/(.*/)?(report\.html|index\.html|executed\.ipynb|failed\.ipynb|run\.json)"
     return [f"{path} is tracked; git rm --cached {path}" for path in tracked(root) if re.fullmatch(pattern, path.as_posix())]
 
 
@@ -107,7 +110,8 @@ NB = "nbs/model/20_grow.ipynb"
 FAULTS = [
     (check_texts, {"notes.md": "first\nsee /wo" "rk/main/nbs\n"}, "notes.md line 2 holds a machine's path: '/wo" "rk/m'"),
     (check_texts, {"Makefile": "x:\n\tls /ho" "me/someone\n"}, "Makefile line 2 holds a machine's path"),
-    (check_texts, {NB: library("model.grow", cell("x", outputs=[dict(output_type="stream", name="stdout", text=["at /ro" "ot/x\n"])]))}, "holds a machine's path"),
+    (check_texts, {NB: library("model.grow", cell("x", outputs=[dict(output_type="stream", name="stdout", text=["at /ro" "ot/x\n"])]))},
+     "holds a machine's path"),
     (check_texts, {"constraints.txt": "--extra-index" "-url https://mirror.nowhere.example/simple\n"}, "holds a package index"),
     (check_texts, {"setup.cfg": "url = https://py" "pi.nowhere.example/simple\n"}, "holds a package index"),
     (check_texts, {"setup.cfg": "url = http://10." "1.2.3:8080/\n"}, "holds a machine's address"),
