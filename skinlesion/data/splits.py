@@ -174,9 +174,14 @@ def split_groups(
     policy:str='stratified', # 'stratified' draws the split; 'column' takes the column `split` as it stands
     fractions:tuple=(.7, .15, .15), # shares of train, valid, test; positive, sum to 1; for 'stratified'
     seed:int=0, # same seed, same split, whatever the order of the rows; for 'stratified'
+    codes:tuple=(), # classes that must occur, such as all of the label set; () asks for none
 ) -> pd.Series: # split of each row, indexed like `table`
     "Assign whole lesions (patients where known) to train, valid or test."
     _check_arguments(table, policy, fractions)
+    absent = [code for code in codes if code not in set(table['diagnosis'])]
+    if absent:
+        raise ValueError(f"no image of class {', '.join(map(repr, absent))}: a model cannot learn a class it never sees. "
+                         "Import images of it, or give the dataset a label set without it")
     if policy == 'column':
         _check_values(table)
         split = table['split'].astype(str).to_numpy(object)
