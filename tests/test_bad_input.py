@@ -98,7 +98,8 @@ def damaged(data, at=60):
 
 @pytest.mark.parametrize("broken, said", [
     (dict(files={"ISIC_2.jpg": None}), "HAM10000_metadata.csv row 3: there is no image 'ISIC_2' in what was given; give its archive"),
-    (second("HAM_2,ISIC_2,mela,histo,60,female,scalp"), "row 3: diagnosis 'mela' is not in label set ham10000 (akiec, bcc, bkl, df, mel, nv, vasc). Did you mean 'mel'?"),
+    (second("HAM_2,ISIC_2,mela,histo,60,female,scalp"),
+     "row 3: diagnosis 'mela' is not in label set ham10000 (akiec, bcc, bkl, df, mel, nv, vasc). Did you mean 'mel'?"),
     (second("HAM_2,ISIC_2,,histo,60,female,scalp"), "row 3: the diagnosis is empty; it must be in label set ham10000"),
     (dict(rows=(*ROWS, ROWS[0])), "row 5: image_id 'ISIC_1' is already in row 2"),
     (second("HAM_2,../up,mel,histo,60,female,scalp"), "row 3: image_id '../up' cannot be the name of a file"),
@@ -106,12 +107,15 @@ def damaged(data, at=60):
     (dict(files={"ISIC_2.jpg": b""}), "HAM/ISIC_2.jpg: it is empty; allowed are jpeg, png"),
     (dict(files={"ISIC_2.jpg": GIF}), "HAM/ISIC_2.jpg: it is gif; allowed are jpeg, png, webp, bmp, tiff. Export"),
     (dict(files={"ISIC_2.jpg": b"hello"}), "HAM/ISIC_2.jpg: its content is no known image; allowed are"),
-    (dict(files={"ISIC_2.jpg": None, "ISIC_2.png": bomb()}), "ISIC_2.png: 2,500,000,000 pixels, more than the 64,000,000 pixels allowed; scale the image down"),
-    (dict(rows=[r.replace("mel", "nv").replace("bkl", "nv") for r in ROWS]), "all 3 rows have the diagnosis 'nv'; one class cannot be told from itself"),
+    (dict(files={"ISIC_2.jpg": None, "ISIC_2.png": bomb()}),
+     "ISIC_2.png: 2,500,000,000 pixels, more than the 64,000,000 pixels allowed; scale the image down"),
+    (dict(rows=[r.replace("mel", "nv").replace("bkl", "nv") for r in ROWS]),
+     "all 3 rows have the diagnosis 'nv'; one class cannot be told from itself"),
     (second("HAM_2,ISIC_2,mel,histo,-3,female,scalp"), "row 3: age '-3' is no number from 0 to 120; correct it, or leave it empty"),
     (second("HAM_2,ISIC_2,mel,histo,inf,female,scalp"), "row 3: age 'inf' is no number from 0 to 120"),
     (second("HAM_2,ISIC_2,mel,histo,60,female,bakc"), "row 3: site 'bakc' is not known; allowed are abdomen, acral, back"),
-    (second("HAM_2,ISIC_2,mel,histo,60,femal,scalp"), "sex 'femal' is not known; allowed are female, male, or empty for unknown. Did you mean 'female'?"),
+    (second("HAM_2,ISIC_2,mel,histo,60,femal,scalp"),
+     "sex 'femal' is not known; allowed are female, male, or empty for unknown. Did you mean 'female'?"),
     (second("HAM_2,ISIC_2,mel"), "row 3: 3 cells where the header has 7"),
     (second('"HAM_2,ISIC_2,mel,histo,60,female,scalp'), "not readable as CSV (unexpected end of data); close every quote"),
     (dict(rows=[]), "there is no row below the header; add the images"),
@@ -153,7 +157,8 @@ def test_a_place_that_cannot_be_written(imported, tmp_path):
     refused(keep, "no such file or folder; check the path", "import", "ham10000", tmp_path / "gone", "--out", keep / "data")
     refused(keep, "Did you mean 'ham10000'?", "import", "ham1000", source, "--out", keep / "data", code=2)
     with mock.patch("skinlesion.data.schema._put", side_effect=OSError(errno.ENOSPC, "No space left on device")):
-        said = refused(keep, f"the disk is full while writing {keep / 'data'}; what stood there before is unchanged.", "import", "ham10000", source, "--out", keep / "data")
+        said = refused(keep, f"the disk is full while writing {keep / 'data'}; what stood there before is unchanged.",
+                       "import", "ham10000", source, "--out", keep / "data")
         assert "Free some space, or choose a folder on another disk" in said
 
 
@@ -164,7 +169,8 @@ def made(tmp_path_factory):
     pictures, bundle = build_pictures(folder), build_bundle(folder / "bundle")
     (folder / "keep").mkdir()
     for name in ("out.csv", "map.png"): (folder / "keep" / name).write_text("of an earlier run")
-    for name, data in {"cut.jpg": CUT, "gif.jpg": GIF, "text.jpg": b"hello", "empty.jpg": b"", "bomb.png": bomb()}.items(): (folder / name).write_bytes(data)
+    for name, data in {"cut.jpg": CUT, "gif.jpg": GIF, "text.jpg": b"hello", "empty.jpg": b"", "bomb.png": bomb()}.items():
+        (folder / name).write_bytes(data)
     (folder / "empty").mkdir()
     (folder / "twin").mkdir()
     shutil.copy(pictures["a"], folder / "twin" / "a.png")
@@ -211,18 +217,21 @@ def test_metadata_that_cannot_be_used(made, text, said):
 def test_metadata_that_is_no_table(made):
     (made / "short.csv").write_text("image_id,age,sex,localization\na,1,f,back\n")
     (made / "blank.csv").write_text("")
-    for name, said in {"short.csv": "column 'site' is missing; the table needs image_id, age, sex, site", "none.csv": "none.csv: no such table; check the path",
-                       "empty": "empty: this is a folder; name the CSV file", "blank.csv": "the table is empty; its first row", "a.png": "not UTF-8 at byte 0"}.items():
+    for name, said in {"short.csv": "column 'site' is missing; the table needs image_id, age, sex, site",
+                       "none.csv": "none.csv: no such table; check the path",
+                       "empty": "empty: this is a folder; name the CSV file", "blank.csv": "the table is empty; its first row",
+                       "a.png": "not UTF-8 at byte 0"}.items():
         predict(made, said, made / "a.png", "--metadata", made / name)
     (made / "unknown.csv").write_text("image_id,age,sex,site\na,nan,unknown,\n")  # NaN is how tables say that an age is unknown
-    out = made / "unknown_out.csv"
-    assert CliRunner().invoke(app, ["predict", str(made / "a.png"), "--bundle", str(made / "bundle"), "--metadata", str(made / "unknown.csv"), "--csv", str(out)]).exit_code == 0
+    words = ("predict", made / "a.png", "--bundle", made / "bundle", "--metadata", made / "unknown.csv", "--csv", made / "unknown_out.csv")
+    assert CliRunner().invoke(app, [str(w) for w in words]).exit_code == 0
 
 
 @pytest.mark.parametrize("words, said", [
     (("--method", "gradcm"), "method 'gradcm' is not known; choose one of gradcam, eigencam, scorecam. Did you mean 'gradcam'?"),
     (("--layer", "layer9"), "layer 'layer9' is not in this model; choose one of act1, layer1, layer2, layer3, layer4."),
-    (("--class", "mela"), "--class: diagnosis 'mela' is not in label set ham10000"), (("--member", "imag"), "choose one of image, fused. Did you mean 'image'?"),
+    (("--class", "mela"), "--class: diagnosis 'mela' is not in label set ham10000"),
+    (("--member", "imag"), "choose one of image, fused. Did you mean 'image'?"),
     (("--opacity", "2"), "opacity is 2.0; choose a number from 0"), (("--opacity", "nan"), "opacity is nan; choose")])
 def test_a_map_that_cannot_be_made(made, words, said): explain(made, said, "a.png", *words)
 
@@ -234,12 +243,18 @@ def test_results_that_cannot_be_written(made):
     explain(made, "a.png is a file, so nothing can be written below it", "a.png", out="a.png/map.png")
     explain(made, "the map is written as PNG; give a name that ends in .png", "a.png", out="keep/map.jpg")
     predict(made, "choose a shorter name", made / "a.png", csv="keep/" + "n" * 300)
-    assert CliRunner().invoke(app, ["predict", str(made / "a.png"), "--bundle", str(made / "bundle"), "--csv", str(made / "new" / "deep" / "out.csv")]).exit_code == 0
+    words = ("predict", made / "a.png", "--bundle", made / "bundle", "--csv", made / "new" / "deep" / "out.csv")
+    assert CliRunner().invoke(app, [str(w) for w in words]).exit_code == 0
     with mock.patch("skinlesion.files._sync", side_effect=OSError(errno.ENOSPC, "No space left on device")):
         predict(made, f"the disk is full while writing {made / 'keep' / 'out.csv'}; what stood there before is unchanged.", made / "a.png")
         explain(made, f"the disk is full while writing {made / 'keep' / 'map.png'}; what stood there before is unchanged.", "a.png")
     with mock.patch("os.replace", side_effect=PermissionError(errno.EACCES, "Permission denied", str(made / "keep" / "out.csv"))):
         predict(made, "out.csv cannot be written (permission denied); choose another folder", made / "a.png")
+
+
+def flip(path, at):
+    "Change one bit of a file."
+    path.write_bytes(damaged(path.read_bytes(), at))
 
 
 def rewritten(old, new):
@@ -254,14 +269,16 @@ def rewritten(old, new):
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda f: (f / "fused.safetensors").write_bytes(damaged((f / "fused.safetensors").read_bytes(), 99_999)), "1 file(s) differ from SHA256SUMS: 'fused.safetensors' has changed. Restore"),
-    (lambda f: (f / "bundle.json").write_bytes(damaged((f / "bundle.json").read_bytes(), 9)), "'bundle.json' has changed"),
-    (lambda f: (f / "SHA256SUMS").write_bytes(damaged((f / "SHA256SUMS").read_bytes(), 3)), "SHA256SUMS"),
+    (lambda f: flip(f / "fused.safetensors", 99_999), "1 file(s) differ from SHA256SUMS: 'fused.safetensors' has changed. Restore"),
+    (lambda f: flip(f / "bundle.json", 9), "'bundle.json' has changed"),
+    (lambda f: flip(f / "SHA256SUMS", 3), "SHA256SUMS"),
     (lambda f: (f / "SHA256SUMS").write_bytes(b"\xff\xfe\0"), "SHA256SUMS row 1: "),
     (lambda f: (f / "SHA256SUMS").unlink(), "SHA256SUMS: no such file, so nothing in the folder can be verified"),
-    (lambda f: (f / "fused.safetensors").unlink(), "'fused.safetensors' is missing"), (lambda f: (f / "run.py").touch(), "'run.py' is not in SHA256SUMS"),
+    (lambda f: (f / "fused.safetensors").unlink(), "'fused.safetensors' is missing"),
+    (lambda f: (f / "run.py").touch(), "'run.py' is not in SHA256SUMS"),
     (rewritten('"schema_version": 1', '"schema_version": 9'), "schema_version is 9, but this version of skinlesion reads 1"),
-    (rewritten("resnet10t", "resnet10x"), "backbone 'resnet10x' is no timm model. Did you mean 'resnet10t'"), (rewritten("{", "", ), "bundle.json: not readable as JSON")])
+    (rewritten("resnet10t", "resnet10x"), "backbone 'resnet10x' is no timm model. Did you mean 'resnet10t'"),
+    (rewritten("{", ""), "bundle.json: not readable as JSON")])
 def test_a_bundle_with_one_thing_wrong(made, tmp_path, change, said):
     folder = Path(shutil.copytree(made / "bundle", tmp_path / "bundle"))
     change(folder)
@@ -279,8 +296,10 @@ def test_a_folder_that_is_no_bundle(made):
 def test_a_dataset_with_one_thing_wrong(imported, tmp_path):
     good = imported / "keep" / "data"
     changes = [(lambda d: (d / "images" / "ISIC_2.jpg").write_bytes(CUT), "ISIC_2.jpg: truncated or damaged JPEG"),
-               (lambda d: (d / "images" / "ISIC_2.jpg").unlink(), "metadata.csv row 3: there is no images/ISIC_2.jpg or .png; add the file or remove the row"),
-               (lambda d: (d / "images" / "new.jpg").write_bytes(CUT), "images/new.jpg: no row of metadata.csv has the image_id 'new'; add the row or remove the file"),
+               (lambda d: (d / "images" / "ISIC_2.jpg").unlink(),
+                "metadata.csv row 3: there is no images/ISIC_2.jpg or .png; add the file or remove the row"),
+               (lambda d: (d / "images" / "new.jpg").write_bytes(CUT),
+                "images/new.jpg: no row of metadata.csv has the image_id 'new'; add the row or remove the file"),
                (lambda d: (d / "dataset.json").write_text("{"), "dataset.json: not readable as JSON")]
     for i, (change, said) in enumerate(changes):
         folder = Path(shutil.copytree(good, tmp_path / f"data{i}"))
@@ -293,7 +312,8 @@ def test_a_port_that_is_taken(made):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused(made / "keep", f"port {port} of 127.0.0.1 cannot be taken (Address already in use)", "serve", "--bundle", made / "bundle", "--port", port)
+        refused(made / "keep", f"port {port} of 127.0.0.1 cannot be taken (Address already in use)",
+                "serve", "--bundle", made / "bundle", "--port", port)
     refused(made / "keep", "--port", "serve", "--bundle", made / "bundle", "--port", 99999, code=2)
 
 
@@ -302,7 +322,8 @@ def test_a_port_that_is_taken(made):
 
 def small_table():
     "Three lesions of each class, one for each split."
-    rows = [dict(image_id=f"I_{c}{i}", lesion_id=f"L_{c}{i}", patient_id="", diagnosis=c, diagnosis_confirm_type="histo", age=40 + i, sex="female", site="back", split=split)
+    rows = [dict(image_id=f"I_{c}{i}", lesion_id=f"L_{c}{i}", patient_id="", diagnosis=c, diagnosis_confirm_type="histo",
+                 age=40 + i, sex="female", site="back", split=split)
             for c in get_label_set("ham10000").codes for i, split in enumerate(("train", "valid", "test"))]
     return pd.DataFrame(rows)
 
@@ -324,7 +345,8 @@ def stage(repo, *words):
     "Run a stage that must fail; what it printed. Earlier results stand, and no scratch is left."
     before = sums(repo / "artifacts", repo / "reports")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
-    done = subprocess.run([sys.executable, "-m", "skinlesion.pipeline.cli", "run", *words], cwd=repo, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "skinlesion.pipeline.cli", "run", *words]
+    done = subprocess.run(command, cwd=repo, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     after = {k: v for k, v in sums(repo / "artifacts", repo / "reports").items() if not k.endswith("failed.ipynb")}
     assert done.returncode == 1 and after == before, done.stdout
     assert "Traceback" not in done.stdout and "error: " in done.stdout and not [*(repo / ".work" / "stages").glob("*")]
@@ -350,7 +372,8 @@ def run_here(repo, said, words=("prepare",), params=None):
     if params is not None: path.write_bytes(params)
     before = sums(repo / "artifacts", repo / "reports")
     try:
-        with mock.patch.object(stages, "_check_library"), mock.patch.object(stages, "StageKernel", side_effect=AssertionError("a kernel was started")):
+        started = AssertionError("a kernel was started")
+        with mock.patch.object(stages, "_check_library"), mock.patch.object(stages, "StageKernel", side_effect=started):
             with pytest.raises((stages.StageError, ValueError)) as caught: stages.run_stage(*words, root=repo, stream=out)
     finally: path.write_bytes(old)
     assert said in f"{caught.value}\n{out.getvalue()}" and sums(repo / "artifacts", repo / "reports") == before
@@ -360,11 +383,15 @@ def run_here(repo, said, words=("prepare",), params=None):
 @pytest.mark.parametrize("old, new, said", [
     ("image_size:", "image_sise:", "params.yaml: key 'base.image_sise' is unknown; allowed in base: seed, image_size. Did you mean 'image_size'?"),
     ("image_size: 64", "image_size: big", "base.image_size is 'big'; allowed: whole number from 32 to 1024"),
-    ("image_size: 64", "image_size: 64.5", "base.image_size is 64.5; allowed: whole number"), ("image_size: 64", "image_size:", "base.image_size is null; allowed"),
-    ("image_size: 64", "image_size: 64\n  image_size: 32", 'found duplicate key "image_size" with value "32" (original value: "64"); write each key once'),
-    ("    fused:", "    Fused One:", "'Fused One' cannot be a member's name; use small letters"), ("    fused:", "    ensemble:", "'ensemble' cannot be a member's name"),
+    ("image_size: 64", "image_size: 64.5", "base.image_size is 64.5; allowed: whole number"),
+    ("image_size: 64", "image_size:", "base.image_size is null; allowed"),
+    ("image_size: 64", "image_size: 64\n  image_size: 32",
+     'found duplicate key "image_size" with value "32" (original value: "64"); write each key once'),
+    ("    fused:", "    Fused One:", "'Fused One' cannot be a member's name; use small letters"),
+    ("    fused:", "    ensemble:", "'ensemble' cannot be a member's name"),
     ("    fused:", "    7:", "train.members holds the name 7, which is no text; write it in quotes"),
-    ("policy: column", "policy: colum", "prepare.split.policy is 'colum'; allowed: stratified, column (stratified by class, or as the column `split` of metadata.csv says). Did you mean 'column'?"),
+    ("policy: column", "policy: colum",
+     "policy is 'colum'; allowed: stratified, column (stratified by class, or as the column `split` of metadata.csv says). Did you mean 'column'?"),
     ("[gradcam, eigencam, scorecam]", "[gradcm]", "explain.methods[0] is 'gradcm'; allowed: list of gradcam, eigencam, scorecam"),
     ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.2]", "[0.7, 0.2, 0.2] sums to 1.1; give three shares"), ("base:", "base: [", "params.yaml line 5, column 3")])
 def test_a_parameter_that_cannot_be_used(repo, old, new, said):
@@ -389,9 +416,12 @@ def test_a_split_that_cannot_be_made():
     from skinlesion.data.splits import split_groups
     table = small_table()
     for change, policy, said in [
-            (dict(lesion_id=table.lesion_id.replace("L_mel1", "L_mel0")), "stratified", "class 'mel' has 2 lesion(s): fewer lesions than splits (train, valid, test). Add images of other lesions"),
-            (dict(split=table.split.replace("valid", "vald")), "column", "metadata.csv row 3 (image 'I_akiec1'): split 'vald' is not one of train, valid, test. Did you mean 'valid'?"),
-            (dict(split=table.split.where(table.image_id != "I_mel2", "train")), "column", "class 'mel' has no image in split 'test' (train 2, valid 1, test 0). Move a lesion")]:
+            (dict(lesion_id=table.lesion_id.replace("L_mel1", "L_mel0")), "stratified",
+             "class 'mel' has 2 lesion(s): fewer lesions than splits (train, valid, test). Add images of other lesions"),
+            (dict(split=table.split.replace("valid", "vald")), "column",
+             "metadata.csv row 3 (image 'I_akiec1'): split 'vald' is not one of train, valid, test. Did you mean 'valid'?"),
+            (dict(split=table.split.where(table.image_id != "I_mel2", "train")), "column",
+             "class 'mel' has no image in split 'test' (train 2, valid 1, test 0). Move a lesion")]:
         with pytest.raises(ValueError) as caught: split_groups(table.assign(**change), policy)
         assert said in str(caught.value)
     with pytest.raises(ValueError, match="column 'split' is missing; add it"): split_groups(table.drop(columns="split"), "column")
@@ -399,7 +429,8 @@ def test_a_split_that_cannot_be_made():
 
 @pytest.mark.parametrize("backbone, pretrained, said", [
     ("resnet10x", "none", "backbone 'resnet10x' is no timm model. Did you mean 'resnet10t'"),
-    ("resnet10t", "gone.safetensors", "pretrained weights 'gone.safetensors' not found for backbone 'resnet10t'; give the path of a safetensors file, 'timm' or 'none'"),
+    ("resnet10t", "gone.safetensors",
+     "pretrained weights 'gone.safetensors' not found for backbone 'resnet10t'; give the path of a safetensors file, 'timm' or 'none'"),
     ("resnet10t", __file__, "is not a readable safetensors file")])
 def test_a_model_that_cannot_be_made(backbone, pretrained, said):
     from skinlesion.model.fusion import create_model
