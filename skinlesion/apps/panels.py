@@ -64,7 +64,7 @@ class CamExplorer(HasTraits):
     "One picture under the model: set the state, read `prediction`, `cam`, `picture` and `error`."
     image_name = Unicode('').tag(input=True) # a key of `images`
     age, sex, site = (Unicode('').tag(input=True) for _ in range(3)) # '' is unknown
-    member, layer = (Unicode('').tag(input=True) for _ in range(2)) # '' is the first, the last
+    member, layer = (Unicode('').tag(input=True) for _ in range(2)) # '' is the first, the default
     method = Unicode('gradcam').tag(input=True) # one of CAM_METHODS
     target = Unicode('').tag(input=True) # a class; '' explains the one predicted
     opacity = Float(.5) # of the map, 0 to 1
@@ -229,9 +229,10 @@ def _controls(explorer):
 def layer_options(
     explorer:CamExplorer, # whose member
 ) -> list: # (label, layer) pairs; the default is ''
-    "The layers that the chosen member offers."
-    names = explorer.predictor.layers(explorer.member or 0)
-    return [*((f'{n}' , n) for n in names[:-1]), (f'{names[-1]} (last)', '')][::-1]
+    "The layers that the chosen member offers, deepest first."
+    member = explorer.member or 0
+    default = explorer.predictor.default_layer(member)
+    return [(f'{n} (default)', '') if n == default else (n, n) for n in explorer.predictor.layers(member)[::-1]]
 
 # %% ../../nbs/apps/60_panels.ipynb #f7a9be92
 def explained(
