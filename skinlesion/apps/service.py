@@ -20,6 +20,7 @@ import cv2
 from fastapi import FastAPI, File, Form, HTTPException, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as RoutingFault
 
 from ..data.metadata import parse_age
 from ..explain.cam import is_flat, overlay
@@ -133,8 +134,16 @@ def _add_faults(app):
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request:Request, error:RequestValidationError):
-        faults = '; '.join(f"{e['loc'][-1]}: {e['msg'].lower()}" for e in error.errors())
+        texts = ["'file' is a text, not a file; with curl write -F file=@picture.jpg, with the @" for e in error.errors() if e['loc'][-1] == 'file' and e['type'] == 'value_error']
+        faults = '; '.join(texts or [f"{e['loc'][-1]}: {e['msg'].lower()}" for e in error.errors()])
         return JSONResponse(dict(detail=f"{faults}. Send multipart/form-data with a picture as 'file' and, if known, 'age', 'sex' and 'site'"), 422)
+
+    @app.exception_handler(RoutingFault)
+    async def elsewhere(request:Request, error:RoutingFault):
+        detail, allowed = error.detail, {k.lower(): v for k, v in (error.headers or {}).items()}.get('allow', '')
+        if error.status_code == 404 and detail == 'Not Found': detail = f"nothing is at {request.url.path}; POST a picture to /infer or /predict, or GET /health"
+        if error.status_code == 405: detail = f"{request.url.path} does not answer {request.method}; send {allowed}"
+        return JSONResponse(dict(detail=detail), error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def broken(request:Request, error:Exception):
@@ -198,8 +207,9 @@ def _add_answers(app, holder, store, max_bytes):
         png = store.get(name.removesuffix('.png')) if name.endswith('.png') else None
         if png is None: raise HTTPException(404, "no such map; only the newest are kept, so POST the picture to /infer again")
         return Response(png, media_type='image/png')
+    app.head('/cams/{name}', include_in_schema=False)(cam)
 
-# %% ../../nbs/apps/61_service.ipynb #e28475dc
+# %% ../../nbs/apps/61_service.ipynb #c733707c
 def create_app(
     bundle_dir:Path|str, # folder of the bundle
     cam_dir:Path|str|None=None, # where maps are kept; None makes a temporary folder
@@ -222,6 +232,7 @@ def create_app(
     def root():
         return dict(service='skinlesion', disclaimer=DISCLAIMER, use="POST a picture as multipart 'file' (and age, sex, site) to /infer or /predict; GET /health")
 
+    for path, answer in (('/health', health), ('/', root)): app.head(path, include_in_schema=False)(answer)
     return app
 
 # %% ../../nbs/apps/61_service.ipynb #a29ff3d5
@@ -245,4 +256,4 @@ def serve(
     check_port(port)
     try: verify_bundle(bundle_dir)
     except BundleError as e: print(f'warning: {e}. Until then every answer is 503', file=sys.stderr)
-    uvicorn.run(create_app(bundle_dir), host='127.0.0.1', port=port, server_header=False)
+    uvicorn.run(create_app(bundle_dir), host='127.0.0.1', port=port, server_header=False, timeout_graceful_shutdown=2)
