@@ -128,7 +128,9 @@ def run(
     stage:Annotated[str, typer.Argument(help='prepare, train, evaluate, explain or report.')],
     member:Annotated[str|None, typer.Option('--member', help='For train: a member named in params.yaml.', show_default=False)]=None,
 ):
-    """Run one stage of the pipeline; `dvc repro` runs those that are out of date.
+    """Run one stage of the pipeline.
+
+    `dvc repro` runs all stages that are out of date.
 
     \b
     Examples:
@@ -211,8 +213,8 @@ def explain(
     out:Annotated[Path, typer.Option('--out', help='PNG to write: the map over the picture.')],
     metadata:_Metadata=None,
     method:Annotated[str, typer.Option('--method', help='gradcam, eigencam or scorecam (slow).')]='gradcam',
-    layer:Annotated[str|None, typer.Option('--layer', help='Layer of the backbone; the last by default.', show_default=False)]=None,
-    target:Annotated[str|None, typer.Option('--class', help='Class to explain; the one predicted by default.', show_default=False)]=None,
+    layer:Annotated[str|None, typer.Option('--layer', help='Layer of the backbone; by default the deepest whose map has at least 4 by 4 cells.', show_default=False)]=None,
+    target:Annotated[str|None, typer.Option('--class', help='Class to explain; the one predicted by default. Eigen-CAM knows no class.', show_default=False)]=None,
     member:Annotated[str|None, typer.Option('--member', help='Member of the ensemble; the first by default.', show_default=False)]=None,
     opacity:Annotated[float, typer.Option('--opacity', help='Of the map, 0 to 1.')]=.5,
 ):
@@ -240,8 +242,9 @@ def _explain(image, bundle, out, metadata, method, layer, target, member, opacit
     cam = predictor.explain(picture, method, layer, code, member=member or 0, **person)
     save_png(picture if is_flat(cam) else overlay(picture, cam, opacity), out)
     _say(f'predicted: {answer.predicted} ({answer.confidence:.0%})')
-    shown = 'nothing stood out, so the picture is bare' if is_flat(cam) else f'probability {answer.probabilities[code]:.0%}'
-    _say(f"{out}: {CAM_NAMES[method]} of member {predictor.member(member or 0).name} at {layer or predictor.layers(member or 0)[-1]} for {code} ({shown})")
+    shown = 'which knows no class' if method == 'eigencam' else f'for {code} (probability {answer.probabilities[code]:.0%})'
+    bare = '; nothing stood out, so the picture is bare' if is_flat(cam) else ''
+    _say(f"{out}: {CAM_NAMES[method]} of member {predictor.member(member or 0).name} at {layer or predictor.default_layer(member or 0)}, {shown}{bare}")
     _say(f'bundle {predictor.bundle_id}. {DISCLAIMER}')
 
 # %% ../../nbs/pipeline/74_cli.ipynb #722533e0
@@ -250,7 +253,9 @@ def serve(
     bundle:_Bundle,
     port:Annotated[int, typer.Option('--port', min=0, max=65535, help='On the loopback address; 0 takes a free one.')]=8000,
 ):
-    """Answer over HTTP on this machine: POST /infer, POST /predict, GET /health.
+    """Answer over HTTP on this machine.
+
+    POST /infer, POST /predict, GET /health; in a second terminal, the second example.
 
     \b
     Examples:
