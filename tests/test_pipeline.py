@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from madeup import PLAIN_GIT, ROOT, committed
 
 
 def run(cwd, *args, check=True, **kwargs):
     "Run a command in `cwd`; its output as text, with the exit status beside it."
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "",
-           "NO_ALBUMENTATIONS_UPDATE": "1"}
+           "NO_ALBUMENTATIONS_UPDATE": "1", **PLAIN_GIT}
     done = subprocess.run([str(a) for a in args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
     assert not check or done.returncode == 0, done.stdout[-6000:]
     return done
@@ -39,12 +39,13 @@ def make_tiny(params):
 
 
 def copy_repository(to):
-    "The files git knows or would add, as they are now, in a repository of their own."
+    "The files git knows or would add, as they are now, in a repository of their own; own settings and own data stay behind."
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     for name in names.decode().split("\0"):
         if name and (ROOT / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, to / name)
+    for name in ("params.yaml", "data.dvc"): (to / name).write_text(committed(name))
     run(to, "git", "init", "-q", "-b", "main")
     run(to, "git", "config", "user.email", "test@example.org")
     run(to, "git", "config", "user.name", "test")
@@ -84,17 +85,38 @@ def leaves(tree, path=()):
         yield path, tree
 
 
+def is_count(path):
+    "Whether a leaf counts things: there is nothing to be unsure about."
+    return path[0] in ("images", "explained", "best_epoch") or path[-1] in ("n", "undefined")
+
+
+def leaf_problem(path, leaf):
+    "What is wrong with a leaf of a metrics file, or ''. A metric has an interval around it, or a reason why there is none."
+    if not (isinstance(leaf, dict) and {"value", "n"} <= set(leaf)): return "has no value or no n"
+    if is_count(path): return "" if isinstance(leaf["value"], int) else "is no whole number"
+    low, high = leaf.get("low"), leaf.get("high")
+    if None in (leaf["value"], low, high): return "" if leaf.get("reason") and low is None and high is None else "lacks its interval and a reason"
+    if not leaf.get("method"): return "does not say how its interval was made"
+    return "" if low - 1e-12 <= leaf["value"] <= high + 1e-12 else "lies outside its interval"  # a limit may be rounded, 0.9999999999999999 for 1
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({}, ""), ({"low": .6}, "outside"), ({"high": .4}, "outside"), ({"low": None}, "lacks"), ({"low": None, "reason": "one lesion"}, "lacks"),
+    ({"low": None, "high": None}, "lacks"), ({"low": None, "high": None, "reason": "one lesion"}, ""), ({"value": None}, "lacks"),
+    ({"value": None, "low": None, "high": None, "reason": "undefined"}, ""), ({"method": ""}, "how"), ({"n": ...}, "no n")])
+def test_a_faulty_leaf_is_told_from_a_sound_one(changes, words):
+    leaf = {"value": .5, "low": .4, "high": .6, "n": 9, "method": "bootstrap"} | changes
+    problem = leaf_problem(("test", "ensemble", "accuracy"), {k: v for k, v in leaf.items() if v is not ...})
+    assert words in problem and bool(words) == bool(problem)
+
+
 def test_every_stage_leaves_its_metrics_and_its_report(repo):
     for folder in ("prepare", "train/image", "train/fused", "evaluate", "explain"):
         metrics = json.loads((repo / "reports" / folder / "metrics.json").read_text())
         found = list(leaves(metrics))
         assert found, folder
-        for path, leaf in found:
-            assert isinstance(leaf, dict) and {"value", "n"} <= set(leaf), (folder, path, leaf)
-            if leaf["value"] is None:
-                assert leaf["reason"], (folder, path)
-            elif "low" in leaf and leaf["low"] is not None:
-                assert leaf["low"] <= leaf["high"] and leaf["method"], (folder, path, leaf)
+        assert [(path, leaf, problem) for path, leaf in found if (problem := leaf_problem(path, leaf))] == [], folder
+        assert folder == "prepare" or not all(is_count(path) for path, _ in found), folder
         assert (repo / "reports" / folder / "report.html").stat().st_size > 10_000
     assert (repo / "reports/index.html").is_file()
 
@@ -152,15 +174,26 @@ def test_a_misspelt_parameter_stops_before_anything_runs(repo):
         (repo / "params.yaml").write_bytes(kept)
 
 
-def test_a_copy_imports_its_own_library(repo):
-    where = run(repo, sys.executable, "-c", "import skinlesion.files as f; print(f.__file__)").stdout.strip()
-    assert Path(where).is_relative_to(repo), where
+def test_a_stage_runs_the_code_of_the_tree_it_is_called_in(repo, tmp_path):
+    "From a folder below, through the command that is installed for another checkout: both the runner and the notebook are the copy's."
+    copy = tmp_path / "copy"
+    shutil.copytree(repo, copy, symlinks=True)
+    for module in ("pipeline/stages.py", "data/splits.py"):
+        with open(copy / "skinlesion" / module, "a") as f: f.write(f"\nprint('this is {module} of the copy')\n")
+    shown = run(copy / "nbs/data", Path(sys.executable).with_name("skinlesion"), "run", "prepare").stdout
+    executed = (copy / "reports/prepare/executed.ipynb").read_text()
+    assert "this is pipeline/stages.py of the copy" in shown, shown
+    assert "this is data/splits.py of the copy" in executed
 
 
 @pytest.mark.slow
 def test_two_runs_from_clean_give_the_same_bytes(repo):
     before = hashes(repo, "artifacts", "reports")
-    run(repo, "dvc", "repro", "--force", "--no-run-cache")
+    for made in ("artifacts", "reports", ".work", ".dvc/cache/runs"): shutil.rmtree(repo / made, ignore_errors=True)
+    (repo / "dvc.lock").unlink()
+    shown = run(repo, "dvc", "repro", "--no-run-cache").stdout
+    for stage in ("prepare", "train@image", "train@fused", "evaluate", "explain", "report"):
+        assert f"Running stage '{stage}'" in shown and "is cached" not in shown, shown[-6000:]
     assert hashes(repo, "artifacts", "reports") == before
 
 
