@@ -43,7 +43,8 @@ def served(made):
 def post(address, path, picture, **fields):
     "A multipart POST by hand, as curl sends it."
     parts = [f'--B\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode() for k, v in fields.items()]
-    parts.append(b'--B\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\nContent-Type: image/png\r\n\r\n' + picture + b"\r\n--B--\r\n")
+    head = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\nContent-Type: image/png\r\n\r\n'
+    parts.append(head + picture + b"\r\n--B--\r\n")
     request = urllib.request.Request(address + path, b"".join(parts), {"Content-Type": "multipart/form-data; boundary=B"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer: return answer.status, json.load(answer)
@@ -84,7 +85,8 @@ def test_many_at_once_get_each_their_own_answer(served, made):
 
 @pytest.mark.parametrize("picture, fields, status, words", [
     (b"hello", {}, 415, "no known image"), (b"", {}, 400, "empty"), (b"\xff\xd8\xff\xe0" + b"0" * 200, {}, 400, "damaged"),
-    (b"x" * ((20 << 20) + 1), {}, 413, "20,971,520 bytes allowed"), (None, {"site": "bakc"}, 422, "Did you mean 'back'?"), (None, {"age": "999"}, 422, "0 to 120")])
+    (b"x" * ((20 << 20) + 1), {}, 413, "20,971,520 bytes allowed"),
+    (None, {"site": "bakc"}, 422, "Did you mean 'back'?"), (None, {"age": "999"}, 422, "0 to 120")])
 def test_what_cannot_be_answered_says_why(served, made, picture, fields, status, words):
     code, answer = post(served, "/infer", made[1]["a"].read_bytes() if picture is None else picture, **fields)
     assert code == status and words in answer["detail"]
