@@ -98,7 +98,7 @@ def import_ham(
     \b
     Examples:
       skinlesion import ham10000 ~/Downloads/HAM10000 --out data
-      skinlesion import ham10000 HAM10000_images_part_1.zip HAM10000_images_part_2.zip HAM10000_metadata.csv --out data
+      skinlesion import ham10000 HAM10000_images_part_1.zip HAM10000_images_part_2.zip HAM10000_metadata.csv HAM10000_segmentations_lesion_tschandl.zip --out data
     """
     from skinlesion.data.sources import import_ham10000
     _say(str(import_ham10000(paths, out, skip_bad, _progress('images'))))
