@@ -207,6 +207,12 @@ def check_foreign_pictures(root):
     return problems
 
 
+def check_lines(root):
+    "No line of the tests and benchmarks is longer than 150 characters."
+    return [f"{path} line {n} has {len(line)} characters; 150 are allowed" for path in tracked(root, "tests/*.py", "benchmarks/*.py")
+            for n, line in enumerate((root / path).read_text(encoding="utf-8").splitlines(), 1) if len(line) > 150]
+
+
 def check_light_import(root):
     "A prediction needs none of the heavy tools."
     code = "import sys, skinlesion.use.predict as m; print(m.__file__); print(*sorted({n.split('.')[0] for n in sys.modules}))"
@@ -270,6 +276,7 @@ FAULTS = [
     (check_foreign_pictures, {NB: library("model.grow", "real = Path('../shared')", "x = read(real)", cell("show(x)", outputs=[PICTURE]))},
      "`show(x)` keeps a picture"),
     (check_foreign_pictures, {NB: library("model.grow", "real = Path('../shared')", cell("table", outputs=[INLINE]))}, "`table` keeps a picture"),
+    (check_lines, {"benchmarks/wide.py": "x = 1\n#" + 150 * "-" + "\n"}, "benchmarks/wide.py line 2 has 151 characters"),
     (check_light_import, {PREDICT: "import dvc\n"}, "loads dvc"),
     (check_light_import, {PREDICT: "import nothing_at_all\n"}, "No module named 'nothing_at_all'"),
 ]
