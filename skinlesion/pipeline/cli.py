@@ -90,7 +90,7 @@ def _imports(): "Import a public dataset into a dataset folder."
 @imports.command('ham10000')
 def import_ham(
     paths:Annotated[list[Path], typer.Argument(help='Where the download lies: a folder, or its archives, images, masks and table.')],
-    out:Annotated[Path, typer.Option('--out', help='Dataset folder to write; an older dataset there is replaced.')],
+    out:Annotated[Path, typer.Option('--out', help='Dataset folder to write; an older import of the same dataset is replaced, anything else is left alone.')],
     skip_bad:Annotated[bool, typer.Option('--skip-bad', help='Leave out what cannot be read, and list it.')]=False,
 ):
     """Import HAM10000 as its publisher lays it out.
