@@ -54,9 +54,9 @@ $(STAMP): constraints.txt pyproject.toml setup.py settings.ini
 	@touch $@
 
 # `data/` is fetched only where it is absent, into a scratch folder first: what stands at `data/` is whole, or the user's own.
-data: $(STAMP)
+data: $(STAMP) ## fetch the embedded dataset, unless data/ is there
 	@if [ -e data ]; then echo "data/ is there: left as it is"; else \
-		rm -rf .work/data; mkdir -p .work; dvc fetch --quiet data.dvc; dvc get --quiet . data --out .work/data; mv .work/data data; fi
+		rm -rf .work/data; mkdir -p .work; dvc fetch --quiet data.dvc; dvc get --quiet . data --out .work/data; [ -e data ] || mv .work/data data; fi
 
 repro: data ## rebuild everything that is out of date, from data to reports
 	@dvc repro
