@@ -55,7 +55,7 @@ def wilson_interval(
     z = ndtri((1 + level) / 2)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return float(max(0, centre - half)), float(min(1, centre + half))
+    return (0. if share == 0 else float(max(0, centre - half))), (1. if share == 1 else float(min(1, centre + half)))
 
 # %% ../../nbs/evaluate/31_intervals.ipynb #8baa3f05
 def newcombe_interval(
