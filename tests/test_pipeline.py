@@ -139,7 +139,7 @@ def test_metrics_and_plots_show(repo):
     assert "auroc_macro" in shown and "ensemble" in shown
     run(repo, "dvc", "plots", "show", "-o", repo / ".work/plots")
     page = (repo / ".work/plots/index.html").read_text()
-    assert all(name in page for name in ("roc", "confusion", "reliability"))
+    assert all(f"{name}_of_the_ensemble" in page for name in ("ROC", "Confusion", "Reliability")) and "history_csv" in page
 
 
 def test_a_failing_stage_leaves_the_old_results_as_they_were(repo, tmp_path):
