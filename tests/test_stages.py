@@ -245,6 +245,11 @@ def wait_for(condition, seconds):
     return condition()
 
 
+def heed_signals():
+    "In the child: undo what a shell in the background or nohup told this test run to ignore."
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(signum, signal.SIG_DFL)
+
+
 @pytest.fixture
 def busy(tmp_path):
     "A runner in a process of its own, inside an endless cell: (root, starter, pids of kernel and its children)."
@@ -255,7 +260,8 @@ def busy(tmp_path):
         root = make_tree(tmp_path/'repo', BUSY.format(note=str(note)))
         code = RUNNER.format(tests=str(REPO/'tests'), root=str(root))
         with open(tmp_path/'stderr', 'w') as stderr:
-            process = subprocess.Popen([*prefix, sys.executable, '-c', code], stderr=stderr, env=os.environ | {'PYTHONPATH': str(REPO)}, **options)
+            process = subprocess.Popen([*prefix, sys.executable, '-c', code], stderr=stderr, env=os.environ | {'PYTHONPATH': str(REPO)},
+                                       preexec_fn=heed_signals, **options)
         started.append(process)
         assert wait_for(note.exists, 60), (tmp_path/'stderr').read_text()
         pids.extend(int(p) for p in note.read_text().split())
