@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_CELLS', 'CAM_METHODS', 'CAM_NAMES', 'COLOUR_MAP', 'FixedMetadata', 'untouched', 'target_layers', 'find_layer',
-           'as_maps', 'default_layer', 'SignedEigenCAM', 'LeanScoreCAM', 'check_method', 'compute_cam', 'is_flat',
-           'overlay', 'GalleryRow', 'row_title', 'dataset_row', 'cam_gallery']
+           'as_maps', 'default_layer', 'map_shift', 'SignedEigenCAM', 'LeanScoreCAM', 'check_method', 'compute_cam',
+           'is_flat', 'overlay', 'GalleryRow', 'row_title', 'dataset_row', 'cam_gallery']
 
 # %% ../../nbs/explain/40_cam.ipynb #2b94cf56
 from contextlib import contextmanager
@@ -100,7 +100,7 @@ def as_maps(
     raise ValueError(f"the layer's output has shape {tuple(output.shape)}, which has no height and width; choose a deeper-lying convolution or block")
 
 # %% ../../nbs/explain/40_cam.ipynb #937de45f
-MIN_CELLS = 4 # of the default layer's map, on its shorter side
+MIN_CELLS = 7 # of the default layer's map, on its shorter side
 
 def default_layer(
     model:nn.Module, # a `LesionModel`, or any torch module with convolutions, of the image alone
@@ -120,6 +120,43 @@ def default_layer(
             for handle in handles: handle.remove()
     fine = [name for name in layers if cells.get(name, 0) >= MIN_CELLS]
     return fine[-1] if fine else max(layers, key=lambda name: cells.get(name, 0))
+
+# %% ../../nbs/explain/40_cam.ipynb #edf08d4c
+def _front_padding(module, size, axis):
+    "Pixels that a convolution or pooling adds before the first one."
+    kernel, stride, padding, dilation = (v[axis] if isinstance(v, tuple) else v for v in (
+        module.kernel_size, module.stride, module.padding, getattr(module, 'dilation', 1)))
+    reach = (kernel - 1) * dilation + 1
+    if 'Same' in type(module).__name__ or padding == 'same': padding = max((-(-size // stride) - 1) * stride + reach - size, 0) // 2
+    return reach, stride, padding
+
+def _track_centre(cells, axis, module, before, after):
+    "Follow the first cell's centre through a module that makes the map smaller; a branch beside one that did so counts no more."
+    size, pitch, centre = cells
+    if after >= size or before != size: return cells
+    reach, stride, padding = _front_padding(module, before, axis)
+    return after, pitch * stride, centre + pitch * ((reach - 1) / 2 - padding)
+
+def map_shift(
+    model:nn.Module, # a `LesionModel`, or any torch module of the image alone
+    layer:str, # a name of `target_layers`
+    size:tuple, # (H, W) of the images
+) -> tuple: # (down, right) in pixels, from where an enlarged map draws a cell to where the cell looks
+    "How far the maps of a layer must be moved to lie on what they show."
+    cells, found, handles = [(side, 1, 0.) for side in size], [], []
+    def follow(module, args, out):
+        if not found and args[0].ndim == 4 == out.ndim:
+            cells[:] = [_track_centre(cells[a], a, module, args[0].shape[2 + a], out.shape[2 + a]) for a in (0, 1)]
+    weight = next(model.parameters())
+    with untouched(model), torch.no_grad():
+        try:
+            handles += [m.register_forward_hook(follow) for m in model.modules() if hasattr(m, 'kernel_size') and hasattr(m, 'stride')]
+            handles.append(find_layer(model, layer).register_forward_hook(lambda *_: found.append(True)))
+            run = model.eval().forward_features if isinstance(model, LesionModel) else model.eval()
+            run(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
+        finally:
+            for handle in handles: handle.remove()
+    return tuple(centre + .5 - pitch / 2 for _, pitch, centre in cells)
 
 # %% ../../nbs/explain/40_cam.ipynb #28024d07
 class SignedEigenCAM(EigenCAM):
@@ -183,6 +220,15 @@ def _one_batch(model, images, metadata, method, layer, targets, batch_size):
     finally: cam.activations_and_grads.release()
 
 # %% ../../nbs/explain/40_cam.ipynb #46cccf1b
+def _move(cams, down, right):
+    "Maps moved by a part of a picture; what comes in at the border repeats it."
+    if not (down or right): return cams
+    height, width = cams.shape[1:]
+    matrix = np.float32([[1, 0, right], [0, 1, down]])
+    return np.array([cv2.warpAffine(c, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for c in cams],
+                    np.float32).reshape(cams.shape)
+
+# %% ../../nbs/explain/40_cam.ipynb #f3a43508
 @torch.inference_mode(False)
 def compute_cam(
     model:nn.Module, # a `LesionModel` or any module of (image[, metadata]) -> logits
@@ -195,7 +241,8 @@ def compute_cam(
 ) -> np.ndarray: # (B,H,W) float32 in [0, 1]; all zero where nothing stood out (see `is_flat`)
     "Class activation maps, with the metadata fixed and the model left as it was."
     check_method(method)
-    module = find_layer(model, layer or default_layer(model, tuple(images.shape[2:])))
+    layer = layer or default_layer(model, tuple(images.shape[2:]))
+    module = find_layer(model, layer)
     step = 1 if method == 'scorecam' else batch_size
     if metadata is not None and len(metadata) != len(images):
         raise ValueError(f"{len(metadata)} metadata rows for {len(images)} images; give one row for each image")
@@ -208,7 +255,8 @@ def compute_cam(
             batch = images[rows].detach().clone().requires_grad_(method == 'gradcam')
             fixed = None if metadata is None else metadata[rows].detach().clone()
             cams.append(_one_batch(model, batch, fixed, method, module, None if targets is None else targets[rows], batch_size))
-    return np.clip(np.nan_to_num(np.concatenate(cams), nan=0.), 0, 1).astype(np.float32)
+    cams = np.clip(np.nan_to_num(np.concatenate(cams), nan=0.), 0, 1).astype(np.float32)
+    return _move(cams, *map_shift(model, layer, tuple(images.shape[2:])))
 
 # %% ../../nbs/explain/40_cam.ipynb #49d488fb
 def is_flat(

@@ -107,7 +107,7 @@ class Explain(Section):
         min_length=1, description='class activation methods shown side by side, each once')
     images_per_class:int = Field(ge=1, le=1000, description='test images of each class that are explained')
     scorecam_images_per_class:int = Field(ge=1, le=1000, description='at most so many of them by Score-CAM, which costs a forward pass per channel')
-    layer:str|None = Field(min_length=1, description='layer the maps are read from; null takes the deepest with at least 4 x 4 cells')
+    layer:str|None = Field(min_length=1, description='layer the maps are read from; null takes the deepest whose map has 7 x 7 cells or more')
     member:str|None = Field(min_length=1, description='member that is explained; null takes the first by name')
 
     @field_validator('methods')
