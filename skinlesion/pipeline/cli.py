@@ -213,7 +213,7 @@ def explain(
     out:Annotated[Path, typer.Option('--out', help='PNG to write: the map over the picture.')],
     metadata:_Metadata=None,
     method:Annotated[str, typer.Option('--method', help='gradcam, eigencam or scorecam (slow).')]='gradcam',
-    layer:Annotated[str|None, typer.Option('--layer', help='Layer of the backbone; by default the deepest whose map has at least 4 by 4 cells.', show_default=False)]=None,
+    layer:Annotated[str|None, typer.Option('--layer', help='Layer of the backbone; by default the deepest whose map has at least 7 by 7 cells.', show_default=False)]=None,
     target:Annotated[str|None, typer.Option('--class', help='Class to explain; the one predicted by default. Eigen-CAM knows no class.', show_default=False)]=None,
     member:Annotated[str|None, typer.Option('--member', help='Member of the ensemble; the first by default.', show_default=False)]=None,
     opacity:Annotated[float, typer.Option('--opacity', help='Of the map, 0 to 1.')]=.5,
