@@ -1,4 +1,5 @@
-"""From a fresh clone: how long `make repro` takes, how long the second one takes, and the peak memory of each stage.
+"""From a fresh clone: how long `make repro` takes, how long the second one takes, the peak memory of each stage,
+and which files differ from the committed run (on the machine that made it: none).
 
 Run: python benchmarks/repro.py        (with a warm package cache; ends in a table and a line of JSON)
 """
@@ -31,6 +32,7 @@ def main():
         seconds = {"make setup": timed(clone, "make", "setup")}
         seconds["dvc repro"] = timed(clone, "make", "repro")
         seconds["make repro"] = seconds["make setup"] + seconds["dvc repro"]
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=clone, text=True, capture_output=True, check=True).stdout.split("\n")
         seconds["second make repro"] = timed(clone, "make", "repro")
         runs = {str(p.parent.relative_to(clone / "reports")): json.loads(p.read_text()) for p in sorted((clone / "reports").rglob("run.json"))}
     for name, taken in seconds.items():
@@ -39,6 +41,7 @@ def main():
     for stage, run in runs.items():
         peak = run["peak_memory_bytes"]
         print(f"{stage:20s} {run['seconds']:7.1f} s   peak {peak / 2**30:.2f} GiB: ratio {peak / MEMORY:.2f}")
+    print("files that differ from the committed run:", ", ".join(c for c in changed if c) or "none")
     load = os.getloadavg()[0]
     print(json.dumps({"seconds": seconds, "load": load, "peak_memory_bytes": {s: r["peak_memory_bytes"] for s, r in runs.items()}}))
 
