@@ -18,7 +18,7 @@ from madeup import ADD, cell, library, nbdev, plant, stage_notebook, swap, track
 from skinlesion.pipeline.closure import library_imports, python_source, stage_problems
 from skinlesion.pipeline.params import STAGES, ParamsError, check_stage_parameters
 
-FLOORS = ("", "data", "model", "evaluate", "explain", "use", "apps", "pipeline")
+FLOORS = ("", "data", "model", "evaluate", "explain", "audit", "use", "apps", "pipeline")
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 HEAVY = r"(lightning|pytorch_lightning|dvc|dvclive|papermill|jupyter\w*|notebook|nbconvert|ipykernel|voila|fastapi|albumentations)"
 
