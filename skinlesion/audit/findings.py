@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field
 import cv2
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 
 # %% ../../nbs/audit/44_findings.ipynb #65f4f641
 SEVERITIES = ('stop', 'warning', 'note') # gravest first
@@ -95,14 +98,18 @@ def thumbnail(
     return data.tobytes()
 
 # %% ../../nbs/audit/44_findings.ipynb #60c291d3
+def _caption(item):
+    "Name and note of an item, in lines that fit beside its images."
+    return '\n'.join(textwrap.wrap(item['name'], 34)[:3] + textwrap.wrap(item['note'], 34)[:4])
+
+# %% ../../nbs/audit/44_findings.ipynb #a39d921d
 def evidence_sheet(
     finding:Finding, # whose items are shown, worst first
     read:Callable, # image_id -> (H,W,3) uint8
     items:int=4, # at most so many
     per_item:int=6, # at most so many images of each
-) -> 'matplotlib.figure.Figure|None': # one row per item; None where no item has images
+) -> Image.Image|None: # one row per item, which a notebook shows; None where no item has images
     "The images behind a finding, captioned with their ids."
-    from matplotlib.figure import Figure
     rows = [i for i in finding.items if i['images']][:items]
     if not rows: return None
     columns = max(len(i['images'][:per_item]) for i in rows)
@@ -112,7 +119,8 @@ def evidence_sheet(
     for line, item in zip(axes, rows):
         for ax, image_id in zip(line, item['images'][:per_item]):
             ax.imshow(working_image(read(image_id), 128))
-            ax.set_title(textwrap.shorten(image_id, 22, placeholder='…'), fontsize=7, pad=2)
-        words = '\n'.join(textwrap.wrap(item['name'], 38)[:2] + textwrap.wrap(item['note'], 38)[:4])
-        line[-1].text(0, .5, words, va='center', fontsize=8, transform=line[-1].transAxes)
-    return fig
+            ax.set_title(textwrap.shorten(image_id, 22, placeholder='…'), fontsize=8, pad=3)
+        line[-1].text(0, .5, _caption(item), va='center', fontsize=9, transform=line[-1].transAxes)
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
