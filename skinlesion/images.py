@@ -15,7 +15,7 @@ import zlib
 import cv2
 import numpy as np
 from pathlib import Path
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from .files import atomic_write
 
 # %% ../nbs/02_images.ipynb #8bae43ea
@@ -82,6 +82,7 @@ def _open(data, name, max_bytes, max_pixels):
     except Image.DecompressionBombError as e: # "Image size (2500000000 pixels) exceeds limit of ..."
         stated = next((f'{int(n):,} pixels, ' for n in re.findall(r'\d+', str(e))), '')
         raise ImageError(f"{name}: {stated}more than the {max_pixels:,} pixels allowed; scale the image down") from None
+    except UnidentifiedImageError: raise ImageError(f"{name}: truncated or damaged {kind.upper()} (its header cannot be read); fetch or export the image again") from None
     except Exception as e:  # decoders raise what they like on bytes that lie
         raise ImageError(f"{name}: truncated or damaged {kind.upper()} ({e}); fetch or export the image again") from None
 

@@ -1,0 +1,73 @@
+"The corpus of odd and broken input: every picture is read right or refused by name, every table too, and a failure leaves nothing behind."
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from broken import SECRET, STORED, bad_pictures, encoded, exif_bytes, gossip, modes, pixels
+from skinlesion.images import ImageError, clean_image, read_image
+
+
+@pytest.mark.parametrize("name", modes())
+def test_every_kind_of_pixel_is_read_right(name, tmp_path):
+    data, wanted, off = modes()[name]
+    (tmp_path / name).write_bytes(data)
+    for image in (read_image(tmp_path / name), read_image(clean_image(data, name)[0])):
+        assert image.dtype == np.uint8 and image.shape == wanted.shape
+        assert np.abs(image.astype(int) - wanted).max() <= off
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("kind, off", [("PNG", 0), ("TIFF", 0), ("WEBP", 0), ("JPEG", 6)])
+def test_every_orientation_comes_out_upright(orientation, kind, off):
+    how = dict(JPEG=dict(quality=98, subsampling=0), WEBP=dict(lossless=True)).get(kind, {})
+    data = encoded(np.ascontiguousarray(STORED[orientation](pixels())), kind, exif=exif_bytes(orientation), **how)
+    cleaned, _ = clean_image(data, "turned")
+    for source in (data, cleaned): assert np.abs(read_image(source).astype(int) - pixels()).max() <= off
+    assert not Image.open(io.BytesIO(cleaned)).getexif()
+
+
+@pytest.mark.parametrize("name", gossip())
+def test_no_metadata_reaches_an_output(name):
+    data = gossip()[name]
+    assert SECRET.encode() in data or name.endswith("png")  # PNG may hold it compressed
+    cleaned, suffix = clean_image(data, name)
+    with Image.open(io.BytesIO(cleaned)) as image:
+        image.load()
+        assert not image.getexif() and not set(image.info) - {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi", "progressive", "progression"}
+    assert SECRET.encode() not in cleaned and b"xmpmeta" not in cleaned and b"Exif" not in cleaned
+    assert np.array_equal(read_image(cleaned), read_image(data)) and suffix in (".jpg", ".png")
+
+
+@pytest.mark.parametrize("name", bad_pictures())
+def test_what_is_no_picture_is_refused_by_name(name, tmp_path):
+    data, said = bad_pictures()[name]
+    (tmp_path / name).write_bytes(data)
+    for refused in (lambda: read_image(tmp_path / name), lambda: clean_image(data, name)):
+        with pytest.raises(ImageError) as e: refused()
+        assert name in str(e.value) and said in str(e.value)
+
+
+def test_the_size_is_checked_before_a_pixel_is_decoded(monkeypatch):
+    corpus = bad_pictures()
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    for name in ("hundred.png", "wide.png"):
+        with pytest.raises(ImageError, match="pixels"): read_image(corpus[name][0], name)
+    with pytest.raises(ImageError, match="bytes, more than the 100 allowed"): read_image(bytes(101), "long", max_bytes=100)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_a_file_cut_anywhere_is_whole_or_refused(kind):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    for how in (dict(), dict(progressive=True)) if kind == "JPEG" else (dict(),):
+        data = encoded(noise, kind, **how)
+        whole, refused = read_image(data), 0
+        for percent in range(0, 100, 5):
+            cut = data[:len(data) * percent // 100]
+            for gate in (lambda: read_image(cut, "cut"), lambda: read_image(clean_image(cut, "cut")[0])):
+                try: assert np.array_equal(gate(), whole), f"{kind} cut at {percent} % gives other pixels"
+                except ImageError as e:
+                    assert str(e).startswith("cut: ") and ";" in str(e)
+                    refused += 1
+        assert refused >= 36, f"{kind}: only {refused} of 40 cuts were noticed"
