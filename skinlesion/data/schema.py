@@ -42,10 +42,15 @@ class DatasetInfo:
     source:str='' # where they came from, for people
     n_images:int=0 # rows of the table
     schema_version:int=SCHEMA_VERSION # of this layout
+    unlabelled:bool=False # whether rows may lack a diagnosis; such rows serve pretraining only
 
     def labels(self) -> LabelSet: # built in or inline
         "The label set of the data."
         return get_label_set(self.label_set) if isinstance(self.label_set, str) else LabelSet.from_dict(self.label_set)
+
+    def to_dict(self) -> dict: # of plain JSON values; `unlabelled` only where it is True
+        "What `dataset.json` holds."
+        return {k: v for k, v in asdict(self).items() if k != 'unlabelled' or v}
 
 # %% ../../nbs/data/10_schema.ipynb #c583baed
 def _read_info(path):
@@ -58,6 +63,8 @@ def _read_info(path):
         raise DatasetError(path, [f"{path}: schema_version is {version!r}; this version of skinlesion reads {SCHEMA_VERSION}. Import the data again"])
     problems = [f"{path}: unknown key '{k}'; allowed are {', '.join(allowed)}.{nearest(k, allowed)}" for k in values if k not in allowed]
     problems += [f"{path}: the key '{k}' is missing" for k in ('name', 'label_set', 'n_images') if k not in values]
+    if not isinstance(values.get('unlabelled', False), bool):
+        problems.append(f"{path}: unlabelled is {values['unlabelled']!r}; allowed are true (rows without a diagnosis serve pretraining) and false")
     if problems: raise DatasetError(path, problems)
     info = DatasetInfo(**values)
     try: info.labels()
@@ -100,13 +107,15 @@ _FILE_NAME = r'^(?![.\s])[^\x00-\x1f/\\:*?"<>|]+(?<![.\s])$'
 # %% ../../nbs/data/10_schema.ipynb #72bea179
 def table_schema(
     label_set:LabelSet, # whose codes `diagnosis` may hold
+    unlabelled:bool=False, # whether it may also be empty
 ) -> pa.DataFrameSchema: # for a table whose words are translated
     "What a canonical table must be."
     word = lambda allowed: pa.Column(str, pa.Check.isin(list(allowed)))
     return pa.DataFrameSchema({
-        'image_id': pa.Column(str, pa.Check.str_matches(_FILE_NAME), unique=True, report_duplicates='exclude_first'),
+        'image_id': pa.Column(str, [pa.Check.str_matches(_FILE_NAME), pa.Check(lambda c: ~_is_missing(c), name='named')], unique=True,
+                              report_duplicates='exclude_first'),
         'lesion_id': pa.Column(str), 'patient_id': pa.Column(str),
-        'diagnosis': word(label_set.codes), 'diagnosis_confirm_type': pa.Column(str),
+        'diagnosis': word(('', *label_set.codes) if unlabelled else label_set.codes), 'diagnosis_confirm_type': pa.Column(str),
         'age': pa.Column(float, pa.Check.in_range(0, 120), nullable=True),
         'sex': word(('', *SEXES)), 'site': word(('', *SITES))}, strict=False)
 
@@ -118,31 +127,44 @@ def _translate(column, parse):
         except ValueError: return word
     return column.map({w: known(w) for w in column.unique()}).astype(str)
 
-def _number(column):
-    "Years; empty is NaN, and what is no number is infinite, which no range allows."
-    empty = column.str.strip().str.lower().isin(['', 'unknown', 'nan', 'na', 'n/a'])
-    return pd.to_numeric(column, errors='coerce').astype(float).fillna(np.inf).mask(empty)
+_MISSING = ('', 'unknown', 'nan', 'na', 'n/a', 'none', 'null', '<na>', 'not reported')
+
+def _is_missing(column):
+    "Where a cell says that nothing is known."
+    return column.str.strip().str.lower().isin(_MISSING)
+
+def _years(column):
+    "Missing is NaN, and what is no number is infinite, which no range allows."
+    return pd.to_numeric(column, errors='coerce').astype(float).fillna(np.inf).mask(_is_missing(column))
+
+def _known(column):
+    "An id, '' where none is known: rows without a patient are no patient of that name."
+    return column.mask(_is_missing(column), '')
 
 # %% ../../nbs/data/10_schema.ipynb #c465fbc4
 def _fault(column, word, first, label_set):
     "What is wrong with one cell."
+    if column == 'diagnosis' and not word:
+        return (f"the diagnosis is empty; it must be in label set {label_set.name} ({', '.join(label_set.codes)}). "
+                "Only a dataset that says so (--unlabelled) may hold rows without one, for pretraining")
     try:
         if column == 'diagnosis': label_set.parse(word)
         if column in ('sex', 'site'): (parse_sex if column == 'sex' else parse_site)(word)
     except ValueError as e: return str(e)
-    if column == 'age': return f"age '{word}' is no number from 0 to 120; correct it, or leave it empty for unknown"
+    if column == 'age': return f"age '{word}' is not a number of years from 0 to 120; correct it, or leave it empty if unknown"
+    if _is_missing(pd.Series([word]))[0]: return f"{column} '{word}' names no image; give each image a name of its own"
     if first: return f"{column} '{word}' is already in row {first}; every image has one row and a name of its own"
     return f"{column} '{word}' cannot be the name of a file; use letters, digits, '_' and '-'"
 
 # %% ../../nbs/data/10_schema.ipynb #b6a72d2f
-def _faults(table, words, lines, where, label_set):
+def _faults(table, words, lines, where, label_set, unlabelled):
     "Every failed cell as a sentence, in the order of the file."
-    try: table_schema(label_set).validate(table, lazy=True)
+    try: table_schema(label_set, unlabelled).validate(table, lazy=True)
     except pa.errors.SchemaErrors as e: cases = e.failure_cases
     else: return []
     first = {i: int(line) for i, line in zip(words.image_id[::-1], lines[::-1])}
     cells = {c: words[c].tolist() for c in COLUMNS}
-    found = sorted((int(at), column, check == 'field_uniqueness') for at, column, check in zip(cases['index'], cases.column, cases.check))
+    found = sorted({(int(at), column, check == 'field_uniqueness') for at, column, check in zip(cases['index'], cases.column, cases.check)})
     sentence = lru_cache(maxsize=None)(lambda *fault: _fault(*fault, label_set))
     return [f"{where} row {lines[at]}: {sentence(column, cells[column][at], first[cells[column][at]] if twice else 0)}"
             for at, column, twice in found]
@@ -153,6 +175,7 @@ def validate_table(
     label_set:LabelSet, # of the diagnoses
     where:str='metadata.csv', # name of the table, for errors
     lines:np.ndarray|None=None, # (N,) line of each row; from 2 by default
+    unlabelled:bool=False, # whether a diagnosis may be empty
 ) -> pd.DataFrame: # canonical: COLUMNS first, str but for age (float, NaN if unknown), index 0 to N-1
     "Translate and check a table; an empty `lesion_id` makes the image a lesion of its own."
     missing = [c for c in COLUMNS if c not in table]
@@ -162,11 +185,13 @@ def validate_table(
     words = table[[*COLUMNS, *(c for c in table if c not in COLUMNS)]].reset_index(drop=True)
     words = words.astype(object).where(words.notna(), '').astype(str).apply(lambda c: c.str.strip())
     parsed = words.assign(diagnosis=_translate(words.diagnosis, label_set.parse), sex=_translate(words.sex, parse_sex),
-                          site=_translate(words.site, parse_site), age=_number(words.age),
-                          lesion_id=words.lesion_id.where(words.lesion_id != '', words.image_id))
-    problems = _faults(parsed, words, np.arange(len(words)) + 2 if lines is None else lines, where, label_set)
-    if not problems and parsed.diagnosis.nunique() == 1:
-        problems = [f"{where}: all {len(parsed)} rows have the diagnosis '{parsed.diagnosis[0]}'; one class cannot be told from itself. Add a second"]
+                          site=_translate(words.site, parse_site), age=_years(words.age), patient_id=_known(words.patient_id),
+                          lesion_id=words.lesion_id.mask(_is_missing(words.lesion_id), words.image_id))
+    problems = _faults(parsed, words, np.arange(len(words)) + 2 if lines is None else lines, where, label_set, unlabelled)
+    labelled = parsed.diagnosis[parsed.diagnosis != '']
+    if not problems and labelled.nunique() == 1:
+        problems = [f"{where}: all {len(labelled)} rows{' with a diagnosis' * (len(labelled) < len(parsed))} have the diagnosis '{labelled.iloc[0]}'; "
+                    "one class cannot be told from itself. Add a second"]
     if problems: raise DatasetError(where, problems)
     return parsed
 
@@ -233,12 +258,12 @@ def _read(root, name):
     info = _read_info(root/'dataset.json')
     words, lines = read_table(root/'metadata.csv')
     label_set = info.labels()
-    table, problems = validate_table(words, label_set, f'{name}/metadata.csv', lines), []
+    table, problems = validate_table(words, label_set, f'{name}/metadata.csv', lines, info.unlabelled), []
     ids = dict(zip(table.image_id, lines))
     files = {kind: _list_files(root, kind, ids, problems) for kind in FOLDERS}
     problems += [f"{name}/metadata.csv row {line}: there is no images/{i}.jpg or .png; add the file or remove the row"
                  for i, line in ids.items() if i not in files['images']]
-    if info.n_images != len(table):
+    if not problems and info.n_images != len(table):
         problems.append(f"{name}/dataset.json: n_images is {info.n_images}, but metadata.csv has {len(table)} rows; "
                         "restore the table, or correct n_images if it was changed on purpose")
     if problems: raise DatasetError(name, problems)
@@ -309,9 +334,9 @@ class DatasetWriter:
         table:pd.DataFrame, # a row for every image; as `validate_table` takes it
     ) -> Dataset: # which will stand in `out` when the writer closes
         "Write the table and read the whole folder back."
-        table = validate_table(table, self.info.labels())
+        table = validate_table(table, self.info.labels(), unlabelled=self.info.unlabelled)
         atomic_write(self.scratch/'metadata.csv', _cells(table).to_csv(index=False, lineterminator='\n'))
-        write_json(self.scratch/'dataset.json', asdict(replace(self.info, n_images=len(table))))
+        write_json(self.scratch/'dataset.json', replace(self.info, n_images=len(table)).to_dict())
         self.dataset = replace(_read(self.scratch, self.out.name), root=self.out)
         return self.dataset
 
@@ -339,7 +364,7 @@ def write_dataset(
     artefacts=None, # like masks
 ) -> Dataset: # read back from the disk
     "Write a dataset folder whole, or leave what was there."
-    table = validate_table(table, info.labels())
+    table = validate_table(table, info.labels(), unlabelled=info.unlabelled)
     known = set(table.image_id)
     with dataset_writer(out, info) as writer:
         for kind, source in dict(images=images, masks=masks, evidence=evidence, artefacts=artefacts).items():
