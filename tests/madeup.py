@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from skinlesion.pipeline.closure import write_deps
 from skinlesion.pipeline.params import STAGES, parse_params, stage_parameters
 
@@ -171,3 +173,23 @@ def plant(good, root, faults):
 def swap(old, new):
     "A fault that replaces some text."
     return lambda text: text.replace(old, new)
+
+
+def check_tests(checks, faults):
+    """The four tests of a module of checks: each finds nothing wrong here, nor in the made-up tree, and finds every planted fault.
+
+    checks: functions of a root that return sentences; faults: (check, what `plant` takes, words of the sentence that must come up).
+    """
+    @pytest.mark.parametrize("check", checks, ids=lambda f: f.__name__)
+    def test_repository(check, root): assert check(root) == []
+
+    @pytest.mark.parametrize("check", checks, ids=lambda f: f.__name__)
+    def test_good_tree(check, good_tree): assert check(good_tree) == []
+
+    @pytest.mark.parametrize("check, planted, words", faults, ids=lambda x: x.__name__ if callable(x) else "")
+    def test_planted(check, planted, words, good_tree, tmp_path):
+        problems = check(plant(good_tree, tmp_path / "tree", planted))
+        assert any(words in p for p in problems), problems
+
+    def test_every_check_is_tested(): assert {f.__name__ for f in checks} == {f.__name__ for f, _, _ in faults}
+    return test_repository, test_good_tree, test_planted, test_every_check_is_tested

@@ -5,10 +5,9 @@ import json
 import re
 import subprocess
 
-import pytest
 from ruamel.yaml import YAML
 
-from madeup import cell, library, plant, remote_object, swap, tracked
+from madeup import cell, check_tests, library, plant, remote_object, swap, tracked
 
 REMOTE = ".dvc/remote"
 
@@ -134,28 +133,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
-def test_repository(check, root):
-    "Nothing is wrong here."
-    assert check(root) == []
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
-def test_good_tree(check, good_tree):
-    "Nothing is wrong in the made-up tree, so that what a planted fault brings up is the fault."
-    assert check(good_tree) == []
-
-
-@pytest.mark.parametrize("check, faults, words", FAULTS, ids=lambda x: x.__name__ if callable(x) else "")
-def test_planted(check, faults, words, good_tree, tmp_path):
-    "A planted fault is found and named."
-    problems = check(plant(good_tree, tmp_path / "tree", faults))
-    assert any(words in p for p in problems), problems
-
-
-def test_every_check_is_tested():
-    "No check without a planted fault."
-    assert {f.__name__ for f in CHECKS} == {f.__name__ for f, _, _ in FAULTS}
+test_repository, test_good_tree, test_planted, test_every_check_is_tested = check_tests(CHECKS, FAULTS)
 
 
 def test_harmless_texts(good_tree, tmp_path):

@@ -12,9 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-
-from madeup import ADD, cell, library, nbdev, plant, stage_notebook, swap, tracked
+from madeup import ADD, cell, check_tests, library, nbdev, notebook, plant, stage_notebook, swap, tracked
 from skinlesion.pipeline.closure import library_imports, python_source, stage_problems
 from skinlesion.pipeline.params import STAGES, ParamsError, check_stage_parameters
 
@@ -39,7 +37,7 @@ def libraries(root):
     found = {}
     for path in tracked(root, "nbs/*.ipynb"):
         match = re.fullmatch(r"(\d+)_(\w+)", path.stem)
-        if match:
+        if match and path.parts[1] != "lessons":
             room = path.parent.relative_to("nbs").as_posix().strip(".")
             found[path] = int(match[1]), room, Path("skinlesion", room, f"{match[2]}.py")
     return found
@@ -121,6 +119,17 @@ def check_stage_notebooks(root):
         if exported(root, path): problems.append(f"{path} exports; move that to a library notebook")
         problems += [f"{path}: {node.name} has more than three lines; move it to a library notebook" for node in ast.walk(tree)
                      if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno - node.lineno > 2]
+    return problems
+
+
+def check_lessons(root):
+    "A lesson is numbered, shows and lets do, and exports nothing."
+    problems = []
+    for path in tracked(root, "nbs/lessons/*.ipynb"):
+        if not re.fullmatch(r"\d\d_\w+", path.stem): problems.append(f"{path}: name it NN_subject, so that lessons have an order")
+        if exported(root, path) or any("default_exp" in c["source"] for c in cells(root, path)): problems.append(f"{path} exports; a lesson only teaches")
+        words = "\n".join(c["source"] for c in cells(root, path, "markdown"))
+        problems += [f"{path} has no {what}" for what, pattern in (("title", r"^# "), ("exercise", r"^##.*[Ee]xercise")) if not re.search(pattern, words, re.M)]
     return problems
 
 
@@ -233,6 +242,7 @@ LONG = ADD.replace("    return a + 1", "    a += 1\n" * 36 + "    return a")
 NB, PY = "nbs/model/20_grow.ipynb", "skinlesion/model/grow.py"
 PREDICT = "skinlesion/use/predict.py"
 TRAIN = "nbs/stages/train.ipynb"
+LESSON = "nbs/lessons/01_leak.ipynb"
 FAULTS = [
     (check_floors, {"nbs/00_base.ipynb": library("base", "#| export\nfrom skinlesion.data.part import part", ADD)},
      "the ground may not climb to data"),
@@ -260,6 +270,9 @@ FAULTS = [
     (check_stage_notebooks, {TRAIN: swap("loss, gamma", "loss")}, "train.ipynb never uses the parameter gamma"),
     (check_stage_notebooks, {TRAIN: stage_notebook("train", ["#| export\nx = 1"])}, "train.ipynb exports"),
     (check_stage_notebooks, {TRAIN: stage_notebook("train", ["def f():\n    a = 1\n    b = 2\n    return a"])}, "f has more than three lines"),
+    (check_lessons, {LESSON: library("lessons.leak")}, "01_leak.ipynb exports"),
+    (check_lessons, {LESSON: notebook(cell("# A leak", "markdown"), "1 + 1")}, "01_leak.ipynb has no exercise"),
+    (check_lessons, {"nbs/lessons/leak.ipynb": notebook("1 + 1")}, "leak.ipynb: name it NN_subject"),
     (check_nbdev, {PY: swap("return a + 1", "return a + 2")}, "skinlesion/model/grow.py: nbdev_export"),
     (check_nbdev, {NB: swap('"execution_count": null', '"execution_count": 7')}, "nbs/model/20_grow.ipynb: nbdev_export"),
     (check_docstrings, {PY: swap('    "Add one."\n', "")}, "skinlesion/model/grow.py: grow has no docstring"),
@@ -282,28 +295,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
-def test_repository(check, root):
-    "Nothing is wrong here."
-    assert check(root) == []
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
-def test_good_tree(check, good_tree):
-    "Nothing is wrong in the made-up tree, so that what a planted fault brings up is the fault."
-    assert check(good_tree) == []
-
-
-@pytest.mark.parametrize("check, faults, words", FAULTS, ids=lambda x: x.__name__ if callable(x) else "")
-def test_planted(check, faults, words, good_tree, tmp_path):
-    "A planted fault is found and named."
-    problems = check(plant(good_tree, tmp_path / "tree", faults))
-    assert any(words in p for p in problems), problems
-
-
-def test_every_check_is_tested():
-    "No check without a planted fault."
-    assert {f.__name__ for f in CHECKS} == {f.__name__ for f, _, _ in FAULTS}
+test_repository, test_good_tree, test_planted, test_every_check_is_tested = check_tests(CHECKS, FAULTS)
 
 
 def test_forty_lines_will_do(good_tree, tmp_path):
