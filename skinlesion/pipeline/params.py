@@ -39,6 +39,7 @@ class External(Section):
     "Rows that are kept apart from train, valid and test, as a test set of their own."
     column:str = Field(min_length=1, description='column of metadata.csv that tells them apart, such as the source or the hospital')
     values:Annotated[tuple[str, ...], Strict(False)] = Field(min_length=1, description='values of that column whose rows are external')
+    tied:Literal['error', 'aside'] = Field(description='what becomes of other images of the same lesion, patient or pixels: stop, or leave them out')
 
 class Split(Section):
     "How lesions are dealt to train, valid and test."
@@ -47,7 +48,7 @@ class Split(Section):
     fractions:Annotated[tuple[float, float, float], Strict(False)] = Field(
         description='share of images in train, valid, test, whole lesions together: each above 0, sum 1; the policy `column` does not use them')
     previous:str|None = Field(min_length=1, description='an earlier splits.csv, kept outside artifacts/: its lesions stay where they were, only new ones are '
-                                                        'dealt; the policy `column` does not use it')
+                                                        'dealt; for the policy `stratified`')
     external:External|None = Field(description='rows that become an external test set; null for none')
 
     @field_validator('previous')
