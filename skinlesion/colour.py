@@ -45,7 +45,7 @@ def check_colour(
     colour:str, # any text
 ) -> str: # one of COLOURS
     "The name of a colour correction, or an error."
-    if colour not in COLOURS: raise ValueError(f"colour '{colour}' is not one of {', '.join(COLOURS)}.{nearest(str(colour), COLOURS)}")
+    if not isinstance(colour, str) or colour not in COLOURS: raise ValueError(f"colour '{colour}' is not one of {', '.join(COLOURS)}.{nearest(str(colour), COLOURS)}")
     return colour
 
 def prepare_image(

@@ -35,7 +35,7 @@ def view_names(
     views:str, # one of VIEW_SETS
 ) -> tuple: # names in VIEWS, the picture as it is first
     "The views of a set, or an error."
-    if views not in VIEW_SETS: raise ValueError(f"views '{views}' is not one of {', '.join(VIEW_SETS)}.{nearest(str(views), VIEW_SETS)}")
+    if not isinstance(views, str) or views not in VIEW_SETS: raise ValueError(f"views '{views}' is not one of {', '.join(VIEW_SETS)}.{nearest(str(views), VIEW_SETS)}")
     return VIEW_SETS[views]
 
 def _view(name):

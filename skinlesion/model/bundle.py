@@ -18,11 +18,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 
+from ..colour import check_colour
 from ..data.metadata import MetadataEncoder
 from ..files import atomic_write, read_json, scratch_folder, verify_sums, write_json, write_sums
 from ..images import normalise
 from .fusion import LesionModel, create_model
 from ..taxonomy import DISCLAIMER, LabelSet, nearest
+from ..views import apply_view, view_names
 
 # %% ../../nbs/model/23_bundle.ipynb #3d3e3a1a
 @contextmanager
@@ -40,16 +42,18 @@ def predict_probs(
     data, # LesionDataset, or images (N,H,W,3) uint8 RGB of the model's size
     metadata:np.ndarray|None=None, # (N,D) float32 with images, for a fused model; a dataset brings its own
     batch_size:int=64, # images at a time; changes the last digits at most
+    views:str='none', # one of views.VIEW_SETS; the probabilities are the mean over its views
 ) -> np.ndarray: # (N,C) float64, rows sum to 1
     "Class probabilities of every image, in order."
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    device, logits = next(model.parameters()).device, []
+    device, names, probs = next(model.parameters()).device, view_names(views), []
     with evaluating(model), torch.inference_mode():
         for image, values in _batches(data, metadata, batch_size):
-            image = image.to(device, memory_format=torch.channels_last)
-            logits.append(model(image, None if values is None else values.to(device)).double().cpu())
-    if not logits: return np.zeros((0, model.num_classes))
-    probs = torch.cat(logits).softmax(1).numpy()
+            image, values = image.to(device), None if values is None else values.to(device)
+            shown = (apply_view(image, name).contiguous(memory_format=torch.channels_last) for name in names)
+            probs.append(torch.stack([model(view, values).double().cpu().softmax(1) for view in shown]).mean(0))
+    if not probs: return np.zeros((0, model.num_classes))
+    probs = torch.cat(probs).numpy()
     bad = np.flatnonzero(~np.isfinite(probs).all(1))
     if len(bad): raise ValueError(f"the model gives no finite probabilities for images {bad[:10].tolist()} (counted from 0); check these images, their metadata and the weights")
     return probs
@@ -107,13 +111,14 @@ def _check_keys(values, keys, where):
     for key in keys:
         if key not in values: raise BundleError(f"{where}: key '{key}' is missing; export the bundle anew")
 
-def _read_keys(path, keys):
-    "A JSON file of this schema version with exactly these keys."
+def _read_keys(path, keys, added=None):
+    "A JSON file of this schema version with exactly these keys; `added` gives those that older files lack."
     try: values = read_json(path)
     except (ValueError, OSError) as e: raise BundleError(f"{e}, or export the model anew") from e
     version = values.get('schema_version') if isinstance(values, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:
         raise BundleError(f"{path}: schema_version is {version!r}, but this version of skinlesion reads {SCHEMA_VERSION}; use the version that wrote it")
+    values = (added or {}) | values
     _check_keys(values, keys, path)
     return values
 
@@ -150,7 +155,8 @@ def _weights(model, name):
     return save_tensors(tensors)
 
 # %% ../../nbs/model/23_bundle.ipynb #e7400320
-_BUNDLE_KEYS = ('schema_version', 'members', 'label_set', 'image_size', 'encoder', 'provenance', 'metrics', 'disclaimer')
+_BUNDLE_KEYS = ('schema_version', 'members', 'label_set', 'image_size', 'colour', 'views', 'encoder', 'provenance', 'metrics', 'disclaimer')
+_ADDED_KEYS = dict(colour='none', views='none') # what bundles from before these keys did
 
 def save_bundle(
     out:Path|str, # folder; an older one is replaced as a whole
@@ -160,18 +166,26 @@ def save_bundle(
     image_size:int, # side of the square images the members were trained on
     provenance:dict, # what it was made from: hashes, versions, parameters; plain JSON values, no times
     metrics:dict|None=None, # nested, leaves {'value', 'low', 'high', ...}; shown in the model card
+    colour:str='none', # correction of colour.COLOURS that the images of training and evaluation went through
+    views:str='none', # one of views.VIEW_SETS, over which a prediction is averaged
 ) -> Path: # `out`
     "Write an ensemble as bundle.json, weights, MODEL_CARD.md and SHA256SUMS."
     _check_members(members, label_set, encoder, image_size)
+    _check_inputs(colour, views)
     facts = dict(schema_version=SCHEMA_VERSION, members=[dict(name=m.name, model=m.model.config) for m in members],
-                 label_set=label_set.to_dict(), image_size=int(image_size), encoder=encoder.to_dict() if encoder else None,
-                 provenance=provenance, metrics=metrics, disclaimer=DISCLAIMER)
+                 label_set=label_set.to_dict(), image_size=int(image_size), colour=colour, views=views,
+                 encoder=encoder.to_dict() if encoder else None, provenance=provenance, metrics=metrics, disclaimer=DISCLAIMER)
     with scratch_folder(out) as scratch:
         for m in members: atomic_write(scratch/f'{m.name}.safetensors', _weights(m.model, m.name))
         write_json(scratch/'bundle.json', facts)
         atomic_write(scratch/'MODEL_CARD.md', _model_card(facts))
         write_sums(scratch)
     return Path(out)
+
+def _check_inputs(colour, views):
+    "Stop at a correction or a set of views that is not known."
+    check_colour(colour)
+    view_names(views)
 
 def _check_members(members, label_set, encoder, image_size):
     "Stop at an ensemble that does not hold together."
@@ -195,6 +209,8 @@ def _model_card(facts):
     lines = ['# Model card', '', f"**{facts['disclaimer']}**", '', '## What it is', '',
              f"The mean of {len(facts['members'])} model(s) for dermatoscopic images, {size}x{size} pixels:", '']
     lines += [f"- `{m['name']}`: {m['model']['backbone']}, {'image and metadata' if m['model']['fusion'] != 'none' else 'image alone'}" for m in facts['members']]
+    if facts['colour'] != 'none': lines += ['', f"Before anything else the colours of an image are corrected by `{facts['colour']}`."]
+    if facts['views'] != 'none': lines += ['', f"An answer is the mean over the {len(view_names(facts['views']))} views of the set `{facts['views']}`."]
     lines += ['', '## Classes', '', '| code | name | malignant |', '|---|---|---|']
     lines += [f'| {c} | {label_set.names[c]} | {malignant[label_set.is_malignant(c)]} |' for c in label_set.codes]
     lines += ['', '## How well it did', '', *(_metric_rows(facts['metrics']) or ['No metrics were stored with this bundle.'])]
@@ -234,6 +250,8 @@ class Bundle:
     bundle_id:str # 16 hex digits over all contents
     provenance:dict # what it was made from
     metrics:dict|None # what was measured when it was made
+    colour:str='none' # correction that images go through first, of colour.COLOURS
+    views:str='none' # set of views.VIEW_SETS over which an answer is averaged
 
 # %% ../../nbs/model/23_bundle.ipynb #a5ac369e
 def verify_bundle(
@@ -248,7 +266,7 @@ def verify_bundle(
     except (ValueError, OSError) as e: raise BundleError(str(e)) from e
     bundle_id = hashlib.sha256(''.join(f'{digest}  {name}\n' for name, digest in sorted(sums.items())).encode()).hexdigest()[:16]
     if 'bundle.json' not in sums: raise BundleError(f"{folder}: bundle.json is missing; this is no bundle, or not a whole one: export it anew")
-    facts = _read_keys(folder/'bundle.json', _BUNDLE_KEYS)
+    facts = _read_keys(folder/'bundle.json', _BUNDLE_KEYS, _ADDED_KEYS)
     names = _member_names(facts['members'], folder/'bundle.json')
     known = ['bundle.json', 'MODEL_CARD.md', *(f'{name}.safetensors' for name in names)]
     for name in known:
@@ -279,6 +297,9 @@ def load_bundle(
         encoder = None if facts['encoder'] is None else MetadataEncoder.from_dict(facts['encoder'])
     except (ValueError, TypeError, KeyError, AttributeError) as e: raise BundleError(f"{where}: {e}; export the bundle anew") from e
     members = [Member(m['name'], _build(m['model'], where, folder/f"{m['name']}.safetensors"), m) for m in facts['members']]
-    try: _check_members(members, label_set, encoder, facts['image_size'])
-    except ValueError as e: raise BundleError(f"{where}: {e}; export the bundle anew") from e
-    return Bundle(tuple(members), label_set, encoder, facts['image_size'], checked['bundle_id'], facts['provenance'], facts['metrics'])
+    try:
+        _check_members(members, label_set, encoder, facts['image_size'])
+        _check_inputs(facts['colour'], facts['views'])
+    except (ValueError, TypeError) as e: raise BundleError(f"{where}: {e}; export the bundle anew") from e
+    return Bundle(tuple(members), label_set, encoder, facts['image_size'], checked['bundle_id'], facts['provenance'],
+                  facts['metrics'], facts['colour'], facts['views'])

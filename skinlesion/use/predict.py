@@ -14,14 +14,16 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
+from ..colour import prepare_image
 from ..data.metadata import parse_age
 from ..data.schema import read_table
 from ..evaluate.ensemble import mean_ensemble, member_disagreement
 from ..evaluate.scorecard import malignancy_probability, probability_columns
 from ..explain.cam import check_method, compute_cam, default_layer, find_layer, target_layers
-from ..images import ImageError, normalise, read_image, resize_image
+from ..images import ImageError, normalise, read_image
 from ..model.bundle import load_bundle, predict_probs
 from ..taxonomy import DISCLAIMER, nearest, parse_sex, parse_site
+from ..views import view_names
 
 # %% ../../nbs/use/51_predict.ipynb #d85dabf8
 @dataclass(frozen=True)
@@ -88,8 +90,11 @@ class Predictor:
     "A bundle, ready to answer; the one way from a picture to probabilities and maps."
     def __init__(self,
         bundle_dir:Path|str, # folder of a bundle; every hash in it is checked first
+        views:str|None=None, # one of views.VIEW_SETS; None for what the bundle states
     ):
         self.bundle = load_bundle(bundle_dir)
+        self.views = self.bundle.views if views is None else views
+        view_names(self.views)
         self.label_set, self.bundle_id, self.members = self.bundle.label_set, self.bundle.bundle_id, self.bundle.members
         self._layers = {} # member -> names, found once
 
@@ -134,12 +139,12 @@ def _inputs(self, image, age, sex, site):
     "What the members read: the picture (1,S,S,3) uint8 and the metadata (1,D) or None."
     encoder = self.bundle.encoder
     metadata = None if encoder is None else encoder.encode_one(age, sex, site)[None]
-    return resize_image(image, self.bundle.image_size)[None], metadata
+    return prepare_image(image, self.bundle.image_size, self.bundle.colour)[None], metadata
 
 def _answer(self, image, age, sex, site, image_id):
     "A `Prediction` for a picture that has been read."
     pixels, metadata = _inputs(self, image, age, sex, site)
-    members = [predict_probs(m.model, pixels, metadata) for m in self.members]
+    members = [predict_probs(m.model, pixels, metadata, views=self.views) for m in self.members]
     probs, codes = mean_ensemble(members)[0], self.label_set.codes
     best = int(probs.argmax())
     return Prediction(image_id, {c: float(p) for c, p in zip(codes, probs)}, codes[best], float(probs[best]),
