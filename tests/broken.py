@@ -1,4 +1,4 @@
-"""A corpus of pictures and tables, good, odd and broken, made here byte by byte: what the gate and the importers must read right or refuse by name."""
+"""Odd and broken pictures, tables and archives, made here byte by byte: what the gate and the importers must read right or refuse by name."""
 import io
 import struct
 import tarfile
@@ -114,11 +114,13 @@ def bad_pictures():
     float_tiff = encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF")
     return {
         "empty.jpg": (b"", "it is empty"), "text.jpg": (b"Dear colleague, please find the picture enclosed.\n", "its content is no known image"),
-        "page.jpg": (b"<!DOCTYPE html><html>404</html>", "it is markup"), "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is markup"),
+        "page.jpg": (b"<!DOCTYPE html><html>404</html>", "it is markup"),
+        "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is markup"),
         "moving.jpg": (encoded(image, "GIF"), "it is gif"), "archive.png": (zipped({"a.png": encoded(image, "PNG")}), "it is zip"),
         "letter.jpg": (b"%PDF-1.7\n", "it is pdf"), "scan.jpg": (bytes(128) + b"DICM" + bytes(64), "it is dicom"),
         "phone.jpg": (struct.pack(">I", 24) + b"ftypheic" + bytes(40), "it is heic or avif"),
-        "marker.jpg": (b"\xff\xd8\xff", "truncated or damaged JPEG (its header cannot be read)"), "no_pixels.png": (png_header(8, 8) + png_chunk(b"IEND", b""), "truncated or damaged PNG"),
+        "marker.jpg": (b"\xff\xd8\xff", "truncated or damaged JPEG (its header cannot be read)"),
+        "no_pixels.png": (png_header(8, 8) + png_chunk(b"IEND", b""), "truncated or damaged PNG"),
         "zero.png": (png_header(0, 8) + png_chunk(b"IEND", b""), ""),  # refused: how, the decoder decides
         "wide.png": (png_header(2**31 - 1, 2**31 - 1) + png_chunk(b"IDAT", b"x"), "more than the 64,000,000 pixels allowed"),
         "hundred.png": (big_png(10_000, 10_000), "10000x10000 pixels, more than the 64,000,000 allowed; scale the image down"),
@@ -149,3 +151,86 @@ def tarred(files, links=(), mode="w:gz"):
             else: entry.size = len(data)
             archive.addfile(entry, None if name in links else io.BytesIO(data))
     return out.getvalue()
+
+
+HEAD = "lesion_id,image_id,dx,dx_type,age,sex,localization"
+ROWS = ("HAM_1,ISIC_1,nv,follow_up,45,female,back", "HAM_2,ISIC_2,mel,histo,60,male,scalp", "HAM_3,ISIC_3,bkl,consensus,,unknown,unknown")
+
+
+def table(*rows, head=HEAD): return "\n".join([head, *rows, ""]).encode()
+
+
+def second(row): return table(ROWS[0], row, ROWS[2])
+
+
+def good_tables():
+    "Tables in the layout of HAM10000 that are odd and mean what ROWS say."
+    plain = table(*ROWS)
+    return {
+        "byte order mark": b"\xef\xbb\xbf" + plain, "semicolons": plain.replace(b",", b";"), "tabs": plain.replace(b",", b"\t"),
+        "carriage returns": plain.replace(b"\n", b"\r\n"), "blank lines": plain.replace(b"\n", b"\n\n"), "no last newline": plain[:-1],
+        "spaces": plain.replace(b",", b" , "), "quotes": "\n".join(",".join(f'"{w}"' for w in row.split(",")) for row in (HEAD, *ROWS)).encode(),
+        "mixed case": table(ROWS[0].replace("nv", "NV"), ROWS[1].replace("mel", "Melanoma").replace("male", "Male"), ROWS[2].replace("bkl", "Bkl")),
+        "other order of columns": "\n".join(",".join(row.split(",")[::-1]) for row in (HEAD, *ROWS)).encode(),
+        "another column": "\n".join(row + f',"a note,\nof two lines {i}"' for i, row in enumerate(ROWS)).join([HEAD + ",note\n", "\n"]).encode(),
+        "words for unknown": table(*ROWS[:2], "HAM_3,ISIC_3,bkl,consensus,NaN,N/A,none"),
+        "age in decimals": table(ROWS[0].replace("45", "45.0"), *ROWS[1:])}
+
+
+def bad_tables():
+    "name -> (table, what the error must say); the row is the line of the file."
+    row = "HAM_2,{},mel,histo,60,male,scalp"
+    outside = "' cannot be the name of a file"
+    return {
+        "bars for commas": (table(*ROWS).replace(b",", b"|"), "no metadata table"), "another encoding": (table(*ROWS).decode().encode("utf-16"),
+        "UTF-8"),
+        "a picture for a table": (encoded(pixels(), "PNG"), "no metadata table"), "empty": (b"", "no metadata table"), "only a head": (table(),
+        "no row below the header"),
+        "missing column": (table(*(r.rsplit(",", 1)[0] for r in ROWS), head=HEAD.rsplit(",", 1)[0]), "row 1: the column 'localization' is missing"),
+        "doubled column": (table(*(r + ",45" for r in ROWS), head=HEAD + ",age"), "row 1: the column 'age' is there twice"),
+        "ragged row": (second(row.format("ISIC_2") + ",more"), "row 3: 8 cells where the header has 7"),
+        "open quote": (second('"' + row.format("ISIC_2")), "close every quote"), "zero byte": (second(row.format("ISIC_2\0")),
+        "row 3: image_id 'ISIC_2\0' cannot"),
+        "endless cell": (second(row.format("x" * 200_000)), "not readable as CSV (field larger than field limit"),
+        "no id": (second(row.format("")), "row 3: image_id ''"), "NaN for an id": (second(row.format("NaN")), "row 3: image_id 'NaN' names no image"),
+        "an id twice": (table(*ROWS, ROWS[1]), "row 5: image_id 'ISIC_2' is already in row 3"), "no image": (second(row.format("ISIC_4")),
+        "row 3: there is no image 'ISIC_4'"),
+        "out of the folder": (second(row.format("../ISIC_2")), "row 3: image_id '../ISIC_2" + outside),
+        "absolute": (second(row.format("/etc/passwd")), "'/etc/passwd" + outside),
+        "a drive": (second(row.format("C:\\ISIC_2")), "row 3: image_id 'C:\\ISIC_2" + outside), "a folder": (second(row.format("a/ISIC_2")),
+        "'a/ISIC_2" + outside),
+        "hidden": (second(row.format(".ISIC_2")), "'.ISIC_2" + outside), "age of 850": (second(ROWS[1].replace("60", "850")),
+        "row 3: age '850' is not a number of years from 0 to 120"),
+        "age in words": (second(ROWS[1].replace("60", "50 years")), "row 3: age '50 years' is not a number of years from 0 to 120"),
+        "age below zero": (second(ROWS[1].replace("60", "-1")), "row 3: age '-1' is not a number of years from 0 to 120"),
+        "age without end": (second(ROWS[1].replace("60", "inf")), "row 3: age 'inf' is not a number of years from 0 to 120"),
+        "unknown class": (second(ROWS[1].replace("mel", "mela")), "Did you mean 'mel'?"), "no class": (second(ROWS[1].replace("mel", "")),
+        "row 3: the diagnosis is empty"),
+        "unknown site": (second(ROWS[1].replace("scalp", "scalb")), "row 3: site 'scalb' is not known"),
+        "unknown sex": (second(ROWS[1].replace("male", "mail")), "row 3: sex 'mail' is not known"),
+        "one class": (table(*(r.replace(",mel,", ",nv,").replace(",bkl,", ",nv,") for r in ROWS)), "one class cannot be told from itself")}
+
+
+def publisher(folder, files=None):
+    "Three pictures and their table as the publisher of HAM10000 lays them out; `files` come on top, None removes one."
+    folder.mkdir(parents=True)
+    content = {f"ISIC_{i}.jpg": encoded(pixels(20 + i, 30), "JPEG") for i in (1, 2, 3)} | {"HAM10000_metadata.csv": table(*ROWS)} | (files or {})
+    for name, data in content.items():
+        if data is not None: (folder / name).write_bytes(data)
+    return folder
+
+
+def bad_archives():
+    "name of the archive -> (bytes, what the error must say)."
+    data = encoded(pixels(22, 30), "JPEG")
+    long = bytes(60 << 20)
+    return {
+        "up.zip": (zipped({"../../ISIC_2.jpg": data}), "'../../ISIC_2.jpg' points outside"), "up.tar": (tarred({"../ISIC_2.jpg": data}, mode="w"),
+        "'../ISIC_2.jpg' points outside"),
+        "root.zip": (zipped({"/tmp/ISIC_2.jpg": data}), "outside"), "root.tar.gz": (tarred({"/tmp/ISIC_2.jpg": data}), "outside"),
+        "link.zip": (zipped({"ISIC_2.jpg": b"/etc/passwd"}, links=["ISIC_2.jpg"]), "is a link or a device"),
+        "link.tar.gz": (tarred({"ISIC_2.jpg": b"/etc/passwd"}, links=["ISIC_2.jpg"]), "is a link or a device"),
+        "bomb.zip": (zipped({"ISIC_2.jpg": long}), "52,428,800 bytes allowed"), "bomb.tar.gz": (tarred({"ISIC_2.jpg": long}),
+        "52,428,800 bytes allowed"),
+        "nested.zip": (zipped({"inner.zip": zipped({"../ISIC_2.jpg": data})}), "outside"), "text.zip": (b"hello", "text.zip"),
+        "empty.tar.gz": (b"", "empty.tar.gz")}

@@ -1,11 +1,15 @@
 "The corpus of odd and broken input: every picture is read right or refused by name, every table too, and a failure leaves nothing behind."
 import io
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from broken import SECRET, STORED, bad_pictures, encoded, exif_bytes, gossip, modes, pixels
+from broken import (SECRET, STORED, bad_archives, bad_pictures, bad_tables, encoded, exif_bytes, good_tables, gossip, modes, pixels, publisher, tarred,
+                    zipped)
+from skinlesion.data.schema import read_dataset
+from skinlesion.data.sources import import_ham10000
 from skinlesion.images import ImageError, clean_image, read_image
 
 
@@ -71,3 +75,58 @@ def test_a_file_cut_anywhere_is_whole_or_refused(kind):
                     assert str(e).startswith("cut: ") and ";" in str(e)
                     refused += 1
         assert refused >= 36, f"{kind}: only {refused} of 40 cuts were noticed"
+
+
+@pytest.mark.parametrize("name", good_tables())
+def test_an_odd_table_is_read_right(name, tmp_path):
+    source = publisher(tmp_path / "HAM", {"HAM10000_metadata.csv": good_tables()[name]})
+    report = import_ham10000(source, tmp_path / "data")
+    got = read_dataset(tmp_path / "data").table
+    assert got.image_id.tolist() == ["ISIC_1", "ISIC_2", "ISIC_3"] and got.diagnosis.tolist() == ["nv", "mel", "bkl"]
+    assert got.age.tolist()[:2] == [45, 60] and np.isnan(got.age[2]) and got.sex.tolist() == ["female", "male", ""]
+    assert got.site.tolist() == ["back", "scalp", ""] and (report.n_images, report.age_missing) == (3, 1)
+
+
+@pytest.mark.parametrize("name", bad_tables())
+def test_a_bad_table_is_refused_with_its_row(name, tmp_path):
+    words, said = bad_tables()[name]
+    source = publisher(tmp_path / "HAM", {"HAM10000_metadata.csv": words})
+    with pytest.raises(ValueError) as e: import_ham10000(source, tmp_path / "data")
+    assert said in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["HAM"]
+
+
+@pytest.mark.parametrize("name", bad_archives())
+def test_a_bad_archive_is_refused_by_name(name, tmp_path):
+    data, said = bad_archives()[name]
+    source = publisher(tmp_path / "HAM", {"ISIC_2.jpg": None, name: data})
+    with pytest.raises(ValueError) as e: import_ham10000(source, tmp_path / "data")
+    assert said in str(e.value) and name in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["HAM"]
+
+
+@pytest.mark.parametrize("make, name", [(zipped, "part.zip"), (tarred, "part.tar.gz"), (lambda files: tarred(files, mode="w"), "part.tar")])
+def test_an_archive_cut_anywhere_is_whole_or_refused(make, name, tmp_path):
+    rng, source = np.random.default_rng(0), publisher(tmp_path / "HAM", {f"ISIC_{i}.jpg": None for i in (1, 2, 3)})
+    noise = {f"ISIC_{i}.jpg": encoded(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8), "JPEG") for i in (1, 2, 3)}
+    data, refused = make(noise), 0
+    for percent in range(0, 105, 5):
+        (source / name).write_bytes(data[:len(data) * percent // 100])
+        try: import_ham10000(source, tmp_path / "data")
+        except ValueError as e:
+            assert name in str(e) or "there is no image 'ISIC_" in str(e)
+            assert [p.name for p in tmp_path.iterdir()] == ["HAM"]
+            refused += 1
+        else:
+            for i in noise: assert np.array_equal(read_image(tmp_path / "data" / "images" / i), read_image(noise[i]))
+            shutil.rmtree(tmp_path / "data")
+    assert 17 <= refused <= 20
+
+
+def test_links_are_read_as_what_they_point_to_and_dangling_ones_named(tmp_path):
+    source = publisher(tmp_path / "HAM", {"ISIC_2.jpg": None})
+    (tmp_path / "elsewhere.jpg").write_bytes(encoded(pixels(22, 30), "JPEG"))
+    (source / "ISIC_2.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    assert import_ham10000(source, tmp_path / "data").n_images == 3 and not (tmp_path / "data" / "images" / "ISIC_2.jpg").is_symlink()
+    (tmp_path / "elsewhere.jpg").unlink()
+    with pytest.raises(ValueError, match="ISIC_2.jpg: it is a link to nothing"): import_ham10000(source, tmp_path / "other")
