@@ -341,7 +341,7 @@ def class_contrast(
 ) -> dict: # rate, rest: leaves; told: whether the artefact gives the class away
     "How much more frequent an artefact is in a class than in the others."
     within = np.ones(len(flag), bool) if within is None else within
-    sides, values = [member & within, ~member & within], []
+    sides = member & within, ~member & within
     sums = weights @ np.stack([s * f for s in sides for f in (1, flag)], 1).astype(np.float32)
     shares = [_over(sums[:, 1], sums[:, 0]), _over(sums[:, 3], sums[:, 2])]
     counts = [len(np.unique(groups[s])) for s in sides]
@@ -371,24 +371,31 @@ def _told_item(name, code, scope, found, flag, member, measured, ids):
     return dict(name=f'{code}/{scope}' if scope else code, images=tuple(images), note=note)
 
 # %% ../../nbs/audit/46_artefacts.ipynb #175a3d08
+def _given_away(flag, classes, codes, groups, weights, within):
+    "Classes that the artefact tells, clearest first: each against those that are left, so that one class does not drag in the others."
+    told, left = [], list(codes)
+    while len(left) > 1:
+        found = {code: class_contrast(flag, classes == code, groups, weights, within & np.isin(classes, left)) for code in left}
+        found = {code: f for code, f in found.items() if f['told']}
+        if not found: break
+        code = max(found, key=lambda c: abs(found[c]['rate']['value'] - found[c]['rest']['value']))
+        told.append((code, found[code]))
+        left.remove(code)
+    return told
+
 def _artefact_finding(flag_name, measures, table, codes, groups, weights):
     "The finding on one artefact."
     measure, limit, name = FLAGS[flag_name]
     flag, ids = measures[flag_name].to_numpy(bool), table.image_id.to_numpy(str)
     classes, measured = table.diagnosis.to_numpy(str), measures[measure].to_numpy(float)
-    items, metrics = [], {}
+    metrics = {code: class_contrast(flag, classes == code, groups, weights)['rate'] for code in codes}
+    rates, items = ', '.join(f'{code} {format_leaf(leaf)}' for code, leaf in metrics.items()), []
     for scope, within in _scopes(table).items():
-        for code in codes:
-            member = classes == code
-            if not (member & within).any() or not (~member & within).any(): continue
-            found = class_contrast(flag, member, groups, weights, within)
-            if not scope: metrics[code] = found['rate']
-            if found['told']:
-                metrics |= {f'{code}/{scope}': found['rate'], f'{code}/{scope}/rest': found['rest']} if scope else {f'{code}/rest': found['rest']}
-                items.append((abs(found['rate']['value'] - found['rest']['value']),
-                              _told_item(name, code, scope, found, flag, member & within, measured, ids)))
+        for code, found in _given_away(flag, classes, codes, groups, weights, within):
+            item = _told_item(name, code, scope, found, flag, (classes == code) & within, measured, ids)
+            metrics |= {item['name']: found['rate'], item['name'] + '/rest': found['rest']}
+            items.append((abs(found['rate']['value'] - found['rest']['value']), item))
     items = [item for _, item in sorted(items, key=lambda i: -i[0])]
-    rates = ', '.join(f"{code} {format_leaf(leaf)}" for code, leaf in metrics.items() if '/' not in code)
     told = f"; it gives away {'; '.join(i['note'].removeprefix(name + ': ') for i in items)}" if items else ''
     return Finding(f"artefact-{flag_name.replace('_', '-')}", 'warning' if items else 'note', f"{name} on {flag.sum()} of {len(flag)} images{told or ' (' + rates + ')'}",
                    len(flag), int(flag.sum()), tuple(items), metrics, _remedy(flag_name) if items else '')
