@@ -148,5 +148,6 @@ def augment_image(
     seed:int, # >= 0; same seed, same view
 ) -> np.ndarray: # (H,W,3) uint8
     "One view of an image, a pure function of image and seed."
+    if not augment.transforms: return np.array(image, order='C')
     augment.set_random_state(np.random.default_rng(seed), random.Random(seed))
     return np.ascontiguousarray(augment(image=image)['image'])

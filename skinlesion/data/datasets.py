@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from ..images import IMAGENET_MEAN, IMAGENET_STD, to_tensor
-from .store import augment_image, make_augment
+from .augment import augment_image, make_augment
 
 # %% ../../nbs/data/17_datasets.ipynb #586af27d
 def view_seed(
@@ -42,7 +42,7 @@ class LesionDataset(Dataset):
         table:pd.DataFrame, # one row per image: image_id, diagnosis, and age, sex, site for the encoder
         label_set, # taxonomy.LabelSet of the diagnoses
         encoder=None, # data.metadata.MetadataEncoder; None for metadata of width 0
-        augment=None, # policy of `make_augment`, or an albumentations.Compose; None for the image as it is
+        augment=None, # policy of `make_augment`, or what it returns; None for the image as it is
         seed:int=0, # of the augmentation
     ):
         if not len(table): raise ValueError('the table of this dataset has no rows; check the split it was taken from')
