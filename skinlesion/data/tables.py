@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
-from .schema import DatasetError, DatasetInfo, check_target, read_dataset, read_table
+from .schema import COLUMNS, DatasetError, DatasetInfo, check_target, read_dataset, read_table
 from .sources import Entry, Found, ImportReport, collect, open_table, write_import
 from ..files import sha256_file
 from ..images import ImageError, read_image
@@ -698,9 +698,9 @@ def _sharers(tables):
     return {i: ks for i, ks in where.items() if len(ks) > 1}
 
 # %% ../../nbs/data/18_tables.ipynb #2956f601
-def _collisions(parts, tables, prefix):
-    "Ids to be prefixed, and pairs (id, first table, other table) of the same picture."
-    rename, same, problems = set(), [], []
+def _collisions(parts, tables, prefix, skip_bad):
+    "Ids to be prefixed, triples (id, first table, other table) of the same picture, and a sentence for each picture whose diagnoses contradict each other."
+    rename, same, problems, contradictions = set(), [], [], {}
     words = [dict(zip(t.image_id, t.diagnosis)) for t in tables]
     for image_id, ks in _sharers(tables).items():
         first, names = ks[0], [parts[k].info.name for k in ks]
@@ -708,10 +708,13 @@ def _collisions(parts, tables, prefix):
         said = {words[k][image_id] for k in ks} - {''}
         if not equal and prefix: rename.add(image_id)
         elif not equal: problems.append(f"image_id '{image_id}' names different pictures in '{names[0]}' and '{names[1]}'; put the dataset before such ids with --prefix-on-collision")
-        elif len(said) > 1: problems.append(f"image '{image_id}' is the same picture in '{names[0]}' and '{names[1]}', but its diagnosis is {' and '.join(sorted(said))}; correct or remove one row")
-        else: same += [(image_id, first, k) for k in ks[1:]]
+        else:
+            same += [(image_id, first, k) for k in ks[1:]]
+            if len(said) > 1: contradictions[image_id] = f"image '{image_id}' is the same picture in '{names[0]}' and '{names[1]}', but its diagnosis is {' and '.join(sorted(said))}"
+    if contradictions and not skip_bad:
+        problems += [f"{c}; read one class as the other (--map), correct a row, or leave such images out (--skip-bad)" for c in contradictions.values()]
     if problems: raise DatasetError('merge', problems)
-    return rename, same
+    return rename, same, contradictions
 
 # %% ../../nbs/data/18_tables.ipynb #17bdffc7
 def _keyed(parts, tables, same):
@@ -753,7 +756,8 @@ def _together(parts, tables, rename, same):
     whole = pd.concat(kept, ignore_index=True)
     prefix = [re.sub(r'[^\w.+-]+', '_', parts[k].info.name).strip('._') or 'data' for k in whole.part]
     whole['image_id'] = [f'{p}-{i}' if i in rename else i for p, i in zip(prefix, whole.image_id)]
-    return whole.assign(**{c: whole[c].fillna('') for c in whole if c not in ('age', 'part')})
+    whole = whole.assign(**{c: whole[c].fillna('') for c in whole if c not in ('age', 'part')})
+    return whole.drop(columns=[c for c in whole if c not in COLUMNS and (whole[c] == '').all()])
 
 def _files_of(parts, whole, same):
     "Images, masks, evidence and artefacts of the merged rows; a mask may come from the other holder of a picture."
@@ -783,13 +787,14 @@ def merge_datasets(
     out = check_target(out, name)
     target = _target(parts, about, name)
     tables, left_out = _recode(parts, target, word_map, skip_bad)
-    rename, same = _collisions(parts, tables, prefix_on_collision)
+    rename, same, contradictions = _collisions(parts, tables, prefix_on_collision, skip_bad)
     whole = _together(parts, _keyed(parts, tables, same), rename, same)
+    whole = whole[~whole.image_id.isin(list(contradictions))].reset_index(drop=True)
     licence, warnings = join_licences([p.info for p in parts])
     joined = lambda key: '; '.join(dict.fromkeys(f'{p.info.name}: {v}' for p in parts if (v := getattr(p.info, key))))
     info = DatasetInfo(name, target.name if target in LABEL_SETS.values() else target.to_dict(), about.licence or licence, about.citation or joined('citation'),
                        joined('source'), unlabelled=any(p.info.unlabelled for p in parts))
-    notes = [*left_out, *([f"{len(same)} pictures are in several datasets; the first one's row is kept"] if same else []),
+    notes = [*left_out, *(f"left out: {c}" for c in contradictions.values()), *([f"{len(same)} pictures are in several datasets; the first one's row is kept"] if same else []),
              *([f"{len(rename)} ids name different pictures and were prefixed"] if rename else []), *warnings]
     where = [f"{parts[k].root.name}/metadata.csv, image '{file}'" for k, file in zip(whole.part, whole.file)]
     return write_import(out, info, whole.drop(columns=['part', 'file']), _files_of(parts, whole, same), where=where, skip_bad=skip_bad, progress=progress, notes=notes)

@@ -101,7 +101,7 @@ def _imports():
 
 def _option(kind, *names, help, **more): return Annotated[kind, typer.Option(*names, help=help, show_default=False, **more)]
 
-_Paths = Annotated[list[Path], typer.Argument(metavar='PATH...', help='Folders, files and archives (zip, tar), in any order.')]
+_Paths = Annotated[list[Path], typer.Argument(metavar='PATH', help='Folders, files and archives (zip, tar), in any order.')]
 _Out = _option(Path, '--out', help='Dataset folder to write; an older import of the same dataset is replaced, anything else is left alone.')
 _SkipBad = _option(bool, '--skip-bad', help='Leave out what cannot be read, and list it.')
 _Map = _option(list[str]|None, '--map', metavar='OLD=NEW', help='Read the word OLD as NEW, in classes, sites and sexes; give it once for each word.')
@@ -253,7 +253,7 @@ def import_hub(
 # %% ../../nbs/pipeline/74_cli.ipynb #04651fd4
 @imports.command('merge')
 def import_merged(
-    ctx:typer.Context, paths:Annotated[list[Path], typer.Argument(metavar='DIR...', help='Dataset folders; of a picture that several hold, the row of the first is kept.')], out:_Out,
+    ctx:typer.Context, paths:Annotated[list[Path], typer.Argument(metavar='DIR', help='Dataset folders; of a picture that several hold, the row of the first is kept.')], out:_Out,
     prefix_on_collision:_option(bool, '--prefix-on-collision', help='Put the name of the dataset before an image_id that names different pictures.')=False,
     name:_Name='', label_set:_LabelSet=None, labels:_Labels=None, words:_Map=None, skip_bad:_SkipBad=False,
 ):
@@ -326,9 +326,10 @@ def read_split_table(
     faults = [f"{path} row {line}: split '{s}' is not one of {', '.join(allowed)}.{nearest(s, allowed)}" for s, line in zip(words.split, lines) if s not in allowed]
     faults += [f"{path} row {line}: image '{i}' is not in {dataset.root}; give the splits of this dataset" for i, line in zip(words.image_id, lines) if i not in known]
     faults += [f"{path} row {line}: image '{i}' is there twice; keep one row" for i, line, twice in zip(words.image_id, lines, words.image_id.duplicated()) if twice]
-    faults += [f"{path}: image '{i}' of {dataset.root} has no row; make the splits anew" for i in dataset.table.image_id if i not in set(words.image_id)] if not faults else []
+    said = dict(zip(words.image_id, words.split))
+    faults = faults or [f"{path}: image '{i}' of {dataset.root} has no row; make the splits anew" for i in dataset.table.image_id if i not in said]
     if faults: raise DatasetError(path, faults)
-    return dataset.table.image_id.map(dict(zip(words.image_id, words.split))).rename('split')
+    return dataset.table.image_id.map(said).rename('split')
 
 # %% ../../nbs/pipeline/74_cli.ipynb #f274baf2
 def findings_text(
