@@ -282,15 +282,18 @@ def build_store(
     return ImageStore(out)
 
 # %% ../../nbs/data/15_store.ipynb #8966f12d
+_LISTED = r'shard_\d{5}(?:\.masks)?\.npy|index_\d{5}\.(?:npy|json)'
 _REBUILD = 'build it with build_store, or run the stage prepare'
 
 def _read_sums(root):
     "Name -> SHA-256 of the files of a store, and the name of its index."
     path = root/'SHA256SUMS'
     if not path.is_file(): raise FileNotFoundError(f"{root}: no image store here (SHA256SUMS is missing); {_REBUILD}")
-    sums = {name: digest for digest, name in re.findall(r'^([0-9a-f]{64})  (\S+)$', path.read_text(errors='replace'), re.M)}
-    index = [name[:-5] for name in sums if re.fullmatch(r'index_\d{5}\.json', name)]
-    if len(index) != 1: raise ValueError(f"{path}: names {len(index)} indexes of an image store, not one, so it is damaged or of another version; {_REBUILD}")
+    lines = [re.fullmatch(rf'([0-9a-f]{{64}})  ({_LISTED})', line) for line in path.read_text(errors='replace').splitlines()]
+    sums = {m[2]: m[1] for m in lines if m}
+    index = [name[:-5] for name in sums if name.startswith('index_') and name.endswith('.json')]
+    if None in lines or len(index) != 1 or f'{index[0]}.npy' not in sums:
+        raise ValueError(f"{path}: is not that of an image store, or is damaged, or of another version; {_REBUILD}")
     return sums, index[0]
 
 def _check_files(root, sums, facts):
@@ -298,7 +301,7 @@ def _check_files(root, sums, facts):
     for k, n in enumerate(facts['images']):
         for name, depth in ((f'shard_{k:05}.npy', 3), (f'shard_{k:05}.masks.npy', 1)):
             if name not in sums and depth == 1: continue
-            there = (root/name).stat().st_size if (root/name).is_file() else None
+            there = (root/name).stat().st_size if name in sums and (root/name).is_file() else None
             if there is None or there < n * facts['size'] ** 2 * depth:
                 raise ValueError(f"{root/name}: {'is missing' if there is None else f'cut short to {there:,} bytes'}; {_REBUILD}")
 
@@ -396,7 +399,7 @@ def original_size(self:ImageStore,
     return int(place['height']), int(place['width'])
 
 # %% ../../nbs/data/15_store.ipynb #230569ad
-_OWN = r'shard_\d{5}(\.masks)?\.npy|index_\d{5}\.(npy|json)|\.append|\.(index|SHA256SUMS).*\.tmp'
+_OWN = _LISTED + r'|\.append|\.(index|SHA256SUMS).*\.tmp'
 
 def _remove_unlisted(store):
     "Remove an older index, and what a killed addition left."
