@@ -14,7 +14,6 @@ import gzip
 import hashlib
 import http.client
 import io
-import json
 import lzma
 import numpy as np
 import os
@@ -38,9 +37,9 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath
 from .schema import COLUMNS, DatasetError, DatasetInfo, check_target, dataset_writer, read_table, validate_table
-from ..files import atomic_path, safe_name
+from ..files import safe_name
 from ..images import IMAGE_SUFFIXES, MAX_BYTES, ImageError, clean_image, clean_mask, image_size
-from ..taxonomy import DISCLAIMER, get_label_set, nearest
+from ..taxonomy import DISCLAIMER, nearest
 from threading import Lock
 
 # %% ../../nbs/data/12_sources.ipynb #5c9f3b87
@@ -119,6 +118,11 @@ def _inside(name, label, kind, encrypted=False):
     if encrypted: raise DatasetError(label, [f"{label}: the entry {name!r} is encrypted; decrypt the archive first"])
     return safe_name(name, label)
 
+def _zip_open(archive, e):
+    "A file of a zip archive; a place outside the archive is damage."
+    try: return archive.open(e)
+    except (OSError, ValueError) as error: raise zipfile.BadZipFile(f"its place in the archive is damaged, {error}") from None
+
 def _zip_entries(file, label, room, stack):
     "The files of a zip archive, which stays open with the stack."
     packed = file.seek(0, os.SEEK_END)
@@ -127,7 +131,7 @@ def _zip_entries(file, label, room, stack):
         found = [(e, _inside(e.filename, label, stat.S_IFMT(e.external_attr >> 16), e.flag_bits & 1)) for e in archive.infolist()]
     except (*_UNREADABLE, OSError, OverflowError): raise DatasetError(label, [f"{label}: no zip archive, or cut short; fetch it again"]) from None
     room.take(len(found), sum(e.file_size for e, _ in found), packed, label)
-    return [Entry(f'{label}/{name}', partial(archive.open, e)) for e, name in found if not e.is_dir()]
+    return [Entry(f'{label}/{name}', partial(_zip_open, archive, e)) for e, name in found if not e.is_dir()]
 
 # %% ../../nbs/data/12_sources.ipynb #21e3eb4e
 _TAR_KINDS = {tarfile.REGTYPE: stat.S_IFREG, tarfile.AREGTYPE: stat.S_IFREG, tarfile.DIRTYPE: stat.S_IFDIR}
@@ -149,19 +153,17 @@ def _tar_entries(file, label, room, stack):
     return found
 
 # %% ../../nbs/data/12_sources.ipynb #ec84194c
-def _pieces(source, label):
+def _pieces(opener, label):
     "A megabyte at a time; damage is an error that names the archive."
-    with source:
-        while True:
-            try: piece = source.read(1 << 20)
-            except (*_UNREADABLE, OSError) as e: raise DatasetError(label, [f"{label}: damaged or cut short ({e}); fetch it again"]) from None
-            if not piece: return
-            yield piece
+    try:
+        with opener() as source:
+            while piece := source.read(1 << 20): yield piece
+    except (*_UNREADABLE, OSError) as e: raise DatasetError(label, [f"{label}: damaged or cut short ({e}); fetch it again"]) from None
 
-def _spool(source, label, room, packed, stack):
-    "A temporary file with all of `source`."
-    out, size, limit = stack.enter_context(tempfile.TemporaryFile(dir=room.folder)), 0, min(room.bytes, max(256 << 20, 100 * packed))
-    for piece in _pieces(source, label):
+def _spool(opener, label, room, packed, stack):
+    "A temporary file with all that `opener` gives."
+    out, size, limit = stack.enter_context(tempfile.TemporaryFile(dir=room.folder)), 0, min(room.bytes, max(64 << 20, 100 * packed))
+    for piece in _pieces(opener, label):
         size += len(piece)
         if size > limit: raise DatasetError(label, [f"{label}: its {packed:,} bytes unpack to more than {limit:,}; do not use this archive"])
         try: out.write(piece)
@@ -190,30 +192,31 @@ def _expand(entry, room, stack, depth=0):
     kind, label = _archive_kind(entry), entry.label
     if not kind: yield entry; return
     if depth > MAX_DEPTH: raise DatasetError(label, [f"{label}: archives lie {depth} deep in each other; unpack the outer ones and give the folder"])
-    file = stack.enter_context(entry.open()) if depth == 0 else _spool(entry.open(), label, room, 0, stack)
+    file = stack.enter_context(entry.open()) if depth == 0 else _spool(entry.open, label, room, 0, stack)
     if kind in _DECODERS:
         packed = file.seek(0, os.SEEK_END)
         file.seek(0)
-        file = _spool(_DECODERS[kind](file), label, room, packed, stack)
+        file = _spool(partial(_DECODERS[kind], file), label, room, packed, stack)
         size = file.seek(0, os.SEEK_END)
         inner = Entry(f'{label}/{PurePosixPath(label).stem}', partial(_Slice, file, Lock(), 0, size))
         if not re.search(r'\.(t\w+|tar\.\w+)$', entry.name.lower()) and inner.head(512)[257:262] != b'ustar': yield inner; return
     for e in (_zip_entries if kind == 'zip' else _tar_entries)(file, label, room, stack):
-        if not _is_junk(e.parts): yield from _expand(e, room, stack, depth + 1)
+        if not _is_junk(e.label[len(label) + 1:]): yield from _expand(e, room, stack, depth + 1)
 
-def _is_junk(parts):
-    "Hidden files, and what the archiver of macOS adds."
-    return parts[-1].startswith('.') or '__MACOSX' in parts
+def _is_junk(name):
+    "Hidden files and folders, and what the archiver of macOS adds."
+    return any(part.startswith('.') or part == '__MACOSX' for part in name.split('/'))
 
 # %% ../../nbs/data/12_sources.ipynb #da2039a9
 def _files(path, out):
     "(file, label) of what lies on the disk; a link that leads to no file is an error."
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder; check the path")
     for p in sorted(path.rglob('*')) if path.is_dir() else [path]:
-        if out in p.parents or p.name.startswith('.'): continue
+        if out in p.parents or p != path and _is_junk(p.relative_to(path).as_posix()): continue
         if p.is_file(): yield p, (p.relative_to(path.parent).as_posix() if p.suffix.lower() not in _ARCHIVES else p.name)
         elif p.is_symlink():
-            raise DatasetError(p, [f"{p}: a link to {'a folder, which is not followed; give that folder itself' if p.is_dir() else 'nothing; remove it, or give what it stood for'}"])
+            said = 'a folder, which is not followed; give that folder itself' if p.is_dir() else 'nothing; remove it, or give what it stood for'
+            raise DatasetError(p, [f"{p}: it is a link to {said}"])
 
 def _spool_folder(out):
     "The nearest folder above `out` that is there and can be written."
@@ -303,11 +306,11 @@ def _places(where, lines, n):
 
 # %% ../../nbs/data/12_sources.ipynb #5ff5a189
 def _placed(problem, places):
-    "A fault whose rows are positions, said with the places of the rows."
+    "A fault whose rows are counted from 1, said with the places of the rows."
     at = re.match(r'@ row (\d+): ', problem)
     if not at: return problem.replace('@', 'the tables', 1)
-    said = re.sub(r'is already in row (\d+);', lambda m: f'is already in {places[int(m[1])]};', problem[at.end():])
-    return f"{places[int(at[1])]}: {said}"
+    said = re.sub(r'is already in row (\d+);', lambda m: f'is already in {places[int(m[1]) - 1]};', problem[at.end():])
+    return f"{places[int(at[1]) - 1]}: {said}"
 
 def _hinted(problem):
     "What to do about an unknown word."
@@ -319,7 +322,7 @@ def _validated(table, info, where, lines):
     "The canonical table; unknown words come with a hint."
     one = isinstance(where, str) and lines is not None
     name = where if one else '@'
-    try: return validate_table(table, info.labels(), name, lines if one else np.arange(len(table)), unlabelled=info.unlabelled)
+    try: return validate_table(table, info.labels(), name, lines if one else np.arange(1, len(table) + 1), unlabelled=info.unlabelled)
     except DatasetError as e:
         places = None if one else _places(where, lines, len(table))
         raise DatasetError(where if isinstance(where, str) else 'the tables', [_hinted(p if one else _placed(p, places)) for p in e.problems]) from None
@@ -530,8 +533,8 @@ def _no_table(found, c, what, columns, example):
                                       f"tables seen: {seen}. Give it beside the image archives.{hint}"])
 
 def _only(entries, c, what):
-    "The only entry, or None."
-    if len(entries) > 1:
+    "The only entry, or None; a table that was also given unpacked counts once."
+    if len(entries) > 1 and len({(e.name, e.read()) for e in entries}) > 1:
         raise DatasetError(c.info.name, [f"{len(entries)} {what}: {', '.join(e.label for e in entries)}; give only the one that is meant"])
     return entries[0] if entries else None
 
@@ -759,19 +762,20 @@ _CUT = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPEx
 
 def _remedy(file): return f"Run it again, it goes on where it stopped; or fetch {file.url} by hand and give the file to the import"
 
-def _open_url(file, part, state):
+def _open_url(file, part, tag):
     "The answer of the server, asked for the rest of a file that is there in part."
     have = part.stat().st_size if part.is_file() else 0
-    asked = {'Range': f'bytes={have}-', 'If-Range': state['tag']} if have and state.get('tag') else {}
+    asked = {'Range': f'bytes={have}-', 'If-Range': tag} if have and tag else {}
     return urllib.request.urlopen(urllib.request.Request(file.url, headers=_AGENT | asked), timeout=_TIMEOUT)
 
 # %% ../../nbs/data/12_sources.ipynb #bf07b0c4
-def _total(answer, file):
-    "The size of the whole file and of what was skipped of it, or an error if this is not the file."
+def _total(answer, file, part):
+    "The size of the whole file and of what is there already, or an error if this is not the file."
     length, start = answer.headers.get('Content-Length'), 0
     if answer.status == 206:
         m = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', answer.headers.get('Content-Range', ''))
-        if not m: raise DownloadError(f"{file.name}: the server's answer says not which part it is. {_remedy(file)}")
+        if not m or int(m[1]) != part.stat().st_size:
+            raise DownloadError(f"{file.name}: the server sent another part than the one asked for; remove {part} and fetch it again")
         start, total = int(m[1]), int(m[2])
     else: total = int(length) if length else file.size
     if answer.headers.get_content_type() == 'text/html':
@@ -784,15 +788,14 @@ def _total(answer, file):
 # %% ../../nbs/data/12_sources.ipynb #e3e98c83
 def _receive(file, part, progress):
     "One attempt: what has come stays in `part`; an interruption is left to the caller."
-    note = part.with_name(f'{part.name}.json')
-    state = json.loads(note.read_text()) if note.is_file() and part.is_file() else {}
-    with _open_url(file, part, state) as answer:
-        total, done = _total(answer, file)
+    note = part.with_name(f'{part.name}.tag')
+    with _open_url(file, part, note.read_text() if note.is_file() else '') as answer:
+        total, done = _total(answer, file, part)
         free = shutil.disk_usage(part.parent).free
         if total and total - done > free:
             raise DownloadError(f"{part.parent}: {total - done:,} bytes are needed for {file.name} and {free:,} are free; free some space or choose another folder")
         tag = answer.headers.get('ETag', '')
-        note.write_text(json.dumps(dict(tag='' if tag.startswith('W/') else tag)))
+        note.write_text('' if tag.startswith('W/') else tag)
         with open(part, 'r+b' if done else 'wb') as out:
             out.seek(done)
             while piece := answer.read(1 << 20):
@@ -800,7 +803,6 @@ def _receive(file, part, progress):
                 done += len(piece)
                 if progress: progress(file.name, done, total)
     if total and done < total: raise http.client.IncompleteRead(b'', total - done)
-    note.unlink()
 
 # %% ../../nbs/data/12_sources.ipynb #7739025b
 def _refused(error, file):
@@ -809,16 +811,24 @@ def _refused(error, file):
     return DownloadError(f"{file.name}: the publisher's server answers {error.code} ({known.get(error.code, error.reason)}) for {file.url}; look on the "
                          "publisher's page where the file is now, fetch it by hand and give it to the import")
 
+def _lost(error):
+    "Why nothing came, or not all of it."
+    if isinstance(error, http.client.IncompleteRead): return f"the connection broke {error.expected:,} bytes before the end"
+    return f"the publisher's server cannot be reached ({getattr(error, 'reason', '') or error})"
+
 def _fetch_part(file, part, progress, tries):
     "Go on after each interruption, as often as `tries` says."
     for left in reversed(range(tries)):
         try: return _receive(file, part, progress)
         except urllib.error.HTTPError as e:
-            if e.code == 416: part.unlink(missing_ok=True)
-            elif e.code < 500 or not left: raise _refused(e, file) from None
+            if e.code == 416 and e.headers.get('Content-Range') == f'bytes */{part.stat().st_size}': return
+            if e.code == 416: part.unlink()
+            if e.code < 500 and e.code != 416 or not left: raise _refused(e, file) from None
         except _CUT as e:
-            if not left:
-                raise DownloadError(f"{file.name}: the publisher's server cannot be reached, or the connection broke ({getattr(e, 'reason', '') or e}). {_remedy(file)}") from None
+            if not left: raise DownloadError(f"{file.name}: {_lost(e)}. {_remedy(file)}") from None
+        except DownloadError: raise
+        except OSError as e:
+            raise DownloadError(f"{part} cannot be written ({e.strerror}); free some space or choose another folder, and run it again: it goes on where it stopped") from None
         time.sleep(min(2 ** (tries - left) / 10, 5))
 
 # %% ../../nbs/data/12_sources.ipynb #cefae79f
@@ -835,14 +845,22 @@ def fetch_file(
     fetched = not final.is_file()
     if fetched: _fetch_part(file, part, progress, tries)
     here = part if fetched else final
-    if file.size and here.stat().st_size != file.size: said = f"it has {here.stat().st_size:,} bytes where the publisher's has {file.size:,}"
-    elif file.md5 and _md5(here) != file.md5: said = f"its MD5 sum is {_md5(here)} where the publisher's is {file.md5}"
-    else: said = ''
+    said = _wrong(file, here)
     if said:
-        if fetched: here.unlink()
-        raise DownloadError(f"{here if not fetched else file.name}: {said}; {'it was removed, so fetch it again' if fetched else 'remove it, and fetch it again'}")
-    if fetched: os.replace(part, final)
+        if fetched:
+            for p in (part, part.with_name(f'{part.name}.tag')): p.unlink(missing_ok=True)
+        raise DownloadError(f"{here}: {said}; {'it was removed, so fetch it again' if fetched else 'remove it, and fetch it again'}")
+    if fetched:
+        os.replace(part, final)
+        part.with_name(f'{part.name}.tag').unlink(missing_ok=True)
     return final
+
+def _wrong(file, path):
+    "What tells a file from the publisher's, or ''."
+    size = path.stat().st_size
+    if file.size and size != file.size: return f"it has {size:,} bytes where the publisher's has {file.size:,}"
+    md5 = _md5(path) if file.md5 else ''
+    return f"its MD5 sum is {md5} where the publisher's is {file.md5}" if md5 != file.md5 else ''
 
 def _md5(path):
     "MD5, the sum that the publisher gives."
@@ -854,7 +872,7 @@ def download_source(
     folder:Path|str, # where the files go; those that are there already are not fetched again
     progress=None, # called with (file name, bytes done, bytes in all or None) as they come
 ) -> list: # of paths, to give to the import
-    "Fetch the files of a collection from its publisher; the addresses are as others use them, and could not be tried from where this was written."
+    "Fetch the files of a collection from its publisher; the real addresses could not be reached from the machine this was developed on, so they are untried."
     if name not in COLLECTIONS or not COLLECTIONS[name].files:
         raise ValueError(f"'{name}' offers no plain files; choose one of {', '.join(n for n, c in COLLECTIONS.items() if c.files)}, or fetch the data by hand.{nearest(name, COLLECTIONS)}")
     return [fetch_file(f, folder, progress) for f in COLLECTIONS[name].files]
