@@ -197,6 +197,7 @@ def arborising_vessels(
     depth:np.ndarray, # (H,W) signed field of the lesion
     stems:int=3, # trees
     width:float=1., # of a stem, pixels
+    unit:float=1., # pixels per 1/144 of the image's height
 ) -> np.ndarray: # (H,W) float32 in [0,1]
     "Sharp trees that branch from the rim inwards, thinner at each fork."
     h, w = depth.shape
@@ -207,11 +208,11 @@ def arborising_vessels(
         todo.append((start, angle + math.pi + rng.normal(0, .5), radius * rng.uniform(.7, 1.2), width, 0))
     while todo:
         point, angle, length, thick, level = todo.pop()
-        steps = max(4, int(length / 3))
+        steps = max(4, int(length / (3 * unit)))
         turns = angle + np.cumsum(rng.normal(0, .22, steps)) + .25 * np.sin(np.arange(steps) * rng.uniform(.6, 1.2))
         path = point + np.cumsum(np.c_[np.cos(turns), np.sin(turns)] * length / steps, axis=0)
         lines.append(np.vstack([point, path])); widths.append(thick)
-        for at in rng.integers(1, steps, rng.integers(1, 4)) if level < 1 + radius / 20 else ():
+        for at in rng.integers(1, steps, rng.integers(1, 4)) if level < 1 + radius / (20 * unit) else ():
             side = rng.choice([-1, 1]) * rng.uniform(.4, 1.)
             todo.append((path[at], turns[at] + side, length * rng.uniform(.35, .6), thick * .68, level + 1))
     return _blur(_strokes(depth.shape, lines, widths, tapered=True), .45)
@@ -478,7 +479,7 @@ def _bcc(c, rng):
     u = c.unit
     c.add(patch(rng, c.depth, .5, 20 * u, .3, 1.5), red=rng.uniform(0, .12))
     if rng.random() < .75:
-        tree = arborising_vessels(rng, c.depth, rng.integers(2, 5), rng.uniform(.7, 1.1) * u)
+        tree = arborising_vessels(rng, c.depth, rng.integers(2, 5), rng.uniform(.7, 1.1) * u, u)
         c.add(tree, red=rng.uniform(.4, .8), name='arborising vessels')
     if rng.random() < .55 or not c.structures:
         nests = globules(rng, c.shape, rng.uniform(14, 32) * u, rng.uniform(.3, .7), 1.6, .5) * _step(c.depth, 1 * u, 6 * u) * patch(rng, c.depth, rng.uniform(.25, .6), 40 * u, 0., 1.5)
@@ -751,7 +752,7 @@ def _light(image, rng, unit):
     h, w = image.shape[:2]
     y, x = np.mgrid[:h, :w].astype(np.float32)
     y, x = (y - h / 2) / h, (x - w / 2) / h
-    lamp = 1 + rng.normal(0, .06) * x + rng.normal(0, .06) * y - abs(rng.normal(0, .16)) * (x * x + y * y)
+    lamp = 1 + rng.normal(0, .06) * x + rng.normal(0, .06) * y - abs(rng.normal(0, .16)) * (x * x + y * y - .25) # a person's tone is kept on average
     cast = np.exp(rng.normal(0, .02, 3) + rng.normal(0, .03)).astype(np.float32)
     image = _blur(image * lamp[..., None] * cast, unit * rng.uniform(.35, .95))
     noise = _blur(rng.standard_normal(image.shape, dtype=np.float32), .5) + .5 * rng.standard_normal((h, w, 1), dtype=np.float32)

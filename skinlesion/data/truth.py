@@ -9,9 +9,11 @@ __all__ = ['NEAR_KINDS', 'BASE_RATES', 'SHARES', 'AGES', 'FEMALE', 'SITE_ODDS', 
 
 # %% ../../nbs/data/19_truth.ipynb #59141518
 import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -204,7 +206,7 @@ def bayes_figures(
     posterior = law / seen
     loss = -np.sum(law * np.log(np.where(posterior > 0, posterior, 1)))
     areas = [_exact_auroc(posterior[k], law[k], seen - law[k]) for k in range(len(law))]
-    return dict(accuracy=float(law.max(0).sum()), balanced_accuracy=float((law / prior[:, None]).max(0).sum() / len(law)),
+    return dict(accuracy=min(float(law.max(0).sum()), 1.), balanced_accuracy=min(float((law / prior[:, None]).max(0).sum() / len(law)), 1.),
                 auroc_macro=float(np.mean(areas)), log_loss=max(float(loss), 0.))
 
 # %% ../../nbs/data/19_truth.ipynb #dd49b647
@@ -436,17 +438,22 @@ def _draw_lesion_files(task):
 
 # %% ../../nbs/data/19_truth.ipynb #8da54071
 def _tasks(plan, recipe):
-    "What each lesion needs: small, so that a process can be handed it."
+    "What each lesion needs."
     rows = plan[['image_id', 'row', 'lesion', 'patient', 'view', 'appearance', 'tone', 'ruler', 'ink', 'cast', 'copy_of', 'transform']]
     of = rows.lesion.where(rows.copy_of < 0, rows.copy_of.map(dict(zip(rows.row, rows.lesion)))) # a copy is made beside its original
     rates = {k: v for k, v in (recipe.rates or {}).items() if k in (*RATES, 'corners')}
-    return [(tuple(recipe.size), recipe.seed, rates, list(group.sort_values('row').itertuples(index=False))) for _, group in rows.groupby(of)]
+    return [(tuple(recipe.size), recipe.seed, rates, [SimpleNamespace(**r) for r in group.sort_values('row').to_dict('records')]) for _, group in rows.groupby(of)]
 
 def _drawn(tasks, workers):
     "The results of all tasks in their order, a few at a time."
     if workers < 2: yield from map(_draw_lesion_files, tasks)
     else:
-        with get_context('spawn').Pool(workers) as pool: yield from pool.imap(_draw_lesion_files, tasks, chunksize=4)
+        with ThreadPoolExecutor(workers) as pool: # NumPy and OpenCV let go of the interpreter for most of the work
+            waiting = deque()
+            for task in tasks:
+                waiting.append(pool.submit(_draw_lesion_files, task))
+                if len(waiting) >= 3 * workers: yield waiting.popleft().result()
+            while waiting: yield waiting.popleft().result()
 
 # %% ../../nbs/data/19_truth.ipynb #a3ef9cac
 ASSUMPTIONS = (
@@ -525,7 +532,7 @@ def make_synthetic(
     out:Path|str, # the dataset folder to write; new, empty or an older synthetic set
     recipe:Recipe|None=None, # what to draw and plant; the embedded set where None
     progress=None, # wraps the list of lesions, as tqdm does
-    workers:int=1, # processes that draw; the bytes are the same for any number
+    workers:int=1, # threads that draw; the bytes are the same for any number
     **options, # fields of `Recipe` to change, such as seed=1
 ) -> Dataset: # with masks, evidence and artefacts, and the truth beside
     "Write a synthetic data set as a canonical folder with `truth.json` and `truth.csv`."
