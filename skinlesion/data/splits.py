@@ -626,58 +626,71 @@ def make_folds(
     return pd.Series(fold, index=table.index, name='fold')
 
 # %% ../../nbs/data/14_splits.ipynb #4a763efe
-def _make_way(
+def _stand_ins(
     lesions:dict, # lesion -> positions of its images in training, all of one class
-    wanted:list, # how many images to free, lesion by lesion, largest first
+    wanted:list, # how many images are needed, lesion by lesion, largest first
     rng:np.random.Generator, # draws among equals
-) -> list: # of arrays of positions, one per wanted number; empty where no lesion is left for it
-    "Choose training images to leave out: from the smallest lesion that has enough, never from more than half of the lesions."
-    free, freed = {k: rng.permutation(v) for k, v in sorted(lesions.items())}, []
+) -> list: # of (positions that stand in, positions to set aside), one per wanted number; empty where no lesion is left for it
+    "For each number the smallest lesion that has more images, each lesion once."
+    free, found = {k: rng.permutation(v) for k, v in sorted(lesions.items())}, []
     for n in wanted:
-        sizes = {k: len(v) for k, v in free.items() if len(v) >= n}
-        if not sizes or len(freed) >= len(lesions) // 2:
-            freed.append(np.array([], int))
-            continue
-        least = min(sizes.values())
-        lesion = rng.choice([k for k, size in sizes.items() if size == least])
-        freed.append(free.pop(lesion)[:n])
-    return freed
+        sizes = {k: len(v) for k, v in free.items() if len(v) > n}
+        least = min(sizes.values(), default=0)
+        mine = free.pop(rng.choice([k for k, size in sizes.items() if size == least])) if sizes else np.array([], int)
+        found.append((mine[:n], mine[n:]))
+    return found
 
 # %% ../../nbs/data/14_splits.ipynb #dacc11f5
 def _free_siblings(
-    table:pd.DataFrame, # image_id, lesion_id, in the order of image_id
+    nodes:np.ndarray, # (N,) str, lesion of each row
     split:np.ndarray, # (N,) str, its clean split
     rng:np.random.Generator, # draws which image stays
 ) -> list: # of (position that stays, positions of its siblings)
     "One image of each test lesion with several, and the others."
-    nodes = pd.Series(_ties(table, 'lesion_id'))[split == 'test']
-    found = [rng.permutation(rows.index.to_numpy()) for _, rows in nodes.groupby(nodes) if len(rows) > 1]
+    rows = pd.Series(nodes)[split == 'test']
+    found = [rng.permutation(mine.index.to_numpy()) for _, mine in rows.groupby(rows) if len(mine) > 1]
     if not found: raise ValueError("no lesion has more than one image in test, so nothing can be leaked; choose another split, or a table with repeated lesions")
     return [(rows[0], rows[1:]) for rows in found]
 
 # %% ../../nbs/data/14_splits.ipynb #c08f347b
+def _swaps(
+    kept:list, # of (position that stays in test, positions of its siblings)
+    nodes:np.ndarray, # (N,) str, lesion of each row
+    code:np.ndarray, # (N,) str, class of each row
+    train:np.ndarray, # (N,) bool
+    rng:np.random.Generator, # draws among equals
+) -> list: # of (number in `kept`, positions of siblings, of their stand-ins, to set aside)
+    "What can change places, class by class."
+    found = []
+    for c in sorted(set(code[train])):
+        mine = [(k, siblings[code[siblings] == c]) for k, (_, siblings) in enumerate(kept)]
+        mine = sorted(((k, s) for k, s in mine if len(s)), key=lambda pair: -len(pair[1]))
+        here = np.flatnonzero(train & (code == c))
+        lesions = {lesion: here[at] for lesion, at in pd.Series(nodes[here]).groupby(nodes[here]).indices.items()}
+        found += [(k, s, *out) for (k, s), out in zip(mine, _stand_ins(lesions, [len(s) for _, s in mine], rng)) if len(out[0])]
+    if not found: raise ValueError("no training lesion has as many images as a test lesion of its class, so none can stand in; choose larger fractions of train, or a table with more repeated lesions")
+    return found
+
+# %% ../../nbs/data/14_splits.ipynb #26331148
 def inject_leak(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, diagnosis, and patient_id where known
     split:pd.Series, # a clean split of it, indexed like `table`
-    share:float=1., # of the test lesions with several images, how many leak; in (0, 1]
-    seed:int=0, # same seed, same leak; the test images do not depend on `share`
+    share:float=1., # of the test lesions that can leak, how many do; in (0, 1]
+    seed:int=0, # same seed, same leak; the clean split does not depend on `share`
 ) -> pd.DataFrame: # indexed like `table`: clean, leaked (str of SPLITS and APART), sibling (bool: a test image whose lesion is in leaked training)
     "Two splits that differ in a leak alone; images that neither uses are `aside`."
     if not 0 < share <= 1: raise ValueError(f"share is {share}; give a number above 0 and at most 1")
     check_split(table.assign(split=split))
     order = np.argsort(table['image_id'].astype(str).to_numpy(str), kind='stable')
     rows, rng = table.iloc[order], np.random.default_rng([seed, 0x1EAC])
-    clean, code = split.loc[rows.index].to_numpy(object).copy(), rows['diagnosis'].to_numpy()
-    kept = _free_siblings(rows, clean, rng)
-    for _, siblings in kept: clean[siblings] = 'aside'
-    kept = [kept[i] for i in rng.permutation(len(kept))[:max(1, round(share * len(kept)))]]
-    leaked, sibling, nodes = clean.copy(), np.zeros(len(rows), bool), _ties(rows, 'lesion_id')
-    for c in sorted(set(code[clean == 'train'])):
-        mine = sorted(((stays, s[code[s] == c]) for stays, s in kept), key=lambda pair: -len(pair[1]))
-        mine = [(stays, s) for stays, s in mine if len(s)]
-        lesions = pd.Series(nodes)[(clean == 'train') & (code == c)].groupby(nodes[(clean == 'train') & (code == c)]).groups
-        for (stays, s), out in zip(mine, _make_way(dict(lesions), [len(s) for _, s in mine], rng)):
-            if not len(out): continue
-            leaked[out], leaked[s], sibling[stays] = 'aside', 'train', True
-    found = pd.DataFrame(dict(clean=clean, leaked=leaked, sibling=sibling), index=rows.index)
-    return found.loc[table.index]
+    clean, code, nodes = split.loc[rows.index].to_numpy(object).copy(), rows['diagnosis'].to_numpy(), _ties(rows, 'lesion_id')
+    kept = _free_siblings(nodes, clean, rng)
+    swaps = _swaps(kept, nodes, code, clean == 'train', rng)
+    for idle in (*(siblings for _, siblings in kept), *(spare for *_, spare in swaps)): clean[idle] = 'aside'
+    able = sorted({k for k, *_ in swaps})
+    chosen = set(rng.permutation(able)[:max(1, round(share * len(able)))])
+    leaked, sibling = clean.copy(), np.zeros(len(rows), bool)
+    for k, siblings, out, _ in swaps:
+        if k not in chosen: continue
+        leaked[out], leaked[siblings], sibling[kept[k][0]] = 'aside', 'train', True
+    return pd.DataFrame(dict(clean=clean, leaked=leaked, sibling=sibling), index=rows.index).loc[table.index]
