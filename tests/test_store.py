@@ -158,7 +158,8 @@ def test_killed_from_outside(eleven, tmp_path):
             "store._prepare_one = slowly; folder, out = map(Path, sys.argv[2:])\n"
             "store.build_store(t.known(folder, t.IDS), out / 'out', 8, work_dir=out / 'work', shard_images=3, workers=1,\n"
             "                  progress=lambda done, total: print(done, flush=True))")
-    child = subprocess.Popen([sys.executable, "-c", code, os.path.dirname(__file__), str(eleven.folder), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    args = [os.path.dirname(__file__), str(eleven.folder), str(tmp_path)]
+    child = subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, text=True)
     for line in child.stdout:
         if int(line) >= 8: break
     child.kill()

@@ -121,13 +121,13 @@ def _write_shard(
     tick, # called with 1 after each image
 ) -> None:
     "Write images.npy, masks.npy and rows.npy, and last of all their sums."
-    blank, facts = bytes(size * size), []
+    blank, facts = np.zeros((size, size), bool), []
     with ExitStack() as stack:
         images = stack.enter_context(_Npy(folder/'images.npy', (n, size, size, 3), np.uint8))
         outlines = stack.enter_context(_Npy(folder/'masks.npy', (n, size, size), bool)) if masks else None
         for image, mask, fact in decoded:
-            images.write(image.tobytes())
-            if masks: outlines.write(blank if mask is None else mask.tobytes())
+            images.write(np.ascontiguousarray(image))
+            if masks: outlines.write(blank if mask is None else np.ascontiguousarray(mask))
             facts.append(fact)
             tick(1)
     np.save(folder/'rows.npy', _as_rows(facts))
