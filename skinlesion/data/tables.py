@@ -563,7 +563,7 @@ def _hf_entries(data, image, label, allowed):
     def read(i):
         with lock: held = pictures[i][image]
         data, path = (held.get('bytes'), held.get('path')) if isinstance(held, dict) else (held, None)
-        if data is None and path and any(root in Path(path).absolute().parents for root in allowed): return open(path, 'rb')
+        if data is None and path and any(root in Path(os.path.realpath(path)).parents for root in allowed): return open(path, 'rb')
         if data is None: raise ImageError(f"{label}[{i}]: it holds no picture" + (f", only the path '{path}'; save the dataset with its pictures" * bool(path)))
         return io.BytesIO(data)
     return [Entry(f'{label}[{i}]', partial(read, i)) for i in range(len(data))]
@@ -612,7 +612,7 @@ def import_hf(
     with ExitStack() as stack:
         cache = stack.enter_context(tempfile.TemporaryDirectory())
         loaded = _load_hf(source, revision, cache)
-        allowed = [Path(source).absolute(), Path(_library().config.HF_CACHE_HOME).absolute()]
+        allowed = [Path(os.path.realpath(p)) for p in (source, _library().config.HF_CACHE_HOME)]
         parts = {split: _hf_part(source, split, data, columns, unlabelled, allowed) for split, data in loaded.items()}
         splits = [split for split, part in parts.items() for _ in part[1]]
         table = pd.concat([part[0] for part in parts.values()], ignore_index=True).fillna('')
