@@ -152,29 +152,46 @@ def _register(target, moving, start):
     return _fit(target, moving, _fit(target, moving, start, 6, .8, 2.5), 4, .5, 1.5)
 
 # %% ../../nbs/audit/45_duplicates.ipynb #8fbe009b
-_FINE, _NOISE = _blur_matrix(1.2), .5 # grey levels: quantisation and compression
 _BOX = (abs(_AT[:, None] - _AT) <= 3).astype(np.float32)
+_STEPS = (abs(_AT[:, None] - _AT) <= 2).astype(np.float32)
+
+def _lit(thumbs):
+    "1 where a thumbnail shows skin, 0 in dark corners and near them; all 1 where too little would remain."
+    dark = thumbs < .5 * np.median(thumbs, axis=(1, 2), keepdims=True)
+    lit, corners = np.ones_like(thumbs), np.zeros((THUMB, THUMB), bool)
+    corners[::THUMB - 1, ::THUMB - 1] = True
+    some = np.flatnonzero((dark & corners).any((1, 2)))
+    dark, reach = dark[some], (dark[some] & corners).astype(np.float32)
+    for _ in range(THUMB // 2): reach = ((_both(_STEPS, reach) > 0) & dark).astype(np.float32)
+    part = (_both(_BOX, reach) == 0).astype(np.float32)
+    lit[some] = np.where(part.mean((1, 2), keepdims=True) > .2, part, 1)
+    return lit
+
+# %% ../../nbs/audit/45_duplicates.ipynb #b783cfa5
+_FINE, _NOISE = _blur_matrix(1.2), .5 # grey levels: quantisation and compression
 
 def _similarity(target, moving, fits):
     "Mean local correlation (P,) of fine detail; 0 where there is too little to compare."
     detail = lambda x: x - _both(_FINE, x)
     a, (b, inside) = detail(target), _warp(detail(moving), fits)
-    cells = _both(_BOX, inside)
-    mean = lambda x: _both(_BOX, x * inside) / np.maximum(cells, 1)
+    valid = inside * _lit(target) * (_warp(_lit(moving), fits)[0] > .99)
+    cells = _both(_BOX, valid)
+    mean = lambda x: _both(_BOX, x * valid) / np.maximum(cells, 1)
     mean_a, mean_b = mean(a), mean(b)
     spread = np.sqrt(np.maximum((mean(a * a) - mean_a**2) * (mean(b * b) - mean_b**2), 0))
     local = (mean(a * b) - mean_a * mean_b) / (spread + 1e-3)
-    weight = (cells > 20) * spread / (spread + _NOISE**2)
+    used = valid * (cells > 20)
+    weight = used * spread / (spread + _NOISE**2)
     total = weight.sum((1, 2))
-    enough = (total > .05 * (cells > 20).sum((1, 2))) & (inside.mean((1, 2)) > .6)
+    enough = (total > .05 * used.sum((1, 2))) & (used.mean((1, 2)) > .12) & (inside.mean((1, 2)) > .6)
     return np.where(enough, (weight * local).sum((1, 2)) / (total + 1e-6), 0)
 
 # %% ../../nbs/audit/45_duplicates.ipynb #cf53b724
-_CUT = .05
-_TOWARDS = [(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
-_WINDOWS = np.float32([(0, 0, 0, 0)] + [(-_CUT, -_CUT, y * _CUT * THUMB / 2, x * _CUT * THUMB / 2) for y, x in _TOWARDS])
+_STEP = .05 * THUMB / 2 # cells by which a window of 95 % can move each way
+_CORNERS = [(-.05, -.05, y * _STEP, x * _STEP) for y in (-1, 1) for x in (-1, 1)]
+_WINDOWS = np.float32([(0, 0, 0, 0), (-.05, -.05, 0, 0), (-.1, -.1, 0, 0)] + _CORNERS) # stretch y, x, shift y, x
 _HALVE = np.kron(np.eye(THUMB // 2), [.5, .5]).astype(np.float32) @ _blur_matrix(1.2)
-NEIGHBOURS, REACH, COARSE, SIMILAR = 5, .35, .8, .8 # asked for, within this distance; alike at 16 x 16; alike in fine detail
+NEIGHBOURS, REACH, COARSE, SIMILAR = 5, .5, .85, .8 # asked for, within this distance; alike at 16 x 16; alike in fine detail
 
 def _coarse(thumbs):
     "(N,256) float16: what is compared at 16 x 16 cells, of length 1."
