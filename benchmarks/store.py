@@ -2,10 +2,10 @@
 
     python benchmarks/store.py [--images 512] [--size 224] [--workers 2] [--rounds 5] [--rows 1000 10000 100000]
 
-build   images per second of `build_store` from 600x450 JPEGs with masks, against decoding and resizing the same files by the same functions on one
-        core, times the workers. A round measures both, one after the other, and the ratio is the median over the rounds, so that other work on the machine
-        hits both alike. Everything is in the build: hashing, masks, writing, syncing to the disk, the index. On a machine that is busy with other work
-        a second thread gets no second core, so the processor time is compared too: what the build spends beyond decoding and resizing.
+build   images per second of `build_store` from 600x450 JPEGs with masks, against decoding and resizing the same files by the same functions on
+        one core, times the workers. A round measures both, one after the other, and the ratio is the median over the rounds, so that other work on
+        the machine hits both alike. Everything is in the build: hashing, masks, writing, syncing to the disk, the index. On a machine that is busy
+        with other work a second thread gets no second core, so the processor time is compared too: what the build spends beyond the decoding.
 read    images per second of `ImageStore.image` in random order, against decoding and resizing.
 memory  a process of its own opens a store of 10^3, 10^4, 10^5 rows and reads 2,000 of its images: memory that is its own (RssAnon: all but mapped
         files), seconds to open it, and the same for building it (pictures of 16x16 pixels from 64 files).
