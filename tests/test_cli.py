@@ -2,13 +2,17 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from skinlesion.audit.findings import Finding
+from skinlesion.data.schema import DatasetInfo, write_dataset
 from skinlesion.evaluate.scorecard import read_predictions
-from skinlesion.images import read_image
+from skinlesion.images import encode_png, read_image
 from skinlesion.pipeline.cli import app
 from skinlesion.taxonomy import get_label_set
 from skinlesion.use.predict import Predictor
@@ -101,6 +105,65 @@ def test_skip_bad_lists_what_it_left_out(made):
     ended = CliRunner().invoke(app, [*words, "--skip-bad"])
     assert ended.exit_code == 0 and "skipped: " in ended.stderr and "z.jpg" in ended.stderr
     assert pd.read_csv(bad / "o.csv").image_id.tolist() == ["a"]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    "A dataset folder of four pictures."
+    ids = ["a", "b", "c", "d"]
+    blank = dict.fromkeys(("lesion_id", "patient_id", "diagnosis_confirm_type", "age", "sex", "site"), "")
+    table = pd.DataFrame(dict(image_id=ids, diagnosis=["mel", "nv"] * 2) | blank)
+    pictures = {i: encode_png(np.full((8, 9, 3), 40 * k, np.uint8)) for k, i in enumerate(ids)}
+    return write_dataset(tmp_path / "data", DatasetInfo("made", "ham10000"), table, pictures).root
+
+
+@pytest.mark.parametrize("severity, code", [("stop", 3), ("warning", 0), (None, 0)])
+def test_an_audit_ends_with_3_where_it_stops_the_pipeline(dataset, tmp_path, monkeypatch, severity, code):
+    asked = {}
+    findings = [Finding("note-first", "note", "Nothing to fear.", 4, 0)]
+    if severity: findings.append(Finding("exact-duplicate", severity, "2 pictures are one.", 4, 2, remedy="remove one"))
+    def audit_dataset(dataset, **options):
+        asked.update(options)
+        return SimpleNamespace(findings=findings)
+    def write_audit(audit, dataset, out): out.mkdir(); (out / "audit.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "skinlesion.audit.audit", SimpleNamespace(audit_dataset=audit_dataset, write_audit=write_audit))
+    (tmp_path / "splits.csv").write_text("image_id,split\nd,test\nc,valid\nb,train\na,train\n")
+    words = ["audit", dataset, "--split", tmp_path / "splits.csv", "--seed", 7, "--out", tmp_path / "out"]
+    ended = CliRunner().invoke(app, [str(w) for w in words])
+    assert ended.exit_code == code, ended.output
+    assert (asked["seed"], asked["split"].tolist(), asked["predictions"]) == (7, ["train", "train", "valid", "test"], None)
+    first = ended.stdout.splitlines()[0]
+    assert first.startswith(f"{severity}") if severity else first.startswith("note")
+    assert (tmp_path / "out" / "audit.json").is_file() and ("what to do: remove one" in ended.stdout) == (severity == "stop")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--split", "gone.csv"], "gone.csv: no such table; check the path"), (["--split", "short.csv"], "image 'd' of "),
+    (["--predictions", "gone.csv"], "gone.csv"), (["--out", "short.csv"], "short.csv: this is a file; choose a folder for audit.json")])
+def test_an_audit_that_cannot_begin(dataset, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.csv").write_text("image_id,split\na,train\nb,train\nc,valid\n")
+    ended = CliRunner().invoke(app, ["audit", str(dataset), *words])
+    assert ended.exit_code == 1 and said in ended.stderr and "Traceback" not in ended.output
+
+
+def test_download_fetches_into_the_one_path(tmp_path, monkeypatch):
+    from skinlesion.data import sources
+    fetched = []
+    def download_source(name, folder, progress=None):
+        fetched.append((name, folder))
+        raise sources.DownloadError("x.zip: the publisher's server cannot be reached; run it again")
+    monkeypatch.setattr(sources, "download_source", download_source)
+    def call(*paths): return CliRunner().invoke(app, ["import", "isic2019", *map(str, paths), "--out", str(tmp_path / "out"), "--download"])
+    ended = call(tmp_path / "new")
+    assert ended.exit_code == 1 and "cannot be reached" in ended.stderr and fetched == [("isic2019", tmp_path / "new")]
+    assert "2 paths were given; give one" in call(tmp_path, tmp_path / "b").stderr and not (tmp_path / "out").exists() and len(fetched) == 1
+
+
+def test_map_is_read_once_for_each_word(tmp_path):
+    words = ["import", "folder", str(tmp_path), "--out", str(tmp_path / "out"), "--map"]
+    assert "--map 'moles': write OLD=NEW, such as --map 'moles=nv'" in CliRunner().invoke(app, [*words, "moles"]).stderr
+    assert "disagree; keep one" in CliRunner().invoke(app, [*words, "a=nv", "--map", "a=mel"]).stderr
 
 
 def test_help_imports_nothing_slow():

@@ -362,10 +362,10 @@ def audit(
     from skinlesion.data.schema import read_dataset
     if out is not None and out.is_file(): raise ValueError(f"{out}: this is a file; choose a folder for audit.json and report.html")
     dataset = read_dataset(path)
-    parts = read_split_table(split, dataset) if split else dataset.table.get('split')
-    from skinlesion.audit.audit import audit_dataset, write_audit
+    parts = None if split is None else read_split_table(split, dataset)
     from skinlesion.evaluate.scorecard import read_predictions
     said = None if predictions is None else read_predictions(predictions, dataset.label_set)
+    from skinlesion.audit.audit import audit_dataset, write_audit
     made = audit_dataset(dataset, split=parts, predictions=said, seed=seed, progress=_progress('images'))
     if out is not None: write_audit(made, dataset, out)
     _say(findings_text(made.findings) + (f'\n{out}: audit.json, report.html' if out is not None else ''))
