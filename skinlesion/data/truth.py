@@ -463,12 +463,16 @@ ASSUMPTIONS = (
     "Probabilities and figures are of the true diagnosis, before label errors; copies are not counted.")
 
 def _leaf(values, lesions):
-    "Mean over images with a 95 % interval that takes lesions as the units."
-    values, n = np.asarray(values, float), len(values)
-    away = np.bincount(pd.factorize(lesions)[0], values - values.mean())
-    error = 1.96 * math.sqrt((away**2).sum() * len(away) / max(len(away) - 1, 1)) / n
-    return dict(value=values.mean(), low=values.mean() - error, high=values.mean() + error, n=n, n_lesions=len(away),
-                method='normal approximation, lesions as units')
+    "Mean over images with a 95 % interval that takes lesions as the units; Wilson's for a share."
+    values, n, units, z = np.asarray(values), len(values), len(np.unique(lesions)), 1.96
+    mean = values.mean()
+    away = np.bincount(pd.factorize(lesions)[0], values - mean)
+    error, method = z * math.sqrt((away**2).sum() * units / max(units - 1, 1)) / n, 'normal approximation, lesions as units'
+    if values.dtype == bool:
+        middle, method = (mean + z**2 / (2 * units)) / (1 + z**2 / units), 'Wilson, as many trials as lesions'
+        error = z / (1 + z**2 / units) * math.sqrt(mean * (1 - mean) / units + z**2 / (4 * units**2))
+    low, high = (middle - error, middle + error) if values.dtype == bool else (mean - error, mean + error)
+    return dict(value=mean, low=max(min(low, mean), 0.), high=max(high, mean), n=n, n_lesions=units, method=method)
 
 def _listed(plan, keys, unit):
     "Groups of rows as the truth lists them."
@@ -510,7 +514,7 @@ def _state(plan, facts, recipe):
     for name, (picture, metadata) in READERS.items():
         best = model.posterior(plan.appearance if picture else None, plan if metadata else None)
         table = table.assign(**{f'{name}_{c}': best[:, k] for k, c in enumerate(model.codes)})
-        each = dict(accuracy=best.argmax(1) == truth.argmax(1), log_loss=-np.log(best[truth]))
+        each = dict(accuracy=best.argmax(1) == truth.argmax(1), log_loss=np.maximum(-np.log(best[truth]), 0))
         realised[name] = {split: {k: _leaf(v[rows], lesions[rows]) for k, v in each.items()}
                           for split in ('train', 'valid', 'test') for rows in [own & (plan.split == split).to_numpy()]}
     law = dict(codes=model.codes, prior=model.prior, appearance=model.appearance, missing=model.missing,
