@@ -31,6 +31,7 @@ def random_table(seed, patients=True, unlabelled=True, twins=True):
         patient_id=[f"P{x}" for x in rng.integers(0, n, n)[lesions]],
         diagnosis=kind, age=rng.choice([*range(0, 90, 5), np.nan], n)[lesions], site=rng.choice(["back", "face", "foot", "hand", ""], n)[lesions],
         source=np.where(rng.random(n)[lesions] < .1, "clinic", "home")), index=rng.permutation(n) + 1000)
+    table.loc[table.lesion_id == table.lesion_id.iloc[0], "source"] = "clinic"
     if not patients: table["patient_id"] = ""
     if unlabelled: table.loc[rng.random(n) < .15, "diagnosis"] = ""
     for column in ("lesion_id", "patient_id"): table.loc[rng.random(n) < .1, column] = ""
