@@ -330,7 +330,7 @@ def test_damaged_archives(tmp_path, name, data):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, data", [("x.zip", in_zip(IMAGES)), ("x.tar", in_tar(IMAGES)), ("x.tgz", in_tar(IMAGES, "w:gz"))])
 def test_every_kind_of_damage(tmp_path, name, data):
-    fuzz(tmp_path, data, name, flips(data, len(data) // 150) + [(k, data[:len(data) * k // 20]) for k in range(20)])
+    fuzz(tmp_path, data, name, flips(data, len(data) // 50) + [(k, data[:len(data) * k // 20]) for k in range(20)])
 
 
 @real

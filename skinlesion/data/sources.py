@@ -235,8 +235,9 @@ class Found:
 
 # %% ../../nbs/data/12_sources.ipynb #a6d7ea11
 def _columns(entry):
-    "The column names of what may be a table."
+    "The column names of what may be a table; none where it is no text in UTF-8."
     line = entry.head(65536).decode('utf-8', 'replace').lstrip('\ufeff').lstrip().split('\n')[0]
+    if '\0' in line: return []
     return [c.strip().strip('"') for c in line.split(max(',\t;', key=line.count))]
 
 def _sort(entry, found, ignore):
@@ -271,11 +272,13 @@ def collect(
 # %% ../../nbs/data/12_sources.ipynb #3ba6e9ea
 _WORDS = ('diagnosis', 'site', 'sex')
 
-def _form(word): return ' '.join(str(word).lower().replace('_', ' ').split())
+def _form(word):
+    "How words are compared: no case, no quotes; hyphens, slashes and underscores are spaces."
+    return ' '.join(re.sub(r"[\s_\-/]+", ' ', re.sub(r"['’]", '', str(word))).lower().split())
 
 def apply_word_map(
     table:pd.DataFrame, # with the columns diagnosis, site and sex, as words
-    word_map:dict|None, # old word -> new word; case and spaces do not count
+    word_map:dict|None, # old word -> new word; case, spaces and hyphens do not count
     where:str='table', # begins the error
 ) -> tuple: # the table, and 'old=new' -> cells changed
     "Replace words; an old one that occurs nowhere is an error."
@@ -526,7 +529,7 @@ class Collection:
 # %% ../../nbs/data/12_sources.ipynb #f03a1d92
 def _no_table(found, c, what, columns, example):
     "The error of a table that was not given, with what was."
-    seen = '; '.join(f"{e.label} ({', '.join(n[:20] for n in names[:8])})" for e, names in found.tables) or 'none'
+    seen = '; '.join(f"{e.label} ({', '.join(n[:20] for n in names[:8]) or 'no text in UTF-8; save it as such'})" for e, names in found.tables) or 'none'
     meant = sorted({name for name, o in COLLECTIONS.items() if o is not c for _, names in found.tables if {*o.key, *o.classes} <= set(names)})
     hint = f" What was given is of {' and '.join(meant)}: skinlesion import {meant[0]}" if meant else ''
     return DatasetError(c.info.name, [f"no {what} (a table with the columns {', '.join(columns[:-1])} and {columns[-1]}, such as {example}) was given; "
