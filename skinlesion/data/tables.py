@@ -8,6 +8,7 @@ __all__ = ['own_label_set', 'read_labels', 'choose_label_set', 'About', 'import_
 
 # %% ../../nbs/data/18_tables.ipynb #1109cec5
 import io
+import logging
 import os
 import re
 import tempfile
@@ -504,12 +505,13 @@ def _load_named(library, name, revision):
 @contextmanager
 def _silent(library):
     "No progress bars and no log, for what goes wrong is said once."
-    bars, level = not library.are_progress_bars_disabled(), library.logging.get_verbosity()
+    bars, logs = not library.are_progress_bars_disabled(), [logging.getLogger(n) for n in ('datasets', 'huggingface_hub')]
+    levels = [log.level for log in logs]
     library.disable_progress_bars()
-    library.logging.set_verbosity(library.logging.CRITICAL)
+    for log in logs: log.setLevel(logging.CRITICAL)
     try: yield
     finally:
-        library.logging.set_verbosity(level)
+        for log, level in zip(logs, levels): log.setLevel(level)
         if bars: library.enable_progress_bars()
 
 def _load_hf(source, revision, cache):
