@@ -15,7 +15,7 @@ import pytest
 from skinlesion.colour import COLOURS, prepare_image
 from skinlesion.data import store as module
 from skinlesion.data.store import ImageStore, append_store, build_store
-from skinlesion.images import encode_png, read_image
+from skinlesion.images import encode_png, read_image, read_mask, resize_mask
 
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "shutil.copyfile", "tempfile.mkdtemp"}
 
@@ -87,6 +87,15 @@ def grow(folder, out):
     return append_store(out, known(folder, IDS), shard_images=3).root
 
 
+def check_images(store, dataset, colour="none"):
+    "Every image and mask of a store is what its file gives."
+    for i in store.ids:
+        assert (store.image(i) == prepare_image(read_image(dataset.image_path(i)), store.size, colour)).all()
+        mask = dataset.mask_path(i)
+        if mask is None: assert store.mask(i) is None
+        else: assert (store.mask(i) == resize_mask(read_mask(mask), store.size)).all()
+
+
 def build_killed(eleven, folder, at):
     "A build over an older store, killed at write `at`, then a second one killed a little later, then a third; False once no kill came."
     out, work = folder / "out", folder / "work"
@@ -106,10 +115,11 @@ def append_killed(eleven, folder, at):
     out = folder / "out"
     build_store(known(eleven.folder, IDS[:7]), out, 8, shard_images=3)
     struck = killed(lambda: append_store(out, eleven.dataset, shard_images=3), at)
-    now = ImageStore(out, verify=True)
-    assert now.ids in (IDS[:7], IDS)
-    for i in now.ids[::3]: assert (now.image(i) == prepare_image(read_image(eleven.dataset.image_path(i)), 8)).all()
-    assert contents(append_store(out, eleven.dataset, shard_images=3).root) == eleven.grown
+    assert ImageStore(out, verify=True).ids in (IDS[:7], IDS)
+    check_images(ImageStore(out), eleven.dataset)
+    after = append_store(out, eleven.dataset, shard_images=3)
+    assert after.ids == IDS and contents(out) == eleven.grown
+    check_images(after, eleven.dataset)
     return struck
 
 
@@ -177,8 +187,8 @@ def test_same_bytes(tmp_path, colour):
     for how in (dict(workers=1), dict(workers=7), dict(work_dir=tmp_path / "w"), dict(work_dir=tmp_path / "w", workers=3)):
         assert contents(build_store(dataset, tmp_path / "out", 9, shard_images=4, colour=colour, **how).root) == whole
     store = ImageStore(tmp_path / "out", verify=True)
-    assert store.colour == colour
-    for i in IDS: assert (store.image(i) == prepare_image(read_image(dataset.image_path(i)), 9, colour)).all()
+    assert store.colour == colour and store.ids == IDS
+    check_images(store, dataset, colour)
 
 
 def test_every_flipped_byte_is_noticed(eleven, tmp_path):
@@ -209,7 +219,7 @@ def test_stale_sources(tmp_path):
     build_store(dataset, tmp_path / "out", 8, work_dir=work, shard_images=3)
     made(tmp_path, IDS[4:6], colour=1)
     store = build_store(dataset, tmp_path / "out", 8, work_dir=work, shard_images=3)
-    for i in IDS: assert (store.image(i) == prepare_image(read_image(dataset.image_path(i)), 8)).all()
+    check_images(store, dataset)
 
 
 def test_many_rows(tmp_path, monkeypatch):

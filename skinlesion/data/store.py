@@ -8,7 +8,6 @@ __all__ = ['build_store', 'ImageStore', 'append_store']
 # %% ../../nbs/data/15_store.ipynb #bbdd4701
 import fcntl
 import hashlib
-import io
 import itertools
 import os
 import re
@@ -178,7 +177,7 @@ def _clear_kept(keep, but):
 
 # %% ../../nbs/data/15_store.ipynb #8d920281
 def _finish_shards(
-    lots:list, # of lists of ids, a shard each
+    lots:list, # of Series of ids, a shard each
     dataset, # with image_path and mask_path
     keep:Path, # folder of kept shards
     recipe:_Recipe,
@@ -209,9 +208,9 @@ def _finish_shards(
 _SHARD_IMAGES, _SHARD_BYTES = 1024, 64 << 20
 
 def _lots(ids, size, most):
-    "The ids of each shard."
+    "The ids of each shard, as parts of one Series: no list of all of them is made."
     per = most or max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * size * size)))
-    return [ids[k:k + per] for k in range(0, len(ids), per)]
+    return [ids.iloc[k:k + per] for k in range(0, len(ids), per)]
 
 def _place_shards(folders, first, out, move):
     "Copy or move kept shards into a store as number `first` and on; names and sums of the files, rows of the index."
@@ -223,7 +222,7 @@ def _place_shards(folders, first, out, move):
             (os.rename if move else shutil.copyfile)(folder/source, out/name)
             if not move and sha256_file(out/name) != known[source]: raise OSError(f"{out/name}: differs from {folder/source}, of which it is a copy; check the disk and build again")
             sums[name] = known[source]
-        rows.append(np.load(folder/'rows.npy'))
+        rows.append(np.load(folder/'rows.npy', mmap_mode='r'))
     return sums, rows
 
 # %% ../../nbs/data/15_store.ipynb #73f88869
@@ -235,12 +234,12 @@ def _write_index(
     recipe:_Recipe,
 ) -> str: # the text of SHA256SUMS
     "Write the index of a number of shards, beside an older one."
-    rows = np.concatenate([p.astype(_row_type(max(p.dtype['image_id'].itemsize for p in parts))) for p in parts])
+    rows = np.empty(sum(counts), _row_type(max(p.dtype['image_id'].itemsize for p in parts)))
+    for part, start in zip(parts, np.cumsum([0, *map(len, parts)]).tolist()): rows[start:start + len(part)] = part
     rows['row'] = np.arange(len(rows))
-    name = f'index_{len(counts):05}'
-    table = io.BytesIO()
-    np.save(table, np.sort(rows, order='image_id'))
-    atomic_write(out/f'{name}.npy', table.getvalue())
+    order, name = np.argsort(rows['image_id'], kind='stable'), f'index_{len(counts):05}'
+    with _Npy(out/f'{name}.npy', rows.shape, rows.dtype) as file:
+        for k in range(0, len(rows), 4096): file.write(rows[order[k:k + 4096]].view(np.uint8))
     write_json(out/f'{name}.json', dict(format=_FORMAT, size=recipe.size, colour=recipe.colour, images=list(map(int, counts))))
     sums = sums | {f: sha256_file(out/f) for f in (f'{name}.npy', f'{name}.json')}
     return ''.join(f'{sums[f]}  {f}\n' for f in sorted(sums))
@@ -254,7 +253,7 @@ def _check_request(dataset, out, size, workers, shard_images):
     if shard_images is not None and shard_images < 1: raise ValueError(f"shard_images is {shard_images}; choose 1 or more, or None")
     if not len(ids): raise ValueError(f"{out}: the dataset has no images to store")
     if ids.duplicated().any(): raise ValueError(f"image_id '{ids[ids.duplicated()].iloc[0]}' stands in more than one row; give each image one row")
-    return ids.tolist()
+    return ids
 
 # %% ../../nbs/data/15_store.ipynb #bd672c01
 def build_store(
@@ -413,7 +412,7 @@ def _new_ids(store, dataset, ids, workers):
     for (image_id, at), digest in zip(places.items(), _ahead(_source_digest, _jobs(dataset, places), workers)):
         if store._rows['source'][at].tobytes() != digest:
             raise ValueError(f"image '{image_id}': its file or its mask has changed since it was stored in {store.root}; build the store anew, or give the new picture an id of its own")
-    return [i for i in ids if i not in places]
+    return ids[[i not in places for i in ids]]
 
 # %% ../../nbs/data/15_store.ipynb #c8960547
 def append_store(
@@ -430,7 +429,7 @@ def append_store(
         ids, recipe = _check_request(dataset, root, store.size, workers, shard_images), _Recipe(store.size, store.colour)
         ids = _new_ids(store, dataset, ids, workers)
         _remove_unlisted(store)
-        if ids:
+        if len(ids):
             counts, lots, keep = np.diff(store._starts).tolist(), _lots(ids, store.size, shard_images), root/'.append'
             keep.mkdir()
             try: sums, parts = _place_shards(_finish_shards(lots, dataset, keep, recipe, workers, progress), len(counts), root, move=True)
