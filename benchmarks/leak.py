@@ -5,10 +5,11 @@
 FOLDER is a dataset folder of `skinlesion import`, or HAM10000 as its publisher lays it out; by default ../shared/data/ham10000, and where that is
 absent nothing is measured. The weights are those of mobilenetv2_100; by default ../shared/data/weights/mobilenetv2_100_imagenet.safetensors.
 
-Both splits of a pair have the same test images, the same validation images, and as many training images of each class: `inject_leak` lets other
-pictures of test lesions take the place of training images. Each seed draws its own split, leak and model. Two models on frozen features by
-default: the nearest training image of each class (a memoriser) and logistic regression; with --fine-tune the network itself, epochs chosen by
-validation. A lesion stays in test with one image, so about a fifth of the test images have a twin in training; with a split by image, twice as many.
+Both splits of a pair have the same test and validation images, and as many training images of each class, of as many lesions: `inject_leak` lets
+other pictures of test lesions take the place of training lesions that were photographed as often. Each seed draws its own split, leak and model.
+Two models on frozen features by default (minutes): the nearest training image of each class (a memoriser) and logistic regression; with --fine-tune
+the network itself, the epoch chosen by validation: about a minute an epoch on two quiet cores, two models a seed. A lesion stays in test with one
+image, so that a fifth of the test images have a twin in leaked training; with a split by image it would be more.
 
 Intervals: 95 %, lesions drawn with replacement 1,000 times, the same lesions for every seed and both splits; the value is the mean over the seeds.
 Last comes what differs between seeds, which holds the randomness of split and training that the intervals leave out.
