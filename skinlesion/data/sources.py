@@ -29,7 +29,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -412,11 +412,15 @@ def _prepare(image_id, place, found):
 
 # %% ../../nbs/data/12_sources.ipynb #49c63749
 def _prepared(ids, places, found):
-    "Yield (image_id, files, converted, problems) in the order of the table, a few hundred at a time in memory."
+    "Yield (image_id, files, converted, problems) in the order of the table, a few dozen at a time in memory."
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(ids), 256):
-            part = slice(start, start + 256)
-            for image_id, result in zip(ids[part], pool.map(partial(_prepare, found=found), ids[part], places[part])): yield image_id, *result
+        ahead = deque()
+        for image_id, place in zip(ids, places):
+            ahead.append((image_id, pool.submit(_prepare, image_id, place, found)))
+            if len(ahead) > 32:
+                first, result = ahead.popleft()
+                yield first, *result.result()
+        for first, result in ahead: yield first, *result.result()
 
 # %% ../../nbs/data/12_sources.ipynb #79bb0430
 def _write_files(writer, prepared, total, progress):
@@ -659,7 +663,8 @@ def _part_rows(found, c, part, entry):
     if part: rows.table = rows.table.assign(split=part)
     details = _details_table(found, c, part, entry)
     if details: _join(rows, _read_rows(details, c.details.columns, c.details.optional, c))
-    elif c.details and part in (c.details.parts or (part,)): rows.notes.append(f"no {c.details.example} was given: every image of {entry.label} counts as a lesion of its own")
+    elif c.details and part in (c.details.parts or (part,)):
+        rows.notes.append(f"no {c.details.example} was given: every image of {entry.label} counts as a lesion of its own")
     rows.read = [entry.label, *([details.label] if details else [])]
     return rows
 
@@ -674,7 +679,8 @@ def _all_rows(found, c):
     faults = [f for p in parts for f in p.faults]
     if faults: raise DatasetError(c.info.name, faults)
     together = lambda name: [v for p in parts for v in getattr(p, name)]
-    rows = _Rows(pd.concat([p.table for p in parts], ignore_index=True).fillna(''), together('wheres'), together('lines'), [], together('read'), together('notes'))
+    table = pd.concat([p.table for p in parts], ignore_index=True).fillna('')
+    rows = _Rows(table, together('wheres'), together('lines'), [], together('read'), together('notes'))
     if c.pairs: _mark_copies(rows, found, c)
     return rows
 
@@ -696,8 +702,9 @@ def import_collection(
         rows = _all_rows(found, c)
         lesions, copies = (rows.table.get(n, pd.Series('', rows.table.index)) for n in ('lesion_id', 'duplicate_of'))
         zero = lesions.str.match(c.age_zero).to_numpy() if c.age_zero else False
-        return write_import(out, c.info, rows.table, found, rows.wheres[0] if len(set(rows.wheres)) == 1 else rows.wheres, rows.lines, skip_bad=skip_bad,
-                            word_map=word_map, progress=progress, age_zero=zero, duplicates=tuple(rows.table.image_id[copies != '']), notes=rows.notes, read=rows.read)
+        where = rows.wheres[0] if len(set(rows.wheres)) == 1 else rows.wheres
+        return write_import(out, c.info, rows.table, found, where, rows.lines, skip_bad=skip_bad, word_map=word_map, progress=progress, age_zero=zero,
+                            duplicates=tuple(rows.table.image_id[copies != '']), notes=rows.notes, read=rows.read)
 
 # %% ../../nbs/data/12_sources.ipynb #d68837af
 _ISIC_FILES = 'https://isic-challenge-data.s3.amazonaws.com'
@@ -782,7 +789,8 @@ def _total(answer, file, part):
         start, total = int(m[1]), int(m[2])
     else: total = int(length) if length else file.size
     if answer.headers.get_content_type() == 'text/html':
-        raise DownloadError(f"{file.name}: a web page came instead of the file, perhaps a login or a notice; fetch {file.url} by hand and give the file to the import")
+        raise DownloadError(f"{file.name}: a web page came instead of the file, perhaps a login or a notice; "
+                            f"fetch {file.url} by hand and give the file to the import")
     if file.size and total != file.size:
         raise DownloadError(f"{file.name}: the publisher offers {total:,} bytes where {file.size:,} are known; the file has changed. "
                             f"Fetch {file.url} by hand, and look what is new")
@@ -796,7 +804,8 @@ def _receive(file, part, progress):
         total, done = _total(answer, file, part)
         free = shutil.disk_usage(part.parent).free
         if total and total - done > free:
-            raise DownloadError(f"{part.parent}: {total - done:,} bytes are needed for {file.name} and {free:,} are free; free some space or choose another folder")
+            raise DownloadError(f"{part.parent}: {total - done:,} bytes are needed for {file.name} and {free:,} are free; "
+                                "free some space or choose another folder")
         tag = answer.headers.get('ETag', '')
         note.write_text('' if tag.startswith('W/') else tag)
         with open(part, 'r+b' if done else 'wb') as out:
@@ -831,7 +840,8 @@ def _fetch_part(file, part, progress, tries):
             if not left: raise DownloadError(f"{file.name}: {_lost(e)}. {_remedy(file)}") from None
         except DownloadError: raise
         except OSError as e:
-            raise DownloadError(f"{part} cannot be written ({e.strerror}); free some space or choose another folder, and run it again: it goes on where it stopped") from None
+            raise DownloadError(f"{part} cannot be written ({e.strerror}); free some space or choose another folder, and run it again: "
+                                "it goes on where it stopped") from None
         time.sleep(min(2 ** (tries - left) / 10, 5))
 
 # %% ../../nbs/data/12_sources.ipynb #cefae79f
@@ -877,5 +887,6 @@ def download_source(
 ) -> list: # of paths, to give to the import
     "Fetch the files of a collection from its publisher; the real addresses could not be reached from the machine this was developed on, so they are untried."
     if name not in COLLECTIONS or not COLLECTIONS[name].files:
-        raise ValueError(f"'{name}' offers no plain files; choose one of {', '.join(n for n, c in COLLECTIONS.items() if c.files)}, or fetch the data by hand.{nearest(name, COLLECTIONS)}")
+        offered = ', '.join(n for n, c in COLLECTIONS.items() if c.files)
+        raise ValueError(f"'{name}' offers no plain files; choose one of {offered}, or fetch the data by hand.{nearest(name, COLLECTIONS)}")
     return [fetch_file(f, folder, progress) for f in COLLECTIONS[name].files]
