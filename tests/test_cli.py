@@ -137,6 +137,17 @@ def test_an_audit_ends_with_3_where_it_stops_the_pipeline(dataset, tmp_path, mon
     assert (tmp_path / "out" / "audit.json").is_file() and ("what to do: remove one" in ended.stdout) == (severity == "stop")
 
 
+@pytest.mark.slow
+def test_an_audit_of_pictures_that_were_planted(tmp_path):
+    "From the command that draws to the command that finds."
+    words = ("--n-images", 140, "--exact-duplicates", 4, "--duplicate-splits", "other", "--duplicate-lesions", "new", "--crossing-lesions", 2)
+    assert cli("import", "synthetic", *words, "--out", tmp_path / "planted")[0] == 0
+    code, out, err = cli("audit", tmp_path / "planted", "--out", tmp_path / "audit")
+    stops = [line.split()[1] for line in out.splitlines() if line.startswith("stop ")]
+    assert code == 3 and "lesion-crosses-splits" in stops and "duplicates-across-splits" in stops, (out, err)
+    assert (tmp_path / "audit" / "audit.json").is_file() and (tmp_path / "audit" / "report.html").is_file()
+
+
 @pytest.mark.parametrize("words, said", [
     (["--split", "gone.csv"], "gone.csv: no such table; check the path"), (["--split", "short.csv"], "image 'd' of "),
     (["--predictions", "gone.csv"], "gone.csv"), (["--out", "short.csv"], "short.csv: this is a file; choose a folder for audit.json")])
