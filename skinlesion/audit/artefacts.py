@@ -10,7 +10,7 @@ __all__ = ['LEAST_SKIN', 'HAIR_CONTRAST', 'SKIN_TONES', 'FLAGS', 'RATIO', 'MARGI
 
 # %% ../../nbs/audit/46_artefacts.ipynb #c0393718
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import cv2
 import numpy as np
@@ -118,8 +118,8 @@ class Look:
     @cached_property
     def skin(self): # (n,3) float32 CIELAB, at most 4000 of its pixels; empty where less than `LEAST_SKIN` of the picture is bare skin
         bare = self.background & (self.thin_dark < 15) & (self.thin_light < 15)
-        count = np.count_nonzero(bare)
-        return _sample(self.lab[bare]) if count >= LEAST_SKIN * bare.size else self.lab[:0, 0]
+        at = np.flatnonzero(bare)
+        return self.lab.reshape(-1, 3)[_sample(at) if len(at) >= LEAST_SKIN * bare.size else at[:0]]
 
 # %% ../../nbs/audit/46_artefacts.ipynb #b7751595
 def _corner_light(lightness):
@@ -152,6 +152,7 @@ def look_at(
     return Look(image, lab, lesion, close, _grow(close, _odd(.05 * side)), frame, corners, darkest, dark, pale, mask is None)
 
 # %% ../../nbs/audit/46_artefacts.ipynb #8167edb9
+@lru_cache
 def _segments(length, directions=12):
     "Straight brushes through the middle of a square, one per direction."
     brushes, middle = [], length // 2
@@ -161,11 +162,13 @@ def _segments(length, directions=12):
         brushes.append(cv2.line(brush, (middle - x, middle - y), (middle + x, middle + y), 1))
     return brushes
 
-def _lines(relief, side):
-    "What of `relief` lies on a straight line of 9 % of the side."
-    best = np.zeros_like(relief)
-    for brush in _segments(_odd(.09 * side)): cv2.max(best, cv2.morphologyEx(relief, cv2.MORPH_OPEN, brush), dst=best)
-    return best
+def _lines(thin, side):
+    "What of `thin` lies on a straight line of 9 % of the side."
+    thin, best = thin.astype(np.uint8), np.zeros(thin.shape, np.uint8)
+    for brush in _segments(_odd(.09 * side)):
+        core = cv2.erode(thin, brush, borderValue=0)
+        if cv2.countNonZero(core): cv2.max(best, cv2.dilate(core, brush), dst=best)
+    return best > 0
 
 # %% ../../nbs/audit/46_artefacts.ipynb #74ece7a7
 HAIR_CONTRAST = 16 # of 255, of a hair against what surrounds it
@@ -178,7 +181,7 @@ def hair_shares(
     if where.mean() < LEAST_SKIN: where = ~look.frame
     brighter = look.darkest > np.median(_sample(look.darkest[where])) + HAIR_CONTRAST if where.any() else where
     total = max(where.sum(), 1)
-    dark, light = (_lines(relief, look.side) > HAIR_CONTRAST for relief in (look.thin_dark, look.thin_light))
+    dark, light = (_lines(relief > HAIR_CONTRAST, look.side) for relief in (look.thin_dark, look.thin_light))
     light = light & brighter & ~_grow(dark, _odd(.045 * look.side))
     return float((dark & where).sum() / total), float((light & where).sum() / total)
 
@@ -261,13 +264,13 @@ def blur_effect(
     look:Look, # a prepared image
 ) -> float: # in [0, 1]; higher is more blurred
     "How little the image has left to lose by blurring."
-    light, kept, worst = look.lab[..., 0], (~look.frame).astype(np.float32), 0.
+    light, kept, worst = look.lab[..., 0], (~look.frame).astype(np.uint8), 0.
     for turned, part in ((light, kept), (light.T, kept.T)):
-        turned, part = np.ascontiguousarray(turned), part[:, 1:]
+        turned, part = np.ascontiguousarray(turned), np.ascontiguousarray(part[:, 1:])
         soft = cv2.blur(turned, (9, 1))
-        sharp, left = (np.abs(v[:, 1:] - v[:, :-1]) for v in (turned, soft))
-        total = (sharp * part).sum()
-        if total > 0: worst = max(worst, 1 - float((np.maximum(sharp - left, 0) * part).sum() / total))
+        sharp, left = (cv2.absdiff(v[:, 1:], v[:, :-1]) for v in (turned, soft))
+        total = cv2.mean(sharp, part)[0]
+        if total > 0: worst = max(worst, 1 - cv2.mean(cv2.subtract(sharp, cv2.min(left, sharp)), part)[0] / total)
     return worst
 
 def exposure(
