@@ -247,7 +247,7 @@ def age_band(
     "The band of an age."
     if age is None or age != age: return ''
     if not 0 <= age < float('inf'): raise ValueError(f"age {age} is no number of years; give 0 or more, or NaN for unknown")
-    return AGE_BANDS[(age >= 30) + (age >= 50) + (age >= 70)]
+    return AGE_BANDS[sum(age >= edge for edge in (30, 50, 70))]
 
 # %% ../nbs/00_taxonomy.ipynb #fee22f00
 CLASS_COLOURS = dict(akiec='#CC6677', ak='#CC6677', bcc='#882255', bkl='#999933', df='#44AA99', mel='#332288', nv='#DDCC77',
