@@ -85,7 +85,8 @@ def measure(args, folder):
         load = lambda data, workers: lambda: walk(make_loader(data, args.batch_size, epoch, shuffle=True, workers=workers))
         memory = lambda: walk(from_memory(pixels, ids, augment, args.batch_size, epoch))
         yield {'memory': rate(args.images, memory), 'memory, processor': rate(args.images, memory, time.process_time),
-               'make_loader, processor': rate(args.images, load(dataset, 0), time.process_time), 'make_loader': rate(args.images, load(dataset, 0)), 'training': rate(few, lambda: train(few)),
+               'make_loader, processor': rate(args.images, load(dataset, 0), time.process_time),
+               'make_loader': rate(args.images, load(dataset, 0)), 'training': rate(few, lambda: train(few)),
                'make_loader, 2 workers': rate(args.images, load(dataset, 2)), 'make_loader, no policy': rate(args.images, load(plain, 0))}
 
 

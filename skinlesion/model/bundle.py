@@ -182,6 +182,7 @@ def save_bundle(
         write_sums(scratch)
     return Path(out)
 
+# %% ../../nbs/model/23_bundle.ipynb #ef00a9bb
 def _check_inputs(colour, views):
     "Stop at a correction or a set of views that is not known."
     check_colour(colour)
