@@ -35,7 +35,7 @@ class Recipe:
     size:tuple=(144, 192) # (height, width) of the images, pixels
     per_class:int|dict|None=None # images of every class, or by code; replaces `n_images`
     views:float=1.6 # images per lesion, on average; at least 1
-    ambiguity:float=.03 # probability that a lesion is drawn as a look-alike of its class
+    ambiguity:float=.01 # probability that a lesion is drawn as a look-alike of its class
     metadata_signal:float=1. # 0: age, sex and site say nothing of the class, 1: as much as on HAM10000
     missing:float=.05 # probability that age, sex or site is unknown, each
     exact_duplicates:int|None=None # copies of a file; None for 4, or fewer where there are fewer than 40 lesions
