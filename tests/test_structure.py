@@ -127,9 +127,11 @@ def check_lessons(root):
     problems = []
     for path in tracked(root, "nbs/lessons/*.ipynb"):
         if not re.fullmatch(r"\d\d_\w+", path.stem): problems.append(f"{path}: name it NN_subject, so that lessons have an order")
-        if exported(root, path) or any("default_exp" in c["source"] for c in cells(root, path)): problems.append(f"{path} exports; a lesson only teaches")
+        exports = exported(root, path) or any("default_exp" in c["source"] for c in cells(root, path))
+        if exports: problems.append(f"{path} exports; a lesson only teaches")
         words = "\n".join(c["source"] for c in cells(root, path, "markdown"))
-        problems += [f"{path} has no {what}" for what, pattern in (("title", r"^# "), ("exercise", r"^##.*[Ee]xercise")) if not re.search(pattern, words, re.M)]
+        problems += [f"{path} has no {what}" for what, pattern in (("title", r"^# "), ("exercise", r"^##.*[Ee]xercise"))
+                     if not re.search(pattern, words, re.M)]
     return problems
 
 
