@@ -196,11 +196,11 @@ _STEP = .05 * THUMB / 2 # cells by which a window of 95 % can move each way
 _CORNERS = [(-.05, -.05, y * _STEP, x * _STEP) for y in (-1, 1) for x in (-1, 1)]
 _WINDOWS = np.float32([(0, 0, 0, 0), (-.05, -.05, 0, 0), (-.1, -.1, 0, 0)] + _CORNERS) # stretch y, x, shift y, x
 _HALVE = np.kron(np.eye(THUMB // 2), [.5, .5]).astype(np.float32) @ _blur_matrix(1.2)
-NEIGHBOURS, REACH, PROBES, COARSE = 5, .5, 12, .85 # asked for, within this distance of hashes, in so many cells; least correlation at 16 x 16
+NEIGHBOURS, REACH, PROBES, COARSE = 5, .5, 8, .88 # asked for, within this distance of hashes, in so many cells; least correlation at 16 x 16
 
 def _coarse(thumbs):
-    "(N,256) float16: what is compared at 16 x 16 cells, of length 1."
-    return _unit(_both(_HALVE, _band(thumbs, 4., 5.))).reshape(len(thumbs), -1).astype(np.float16)
+    "(N,256) float16: what is compared at 16 x 16 cells, of length 1; dark corners are blank."
+    return _unit(_both(_HALVE, _band(thumbs, 4., 5.) * _lit(thumbs))).reshape(len(thumbs), -1).astype(np.float16)
 
 def _window(thumbs, k):
     "Thumbnails seen through window `k`."
@@ -267,13 +267,12 @@ def _nearest(index, codes):
 def _propose(index, at):
     "Candidates of the images at positions `at`: rows (first, second, window, orientation, coarse correlation)."
     thumbs, found = index.thumbs(at), []
-    for k in range(len(_WINDOWS)):
-        seen = _window(thumbs, k)
-        near = _nearest(index, invariant_hash(seen))
-        good = (near >= 0) & (near != at[:, None])
-        score, turn = _match(seen, index.coarse[np.where(good, near, 0)])
+    near = _nearest(index, np.concatenate([invariant_hash(_window(thumbs, k)) for k in range(len(_WINDOWS))]))
+    for k, these in enumerate(np.split(near, len(_WINDOWS))):
+        good = (these >= 0) & (these != at[:, None])
+        score, turn = _match(_window(thumbs, k), index.coarse[np.where(good, these, 0)])
         b, c = np.nonzero(good & (score >= COARSE))
-        found.append(np.c_[at[b], near[b, c], np.full(len(b), k), turn[b, c], score[b, c]])
+        found.append(np.c_[at[b], these[b, c], np.full(len(b), k), turn[b, c], score[b, c]])
     return _best(np.concatenate(found))
 
 def _best(found):
