@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_SKIN', 'HAIR_CONTRAST', 'SKIN_TONES', 'FLAGS', 'RATIO', 'MARGIN', 'LEAST_LESIONS', 'LEAST_OF_TONE',
-           'SKIN_REMEDY', 'OLDEST', 'AGE_SPREAD', 'estimate_mask', 'Look', 'look_at', 'hair_shares', 'ruler_ticks',
-           'ink_share', 'typology_angle', 'skin_tone', 'blur_effect', 'exposure', 'measure_look', 'measure_image',
+           'SKIN_REMEDY', 'OLDEST', 'AGE_SPREAD', 'estimate_mask', 'Look', 'look_at', 'ink_pixels', 'hair_shares',
+           'ruler_ticks', 'typology_angle', 'skin_tone', 'blur_effect', 'exposure', 'measure_look', 'measure_image',
            'detection_leaf', 'class_contrast', 'artefact_findings', 'skin_findings', 'age_findings', 'pixel_findings']
 
 # %% ../../nbs/audit/46_artefacts.ipynb #c0393718
@@ -121,6 +121,9 @@ class Look:
         at = np.flatnonzero(bare)
         return self.lab.reshape(-1, 3)[_sample(at) if len(at) >= LEAST_SKIN * bare.size else at[:0]]
 
+    @cached_property
+    def ink(self): return ink_pixels(self)
+
 # %% ../../nbs/audit/46_artefacts.ipynb #b7751595
 def _corner_light(lightness):
     "Median lightness of the four corner triangles, each with legs of a tenth of the sides."
@@ -150,6 +153,22 @@ def look_at(
     pale = cv2.morphologyEx(darkest, cv2.MORPH_TOPHAT, brush) * outside
     close = _grow(lesion, _odd(.05 * side))
     return Look(image, lab, lesion, close, _grow(close, _odd(.05 * side)), frame, corners, darkest, dark, pale, mask is None)
+
+# %% ../../nbs/audit/46_artefacts.ipynb #694bb2f7
+def ink_pixels(
+    look:Look, # a prepared image
+) -> np.ndarray: # (h,w) bool
+    "Where the picture is marked with a pen."
+    if not len(look.skin): return np.zeros(look.lesion.shape, bool)
+    light, red, yellow = np.median(look.skin, 0)
+    a, b = look.lab[..., 1], look.lab[..., 2]
+    darker = ~(look.close | look.frame) & (look.lab[..., 0] > 8) & (look.lab[..., 0] < light - 3)
+    ink = darker & ((b < yellow - 12) | (a < red - 20)) & ((a - red)**2 + (b - yellow)**2 > 18**2)
+    hue = np.degrees(np.arctan2(b[ink], a[ink])) % 360
+    ink[ink] = (hue > 130) & (hue < 330) & (a[ink]**2 + b[ink]**2 > 14**2)
+    if not ink.any(): return ink
+    labels, stats = cv2.connectedComponentsWithStats(ink.astype(np.uint8), connectivity=8)[1:3]
+    return ink & (stats[labels, cv2.CC_STAT_AREA] >= 8)
 
 # %% ../../nbs/audit/46_artefacts.ipynb #8167edb9
 @lru_cache
@@ -182,6 +201,7 @@ def hair_shares(
     brighter = look.darkest > np.median(_sample(look.darkest[where])) + HAIR_CONTRAST if where.any() else where
     total = max(where.sum(), 1)
     dark, light = (_lines(relief > HAIR_CONTRAST, look.side) for relief in (look.thin_dark, look.thin_light))
+    if look.ink.any(): dark &= ~_grow(look.ink, _odd(.03 * look.side))
     light = light & brighter & ~_grow(dark, _odd(.045 * look.side))
     return float((dark & where).sum() / total), float((light & where).sum() / total)
 
@@ -229,19 +249,6 @@ def ruler_ticks(
         best = np.maximum(best, run)
     best[best < .5 * alike[i].sum(1)] = 0
     return int(best.max())
-
-# %% ../../nbs/audit/46_artefacts.ipynb #510d13dc
-def ink_share(
-    look:Look, # a prepared image
-) -> float: # share of the picture, in [0, 1]
-    "How much of the picture is marked with a pen."
-    if not len(look.skin): return 0.
-    middle = np.median(look.skin[:, 1:], 0)
-    a, b = look.lab[..., 1], look.lab[..., 2]
-    ink = look.background & (look.lab[..., 0] > 8) & ((a - middle[0])**2 + (b - middle[1])**2 > 20**2)
-    hue = np.degrees(np.arctan2(b[ink], a[ink])) % 360
-    ink[ink] = (hue > 130) & (hue < 315) & (a[ink]**2 + b[ink]**2 > 14**2)
-    return float(cv2.morphologyEx(ink.astype(np.uint8), cv2.MORPH_OPEN, _disc(3)).mean()) if ink.any() else 0.
 
 # %% ../../nbs/audit/46_artefacts.ipynb #b7db9c2f
 SKIN_TONES = {'very light': 55., 'light': 41., 'intermediate': 28., 'tan': 10., 'brown': -30., 'dark': -np.inf} # name -> the angle it lies above
@@ -291,7 +298,7 @@ FLAGS = { # name: (measure, limit; above it is yes, words)
     'ink': ('ink_share', .001, 'ink'),
     'blurred': ('blur', .62, 'blur'),
     'overexposed': ('burnt_share', .02, 'overexposure'),
-    'underexposed': ('darkness', .5, 'underexposure'),
+    'underexposed': ('darkness', .68, 'underexposure'),
     'glare': ('glare_share', .0005, 'glare'),
     'touches_edge': ('edge_share', 0., 'a lesion that touches the edge'),
 }
@@ -305,7 +312,7 @@ def measure_look(
     edge = np.r_[look.lesion[0], look.lesion[-1], look.lesion[1:-1, 0], look.lesion[1:-1, -1]]
     dark, pale = hair_shares(look)
     values = dict(corner_darkness=float(1 - min(look.corners[1], 1)), ruler_ticks=ruler_ticks(look), dark_hair_share=dark, light_hair_share=pale,
-        ink_share=ink_share(look), blur=blur_effect(look), **light, darkness=1 - light['brightest'] / 100, skin_l=float(colour[0]), skin_a=float(colour[1]),
+        ink_share=float(look.ink.mean()), blur=blur_effect(look), **light, darkness=1 - light['brightest'] / 100, skin_l=float(colour[0]), skin_a=float(colour[1]),
         skin_b=float(colour[2]), ita=typology_angle(colour[0], colour[2]), lesion_share=float(look.lesion.mean()), edge_share=float(edge.mean()))
     return values | {name: values[measure] > limit for name, (measure, limit, _) in FLAGS.items()} | dict(mask_estimated=look.estimated)
 
@@ -327,7 +334,7 @@ def detection_leaf(
     return dict(value=share, low=low, high=high, n=n, method='Wilson over images')
 
 # %% ../../nbs/audit/46_artefacts.ipynb #25d17870
-RATIO, MARGIN, LEAST_LESIONS = 2, .05, 10 # times as frequent, difference of the rates, lesions of the class: below these no warning
+RATIO, MARGIN, LEAST_LESIONS = 1.5, .05, 10 # times as frequent, difference of the rates, lesions of the class: below these no warning
 
 def _share_leaf(value, samples, n, groups):
     "A share with its interval, by Wilson over groups where all images agree."
@@ -337,6 +344,13 @@ def _share_leaf(value, samples, n, groups):
 def _over(top, bottom):
     "`top / bottom`, NaN where nothing was drawn."
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 0)
+
+def _above(high, low, high_leaf, low_leaf):
+    "Whether one rate is surely above the other; of a rate of 0 or 1 the resamples know no doubt, Wilson's interval does."
+    bound = np.nanquantile(high - RATIO * low, .005), np.nanquantile(high - low, .005)
+    if {high_leaf['value'], low_leaf['value']} & {0., 1.}:
+        bound = np.minimum(bound, (high_leaf['low'] - RATIO * low_leaf['high'], high_leaf['low'] - low_leaf['high']))
+    return bool(bound[0] > 0 and bound[1] > MARGIN)
 
 def class_contrast(
     flag:np.ndarray, # (N,) bool, the artefact
@@ -353,10 +367,8 @@ def class_contrast(
     counts = [len(np.unique(groups[s])) for s in sides]
     values = [flag[s].mean() if s.any() else np.nan for s in sides]
     rate, rest = (_share_leaf(v, x, s.sum(), c) for v, x, s, c in zip(values, shares, sides, counts))
-    told = False
-    if min(counts) >= LEAST_LESIONS:
-        for high, low in (shares, shares[::-1]):
-            told |= bool(np.nanquantile(high - RATIO * low, .025) > 0 and np.nanquantile(high - low, .025) > MARGIN)
+    sure = min(counts) >= LEAST_LESIONS
+    told = sure and any(_above(*pair) for pair in ((shares[0], shares[1], rate, rest), (shares[1], shares[0], rest, rate)))
     return dict(rate=rate, rest=rest, told=told)
 
 # %% ../../nbs/audit/46_artefacts.ipynb #8e3eb256
@@ -424,7 +436,7 @@ def artefact_findings(
     table:pd.DataFrame, # image_id, diagnosis, lesion_id, and patient_id and split where known
     label_set:LabelSet, # of the diagnoses
     seed:int=0, # of the resampling
-    n_resamples:int=500, # of groups
+    n_resamples:int=1000, # of groups
 ) -> list[Finding]: # one for each artefact that occurs
     "Rates of each artefact by class, and the classes that they give away."
     labelled = (table.diagnosis.fillna('') != '').to_numpy()
