@@ -6,7 +6,7 @@
 __all__ = ['StageError', 'Stopped', 'notebook_parameters', 'check_parameters', 'plain_text', 'canonical_notebook',
            'notebook_text', 'mirror_tree', 'undo_swap', 'swap_outputs', 'run_lock', 'end_with_parent', 'stop_signals',
            'StageKernel', 'cell_title', 'Progress', 'StageEngine', 'execute_cells', 'tree_sha256', 'stage_provenance',
-           'run_record', 'failure_text', 'run_notebook', 'run_stage']
+           'run_record', 'failure_text', 'link_cache', 'run_notebook', 'run_stage']
 
 # %% ../../nbs/pipeline/73_stages.ipynb #db1ca753
 import ast
@@ -606,12 +606,24 @@ def _fresh_scratch(root, stage, outputs):
             raise StageError(f"{path} and .work lie on different disks, so an output cannot be swapped in whole; make .work a link to a folder on the disk of {path}")
     return scratch
 
-# %% ../../nbs/pipeline/73_stages.ipynb #cab93a2d
+# %% ../../nbs/pipeline/73_stages.ipynb #b4722bb4
+def link_cache(
+    root:Path, # of the repository, absolute
+    tree:Path, # the mirror of a run
+) -> Path: # the folder, as the notebook names it
+    "Link `.work/cache` into a mirror."
+    (root/'.work'/'cache').mkdir(parents=True, exist_ok=True)
+    (tree/'.work').mkdir(exist_ok=True)
+    os.symlink(root/'.work'/'cache', tree/'.work'/'cache')
+    return tree/'.work'/'cache'
+
+# %% ../../nbs/pipeline/73_stages.ipynb #787cba0d
 def _build(root, scratch, stage, notebook, parameters, inputs, outputs, report_dir, code, progress, lock):
     "Run the notebook in a mirror and write its report there; the mirror."
     started, nb_source = time.time(), nbformat.read(root/notebook, as_version=4)
     provenance = stage_provenance(root, notebook, parameters, inputs, code)
     tree = mirror_tree(root, scratch, outputs, parameters)
+    link_cache(root, tree)
     for path in outputs: (tree/path).mkdir()
     progress.folders = [tree, root]
     kernel, finished = StageKernel(root, scratch, tree, lock), False
