@@ -10,7 +10,7 @@ __all__ = ['NEVER_ACCEPTED', 'CHARTED', 'Scan', 'scan_images', 'crossing_finding
 import base64
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
@@ -165,14 +165,25 @@ def _out_of_sample(predictions, table, label_set):
     some = table.image_id.isin(predictions.index).to_numpy()
     return some, predictions.loc[table.image_id[some], probability_columns(label_set)].to_numpy()
 
-# %% ../../nbs/audit/49_audit.ipynb #e0ccd8bd
+# %% ../../nbs/audit/49_audit.ipynb #5b09f361
+def _background_findings(table, label_set, seed, background, lesion, estimated):
+    "What the background tells: in all images, and in training alone."
+    found = shortcut_findings(background, BACKGROUND_NAMES, table, label_set, seed, lesion, estimated)
+    if 'split' not in table or not (table.split == 'train').any(): return found
+    rows, told = (table.split == 'train').to_numpy(), {i['name'] for f in found for i in f.items}
+    for f in shortcut_findings(background[rows], BACKGROUND_NAMES, table[rows].reset_index(drop=True), label_set, seed, lesion[rows], estimated[rows]):
+        more = [i for i in f.items if i['name'] not in told]
+        if more: found = [*found, replace(f, kind=f'{f.kind}-in-train', summary=f'in the training part alone, {f.summary}', items=more)]
+    return found
+
+# %% ../../nbs/audit/49_audit.ipynb #6b4f440d
 def _model_findings(scan, table, label_set, predictions, seed):
     "Findings that need labels: shortcuts, telling columns, doubtful labels."
     rows = (table.diagnosis != '').to_numpy()
     some = table[rows].reset_index(drop=True)
     if some.diagnosis.nunique() < 2: return []
     lesion, background, estimated = scan.lesion[rows], scan.background[rows], scan.measures.mask_estimated.to_numpy(bool)[rows]
-    found = shortcut_findings(background, BACKGROUND_NAMES, some, label_set, seed, lesion, estimated) + metadata_findings(some, label_set, seed)
+    found = _background_findings(some, label_set, seed, background, lesion, estimated) + metadata_findings(some, label_set, seed)
     if predictions is None: return found + label_findings(some, lesion, pairs=scan.pairs, seed=seed)
     judged, probs = _out_of_sample(predictions, some, label_set)
     return found + label_findings(some[judged].reset_index(drop=True), probs=probs, codes=label_set.codes, pairs=scan.pairs, seed=seed)
