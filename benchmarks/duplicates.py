@@ -6,7 +6,7 @@ Growth: made pictures (a blob on textured skin, some behind a round aperture, 96
 a copy of another, are fingerprinted as images are and searched from a memory map by a process of its own. Baseline, in the same run and up to 10^4:
 the neighbours among all hashes instead of those in the cells (`cells` and `all pairs` in the table, in seconds).
 Recall: copies of drawn lesions (skinlesion.data.synthetic, 200x150), each kind planted among 10^4 pictures; a false pair is a reported pair whose
-two images were not made from one original. Seed 1 served to set the thresholds, so measure on another.
+two images were not made from one original. Seed 1 served to set the thresholds and seed 2 to look for faults, so measure on another.
 Targets: 10^4 in 30 s on 2 cores, growth below n^1.2, recall 95 %, false pairs below 1 % of those reported.
 """
 import argparse
@@ -190,7 +190,7 @@ def main():
     parser.add_argument("--lesions", type=int, default=300)
     parser.add_argument("--copies", type=int, default=300)
     parser.add_argument("--others", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=4)
     args = parser.parse_args()
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; seed {args.seed}")
     if args.sizes:

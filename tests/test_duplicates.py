@@ -17,7 +17,7 @@ from skinlesion.files import repo_root
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import duplicates as bench  # noqa: E402  the benchmark makes the copies and the cheap pictures
 
-SEED = 2  # the thresholds were set on seed 1
+SEED = 4  # the thresholds were set on seed 1, faults looked for on seed 2
 FEW, MANY = 12, 400
 CODES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 
@@ -116,6 +116,14 @@ def test_none_and_one(few):
         assert list(pairs.columns) == PAIR_COLUMNS and len(pairs) == 0
     assert len(search(np.stack([fingerprint(np.full((50, 60, 3), v, np.uint8)) for v in (0, 90, 91, 255)]))) == 0
     assert len(find_duplicates(["a", "b"], ["x", "x"], np.stack([fingerprint(np.zeros((5, 5, 3), np.uint8))] * 2))) == 1  # but the same pixels are
+
+
+def test_candidates_that_all_fail():
+    "Discs that look alike at first sight only: a block of candidates of which none passes is no error."
+    y, x = np.mgrid[:60, :80]
+    discs = [np.repeat((170 - 90 * (np.hypot(y - 30, x - 40) < r) + noise[..., None]).astype(np.uint8), 3, axis=2)
+             for r, noise in ((12 + i % 3, np.random.default_rng(i).normal(0, 6, (60, 80))) for i in range(30))]
+    assert len(search(np.stack([fingerprint(d) for d in discs]))) == 0
 
 
 def test_copies_of_copies(few):

@@ -138,13 +138,13 @@ def _fit(target, moving, start, steps, blur, inner):
     soft = lambda x: _unit(_both(_blur_matrix(blur), _band(x, inner, 3.))) * THUMB
     a, b, fits, across = soft(target), soft(moving), start, _AT - _MID
     dy, dx = np.gradient(a, axis=1), np.gradient(a, axis=2)
-    slopes = np.stack([dy * across[:, None], dx * across, dy, dx], 1).reshape(len(a), 4, -1)
+    slopes = np.stack([dy * across[:, None], dx * across, dy, dx], 1).reshape(len(a), 4, THUMB**2)
     normal = slopes @ slopes.swapaxes(1, 2)
     normal += 1e-3 / 4 * np.eye(4, dtype=np.float32) * np.trace(normal, axis1=1, axis2=2)[:, None, None]
     solve = np.linalg.inv(normal) @ slopes
     for _ in range(steps):
         now, inside = _warp(b, fits)
-        fits = fits - (solve @ ((now - a) * inside).reshape(len(a), -1, 1))[..., 0]
+        fits = fits - (solve @ ((now - a) * inside).reshape(len(a), THUMB**2, 1))[..., 0]
         fits = np.clip(fits, [-.2, -.2, -4, -4], [.2, .2, 4, 4]).astype(np.float32)
     now, inside = _warp(b, fits)
     return fits, (_unit(a * inside) * _unit(now * inside)).sum((1, 2))
@@ -153,7 +153,7 @@ def _register(target, moving, start):
     "The fit from coarse to fine, and how well coarse detail then agrees; what does not agree is not fitted further."
     fits, agreed = _fit(target, moving, start, 6, .8, 2.5)
     good = agreed >= FITTED
-    fits[good] = _fit(target[good], moving[good], fits[good], 4, .5, 1.5)[0]
+    if good.any(): fits[good] = _fit(target[good], moving[good], fits[good], 4, .5, 1.5)[0]
     return fits, good
 
 # %% ../../nbs/audit/45_duplicates.ipynb #8fbe009b
@@ -291,7 +291,7 @@ def _verify(index, found):
     for k in range(1, 8): target[turn == k] = orient_image(target[turn == k], _INVERSE[k], False)
     fits, good = _register(target, moving, _WINDOWS[window])
     alike = np.zeros(len(found))
-    alike[good] = _similarity(target[good], moving[good], fits[good])
+    if good.any(): alike[good] = _similarity(target[good], moving[good], fits[good])
     return np.c_[found[:, :4], alike]
 
 def _blocks(work, rows, size, workers, progress):
