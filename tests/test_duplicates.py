@@ -121,8 +121,8 @@ def test_none_and_one(few):
 def test_candidates_that_all_fail():
     "Discs that look alike at first sight only: a block of candidates of which none passes is no error."
     y, x = np.mgrid[:60, :80]
-    discs = [np.repeat((170 - 90 * (np.hypot(y - 30, x - 40) < r) + noise[..., None]).astype(np.uint8), 3, axis=2)
-             for r, noise in ((12 + i % 3, np.random.default_rng(i).normal(0, 6, (60, 80))) for i in range(30))]
+    noise = [np.random.default_rng(i).normal(0, 6, (60, 80)) for i in range(30)]
+    discs = [np.dstack([170 - 90 * (np.hypot(y - 30, x - 40) < 12 + i % 3) + noise[i]] * 3).astype(np.uint8) for i in range(30)]
     assert len(search(np.stack([fingerprint(d) for d in discs]))) == 0
 
 
