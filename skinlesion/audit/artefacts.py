@@ -286,7 +286,8 @@ def exposure(
     "Burnt-out pixels, sparkle, and how light the lightest part is."
     seen = ~look.frame
     total, light = max(np.count_nonzero(seen), 1), _sample(look.lab[..., 0][seen])
-    burnt, sparkle = (look.darkest >= 250) & seen, (look.thin_light > 50) & (look.darkest > 190)
+    usual = np.median(_sample(look.darkest[seen])) if light.size else 0
+    burnt, sparkle = (look.darkest >= 250) & seen, (look.thin_light > 50) & (look.darkest > max(190, usual + 40))
     return dict(burnt_share=np.count_nonzero(burnt) / total, glare_share=np.count_nonzero(sparkle) / total,
                 brightest=float(np.percentile(light, 99)) if light.size else 0.)
 
@@ -439,7 +440,7 @@ def artefact_findings(
     n_resamples:int=1000, # of groups
 ) -> list[Finding]: # one for each artefact that occurs
     "Rates of each artefact by class, and the classes that they give away."
-    labelled = (table.diagnosis.fillna('') != '').to_numpy()
+    labelled = (table.diagnosis.fillna('').astype(str) != '').to_numpy()
     table = table[labelled]
     measures, groups = _aligned(measures, table), tied_groups(table)
     weights = lesion_weights(groups, n_resamples, seed).astype(np.float32)

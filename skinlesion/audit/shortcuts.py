@@ -245,6 +245,10 @@ SUSPICIOUS = .65 # lower bound of a column's best area above which it is a warni
 PLAUSIBLE = ('age', 'sex', 'site') # columns that a physician would ask for
 OWN = ('image_id', 'lesion_id', 'patient_id', 'diagnosis', 'split') # ids, the label and what the project itself assigns
 
+def _cells(column):
+    "A column as stripped words; an empty cell is ''."
+    return column.astype(object).where(column.notna(), '').astype(str).str.strip()
+
 def _tokens(words):
     "Whether cells hold lists, and the (N,T) table of what they hold."
     lists = [[t.strip() for t in re.split(r'[;|]', w) if t.strip()] for w in words]
@@ -257,7 +261,7 @@ def column_values(
     ids:set, # image ids of the table
 ) -> tuple: # (N,) int value or (N,T) 0/1 tokens, or None; why it is skipped, or ''
     "A column as values to count, or the reason why not."
-    words = column.fillna('').astype(str).str.strip()
+    words = _cells(column)
     filled, distinct = words[words != ''], words.nunique()
     if distinct < 2: return None, 'holds one value only'
     if filled.isin(ids).mean() > .5: return None, 'names other images'
@@ -295,7 +299,7 @@ def _questions(table):
     for name in table.columns:
         if name in OWN: continue
         yield name, *column_values(table[name], ids)
-        gap = (table[name].fillna('').astype(str).str.strip() == '').to_numpy()
+        gap = (_cells(table[name]) == '').to_numpy()
         if .01 <= gap.mean() <= .99: yield f'{name} is empty', gap.astype(int), ''
 
 # %% ../../nbs/audit/47_shortcuts.ipynb #60d56d59
