@@ -22,6 +22,7 @@ from joblib.externals.loky import get_reusable_executor
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from .artefacts import pixel_findings
 from .duplicates import duplicate_findings, find_duplicates, fingerprint, pixel_digest
@@ -126,7 +127,7 @@ def scan_images(
         why = {ids[row]: text for row, text in seen.why.items()}
         if not seen.rows: raise ImageError(f"none of the {len(ids)} images of {dataset.info.name} can be read; the first: {next(iter(why.values()))}")
         kept = [ids[row] for row in seen.rows]
-        pairs = find_duplicates(kept, seen.digests, seen.arrays[0][:len(kept)])
+        with threadpool_limits(1): pairs = find_duplicates(kept, seen.digests, seen.arrays[0][:len(kept)], workers=workers)
         background, lesion = (a[:len(kept)].copy() for a in seen.arrays[2:])
     return Scan(dataset.table.iloc[seen.rows].reset_index(drop=True), pairs, seen.measures(kept), background, lesion, why)
 
@@ -230,8 +231,9 @@ def audit_dataset(
     found = _unreadable_findings(scan, len(table)) + table_label_findings(table)
     if 'split' in table: found += crossing_findings(table)
     found += duplicate_findings(scan.pairs, seen, seen.split.replace({'aside': ''}) if 'split' in seen else None)  # aside meets nobody
-    found += pixel_findings(scan.measures, seen, dataset.label_set, seed)
-    found += _model_findings(scan, seen, dataset.label_set, predictions, seed)
+    with threadpool_limits(1):  # small models: threads of linear algebra only wait for one another, and one thread gives one result
+        found += pixel_findings(scan.measures, seen, dataset.label_set, seed)
+        found += _model_findings(scan, seen, dataset.label_set, predictions, seed)
     return Audit(sort_findings(found), scan.pairs, scan.measures, table, seed)
 
 # %% ../../nbs/audit/49_audit.ipynb #2ad31727

@@ -112,6 +112,9 @@ def _doubt(table, targets, probs, codes, weights, source, seed):
     metrics, drawn = (weighted_metrics(targets, probs, w)['auroc_macro'] for w in (None, weights))
     lesions = table.lesion_id.nunique()
     auroc = interval_leaf(metrics[0], drawn, len(table), lesions, 'a class without images')
+    if not (auroc['low'] or 0) > .5:
+        return Finding('label-error', 'note', f"no label was judged: {source} tells the classes no better than chance (macro AUROC {format_leaf(auroc)}).", len(table), 0,
+                       metrics=dict(auroc_macro=auroc), remedy='hand in out-of-sample predictions of a model that tells the classes')
     rows = suspect_labels(targets, probs)
     share = share_leaf(np.isin(np.arange(len(table)), rows), table.lesion_id, seed)
     items = [dict(name=table.image_id.iat[r], images=(table.image_id.iat[r],), note=f"labelled {codes[targets[r]]} ({probs[r, targets[r]]:.2f}), "
