@@ -8,6 +8,7 @@ __all__ = ['build_store', 'ImageStore', 'append_store']
 # %% ../../nbs/data/15_store.ipynb #bbdd4701
 import fcntl
 import hashlib
+import inspect
 import itertools
 import os
 import re
@@ -139,9 +140,13 @@ def _jobs(dataset, ids):
     "What is to be read, an image at a time."
     return ((i, dataset.image_path(i), dataset.mask_path(i)) for i in ids)
 
+def _code_digest():
+    "SHA-256 of the code that makes pixels of a file: the modules of the image gate and of the colour corrections."
+    return sha256_bytes(''.join(inspect.getsource(inspect.getmodule(f)) for f in (read_image, prepare_image)).encode())
+
 def _shard_key(ids, recipe):
     "Name of a kept shard."
-    asked = [_FORMAT, recipe.size, recipe.colour, PIL.__version__, cv2.__version__, *ids]
+    asked = [_FORMAT, recipe.size, recipe.colour, PIL.__version__, cv2.__version__, _code_digest(), *ids]
     return sha256_bytes('\n'.join(map(str, asked)).encode())[:32]
 
 def _still_good(folder, jobs, workers):
