@@ -37,6 +37,17 @@ def evaluating(
     finally:
         for module, mode in modes.items(): module.training = mode
 
+def _batches(data, metadata, size):
+    "Batches of (image, metadata or None)."
+    if not isinstance(data, np.ndarray):
+        for batch in torch.utils.data.DataLoader(data, batch_size=size): yield batch['image'], batch['metadata']
+        return
+    if data.ndim != 4: raise ValueError(f"images have shape {data.shape}; pass (N, height, width, 3) uint8 RGB")
+    if metadata is not None and len(metadata) != len(data): raise ValueError(f"{len(metadata)} rows of metadata for {len(data)} images; pass one row per image")
+    for k in range(0, len(data), size):
+        yield normalise(data[k:k + size]), None if metadata is None else torch.from_numpy(np.asarray(metadata[k:k + size], np.float32))
+
+# %% ../../nbs/model/23_bundle.ipynb #adb573e8
 def predict_probs(
     model:LesionModel, # stays on its device
     data, # LesionDataset, or images (N,H,W,3) uint8 RGB of the model's size
@@ -57,16 +68,6 @@ def predict_probs(
     bad = np.flatnonzero(~np.isfinite(probs).all(1))
     if len(bad): raise ValueError(f"the model gives no finite probabilities for images {bad[:10].tolist()} (counted from 0); check these images, their metadata and the weights")
     return probs
-
-def _batches(data, metadata, size):
-    "Batches of (image, metadata or None)."
-    if not isinstance(data, np.ndarray):
-        for batch in torch.utils.data.DataLoader(data, batch_size=size): yield batch['image'], batch['metadata']
-        return
-    if data.ndim != 4: raise ValueError(f"images have shape {data.shape}; pass (N, height, width, 3) uint8 RGB")
-    if metadata is not None and len(metadata) != len(data): raise ValueError(f"{len(metadata)} rows of metadata for {len(data)} images; pass one row per image")
-    for k in range(0, len(data), size):
-        yield normalise(data[k:k + size]), None if metadata is None else torch.from_numpy(np.asarray(metadata[k:k + size], np.float32))
 
 # %% ../../nbs/model/23_bundle.ipynb #061b14fb
 class BundleError(ValueError):
