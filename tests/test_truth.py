@@ -242,7 +242,8 @@ def test_shortcut_stands_where_it_is_said(name, where):
 
 
 def test_shortcut_is_seen_in_training_only(tmp_path):
-    data = make_synthetic(tmp_path / "a", per_class=dict(mel=15, nv=15), size=(48, 48), shortcut="cast", shortcut_rate=1., rates=dict(corners=0, hair=0))
+    data = make_synthetic(tmp_path / "a", per_class=dict(mel=15, nv=15), size=(48, 48), shortcut="cast", shortcut_rate=1.,
+                          rates=dict(corners=0, hair=0))
     colour = np.array([np.median(pixels(data, i)[~read_mask(data.mask_path(i))], 0) for i in data.table.image_id])
     orange = colour[:, 0] / colour[:, 2]
     tied = (data.table.diagnosis == "mel") & (data.table.split == "train")
@@ -341,5 +342,10 @@ def test_memory_does_not_grow(tmp_path):
     "Ten times the images, and no more than a few rows more in memory."
     code = ("import resource, sys; from skinlesion.data.truth import make_synthetic; "
             "make_synthetic(sys.argv[1], n_images=int(sys.argv[2]), size=(48, 48)); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
-    peak = [float(subprocess.run([sys.executable, "-c", code, str(tmp_path / n), n], capture_output=True, text=True, check=True).stdout) for n in ("300", "3000")]
+    def peak_of(n):
+        "MiB that drawing `n` images takes at its height, in a process of its own."
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / n), n], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    peak = [peak_of(n) for n in ("300", "3000")]
     assert peak[1] - peak[0] < 60, peak
