@@ -110,19 +110,26 @@ class Look:
     estimated:bool # the lesion's outline is a guess
 
     @property
-    def side(self): return max(self.lesion.shape)
+    def side(self) -> int:
+        "The longer side in pixels."
+        return max(self.lesion.shape)
 
     @cached_property
-    def background(self): return ~(self.near | self.frame)
+    def background(self) -> np.ndarray: # (h,w) bool
+        "What lies outside the widened lesion and the dark corners."
+        return ~(self.near | self.frame)
 
     @cached_property
-    def skin(self): # (n,3) float32 CIELAB, at most 4000 of its pixels; empty where less than `LEAST_SKIN` of the picture is bare skin
+    def skin(self) -> np.ndarray: # (n,3) float32 CIELAB, n at most 4000; empty where less than `LEAST_SKIN` of the picture is bare
+        "Colours of the bare skin."
         bare = self.background & (self.thin_dark < 15) & (self.thin_light < 15)
         at = np.flatnonzero(bare)
         return self.lab.reshape(-1, 3)[_sample(at) if len(at) >= LEAST_SKIN * bare.size else at[:0]]
 
     @cached_property
-    def ink(self): return ink_pixels(self)
+    def ink(self) -> np.ndarray: # (h,w) bool
+        "Where the picture is marked with a pen."
+        return ink_pixels(self)
 
 # %% ../../nbs/audit/46_artefacts.ipynb #b7751595
 def _corner_light(lightness):
@@ -480,7 +487,7 @@ SKIN_REMEDY = ('Report metrics by skin tone and say for whom nothing is known; a
 
 # %% ../../nbs/audit/46_artefacts.ipynb #3fa09f99
 OLDEST = 105 # years; more is a slip of the pen
-AGE_SPREAD = 10 # years between two images of one lesion or patient; more asks for a second look
+AGE_SPREAD = dict(lesion_id=10, patient_id=20) # years between two images of one owner; more asks for a second look
 
 def _age_finding(kind, severity, rows, table, words, remedy):
     "A finding on the rows of some ages, or none."
@@ -498,13 +505,13 @@ def age_findings(
     rows = [(i, (i,), f'age {a:g}') for i, a in zip(odd.image_id, age[odd.index])]
     found = _age_finding('implausible-age', 'warning', rows, table, f'an age of 0, below 0 or above {OLDEST}', 'Correct the age or leave it empty; 0 often stands for unknown')
     rows = []
-    for column in ('lesion_id', 'patient_id'):
+    for column, spread in AGE_SPREAD.items():
         if column not in table: continue
         owner = table[column].fillna('').astype(str).str.strip()
         for name, ages in age[(owner != '') & age.notna()].groupby(owner):
-            if ages.max() - ages.min() > AGE_SPREAD:
+            if ages.max() - ages.min() > spread:
                 rows.append((name, table.image_id[ages.index], f"{column[:-3]} of {', '.join(f'{a:g}' for a in sorted(set(ages)))} years"))
-    return found + _age_finding('age-conflict', 'warning', rows, table, f'ages more than {AGE_SPREAD} years apart for one lesion or patient',
+    return found + _age_finding('age-conflict', 'warning', rows, table, 'ages more than ' + ' or '.join(f'{spread} years apart for one {column[:-3]}' for column, spread in AGE_SPREAD.items() if column in table),
                                 'Check whether the id ties two people together, or an age is wrong')
 
 # %% ../../nbs/audit/46_artefacts.ipynb #8ba816c8
