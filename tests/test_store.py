@@ -1,4 +1,7 @@
-"The image store under kill -9: whatever moment it struck, the old store or the new one stands, and the next build ends in the same bytes."
+"""The image store under kill -9: whatever moment it struck, the old store or the new one stands, and the next build ends in the same bytes.
+
+And what is read from it: the pictures of their files, after additions and changes, and so what was evaluated is what a prediction gives.
+"""
 import os
 import signal
 import subprocess
@@ -11,11 +14,20 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
 from skinlesion.colour import COLOURS, prepare_image
 from skinlesion.data import store as module
+from skinlesion.data.datasets import LesionDataset
+from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.store import ImageStore, append_store, build_store
-from skinlesion.images import encode_png, read_image, read_mask, resize_mask
+from skinlesion.images import encode_png, normalise, read_image, read_mask, resize_mask
+from skinlesion.model.bundle import Member, predict_probs, save_bundle
+from skinlesion.model.fusion import create_model
+from skinlesion.taxonomy import get_label_set
+from skinlesion.use.predict import Predictor
+from skinlesion.views import VIEW_SETS, apply_view
 
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "shutil.copyfile", "tempfile.mkdtemp"}
 
@@ -239,3 +251,81 @@ def test_many_rows(tmp_path, monkeypatch):
         assert (store.image(ids[row]) == value % 251).all()
     for absent in ("", "0", "5000-", ids[7] + "x", ids[7][:-1] + "~", "é"):
         with pytest.raises(ValueError, match="is not in the store"): store.position(absent)
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("steps", [(1, 2, 11), (4, 11), (3, 6, 9, 11)])
+def test_every_image_after_additions(tmp_path, steps, colour):
+    "However a store grew, in whatever shards and threads, every image and mask is that of its file, and of a store built in one go."
+    dataset, out = made(tmp_path, IDS), tmp_path / "out"
+    rng = np.random.default_rng(len(steps))
+    shuffled = [IDS[k] for k in rng.permutation(len(IDS))]
+    store = build_store(known(tmp_path, shuffled[:steps[0]]), out, 9, colour=colour, shard_images=2)
+    for workers, end in enumerate(steps[1:], 1): store = append_store(store, known(tmp_path, shuffled[:end]), workers=workers, shard_images=1 + workers)
+    assert store.ids == shuffled and store.colour == colour
+    check_images(ImageStore(out, verify=True), dataset, colour)
+    whole = build_store(known(tmp_path, shuffled), tmp_path / "whole", 9, colour=colour)
+    assert all((store.image(i) == whole.image(i)).all() and store.original_size(i) == whole.original_size(i) for i in IDS)
+    assert [store.position(i) for i in shuffled] == list(range(11)) and store.table.equals(whole.table)
+
+
+@pytest.mark.parametrize("changed", ["image", "mask", "mask gone", "mask new", "swapped", "Pillow", "OpenCV", "code"])
+def test_a_stale_shard_is_never_used(tmp_path, monkeypatch, changed):
+    "Whatever changed since a shard was kept, the store is that of a build without kept shards, and what is stale was decoded again."
+    dataset, work, decoded = made(tmp_path, IDS), tmp_path / "work", []
+    build_store(dataset, tmp_path / "out", 8, work_dir=work, shard_images=3)
+    with_mask, without = next(i for i in IDS if ord(i[-1]) % 3), next(i for i in IDS if not ord(i[-1]) % 3)
+    other, outline = encode_png(np.full((12, 16, 3), 7, np.uint8)), encode_png(np.eye(12, 16) > 0)
+    first, second = (tmp_path / f"{i}.png" for i in IDS[:2])
+    if changed == "image": first.write_bytes(other)
+    if changed == "mask": (tmp_path / f"{with_mask}.mask").write_bytes(outline)
+    if changed == "mask gone": (tmp_path / f"{with_mask}.mask").unlink()
+    if changed == "mask new": (tmp_path / f"{without}.mask").write_bytes(outline)
+    if changed == "swapped":
+        bytes_of_first = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(bytes_of_first)
+    if changed in ("Pillow", "OpenCV"): monkeypatch.setattr({"Pillow": module.PIL, "OpenCV": module.cv2}[changed], "__version__", "0.0")
+    if changed == "code": monkeypatch.setattr(module, "_code_digest", lambda: "another")
+    def counted(job, recipe, real=module._prepare_one):
+        decoded.append(job[0])
+        return real(job, recipe)
+    monkeypatch.setattr(module, "_prepare_one", counted)
+    store = build_store(dataset, tmp_path / "out", 8, work_dir=work, shard_images=3)
+    assert len(decoded) == (11 if changed in ("Pillow", "OpenCV", "code") else 3)
+    check_images(store, dataset)
+    assert contents(store.root) == contents(build_store(dataset, tmp_path / "fresh", 8, shard_images=3).root)
+
+
+def photographs(folder):
+    "Wide JPEGs, some turned by their EXIF, and the table that goes with them."
+    for k in range(6):
+        noise = np.random.default_rng(k).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        image = Image.fromarray(cv2.resize(noise, (70, 50), interpolation=cv2.INTER_CUBIC))
+        exif = Image.Exif()
+        exif[0x0112] = (1, 6, 3)[k % 3]  # orientation
+        image.save(folder / f"p{k}.jpg", quality=85, exif=exif)
+    table = pd.DataFrame(dict(image_id=[f"p{k}" for k in range(6)], diagnosis=["mel", "nv"] * 3, age=[30., np.nan, 61.] * 2,
+                              sex=["female", "", "male"] * 2, site=["back", "", "face"] * 2))
+    return SimpleNamespace(table=table, image_path=lambda i: folder / f"{i}.jpg", mask_path=lambda i: None)
+
+
+@pytest.mark.parametrize("views", VIEW_SETS)
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_prediction_is_what_evaluation_measured(tmp_path, colour, views):
+    "A file through `Predictor` gets the probabilities that evaluation gets from the store; and views are averaged as by hand."
+    dataset, labels = photographs(tmp_path), get_label_set("ham10000")
+    encoder = MetadataEncoder.fit(dataset.table)
+    store = build_store(dataset, tmp_path / "store", 32, colour=colour)
+    models = {"image": create_model("test_resnet", 7, seed=0), "fused": create_model("test_resnet", 7, encoder.dim, "concat", seed=1)}
+    members = [Member(name, model.eval(), {}) for name, model in models.items()]
+    predictor = Predictor(save_bundle(tmp_path / "bundle", members, labels, encoder, 32, {}, colour=store.colour, views=views))
+    said = predictor.predict_many([dataset.image_path(i) for i in store.ids], dataset.table)[[f"p_{c}" for c in labels.codes]].to_numpy()
+
+    evaluated = np.mean([predict_probs(m, LesionDataset(store, dataset.table, labels, encoder), views=views) for m in models.values()], axis=0)
+    np.testing.assert_allclose(said, evaluated, atol=1e-6)
+    images, values = torch.stack([normalise(store.image(i)) for i in store.ids]), torch.from_numpy(encoder.encode(dataset.table))
+    with torch.inference_mode():
+        by_view = [m(apply_view(images, v), values).double().softmax(1).numpy() for v in VIEW_SETS[views] for m in models.values()]
+    np.testing.assert_allclose(said, np.mean(by_view, axis=0), atol=1e-6)
+    assert np.ptp(said, axis=0).max() > 1e-3  # the pictures do get different answers
