@@ -17,6 +17,8 @@ from skinlesion.data.splits import _decided, _drawn  # the two steps of `stratif
 
 SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 24))]
 SIDE = dict(train="train", unlabelled="train", valid="valid", test="test", external="external")
+PINNED = dict(lesion_id=["train", "valid", "test", "valid", "train", "test", "test"],
+              patient_id=["test", "valid", "test", "train", "train", "train", "train"])  # of seed 7
 AWAY = dict(column="source", values=["clinic"], tied="aside")
 
 
@@ -155,6 +157,37 @@ def test_a_new_link_between_old_groups(seed):
         else:
             with pytest.raises(ValueError, match="1 group.*stand on two sides") as error: split_groups(table, previous=previous, pairs=pair)
             assert all(f"{split.iloc[k]} in previous" in str(error.value) for k in (a, b)) and "Correct the link" in str(error.value)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_duplicates_of_old_images_join_them(seed):
+    "A new image that is a duplicate of an old one, directly or through other new ones, takes its part; all that is old stays; nothing crosses."
+    table, _ = random_table(seed, unlabelled=False, twins=False)
+    split = cut(table, None, "stratified")
+    if split is None: return
+    rng = np.random.default_rng(seed)
+    old = rng.choice(len(table), 8, replace=False)
+    new = pd.DataFrame([dict(image_id=f"new{k}{step}", lesion_id="", patient_id="", diagnosis=table.diagnosis.iloc[k]) for k in old for step in "ab"])
+    ends = [(f"new{k}b", f"new{k}a") for k in old] + [(f"new{k}a", table.image_id.iloc[k]) for k in old]  # b is tied through a alone
+    pairs = pd.DataFrame(ends, columns=["image_id_a", "image_id_b"])
+    grown = pd.concat([table, new], ignore_index=True)
+    for other in (3, 4):
+        parts = split_groups(grown, seed=other, previous=split_table(table, split), pairs=pairs)
+        assert (parts[:len(table)].to_numpy() == split.to_numpy()).all()
+        assert parts[len(table):].tolist() == [split.iloc[k] for k in old for _ in "ab"]
+        check_split(grown.assign(split=parts), pairs)
+    changes = split_changes(grown, parts, split_table(table, split), pairs).set_index("image_id").change
+    assert set(changes[new.image_id]) == {"joined"} and set(changes[table.image_id]) == {"kept"}
+
+
+def test_hash_never_changes():
+    "Parts by name: whoever changes the rule moves the images of all who rely on it."
+    names = ["a", "b", "c", "ISIC_0024306", "HAM_0000118", "patient 7", "Ü"]
+    filler = pd.DataFrame(dict(image_id=[f"x{k}" for k in range(60)], lesion_id=[f"x{k}" for k in range(60)], diagnosis="nv"))
+    ids = dict(image_id=[f"i{k}" for k in range(7)], diagnosis="nv")
+    for column, wanted in PINNED.items():
+        split = split_groups(pd.concat([pd.DataFrame(ids | {column: names}), filler], ignore_index=True), "hash", seed=7)
+        assert split[:7].tolist() == wanted, column
 
 
 @pytest.mark.parametrize("seed", SEEDS)
