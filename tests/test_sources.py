@@ -459,6 +459,18 @@ def test_no_connection_and_no_room(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name == "part.zip"]
 
 
+def test_a_download_that_never_began_leaves_no_folder(tmp_path):
+    with server(send) as (url, _): pass
+    c = replace(COLLECTIONS["isic2020"], files=(remote(url),))
+    with mock.patch.dict(COLLECTIONS, isic2020=c), mock.patch.object(sources.time, "sleep"):
+        with pytest.raises(DownloadError, match=r"part.zip: the publisher's server cannot be reached \(Connection refused\)\. Run it again, it goes on"):
+            download_source("isic2020", tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+        lay(tmp_path / "old", {"notes.txt": b"mine"})
+        with pytest.raises(DownloadError): download_source("isic2020", tmp_path / "old")
+    assert [p.name for p in (tmp_path / "old").iterdir()] == ["notes.txt"]
+
+
 def test_a_source_is_fetched_and_imported(tmp_path):
     files = packed(HAM, in_zip)
     with server(lambda h, start: send(h, start, files[h.path[1:]])) as (url, _):

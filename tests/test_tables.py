@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import tarfile
 import zipfile
@@ -96,7 +97,10 @@ def test_folders_given_one_by_one_and_archives_named_after_splits(tmp_path):
     (["mel/a.png", "nv/b.png", "c.png"], "src/c.png: it lies in no class folder; allowed are CLASS/image and train|val|test/CLASS/image"),
     (["train/mel/a.png", "train/b.png"], "src/train/b.png: it lies in no class folder"),
     (["train/mel/a.png", "nv/b.png"], "src/train/mel/a.png lies below a split and src/nv/b.png does not (1 and 1 images)"),
-    (["mel/a.png", "mel/b.png"], "one class cannot be told from itself"), ([], "no image was given")])
+    (["mel/a.png", "nv/A.png"], "src/nv/A.png: image_id 'A' is already in src/mel/a.png; there it is written 'a'"),
+    (["mel/a.png", "mel/b.png"], "src: all 2 rows have the diagnosis 'mel'; one class cannot be told from itself"), ([], "no image was given"),
+    (["photos.rar"], "no image was given; allowed are CLASS/image and train|val|test/CLASS/image, in folders or archives; tables seen: none; of a kind "
+                     "that is not read (a table is CSV, an archive zip or tar): src/photos.rar")])
 def test_folders_that_cannot_be_meant(tmp_path, names, said):
     source = lay(tmp_path / "src", *names)
     source.mkdir(exist_ok=True)
@@ -105,7 +109,8 @@ def test_folders_that_cannot_be_meant(tmp_path, names, said):
 
 def test_a_folder_with_other_things_in_it(tmp_path):
     source = lay(tmp_path / "src", "mel/a.png", "nv/b.png", **{"nv/notes.docx": b"x", "nv/c.png": b"no picture", "nv/Thumbs.db": b"x"})
-    refused(tmp_path, "src/nv/c.png: its content is no known image", import_folder, source, tmp_path / "out")
+    with pytest.raises(DatasetError) as caught: import_folder(source, tmp_path / "out")
+    assert str(caught.value).startswith("src/nv/c.png: its content is no known image") and str(caught.value).count("c.png") == 1
     report = import_folder(source, tmp_path / "out", skip_bad=True)
     assert report.n_images == 2 and sorted(report.other_files) == ["src/nv/Thumbs.db", "src/nv/notes.docx"] and "c.png" in report.skipped[0]
 
@@ -143,6 +148,41 @@ def clinic(tmp_path):
         "case;photo;finding;grade;refer;itch;years;place;device\nC1;photos/p1.png;Acne;mild;yes;7;31;Face;A\nC1;p2;acne ;2;0;;32;;A\n"
         "C2;photos/more/p3.png;Eczema;;No;3;unknown;left arm;007\nC3;p4.jpg;eczema;3.0;;1;;;\n")
     return tmp_path / "clinic"
+
+
+def test_the_example_of_the_help_works_as_it_stands(tmp_path, monkeypatch):
+    "Word for word, with files of the names that it uses."
+    said = cli("import", "csv", "--help").stdout.replace("\\\n", " ").splitlines()
+    example = shlex.split(next(line for line in said if "skinlesion import csv visits.csv" in line))
+    monkeypatch.chdir(tmp_path)
+    Path("visits.csv").write_text("photo,finding,case,grade,refer\na.png,acne,1,mild,yes\nb.png,eczema,1,Severe,no\nc.png,acne,2,,\n")
+    Path("classes.csv").write_text("code,name,malignant\nacn,acne,no\necz,eczema,no\n")
+    with zipfile.ZipFile("photos.zip", "w") as z:
+        for k, name in enumerate("abc"): z.writestr(f"photos/{name}.png", png(k))
+    ended = cli(*example[1:])
+    assert ended.exit_code == 0, ended.output
+    table = read_dataset(tmp_path / "data").table
+    assert table[["diagnosis", "patient_id", "severity", "urgent"]].values.tolist() == [["acn", "1", "1", "1"], ["ecz", "1", "2", "0"], ["acn", "2", "", ""]]
+    assert "severity: 'mild' read as '1' in 1 rows" in ended.stdout and "licence: not stated" in ended.stdout
+
+
+@pytest.mark.parametrize("words, said", [
+    (["mild=1", "rough=2"], "visits.csv: --map 'rough=2': the word 'rough' stands nowhere in diagnosis, site, age, severity, urgent."),
+    (["midl=1"], "Did you mean 'mild'?"),
+    (["mild=one"], "visits.csv row 2: severity 'one' is not a whole number from 0"),
+    (["mild=1", "MILD=2"], "--map 'mild=1' and --map 'MILD=2' give one word two meanings"),
+    (["mild=1", "left arm=elbo"], "row 4: site 'elbo' is not known"),
+    (["mild=1", "left arm=elbo"], "The word comes from --map 'left arm=elbo'; name a known one there"),
+    (["mild=1", "left arm=unknown"], None)])
+def test_words_of_the_map_are_met_and_known(tmp_path, clinic, words, said):
+    ended = cli("import", "csv", clinic, *OWN, *(w for word in words for w in ("--map", word)), "--out", tmp_path / "out")
+    assert ended.exit_code == (said is not None) and (said or "") in ended.stderr and (tmp_path / "out").exists() == (said is None), ended.output
+    if said is None: assert read_dataset(tmp_path / "out").table.site.tolist() == ["face", "", "", ""]
+
+
+def test_a_class_that_is_nearly_known_is_pointed_out(tmp_path):
+    report = import_folder(lay(tmp_path / "src", "melanma/a.png", "nevus/b.png"), tmp_path / "out")
+    assert "'melanma' became a class of its own. Did you mean 'melanoma'? Then say so (--map 'OLD=NEW')" in report.notes
 
 
 OWN = ("--image-column", "photo", "--label-column", "finding", "--patient-column", "case", "--severity-column", "grade", "--urgent-column", "refer",
@@ -197,7 +237,8 @@ GOOD = "image_id,diagnosis\np1,mel\np2,nv\n"
     ("image_id,diagnosis,age\np1,mel,850\np2,nv,3\n", "t.csv row 2: age '850' is not a number of years from 0 to 120"),
     ("image_id,diagnosis,age\np1,mel,fifty\np2,nv,3\n", "t.csv row 2: age 'fifty' is not a number of years from 0 to 120"),
     ("image_id,diagnosis,site\np1,mel,bakc\np2,nv,\n", "t.csv row 2: site 'bakc' is not known"),
-    ("image_id,diagnosis\nNaN,mel\np2,nv\n", "t.csv row 2"), ("image_id,diagnosis\np1,mel\n", "one class cannot be told from itself")])
+    ("image_id,diagnosis\np1,mel\nP1,nv\n", "t.csv row 3: image_id 'P1' is already in row 2; there it is written 'p1', and a disk that ignores"),
+    ("image_id,diagnosis\nNaN,mel\np2,nv\n", "t.csv row 2: image_id 'NaN' names no image"), ("image_id,diagnosis\np1,mel\n", "one class cannot be told from itself")])
 def test_a_table_that_cannot_be_used(tmp_path, text, said):
     lay(tmp_path / "in", "photos/p1.png", "photos/p2.png", "photos/p3.png")
     lay(tmp_path, "secret.png")
@@ -372,8 +413,29 @@ def test_datasets_that_do_not_go_together(tmp_path):
             About(label_set="ham10000"))
     refused(tmp_path, "image_id 'a' names different pictures in 'one' and 'two'", merge_datasets, [one, two], tmp_path / "out",
             About(label_set="isic2019"))
+    refused(tmp_path, "--map 'scc=foo': diagnosis 'foo' is not in label set ham10000", merge_datasets, [one, two], tmp_path / "out",
+            About(label_set="ham10000"), word_map=dict(scc="foo"))
     (two / "images" / "d.png").unlink()
     refused(tmp_path, "two/metadata.csv row 3: there is no images/d.jpg or .png", merge_datasets, [one, two], tmp_path / "out")
+
+
+def test_ids_that_differ_in_case_are_kept_apart(tmp_path):
+    "On a disk that ignores case the second picture would take the place of the first."
+    one = made(tmp_path, "one", [("x", "", "", "mel", 0), ("a", "", "", "nv", 1)])
+    two = made(tmp_path, "two", [("A", "", "", "mel", 2), ("y", "", "", "nv", 3)])
+    said = "image_id 'a' of 'one' and 'A' of 'two' would be one file on a disk that ignores case; put the dataset before such ids with --prefix-on-co"
+    refused(tmp_path, said, merge_datasets, [one, two], tmp_path / "out")
+    merge_datasets([one, two], tmp_path / "out", prefix_on_collision=True)
+    data = read_dataset(tmp_path / "out")
+    assert data.table.image_id.tolist() == ["x", "one-a", "two-A", "y"]
+    assert (read_image(data.image_path("one-a")) == noise(1)).all() and (read_image(data.image_path("two-A")) == noise(2)).all()
+
+
+def test_a_mapped_class_is_reported_by_a_merge(tmp_path):
+    one = made(tmp_path, "one", [("a", "", "", "mel", 0), ("b", "", "", "nv", 1)])
+    two = made(tmp_path, "two", [("c", "", "", "scc", 2), ("d", "", "", "scc", 3), ("e", "", "", "nv", 4)], "isic2019")
+    report = merge_datasets([one, two], tmp_path / "out", About(label_set="ham10000"), word_map=dict(scc="akiec"))
+    assert "class 'scc' of 'two' read as akiec: 2 images" in report.notes and report.classes["akiec"] == 2
 
 
 # ---- synthetic, and what others gave
@@ -405,6 +467,17 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, source):
     assert ended.exit_code == 1 and "the disk is full while writing" in ended.stderr
     assert {p: p.read_bytes() for p in sorted((tmp_path / "out").rglob("*.*"))} == before
     assert sorted(os.listdir(tmp_path)) == ["in", "one", "out", "two"]
+
+
+def test_an_import_that_is_interrupted_leaves_what_was_there(tmp_path):
+    data = lay(tmp_path / "in", "mel/a.png", "nv/b.png", "nv/c.png")
+    import_folder(data, tmp_path / "out")
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "out").rglob("*.*"))}
+    def interrupt(done, total):
+        if done == 2: raise KeyboardInterrupt
+    for out in ("out", "new"):
+        with pytest.raises(KeyboardInterrupt): import_folder(data, tmp_path / out, About(name="in"), progress=interrupt)
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "out").rglob("*.*"))} == before and sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_FILES', 'MAX_UNPACKED', 'MAX_DEPTH', 'HAM_CITATION', 'COLLECTIONS', 'SOURCES', 'import_ham10000',
            'import_isic2018', 'import_isic2019', 'import_isic2020', 'Entry', 'Found', 'collect', 'apply_word_map',
-           'open_table', 'ImportReport', 'write_import', 'RemoteFile', 'Details', 'Collection', 'import_collection',
-           'DownloadError', 'fetch_file', 'download_source']
+           'open_table', 'ImportReport', 'write_import', 'RemoteFile', 'Details', 'Collection', 'describe_tables',
+           'import_collection', 'DownloadError', 'fetch_file', 'download_source']
 
 # %% ../../nbs/data/12_sources.ipynb #f55688f7
 import bz2
@@ -39,7 +39,7 @@ from pathlib import Path, PurePosixPath
 from .schema import COLUMNS, DatasetError, DatasetInfo, check_target, dataset_writer, read_table, validate_table
 from ..files import safe_name
 from ..images import IMAGE_SUFFIXES, MAX_BYTES, ImageError, clean_image, clean_mask, image_size
-from ..taxonomy import DISCLAIMER, nearest
+from ..taxonomy import DISCLAIMER, comparable, comparable_map, nearest
 from threading import Lock
 
 # %% ../../nbs/data/12_sources.ipynb #5c9f3b87
@@ -272,20 +272,16 @@ def collect(
 # %% ../../nbs/data/12_sources.ipynb #3ba6e9ea
 _WORDS = ('diagnosis', 'site', 'sex')
 
-def _form(word):
-    "How words are compared: no case, no quotes; hyphens, slashes and underscores are spaces."
-    return ' '.join(re.sub(r"[\s_\-/]+", ' ', re.sub(r"['’]", '', str(word))).lower().split())
-
 def apply_word_map(
     table:pd.DataFrame, # with the columns diagnosis, site and sex, as words
     word_map:dict|None, # old word -> new word; case, spaces and hyphens do not count
     where:str='table', # begins the error
 ) -> tuple: # the table, and 'old=new' -> cells changed
     "Replace words; an old one that occurs nowhere is an error."
-    new, counts = {_form(old): (old, word) for old, word in (word_map or {}).items()}, Counter()
+    new, counts = comparable_map(word_map), Counter()
     columns = {}
     for c in _WORDS:
-        forms = table[c].map({w: _form(w) for w in table[c].unique()})
+        forms = table[c].map({w: comparable(w) for w in table[c].unique()})
         counts.update(forms[forms.isin(list(new))].tolist())
         columns[c] = table[c].mask(forms.isin(list(new)), forms.map(lambda f: new.get(f, ('', ''))[1]))
     seen = [w for c in _WORDS for w in table[c].unique() if w]
@@ -308,27 +304,31 @@ def _places(where, lines, n):
     return wheres if lines is None else [f'{w} row {line}' for w, line in zip(wheres, lines)]
 
 # %% ../../nbs/data/12_sources.ipynb #5ff5a189
-def _placed(problem, places):
+def _placed(problem, places, name):
     "A fault whose rows are counted from 1, said with the places of the rows."
     at = re.match(r'@ row (\d+): ', problem)
-    if not at: return problem.replace('@', 'the tables', 1)
+    if not at: return problem.replace('@', name, 1)
     said = re.sub(r'is already in row (\d+);', lambda m: f'is already in {places[int(m[1]) - 1]};', problem[at.end():])
     return f"{places[int(at[1]) - 1]}: {said}"
 
-def _hinted(problem):
-    "What to do about an unknown word."
+def _hinted(problem, word_map):
+    "What to do about an unknown word, or about the `--map` that brought it in."
     m = re.search(r"(?:diagnosis|site|sex) '(.*)' is not (?:in label set|known)", problem)
-    return f"{problem} Or say what it means: --map '{m[1]}=KNOWN WORD'" if m and '--map' not in problem else problem
+    if not m or '--map' in problem: return problem
+    olds = [old for old, new in (word_map or {}).items() if new == m[1]]
+    if olds: return f"{problem} The word comes from --map '{olds[0]}={m[1]}'; name a known one there"
+    return f"{problem} Or say what it means: --map '{m[1]}=KNOWN WORD'"
 
 # %% ../../nbs/data/12_sources.ipynb #6ba40b88
-def _validated(table, info, where, lines):
+def _validated(table, info, where, lines, word_map=None):
     "The canonical table; unknown words come with a hint."
     one = isinstance(where, str) and lines is not None
     name = where if one else '@'
     try: return validate_table(table, info.labels(), name, lines if one else np.arange(1, len(table) + 1), unlabelled=info.unlabelled)
     except DatasetError as e:
         places = None if one else _places(where, lines, len(table))
-        raise DatasetError(where if isinstance(where, str) else 'the tables', [_hinted(p if one else _placed(p, places)) for p in e.problems]) from None
+        said = [p if one else _placed(p, places, info.name) for p in e.problems]
+        raise DatasetError(where if isinstance(where, str) else info.name, [_hinted(p, word_map) for p in said]) from None
 
 def _canonical(table):
     "Every column that a dataset has; what is missing is unknown."
@@ -381,7 +381,7 @@ def _report_text(report):
         *([f"words mapped: {', '.join(f'{k} in {n} cells' for k, n in r.mapped.items())}"] if r.mapped else []),
         *_some("turned or re-encoded as PNG", r.converted), *_some("skipped", r.skipped), *_some("listed as copies of another image", r.duplicates),
         *_some("images without a row, not imported", r.images_without_row), *_some("other files, not read", r.other_files), *r.notes,
-        f"licence: {r.licence}", DISCLAIMER])
+        f"licence: {r.licence or 'not stated'}", DISCLAIMER])
 
 # %% ../../nbs/data/12_sources.ipynb #a881242c
 _LAYERS = ('masks', 'evidence', 'artefacts')
@@ -407,7 +407,7 @@ def _prepare(image_id, place, found):
             if image_id in getattr(found, kind):
                 data, label = _one(getattr(found, kind)[image_id])
                 files[kind] = clean_mask(data, label, image_size(files['images']))
-    except ImageError as e: problems.append(f"{place}: {e}")
+    except ImageError as e: problems.append(str(e) if str(e).startswith(f'{place}: ') else f"{place}: {e}") # in a folder the image is the place
     return files, converted, problems
 
 # %% ../../nbs/data/12_sources.ipynb #49c63749
@@ -480,10 +480,10 @@ def write_import(
     read:tuple=(), # labels of the tables that were used
 ) -> ImportReport:
     "Write a dataset folder from a table and files; any fault is named with its row, and leaves what stood there."
-    name = where if isinstance(where, str) else 'the tables'
+    name = where if isinstance(where, str) else info.name
     words, mapped = apply_word_map(_canonical(table).reset_index(drop=True), word_map, name)
     zero = (pd.to_numeric(words.age, errors='coerce') == 0).to_numpy() & age_zero
-    checked = _validated(words.assign(age=words.age.mask(zero, '')), info, where, lines)
+    checked = _validated(words.assign(age=words.age.mask(zero, '')), info, where, lines, word_map)
     with dataset_writer(out, info) as writer:
         prepared = _prepared(checked.image_id.tolist(), _places(where, lines, len(checked)), found)
         written, masked, converted, problems = _write_files(writer, prepared, len(checked), progress)
@@ -531,13 +531,24 @@ class Collection:
     files:tuple = () # RemoteFile, where the publisher offers them
 
 # %% ../../nbs/data/12_sources.ipynb #f03a1d92
+def describe_tables(
+    found:Found, # what was given
+) -> str: # names and first columns, and up to five files of kinds that are not read, such as a spreadsheet
+    "What stands in for a table that is missing, for errors."
+    unread = 'no text in UTF-8; save it as such'
+    tables = '; '.join(f"{e.label} ({', '.join(n[:20] for n in names[:8]) or unread})" for e, names in found.tables) or 'none'
+    single = any(len(names) == 1 and '|' in names[0] for _, names in found.tables)
+    others = f"{', '.join(found.others[:5])}{f' and {len(found.others) - 5} more' if len(found.others) > 5 else ''}"
+    return (f"tables seen: {tables}" + " (where all is one column, comma, semicolon or tab must divide them)" * single
+            + f"; of a kind that is not read (a table is CSV, an archive zip or tar): {others}" * bool(found.others))
+
+# %% ../../nbs/data/12_sources.ipynb #770b0744
 def _no_table(found, c, what, columns, example):
     "The error of a table that was not given, with what was."
-    seen = '; '.join(f"{e.label} ({', '.join(n[:20] for n in names[:8]) or 'no text in UTF-8; save it as such'})" for e, names in found.tables) or 'none'
     meant = sorted({name for name, o in COLLECTIONS.items() if o is not c for _, names in found.tables if {*o.key, *o.classes} <= set(names)})
     hint = f" What was given is of {' and '.join(meant)}: skinlesion import {meant[0]}" if meant else ''
     return DatasetError(c.info.name, [f"no {what} (a table with the columns {', '.join(columns[:-1])} and {columns[-1]}, such as {example}) was given; "
-                                      f"tables seen: {seen}. Give it beside the image archives.{hint}"])
+                                      f"{describe_tables(found)}. Give it beside the image archives.{hint}"])
 
 def _only(entries, c, what):
     "The only entry, or None; a table that was also given unpacked counts once."
@@ -826,7 +837,8 @@ def _refused(error, file):
 def _lost(error):
     "Why nothing came, or not all of it."
     if isinstance(error, http.client.IncompleteRead): return f"the connection broke {error.expected:,} bytes before the end"
-    return f"the publisher's server cannot be reached ({getattr(error, 'reason', '') or error})"
+    reason = getattr(error, 'reason', '') or error
+    return f"the publisher's server cannot be reached ({getattr(reason, 'strerror', '') or reason})"
 
 def _fetch_part(file, part, progress, tries):
     "Go on after each interruption, as often as `tries` says."
@@ -889,4 +901,7 @@ def download_source(
     if name not in COLLECTIONS or not COLLECTIONS[name].files:
         offered = ', '.join(n for n, c in COLLECTIONS.items() if c.files)
         raise ValueError(f"'{name}' offers no plain files; choose one of {offered}, or fetch the data by hand.{nearest(name, COLLECTIONS)}")
-    return [fetch_file(f, folder, progress) for f in COLLECTIONS[name].files]
+    try: return [fetch_file(f, folder, progress) for f in COLLECTIONS[name].files]
+    except DownloadError:
+        if not any(Path(folder).iterdir()): Path(folder).rmdir() # nothing came, so nothing stays
+        raise

@@ -20,22 +20,18 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
-from .schema import COLUMNS, DatasetError, DatasetInfo, check_target, read_dataset, read_table
-from .sources import Entry, Found, ImportReport, collect, open_table, write_import
+from .schema import COLUMNS, DatasetError, DatasetInfo, check_target, file_key, read_dataset, read_table
+from .sources import Entry, Found, ImportReport, collect, describe_tables, open_table, write_import
 from ..files import sha256_file
 from ..images import ImageError, read_image
-from ..taxonomy import LABEL_SETS, LabelSet, get_label_set, nearest
+from ..taxonomy import LABEL_SETS, LabelSet, comparable, comparable_map, get_label_set, is_missing, nearest
 
 # %% ../../nbs/data/18_tables.ipynb #364631e5
-def _form(word):
-    "How words are compared: no case, no quotes, and hyphens and underscores are spaces."
-    return ' '.join(re.sub(r"[\s_\-/]+", ' ', re.sub(r"['’]", '', str(word))).lower().split())
-
 def _code(form, taken):
     "A code for a class word that is no other's code and no other's word."
     stem = re.sub(r'[^\w.+]+', '_', form).strip('_.+') or 'class'
     tries = (stem if k == 1 else f'{stem}_{k}' for k in range(1, len(taken) + 3))
-    return next(c for c in tries if _form(c) == form or _form(c) not in taken)
+    return next(c for c in tries if comparable(c) == form or comparable(c) not in taken)
 
 # %% ../../nbs/data/18_tables.ipynb #dcbfcc12
 def own_label_set(
@@ -45,11 +41,11 @@ def own_label_set(
     "A label set made from the class words of the data; spellings that differ in case, hyphens or quotes are one class."
     counts = pd.Series([w.strip() for w in words if w.strip()], dtype=object).value_counts()
     spellings = {}
-    for word in sorted(counts.index, key=lambda w: (-counts[w], w)): spellings.setdefault(_form(word), word)
+    for word in sorted(counts.index, key=lambda w: (-counts[w], w)): spellings.setdefault(comparable(word), word)
     taken, names = set(spellings), {}
     for form in sorted(spellings):
         code = _code(form, taken)
-        taken.add(_form(code))
+        taken.add(comparable(code))
         names[code] = spellings[form]
     return LabelSet(name, tuple(sorted(names)), names)
 
@@ -60,7 +56,7 @@ def _flag(word, where):
     "'1', '0', or '' for missing."
     form = word.strip().lower()
     if form in _YES or form in _NO: return '1' if form in _YES else '0'
-    if form in ('', 'nan', 'na', 'n/a', 'none', 'null', 'unknown', '<na>'): return ''
+    if is_missing(word): return ''
     raise ValueError(f"{where} '{word}' is neither yes nor no; allowed are yes, no, 1, 0, true, false, or empty for unknown")
 
 # %% ../../nbs/data/18_tables.ipynb #9909e6df
@@ -84,9 +80,9 @@ def read_labels(
     for code, full, flag, line in zip(words.code, words.name, words.malignant, lines):
         try: said[code] = _flag(flag, f"{path} row {line}: malignant")
         except ValueError as e: problems.append(str(e))
-        for form in {_form(code), _form(full or code)}:
+        for form in {comparable(code), comparable(full or code)}:
             if form in seen: problems.append(f"{path} row {line}: '{full or code}' is already in row {seen[form]}; every code and every name stands once")
-        seen |= {_form(code): line, _form(full or code): line}
+        seen |= {comparable(code): line, comparable(full or code): line}
     if problems: raise DatasetError(path, problems)
     malignant = frozenset(c for c, v in said.items() if v == '1') if any(said.values()) else None
     undecided = frozenset(c for c, v in said.items() if not v) if malignant is not None else frozenset()
@@ -133,14 +129,21 @@ def _bare(name):
 
 def _mapped(words, word_map):
     "Words by `--map`."
-    forms = {_form(old): new for old, new in (word_map or {}).items()}
-    return [forms.get(_form(w), w) for w in words]
+    forms = comparable_map(word_map)
+    return [forms.get(comparable(w), (w, w))[1] for w in words]
 
 def _terms(about):
     "What to say where no licence is known."
     return [] if about.licence else ["the licence was not stated (--licence TEXT); without it nobody knows what may be done with these images"]
 
-# %% ../../nbs/data/18_tables.ipynb #2b06e785
+# %% ../../nbs/data/18_tables.ipynb #a40a094b
+def _near_misses(label_set):
+    "A sentence for each class that is in no built-in set, but nearly."
+    known = [w for s in LABEL_SETS.values() for w in (*s.codes, *s.names.values())]
+    strange = [name for name in label_set.names.values() if not any(_fits(s, [name]) for s in LABEL_SETS.values())]
+    return [f"'{name}' became a class of its own.{near} Then say so (--map 'OLD=NEW')" for name in strange if (near := nearest(name, known))]
+
+# %% ../../nbs/data/18_tables.ipynb #ae12e665
 def _decide(about, name, words, word_map, source, unlabelled=False):
     "`DatasetInfo` of own data, and what the report should say of its classes."
     said = _mapped(words, word_map)
@@ -152,7 +155,7 @@ def _decide(about, name, words, word_map, source, unlabelled=False):
         return info, [f"label set {chosen.name}; words read: {', '.join(read)}" if read else f"label set {chosen.name}", *_terms(about)]
     stated = ', '.join(f"{c} '{n}'" if c != n else c for c, n in chosen.names.items())
     open_point = '' if chosen.malignant is not None else '; what is malignant is not stated, and what needs it will be refused (--labels FILE: code,name,malignant)'
-    return info, [f"label set of the data's own: {stated}{open_point}", *_terms(about)]
+    return info, [f"label set of the data's own: {stated}{open_point}", *(() if about.labels else _near_misses(chosen)), *_terms(about)]
 
 # %% ../../nbs/data/18_tables.ipynb #a0b2d475
 _SPLIT_WORDS = dict(train='train', training='train', val='valid', valid='valid', validation='valid', test='test', testing='test')
@@ -189,9 +192,9 @@ def _gather(paths, out, stack):
 # %% ../../nbs/data/18_tables.ipynb #6a4effe8
 _LAYOUT = 'allowed are CLASS/image and train|val|test/CLASS/image'
 
-def _check_places(placed):
+def _check_places(placed, found):
     "Every image in a class folder, all below splits or none."
-    if not placed: raise DatasetError('folder', [f"no image was given; {_LAYOUT}, in folders or archives"])
+    if not placed: raise DatasetError('folder', [f"no image was given; {_LAYOUT}, in folders or archives; {describe_tables(found)}"])
     problems = [f"{e.label}: it lies in no class folder; {_LAYOUT}. Move or remove it" for e, place in placed if place is None]
     if problems: raise DatasetError('folder', problems)
     inside, outside = ([e.label for e, (split, _) in placed if bool(split) == flag] for flag in (True, False))
@@ -230,7 +233,7 @@ def import_folder(
     out = check_target(out, name)
     with ExitStack() as stack:
         found, placed = _gather(paths, out, stack)
-        _check_places(placed)
+        _check_places(placed, found)
         rows = _folder_rows(placed, path_ids)
         words, splits = [r[1] for r in rows.values()], [r[2] for r in rows.values()]
         info, notes = _decide(about, name, words, word_map, 'class folders')
@@ -290,7 +293,7 @@ def _rename(words, columns, where, unlabelled, used=()):
 def _whole(word, where):
     "A whole number from 0 as a word, or '' for missing."
     text = word.strip()
-    if text.lower() in ('', 'nan', 'na', 'n/a', 'none', 'null', 'unknown', '<na>'): return ''
+    if is_missing(text): return ''
     if re.fullmatch(r'\d+(\.0*)?', text): return str(int(float(text)))
     raise ValueError(f"{where} '{word}' is not a whole number from 0; severity is an order (0, 1, 2, ...), empty for unknown (--map 'mild=1' renames words)")
 
@@ -317,18 +320,28 @@ def _parse_targets(table, places):
     return table
 
 # %% ../../nbs/data/18_tables.ipynb #95d41aea
+def _check_met(table, word_map, name):
+    "An error for a word of the map that stands in no column it reaches."
+    columns = [c for c in ('diagnosis', 'sex', 'site', 'age', *_PARSERS) if c in table]
+    seen = [w for c in columns for w in table[c].unique() if w]
+    forms = {comparable(w) for w in seen}
+    faults = [f"{name}: --map '{old}={new}': the word '{old}' stands nowhere in {', '.join(columns)}.{nearest(old, seen)}"
+              for form, (old, new) in comparable_map(word_map).items() if form not in forms]
+    if faults: raise DatasetError(name, faults)
+
 def _map_targets(table, word_map):
-    "The table with the words of its target columns mapped, the words left for the engine, and a note for each that was used here."
-    left, notes, table = dict(word_map or {}), [], table.copy()
-    elsewhere = {_form(w) for c in ('diagnosis', 'sex', 'site') if c in table for w in table[c].unique()}
-    for old, new in (word_map or {}).items():
-        hits = {c: table[c].map(_form) == _form(old) for c in ('age', *_PARSERS) if c in table}
-        for column, hit in hits.items():
-            if hit.any():
-                table[column] = table[column].mask(hit, new)
-                notes.append(f"{column}: '{old}' read as '{new}' in {hit.sum()} rows")
-        if any(hit.any() for hit in hits.values()) and _form(old) not in elsewhere: del left[old]
-    return table, left, notes
+    "The table with its target columns mapped, the map that the engine is left with, and a note for each word used here."
+    forms, notes, table, met = comparable_map(word_map), [], table.copy(), set()
+    for column in [c for c in ('age', *_PARSERS) if c in table]:
+        said = table[column].map({w: comparable(w) for w in table[column].unique()})
+        for form, (old, new) in forms.items():
+            hit = said == form
+            if not hit.any(): continue
+            met.add(form)
+            table[column] = table[column].mask(hit, new)
+            notes.append(f"{column}: '{old}' read as '{new}' in {hit.sum()} rows")
+    elsewhere = {comparable(w) for c in ('diagnosis', 'sex', 'site') if c in table for w in table[c].unique()}
+    return table, {old: new for form, (old, new) in forms.items() if form not in met - elsewhere}, notes
 
 # %% ../../nbs/data/18_tables.ipynb #bc132f7b
 class _Files:
@@ -389,9 +402,8 @@ def _the_table(found, paths, columns, unlabelled):
     if len(fit) != 1 and len(given) == 1: fit = given
     if len(fit) == 1: return fit[0]
     if fit: raise DatasetError('csv', [f"{len(fit)} tables have the columns {', '.join(wanted)}: {', '.join(e.label for e in fit)}; give only the one that is meant"])
-    seen = '; '.join(f"{e.label} ({', '.join(c[:20] for c in names[:8])})" for e, names in found.tables) or 'none'
     names = [c for _, columns in found.tables for c in columns]
-    raise DatasetError('csv', [f"no table has the columns {', '.join(wanted)}; tables seen: {seen}. Name its columns with --image-column and --label-column."
+    raise DatasetError('csv', [f"no table has the columns {', '.join(wanted)}; {describe_tables(found)}. Name its columns with --image-column and --label-column."
                                f"{''.join(dict.fromkeys(nearest(w, names) for w in wanted if w not in names))}"])
 
 # %% ../../nbs/data/18_tables.ipynb #957fccf0
@@ -456,6 +468,7 @@ def _settle(about, name, table, places, word_map, source, unlabelled):
     "What the data is, its targets parsed, what the report should say, and the words left to map."
     if not len(table): raise DatasetError(name, [f"{name}: there is no row below the header; add the images"])
     if 'diagnosis' not in table: table = table.assign(diagnosis='')
+    _check_met(table, word_map, places[0].split(' row ')[0] if ' row ' in places[0] else name)
     table, left, notes = _map_targets(table, word_map)
     table = _parse_targets(table, places)
     if unlabelled and not (about.label_set or about.labels) and not table.diagnosis.str.strip().any():
@@ -532,7 +545,7 @@ def _image_column(features, columns, source):
     "The one column of pictures."
     fit = [columns.image] if columns.image else [c for c, f in features.items() if _is_image(f)]
     if len(fit) == 1 and fit[0] in features and (_is_image(features[fit[0]]) or getattr(features[fit[0]], 'dtype', '') == 'binary'): return fit[0]
-    if columns.image: raise DatasetError(source, [f"{source}: '{columns.image}' (--image-column) is no column of pictures; the columns are {', '.join(features)}.{nearest(columns.image, features)}"])
+    if columns.image: raise DatasetError(source, [f"{source}: '{columns.image}' (--image-column) is no column of pictures; the columns are {', '.join(features)}.{nearest(columns.image, [c for c in features if c != columns.image])}"])
     raise DatasetError(source, [f"{source}: {len(fit)} columns hold pictures{': ' + ', '.join(fit) if fit else ''}; name one (--image-column) of {', '.join(features)}"])
 
 def _label_column(features, columns, unlabelled):
@@ -647,28 +660,28 @@ def _recoded(part, target, forms, used):
     "code -> code of the target, None where it has no place; `used` takes the words of the map that were met."
     def read(code):
         words = [code, part.label_set.names[code]]
-        hits = [f for w in words if (f := _form(w)) in forms]
+        hits = [f for w in words if (f := comparable(w)) in forms]
         used.update(hits)
-        for word in [forms[f] for f in hits] or words:
-            try: return target.parse(word)
-            except ValueError: continue
+        if hits: return target.parse(forms[hits[0]][1], f"--map '{'='.join(forms[hits[0]])}'")
+        return next((target.parse(w) for w in words if _fits(target, [w])), None)
     return {'': ''} | {code: read(code) for code in part.table.diagnosis.unique() if code}
 
 # %% ../../nbs/data/18_tables.ipynb #9cd72377
 def _recode(parts, target, word_map, skip_bad):
     "The tables in the codes of the target, and a sentence for the rows that are left out."
-    forms, used, tables, problems = {_form(old): new for old, new in (word_map or {}).items()}, set(), [], []
+    forms, used, tables, problems, notes = comparable_map(word_map), set(), [], [], []
     for part in parts:
         codes = _recoded(part, target, forms, used)
         counts = part.table.diagnosis.value_counts()
         problems += [f"{counts[c]} images of class '{c}' of '{part.info.name}' have no place in label set {target.name} ({', '.join(target.codes)})"
                      for c, new in codes.items() if new is None]
+        notes += [f"class '{c}' of '{part.info.name}' read as {new}: {counts[c]} images" for c, new in codes.items() if new and new != c]
         tables.append(part.table.assign(diagnosis=part.table.diagnosis.map(codes)).dropna(subset=['diagnosis']))
     words = [w for part in parts for c in part.label_set.codes for w in (c, part.label_set.names[c])]
-    unmet = [f"--map '{old}={new}': no class is called '{old}'.{nearest(old, words)}" for old, new in (word_map or {}).items() if _form(old) not in used]
+    unmet = [f"--map '{old}={new}': no class is called '{old}'.{nearest(old, words)}" for form, (old, new) in forms.items() if form not in used]
     if unmet or problems and not skip_bad:
         raise DatasetError('merge', [*unmet, *(f"{p}; say what they are (--map 'CODE=KNOWN CODE'), choose another label set, or leave them out (--skip-bad)" for p in problems)])
-    return tables, [f"left out: {p}" for p in problems]
+    return tables, [*notes, *(f"left out: {p}" for p in problems)]
 
 # %% ../../nbs/data/18_tables.ipynb #1d084f7e
 class _Ties:
@@ -693,26 +706,35 @@ def _same_picture(a, b):
     return a.shape == b.shape and bool((a == b).all())
 
 def _sharers(tables):
-    "image_id -> which tables hold it, for those in several."
+    "For each file name that several tables hold: its (table, image_id), which may differ in case."
     where = defaultdict(list)
     for k, table in enumerate(tables):
-        for image_id in table.image_id: where[image_id].append(k)
-    return {i: ks for i, ks in where.items() if len(ks) > 1}
+        for image_id in table.image_id: where[file_key(image_id)].append((k, image_id))
+    return [held for held in where.values() if len(held) > 1]
 
 # %% ../../nbs/data/18_tables.ipynb #2956f601
+def _other_picture(held):
+    "The error of a file name that stands for two pictures; `held` are (dataset, image_id)."
+    name, image_id = held[0]
+    other, spelt = next((h for h in held if h[1] != image_id), held[1])
+    said = (f"image_id '{image_id}' names different pictures in '{name}' and '{other}'" if spelt == image_id else
+            f"image_id '{image_id}' of '{name}' and '{spelt}' of '{other}' would be one file on a disk that ignores case")
+    return f"{said}; put the dataset before such ids with --prefix-on-collision"
+
 def _collisions(parts, tables, prefix, skip_bad):
     "Ids to be prefixed, triples (id, first table, other table) of the same picture, and a sentence for each picture whose diagnoses contradict each other."
     rename, same, problems, contradictions = set(), [], [], {}
     words = [dict(zip(t.image_id, t.diagnosis)) for t in tables]
-    for image_id, ks in _sharers(tables).items():
-        first, names = ks[0], [parts[k].info.name for k in ks]
-        equal = all(_same_picture(parts[first].image_path(image_id), parts[k].image_path(image_id)) for k in ks[1:])
-        said = {words[k][image_id] for k in ks} - {''}
-        if not equal and prefix: rename.add(image_id)
-        elif not equal: problems.append(f"image_id '{image_id}' names different pictures in '{names[0]}' and '{names[1]}'; put the dataset before such ids with --prefix-on-collision")
-        else:
-            same += [(image_id, first, k) for k in ks[1:]]
-            if len(said) > 1: contradictions[image_id] = f"image '{image_id}' is the same picture in '{names[0]}' and '{names[1]}', but its diagnosis is {' and '.join(sorted(said))}"
+    for held in _sharers(tables):
+        (first, image_id), ids, names = held[0], {i for _, i in held}, [parts[k].info.name for k, _ in held]
+        if len(ids) > 1 or not all(_same_picture(parts[first].image_path(image_id), parts[k].image_path(image_id)) for k, _ in held[1:]):
+            rename |= ids
+            if not prefix: problems.append(_other_picture([(parts[k].info.name, i) for k, i in held]))
+            continue
+        same += [(image_id, first, k) for k, _ in held[1:]]
+        said = {words[k][image_id] for k, _ in held} - {''}
+        if len(said) > 1:
+            contradictions[image_id] = f"image '{image_id}' is the same picture in '{names[0]}' and '{names[1]}', but its diagnosis is {' and '.join(sorted(said))}"
     if contradictions and not skip_bad:
         problems += [f"{c}; read one class as the other (--map), correct a row, or leave such images out (--skip-bad)" for c in contradictions.values()]
     if problems: raise DatasetError('merge', problems)
@@ -796,7 +818,7 @@ def merge_datasets(
     joined = lambda key: '; '.join(dict.fromkeys(f'{p.info.name}: {v}' for p in parts if (v := getattr(p.info, key))))
     info = DatasetInfo(name, target.name if target in LABEL_SETS.values() else target.to_dict(), about.licence or licence, about.citation or joined('citation'),
                        joined('source'), unlabelled=any(p.info.unlabelled for p in parts))
-    notes = [*left_out, *(f"left out: {c}" for c in contradictions.values()), *([f"{len(same)} pictures are in several datasets; the first one's row is kept"] if same else []),
-             *([f"{len(rename)} ids name different pictures and were prefixed"] if rename else []), *warnings]
+    notes = [*left_out, *(f"left out: {c}" for c in contradictions.values()), *([f"pictures that several datasets hold, kept as the first one has them: {len(same)}"] if same else []),
+             *([f"ids that name different pictures, now with the dataset before them: {len(rename)}"] if rename else []), *warnings]
     where = [f"{parts[k].root.name}/metadata.csv, image '{file}'" for k, file in zip(whole.part, whole.file)]
     return write_import(out, info, whole.drop(columns=['part', 'file']), _files_of(parts, whole, same), where=where, skip_bad=skip_bad, progress=progress, notes=notes)
