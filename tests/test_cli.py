@@ -169,6 +169,10 @@ def test_download_fetches_into_the_one_path(tmp_path, monkeypatch):
     ended = call(tmp_path / "new")
     assert ended.exit_code == 1 and "cannot be reached" in ended.stderr and fetched == [("isic2019", tmp_path / "new")]
     assert "2 paths were given; give one" in call(tmp_path, tmp_path / "b").stderr and not (tmp_path / "out").exists() and len(fetched) == 1
+    assert "write OLD=NEW" in call(tmp_path / "new", "--map", "moles").stderr and len(fetched) == 1
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    assert "the folder is not empty and is no dataset folder" in call(tmp_path / "new").stderr and len(fetched) == 1  # before gigabytes come
 
 
 def test_map_is_read_once_for_each_word(tmp_path):

@@ -104,7 +104,7 @@ def _option(kind, *names, help, **more): return Annotated[kind, typer.Option(*na
 _Paths = Annotated[list[Path], typer.Argument(metavar='PATH', help='Folders, files and archives (zip, tar), in any order.')]
 _Out = _option(Path, '--out', help='Dataset folder to write; an older import of the same dataset is replaced, anything else is left alone.')
 _SkipBad = _option(bool, '--skip-bad', help='Leave out what cannot be read, and list it.')
-_Map = _option(list[str]|None, '--map', metavar='OLD=NEW', help='Read the word OLD as NEW, in classes, sites and sexes; give it once for each word.')
+_Map = _option(list[str]|None, '--map', metavar='OLD=NEW', help='Read the word OLD as NEW, in classes, sites and sexes, and in the ages, splits and targets of your own table; give it once for each word.')
 _Download = _option(bool, '--download', help='First fetch the files from their publisher into PATH, a folder; what is there already is kept.')
 
 # %% ../../nbs/pipeline/74_cli.ipynb #55c9c97c
@@ -160,9 +160,11 @@ def _fetching(name, done, total):
     if sys.stderr.isatty(): print(f'\r{name} {done >> 20} of {(total or 0) >> 20} MB', end='\n' if done == total else '', file=sys.stderr, flush=True)
 
 # %% ../../nbs/pipeline/74_cli.ipynb #9a695090
-def _fetch(name, paths):
+def _fetch(name, paths, out):
     "The files of a collection, fetched into the one path."
-    from skinlesion.data.sources import download_source
+    from skinlesion.data.schema import check_target
+    from skinlesion.data.sources import COLLECTIONS, download_source
+    check_target(out, COLLECTIONS[name].info.name) # gigabytes are fetched only for a place that can be written
     if len(paths) != 1: raise ValueError(f"--download puts the files into one folder, and {len(paths)} paths were given; give one")
     if paths[0].is_file(): raise ValueError(f"{paths[0]}: this is a file; --download puts files into a folder, so give one")
     return download_source(name, paths[0], _fetching)
@@ -171,8 +173,9 @@ def _collection(name, title, files):
     "The command that imports a published collection."
     def command(ctx:typer.Context, paths:_Paths, out:_Out, words:_Map=None, skip_bad:_SkipBad=False, download:_Download=False):
         from skinlesion.data.sources import SOURCES
-        if download: paths = _fetch(name, paths)
-        _say(str(SOURCES[name](paths, out, **_shared(ctx.params))))
+        options = _shared(ctx.params)
+        if download: paths = _fetch(name, paths, out)
+        _say(str(SOURCES[name](paths, out, **options)))
     command.__doc__ = f"""Import {title} as its publisher lays it out.
 
     \b
