@@ -77,7 +77,7 @@ def _check_recipe(r):
         count = getattr(r, name)
         if count is not None and (count != int(count) or count < 0): raise ValueError(f"{name} is {count}; choose a whole number from 0 on")
     known = (*BASE_RATES, 'corners')
-    for name in r.rates or (): 
+    for name in r.rates or ():
         if name not in known: raise ValueError(f"rates: '{name}' is no artefact; allowed are {', '.join(known)}.{nearest(name, known)}")
     if len(r.size) != 2 or min(r.size) < 48:
         raise ValueError(f"size is {tuple(r.size)}; choose (height, width) of at least (48, 48), smaller images show no structures")
