@@ -261,7 +261,8 @@ def test_every_image_after_additions(tmp_path, steps, colour):
     rng = np.random.default_rng(len(steps))
     shuffled = [IDS[k] for k in rng.permutation(len(IDS))]
     store = build_store(known(tmp_path, shuffled[:steps[0]]), out, 9, colour=colour, shard_images=2)
-    for workers, end in enumerate(steps[1:], 1): store = append_store(store, known(tmp_path, shuffled[:end]), workers=workers, shard_images=1 + workers)
+    for workers, end in enumerate(steps[1:], 1):
+        store = append_store(store, known(tmp_path, shuffled[:end]), workers=workers, shard_images=1 + workers)
     assert store.ids == shuffled and store.colour == colour
     check_images(ImageStore(out, verify=True), dataset, colour)
     whole = build_store(known(tmp_path, shuffled), tmp_path / "whole", 9, colour=colour)
