@@ -463,7 +463,8 @@ def test_a_download_that_never_began_leaves_no_folder(tmp_path):
     with server(send) as (url, _): pass
     c = replace(COLLECTIONS["isic2020"], files=(remote(url),))
     with mock.patch.dict(COLLECTIONS, isic2020=c), mock.patch.object(sources.time, "sleep"):
-        with pytest.raises(DownloadError, match=r"part.zip: the publisher's server cannot be reached \(Connection refused\)\. Run it again, it goes on"):
+        said = r"part.zip: the publisher's server cannot be reached \(Connection refused\)\. Run it again, it goes on"
+        with pytest.raises(DownloadError, match=said):
             download_source("isic2020", tmp_path / "new")
         assert not (tmp_path / "new").exists()
         lay(tmp_path / "old", {"notes.txt": b"mine"})

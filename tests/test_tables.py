@@ -99,8 +99,8 @@ def test_folders_given_one_by_one_and_archives_named_after_splits(tmp_path):
     (["train/mel/a.png", "nv/b.png"], "src/train/mel/a.png lies below a split and src/nv/b.png does not (1 and 1 images)"),
     (["mel/a.png", "nv/A.png"], "src/nv/A.png: image_id 'A' is already in src/mel/a.png; there it is written 'a'"),
     (["mel/a.png", "mel/b.png"], "src: all 2 rows have the diagnosis 'mel'; one class cannot be told from itself"), ([], "no image was given"),
-    (["photos.rar"], "no image was given; allowed are CLASS/image and train|val|test/CLASS/image, in folders or archives; tables seen: none; of a kind "
-                     "that is not read (a table is CSV, an archive zip or tar): src/photos.rar")])
+    (["photos.rar"], "no image was given; allowed are CLASS/image and train|val|test/CLASS/image, in folders or archives; tables seen: "
+                     "none; of a kind that is not read (a table is CSV, an archive zip or tar): src/photos.rar")])
 def test_folders_that_cannot_be_meant(tmp_path, names, said):
     source = lay(tmp_path / "src", *names)
     source.mkdir(exist_ok=True)
@@ -162,7 +162,8 @@ def test_the_example_of_the_help_works_as_it_stands(tmp_path, monkeypatch):
     ended = cli(*example[1:])
     assert ended.exit_code == 0, ended.output
     table = read_dataset(tmp_path / "data").table
-    assert table[["diagnosis", "patient_id", "severity", "urgent"]].values.tolist() == [["acn", "1", "1", "1"], ["ecz", "1", "2", "0"], ["acn", "2", "", ""]]
+    assert table[["diagnosis", "severity", "urgent"]].values.tolist() == [["acn", "1", "1"], ["ecz", "2", "0"], ["acn", "", ""]]
+    assert table.patient_id.tolist() == ["1", "1", "2"]
     assert "severity: 'mild' read as '1' in 1 rows" in ended.stdout and "licence: not stated" in ended.stdout
 
 
@@ -238,7 +239,8 @@ GOOD = "image_id,diagnosis\np1,mel\np2,nv\n"
     ("image_id,diagnosis,age\np1,mel,fifty\np2,nv,3\n", "t.csv row 2: age 'fifty' is not a number of years from 0 to 120"),
     ("image_id,diagnosis,site\np1,mel,bakc\np2,nv,\n", "t.csv row 2: site 'bakc' is not known"),
     ("image_id,diagnosis\np1,mel\nP1,nv\n", "t.csv row 3: image_id 'P1' is already in row 2; there it is written 'p1', and a disk that ignores"),
-    ("image_id,diagnosis\nNaN,mel\np2,nv\n", "t.csv row 2: image_id 'NaN' names no image"), ("image_id,diagnosis\np1,mel\n", "one class cannot be told from itself")])
+    ("image_id,diagnosis\nNaN,mel\np2,nv\n", "t.csv row 2: image_id 'NaN' names no image"),
+    ("image_id,diagnosis\np1,mel\n", "one class cannot be told from itself")])
 def test_a_table_that_cannot_be_used(tmp_path, text, said):
     lay(tmp_path / "in", "photos/p1.png", "photos/p2.png", "photos/p3.png")
     lay(tmp_path, "secret.png")

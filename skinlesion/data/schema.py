@@ -76,7 +76,9 @@ def _read_info(path):
 # %% ../../nbs/data/10_schema.ipynb #9fb24151
 def _table_text(source, name):
     "The text of a table, and its delimiter: the one of comma, tab and semicolon that its header uses most."
-    try: text = (data := source if isinstance(source, bytes) else Path(source).read_bytes()).decode('utf-8-sig')
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        text = data.decode('utf-8-sig')
     except FileNotFoundError: raise FileNotFoundError(f"{name}: no such table; check the path") from None
     except IsADirectoryError: raise DatasetError(name, [f"{name}: this is a folder; name the CSV file"]) from None
     except UnicodeDecodeError as e:
@@ -102,9 +104,12 @@ def read_table(
         reader = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, strict=True)
         header = [c.strip() for c in next(reader, [])]
         rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as e: raise DatasetError(name, [f"{name} row {reader.line_num}: not readable as CSV ({e}); close every quote that is opened, and save the table as CSV again"]) from None
+    except csv.Error as e:
+        raise DatasetError(name, [f"{name} row {reader.line_num}: not readable as CSV ({e}); close every quote that is opened, "
+                                  "and save the table as CSV again"]) from None
     doubled = sorted({c for c in header if header.count(c) > 1})
-    problems = [f"{name} row 1: the column '{c}' is there twice; rename one" for c in doubled] + _other_delimiter(name, header) if header else [f"{name}: the table is empty; its first row must name the columns"]
+    if not header: raise DatasetError(name, [f"{name}: the table is empty; its first row must name the columns"])
+    problems = [f"{name} row 1: the column '{c}' is there twice; rename one" for c in doubled] + _other_delimiter(name, header)
     problems += [f"{name} row {line}: {len(row)} cells where the header has {len(header)}; quote cells that hold a comma"
                  for line, row in rows if len(row) != len(header)]
     if problems: raise DatasetError(name, problems)

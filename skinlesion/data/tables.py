@@ -545,7 +545,9 @@ def _image_column(features, columns, source):
     "The one column of pictures."
     fit = [columns.image] if columns.image else [c for c, f in features.items() if _is_image(f)]
     if len(fit) == 1 and fit[0] in features and (_is_image(features[fit[0]]) or getattr(features[fit[0]], 'dtype', '') == 'binary'): return fit[0]
-    if columns.image: raise DatasetError(source, [f"{source}: '{columns.image}' (--image-column) is no column of pictures; the columns are {', '.join(features)}.{nearest(columns.image, [c for c in features if c != columns.image])}"])
+    if columns.image:
+        near = nearest(columns.image, [c for c in features if c != columns.image])
+        raise DatasetError(source, [f"{source}: '{columns.image}' (--image-column) is no column of pictures; the columns are {', '.join(features)}.{near}"])
     raise DatasetError(source, [f"{source}: {len(fit)} columns hold pictures{': ' + ', '.join(fit) if fit else ''}; name one (--image-column) of {', '.join(features)}"])
 
 def _label_column(features, columns, unlabelled):
@@ -754,22 +756,31 @@ def _keyed(parts, tables, same):
         ties.tie(('lesion', lesion), ('lesion', lesion2))
         if patient and patient2: ties.tie(('patient', patient), ('patient', patient2))
         known.setdefault((first, image_id), patient2)
+    def named(kind, key):
+        if not key: return ''
+        source, value = ties.find((kind, key))[1]
+        return f'{source}:{value}' if several else value
     for k, table in enumerate(tables):
         table['patient_id'] = [p or known.get((k, i), '') for i, p in zip(table.image_id, table.patient_id)]
-        for kind in ('lesion', 'patient'):
-            table[f'{kind}_id'] = [(':'.join(ties.find((kind, v))[1]) if several else ties.find((kind, v))[1][1]) if v else '' for v in table[f'{kind}_id']]
+        for kind in ('lesion', 'patient'): table[f'{kind}_id'] = [named(kind, key) for key in table[f'{kind}_id']]
     return tables
 
 # %% ../../nbs/data/18_tables.ipynb #f5a7d5ce
+_RESTRICTIONS = {
+    r'\bNC\b|non-?\s?commercial': 'allows no commercial use, so neither does the whole',
+    r'\bND\b|no-?\s?deriv': 'allows no altered copies, and an image here may be turned or re-encoded',
+    r'\bSA\b|share-?\s?alike': 'asks that what is made of it be passed on under the same terms'}
+
 def join_licences(
     infos, # of DatasetInfo
 ) -> tuple: # one text, and a warning for each licence that restricts or is unknown
-    "The licences of several datasets, each named."
-    terms = {i.name: i.licence.strip() for i in infos}
-    warn = {n: 'is not known: nobody may pass the images on before it is' for n, t in terms.items() if not t or t.lower() == 'unknown'}
-    warn |= {n: f'({t}) allows no commercial use, so neither does the whole' for n, t in terms.items() if re.search(r'\bNC\b|non-?\s?commercial', t, re.I)}
-    text = '; '.join(f"{n}: {t or 'unknown'}" for n, t in terms.items()) if len(terms) > 1 else next(iter(terms.values()))
-    return text, [f"the licence of '{n}' {said}" for n, said in warn.items()]
+    "The licences of several datasets, each named; two of one name keep both."
+    terms = list(dict.fromkeys((i.name, i.licence.strip()) for i in infos))
+    warnings = []
+    for name, term in terms:
+        if not term or term.lower() == 'unknown': warnings.append(f"the licence of '{name}' is not known: nobody may pass the images on before it is")
+        warnings += [f"the licence of '{name}' ({term}) {said}" for pattern, said in _RESTRICTIONS.items() if re.search(pattern, term, re.I)]
+    return '; '.join(f"{name}: {term or 'unknown'}" for name, term in terms) if len(terms) > 1 else terms[0][1], warnings
 
 # %% ../../nbs/data/18_tables.ipynb #98a52153
 def _together(parts, tables, rename, same):
@@ -818,7 +829,8 @@ def merge_datasets(
     joined = lambda key: '; '.join(dict.fromkeys(f'{p.info.name}: {v}' for p in parts if (v := getattr(p.info, key))))
     info = DatasetInfo(name, target.name if target in LABEL_SETS.values() else target.to_dict(), about.licence or licence, about.citation or joined('citation'),
                        joined('source'), unlabelled=any(p.info.unlabelled for p in parts))
-    notes = [*left_out, *(f"left out: {c}" for c in contradictions.values()), *([f"pictures that several datasets hold, kept as the first one has them: {len(same)}"] if same else []),
+    notes = [*left_out, *(f"left out: {c}" for c in contradictions.values()),
+             *([f"pictures that several datasets hold, kept as the first one has them: {len(same)}"] if same else []),
              *([f"ids that name different pictures, now with the dataset before them: {len(rename)}"] if rename else []), *warnings]
     where = [f"{parts[k].root.name}/metadata.csv, image '{file}'" for k, file in zip(whole.part, whole.file)]
     return write_import(out, info, whole.drop(columns=['part', 'file']), _files_of(parts, whole, same), where=where, skip_bad=skip_bad, progress=progress, notes=notes)
