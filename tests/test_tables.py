@@ -433,6 +433,16 @@ def test_ids_that_differ_in_case_are_kept_apart(tmp_path):
     assert (read_image(data.image_path("one-a")) == noise(1)).all() and (read_image(data.image_path("two-A")) == noise(2)).all()
 
 
+def test_a_class_that_holds_more_is_not_read_as_the_narrower(tmp_path):
+    "HAM10000's akiec holds Bowen's disease, which ISIC 2019 counts as scc: of the 224 images of akiec beside this repository, 126 are scc there."
+    one = made(tmp_path, "one", [("a", "", "", "akiec", 0), ("b", "", "", "nv", 1)])
+    two = made(tmp_path, "two", [("c", "", "", "ak", 2), ("d", "", "", "scc", 3)], "isic2019")
+    refused(tmp_path, "1 images of class 'akiec' of 'one' have no place in label set isic2019", merge_datasets, [one, two], tmp_path / "out",
+            About(label_set="isic2019"))
+    merge_datasets([one, two], tmp_path / "out", About(label_set="isic2019"), word_map=dict(akiec="ak"))
+    assert read_dataset(tmp_path / "out").table.diagnosis.tolist() == ["ak", "nv", "ak", "scc"]
+
+
 def test_a_mapped_class_is_reported_by_a_merge(tmp_path):
     one = made(tmp_path, "one", [("a", "", "", "mel", 0), ("b", "", "", "nv", 1)])
     two = made(tmp_path, "two", [("c", "", "", "scc", 2), ("d", "", "", "scc", 3), ("e", "", "", "nv", 4)], "isic2019")

@@ -665,6 +665,7 @@ def _recoded(part, target, forms, used):
         hits = [f for w in words if (f := comparable(w)) in forms]
         used.update(hits)
         if hits: return target.parse(forms[hits[0]][1], f"--map '{'='.join(forms[hits[0]])}'")
+        if part.label_set in LABEL_SETS.values(): words = words[:1] # 'akiec' is named actinic keratoses, but also holds Bowen's disease: it is not 'ak'
         return next((target.parse(w) for w in words if _fits(target, [w])), None)
     return {'': ''} | {code: read(code) for code in part.table.diagnosis.unique() if code}
 

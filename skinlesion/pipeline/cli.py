@@ -265,7 +265,7 @@ def import_merged(
     \b
     Examples:
       skinlesion import merge ham clinic --out data
-      skinlesion import merge ham isic2019 --label-set isic2019 --out data
+      skinlesion import merge ham isic2019 --label-set isic2019 --skip-bad --out data
     """
     from skinlesion.data.tables import merge_datasets
     _say(str(merge_datasets(paths, out, _about(ctx.params), prefix_on_collision, **_shared(ctx.params))))
