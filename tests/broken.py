@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-SECRET = "Jane-Doe-1961-Lat48.2"  # stands in every kind of metadata; no output may hold it
+GOSSIP = "patient 4711 at 48.2 N"  # stands in every kind of metadata; no output may hold it
 
 
 def pixels(height=24, width=32):
@@ -48,28 +48,28 @@ def big_png(width, height):
 def exif_bytes(orientation=None):
     "EXIF with a name, a place and, if given, an orientation."
     exif = Image.Exif()
-    exif[0x010E] = exif[0x013B] = SECRET
+    exif[0x010E] = exif[0x013B] = GOSSIP
     if orientation: exif[0x0112] = orientation
     exif.get_ifd(0x8825)[1] = "N"
     return exif
 
 
-def gossip():
-    "Pictures of every allowed type that carry SECRET wherever a picture can."
+def talkative():
+    "Pictures of every allowed type that carry GOSSIP wherever a picture can."
     image = pixels()
-    xmp = f"<x:xmpmeta xmlns:x='adobe:ns:meta/'>{SECRET}</x:xmpmeta>".encode()
-    jpeg = encoded(image, "JPEG", quality=95, exif=exif_bytes(), comment=SECRET.encode())
-    extra = jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp) + jpeg_segment(0xED, b"Photoshop 3.0\0" + SECRET.encode())
+    xmp = f"<x:xmpmeta xmlns:x='adobe:ns:meta/'>{GOSSIP}</x:xmpmeta>".encode()
+    jpeg = encoded(image, "JPEG", quality=95, exif=exif_bytes(), comment=GOSSIP.encode())
+    extra = jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp) + jpeg_segment(0xED, b"Photoshop 3.0\0" + GOSSIP.encode())
     text = PngInfo()
-    text.add_text("Author", SECRET)
-    text.add_text("Comment", SECRET, zip=True)
+    text.add_text("Author", GOSSIP)
+    text.add_text("Comment", GOSSIP, zip=True)
     text.add_itxt("XML:com.adobe.xmp", xmp.decode())
     tiff = Image.fromarray(image)
     return {
-        "a.jpg": jpeg[:2] + extra + jpeg[2:] + SECRET.encode(),
-        "a.png": encoded(image, "PNG", pnginfo=text, exif=exif_bytes()) + SECRET.encode(),
+        "a.jpg": jpeg[:2] + extra + jpeg[2:] + GOSSIP.encode(),
+        "a.png": encoded(image, "PNG", pnginfo=text, exif=exif_bytes()) + GOSSIP.encode(),
         "a.webp": encoded(image, "WEBP", lossless=True, exif=exif_bytes().tobytes(), xmp=xmp),
-        "a.tif": encoded(tiff, "TIFF", tiffinfo={270: SECRET, 315: SECRET}),
+        "a.tif": encoded(tiff, "TIFF", tiffinfo={270: GOSSIP, 315: GOSSIP}),
         "turned.jpg": encoded(image, "JPEG", quality=95, exif=exif_bytes(6)),
         "turned.png": encoded(image, "PNG", pnginfo=text, exif=exif_bytes(3))}
 
