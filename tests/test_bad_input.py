@@ -362,7 +362,7 @@ def test_prepare_stops_at_a_lesion_that_crosses(repo):
         table.write_text(old)
         (repo / "reports" / "prepare" / "failed.ipynb").unlink(missing_ok=True)
     assert "ValueError: 1 lesion(s) cross splits: lesion 'L_mel0' in train, valid. Put all images of a lesion into one split" in said
-    assert '"The split":' in said and "--> 1 parts = split_groups(" in said and "jupyter lab reports/prepare/failed.ipynb" in said
+    assert '"The split":' in said and "--> 4 parts = split_groups(" in said and "jupyter lab reports/prepare/failed.ipynb" in said
 
 
 def run_here(repo, said, words=("prepare",), params=None):
@@ -391,7 +391,8 @@ def run_here(repo, said, words=("prepare",), params=None):
     ("    fused:", "    ensemble:", "'ensemble' cannot be a member's name"),
     ("    fused:", "    7:", "train.members holds the name 7, which is no text; write it in quotes"),
     ("policy: column", "policy: colum",
-     "policy is 'colum'; allowed: stratified, column (stratified by class, or as the column `split` of metadata.csv says). Did you mean 'column'?"),
+     "policy is 'colum'; allowed: stratified, hash, column (stratified by class, by the hash of seed and group alone (stable "
+     "without memory), or as the column `split` of metadata.csv says). Did you mean 'column'?"),
     ("[gradcam, eigencam, scorecam]", "[gradcm]", "explain.methods[0] is 'gradcm'; allowed: list of gradcam, eigencam, scorecam"),
     ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.2]", "[0.7, 0.2, 0.2] sums to 1.1; give three shares"), ("base:", "base: [", "params.yaml line 5, column 3")])
 def test_a_parameter_that_cannot_be_used(repo, old, new, said):
