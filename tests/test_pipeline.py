@@ -87,7 +87,7 @@ def leaves(tree, path=()):
 
 def is_count(path):
     "Whether a leaf counts things: there is nothing to be unsure about."
-    return path[0] in ("images", "explained", "best_epoch") or path[-1] in ("n", "undefined")
+    return path[0] in ("images", "audit", "explained", "best_epoch") or path[-1] in ("n", "undefined")
 
 
 def leaf_problem(path, leaf):
