@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from ..images import IMAGENET_MEAN, IMAGENET_STD, to_tensor
+from ..images import normalise
 from .augment import augment_image, make_augment
 
 # %% ../../nbs/data/17_datasets.ipynb #586af27d
@@ -34,23 +34,36 @@ def _targets(
     index = {word: label_set.index(label_set.parse(word, where=f"image '{image_id}'")) for word, image_id in zip(first['diagnosis'], first['image_id'])}
     return torch.tensor([index[word] for word in table['diagnosis']], dtype=torch.int64)
 
+def _check_extra(
+    targets:dict, # head -> (N,) int64
+    n:int, # rows of the dataset
+) -> dict: # the same
+    "Targets of further heads, one for each row."
+    for name, values in targets.items():
+        if not torch.is_tensor(values) or values.dtype != torch.int64 or values.shape != (n,):
+            found = f'{values.dtype} {tuple(values.shape)}' if torch.is_tensor(values) else type(values).__name__
+            raise ValueError(f"targets_extra['{name}'] is {found}; a tensor int64 ({n},) is expected, one number for each row of the table, -1 where unknown")
+    return dict(targets)
+
 # %% ../../nbs/data/17_datasets.ipynb #87b75324
 class LesionDataset(Dataset):
-    "Items of the rows of `table`: dict(image, metadata, target, index)."
+    "Items of the rows of `table`: dict(image, metadata, target, index), and heads where there are targets for them."
     def __init__(self,
         store, # data.store.ImageStore that holds every image of `table`
         table:pd.DataFrame, # one row per image: image_id, diagnosis, and age, sex, site for the encoder
-        label_set, # taxonomy.LabelSet of the diagnoses
+        label_set, # taxonomy.LabelSet of the diagnoses; None where they are not to be read: every target is then -1
         encoder=None, # data.metadata.MetadataEncoder; None for metadata of width 0
         augment=None, # policy of `make_augment`, or what it returns; None for the image as it is
         seed:int=0, # of the augmentation
+        targets_extra:dict|None=None, # of further heads: name -> (N,) int64, -1 where unknown
     ):
         if not len(table): raise ValueError('the table of this dataset has no rows; check the split it was taken from')
         self.store, self.label_set, self.seed = store, label_set, seed
         self.table = table.reset_index(drop=True)
         self.ids = self.table['image_id'].tolist()
         for image_id in self.ids: store.position(image_id)
-        self.targets = _targets(self.table, label_set)
+        self.targets = torch.full((len(self.ids),), -1) if label_set is None else _targets(self.table, label_set)
+        self.targets_extra = _check_extra(targets_extra or {}, len(self.ids))
         self.metadata = torch.zeros(len(self.ids), 0) if encoder is None else torch.from_numpy(encoder.encode(self.table))
         self.augment = make_augment(augment, store.size) if isinstance(augment, str) else augment
 
@@ -64,11 +77,17 @@ class LesionDataset(Dataset):
         image = self.store.image(self.ids[i])
         return image if self.augment is None else augment_image(self.augment, image, view_seed(self.seed, epoch, self.ids[i]))
 
+    def facts(self,
+        index:torch.Tensor, # () or (B,) int64: rows of the table
+    ) -> dict: # metadata (B,D) float32, target (B,) int64, index, and heads: name -> (B,) int64, absent where the dataset has none
+        "All that goes with the images of some rows."
+        heads = {name: values[index] for name, values in self.targets_extra.items()}
+        return dict(metadata=self.metadata[index], target=self.targets[index], index=index) | (dict(heads=heads) if heads else {})
+
     def __getitem__(self, key):
         "The item of row `i`, or of `(i, epoch)`; the image normalised, (3,H,W) float32."
         i, epoch = key if isinstance(key, tuple) else (key, 0)
-        i = int(i)
-        return dict(image=to_tensor(self.view(i, epoch)), metadata=self.metadata[i], target=self.targets[i], index=torch.tensor(i))
+        return dict(image=normalise(self.view(int(i), epoch)), **self.facts(torch.tensor(int(i))))
 
 # %% ../../nbs/data/17_datasets.ipynb #b032be38
 class EpochSampler(Sampler):
@@ -90,16 +109,6 @@ class EpochSampler(Sampler):
         return iter([(i, self.epoch) for i in order[self.skip:].tolist()])
 
 # %% ../../nbs/data/17_datasets.ipynb #e9568dac
-def _normalise_batch(
-    views:list, # of (H,W,3) uint8, all of one size
-) -> torch.Tensor: # (B,3,H,W) float32, channels-last in memory
-    "The numbers of `images.normalise`, in the memory format that a CPU prefers."
-    pixels = torch.from_numpy(np.stack(views))
-    b, h, w, _ = pixels.shape
-    mean, std = ((torch.tensor(v) * 255).repeat(w) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return pixels.view(b, h, 3 * w).float().sub_(mean).div_(std).view(b, h, w, 3).permute(0, 3, 1, 2)
-
-# %% ../../nbs/data/17_datasets.ipynb #7bb8c058
 class _Views(Dataset):
     "The rows and raw pixels of a `LesionDataset`, for `_collate`."
     def __init__(self, dataset): self.dataset = dataset
@@ -108,16 +117,16 @@ class _Views(Dataset):
 
     def collate(self,
         items:list, # of (i, view)
-    ) -> dict: # image (B,3,H,W) float32, metadata (B,D) float32, target (B,) int64, index (B,) int64
+    ) -> dict: # image (B,3,H,W) float32, metadata (B,D) float32, target (B,) int64, index (B,) int64, heads (where there are) name -> (B,) int64
         "One batch."
-        index = torch.tensor([i for i, _ in items])
-        return dict(image=_normalise_batch([v for _, v in items]), metadata=self.dataset.metadata[index], target=self.dataset.targets[index], index=index)
+        rows, views = zip(*items)
+        return dict(image=normalise(np.stack(views), channels_last=True), **self.dataset.facts(torch.tensor(rows)))
 
 def _start_worker(worker:int):
     "OpenCV in one thread: its threads do not survive the fork, and workers share the cores already."
     cv2.setNumThreads(0)
 
-# %% ../../nbs/data/17_datasets.ipynb #93cad814
+# %% ../../nbs/data/17_datasets.ipynb #7bb8c058
 def make_loader(
     dataset:LesionDataset, # what to load
     batch_size:int, # items in a batch; the last batch may be smaller
@@ -126,7 +135,7 @@ def make_loader(
     workers:int=0, # processes; the batches do not depend on it
     skip:int=0, # items of this epoch already seen
     drop_last:bool=False, # leave out a last batch that is not full
-) -> DataLoader: # of dict(image, metadata, target, index)
+) -> DataLoader: # of dict(image, metadata, target, index, and heads where there are)
     "The batches of one epoch; the global random state is left alone."
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; choose 1 or more")
     views = _Views(dataset)
