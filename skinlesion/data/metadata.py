@@ -141,3 +141,11 @@ def from_dict(cls:MetadataEncoder,
     "Rebuild an encoder; unknown, missing or impossible values are an error."
     _check_encoder(values, [f.name for f in fields(cls)])
     return cls(float(values['age_mean']), float(values['age_std']), tuple(values['sexes']), tuple(values['sites']))
+
+# %% ../../nbs/data/16_metadata.ipynb #66a45e9e
+@patch
+def groups(self:MetadataEncoder) -> list: # of dict: name, columns (list of int), missing (list of float, one per column); plain JSON values
+    "The columns of each field, and their values where it is unknown."
+    unknown, fields = self.encode_one().tolist(), {}
+    for column, name in enumerate(self.names): fields.setdefault(name.split('_')[0], []).append(column)
+    return [dict(name=name, columns=columns, missing=[unknown[c] for c in columns]) for name, columns in fields.items()]
