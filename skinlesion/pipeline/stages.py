@@ -6,7 +6,7 @@
 __all__ = ['StageError', 'Stopped', 'notebook_parameters', 'check_parameters', 'plain_text', 'canonical_notebook',
            'notebook_text', 'mirror_tree', 'undo_swap', 'swap_outputs', 'run_lock', 'end_with_parent', 'stop_signals',
            'StageKernel', 'cell_title', 'Progress', 'StageEngine', 'execute_cells', 'tree_sha256', 'stage_provenance',
-           'run_record', 'failure_text', 'link_cache', 'run_notebook', 'run_stage']
+           'run_record', 'failure_text', 'link_cache', 'link_resume', 'clear_resume', 'run_notebook', 'run_stage']
 
 # %% ../../nbs/pipeline/73_stages.ipynb #db1ca753
 import ast
@@ -93,7 +93,7 @@ def check_parameters(
     if missing: raise StageError(f"{where}: its parameters cell has {', '.join(map(repr, missing))}, which params.yaml does not give; add or remove it")
 
 # %% ../../nbs/pipeline/73_stages.ipynb #e3e47c8c
-_PROGRESS_BAR = re.compile(r'\d+%\|')
+_PASSING = re.compile(r'\d+%\||^↻ ') # progress bars, and words about an earlier, killed run
 
 def plain_text(
     text:str, # of an output or a message
@@ -110,9 +110,9 @@ def plain_text(
     return re.sub(r'T_[0-9a-f]{5}(?=_|")', lambda m: names.setdefault(m[0], f'T_{len(names)}'), text)
 
 def _stream_text(text):
-    "A stream as a terminal would end up showing it, without progress bars."
+    "A stream as a terminal would end up showing it, without what only this run has to say."
     lines = [line.rsplit('\r', 1)[-1] for line in text.replace('\r\n', '\n').split('\n')]
-    return '\n'.join(l for l in lines if not _PROGRESS_BAR.search(l))
+    return '\n'.join(l for l in lines if not _PASSING.search(l))
 
 # %% ../../nbs/pipeline/73_stages.ipynb #d261fcf6
 def _plain_data(value, folders):
@@ -506,11 +506,12 @@ def stage_provenance(
     inputs:list[str], # files and folders the notebook reads, relative to `root`
     code:list[str]=(), # library modules in its import closure, relative to `root`
 ) -> dict: # nested, the same for the same input
-    "Hash everything that decides what a stage writes."
+    "Hash everything that decides what a stage writes; a parameter that names a file counts with the bytes of that file."
     sources = [c.source for c in nbformat.read(root/notebook, as_version=4).cells]
     for path in inputs:
         if not (root/path).exists(): raise StageError(f"{notebook} reads {path}, which is not there; `dvc repro` makes it (for data: `dvc pull data.dvc`, or an import)")
-    return {'inputs': {p: tree_sha256(root/p) for p in inputs},
+    named = sorted({t for t in _texts(parameters) if t and len(t) < 4096 and '\0' not in t and (root/t).is_file()})
+    return {'inputs': {p: tree_sha256(root/p) for p in inputs}, **({'files': {p: sha256_file(root/p) for p in named}} if named else {}),
             'parameters': sha256_bytes(json.dumps(parameters, sort_keys=True).encode()),
             'code': {'notebook': sha256_bytes(json.dumps(sources).encode()),
                      'library': sha256_bytes(''.join(f'{sha256_file(root/p)}  {p}\n' for p in sorted(map(str, code))).encode())},
@@ -617,13 +618,44 @@ def link_cache(
     os.symlink(root/'.work'/'cache', tree/'.work'/'cache')
     return tree/'.work'/'cache'
 
-# %% ../../nbs/pipeline/73_stages.ipynb #787cba0d
+# %% ../../nbs/pipeline/73_stages.ipynb #3673f763
+def _resume_name(stage):
+    "Name of a stage and member as the start of a folder's name."
+    return stage.replace('/', '-')
+
+def link_resume(
+    root:Path, # of the repository, absolute
+    tree:Path, # the mirror of a run
+    stage:str, # with its member, such as train/fused
+    provenance:dict, # of `stage_provenance`
+) -> Path: # the folder behind the link
+    "Link the folder in which this very run keeps what it needs to go on after a kill."
+    key = sha256_bytes(json.dumps(provenance, sort_keys=True).encode())[:32]
+    folder = root/'.work'/'cache'/'resume'/f'{_resume_name(stage)}-{key}'
+    folder.mkdir(parents=True, exist_ok=True)
+    (tree/'.work').mkdir(exist_ok=True)
+    os.symlink(folder, tree/'.work'/'resume')
+    return folder
+
+def clear_resume(
+    root:Path, # of the repository
+    stage:str, # with its member, such as train/fused
+    empty:bool=False, # only folders that nothing was put into
+) -> None:
+    "Remove what runs of this stage and member kept to go on from: its outputs are done."
+    base = root/'.work'/'cache'/'resume'
+    own = re.compile(re.escape(_resume_name(stage)) + '-[0-9a-f]{32}')
+    for folder in base.iterdir() if base.is_dir() else []:
+        if own.fullmatch(folder.name) and not (empty and any(folder.iterdir())): shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../../nbs/pipeline/73_stages.ipynb #0f3b2525
 def _build(root, scratch, stage, notebook, parameters, inputs, outputs, report_dir, code, progress, lock):
     "Run the notebook in a mirror and write its report there; the mirror."
     started, nb_source = time.time(), nbformat.read(root/notebook, as_version=4)
     provenance = stage_provenance(root, notebook, parameters, inputs, code)
     tree = mirror_tree(root, scratch, outputs, parameters)
     link_cache(root, tree)
+    link_resume(root, tree, stage, provenance)
     for path in outputs: (tree/path).mkdir()
     progress.folders = [tree, root]
     kernel, finished = StageKernel(root, scratch, tree, lock), False
@@ -641,7 +673,7 @@ def _build(root, scratch, stage, notebook, parameters, inputs, outputs, report_d
     _check_outputs(tree, outputs, notebook)
     return tree
 
-# %% ../../nbs/pipeline/73_stages.ipynb #3673f763
+# %% ../../nbs/pipeline/73_stages.ipynb #175dbc0c
 def run_notebook(
     notebook:str, # path relative to `root`, as are all below
     parameters:dict, # exactly the names of its parameters cell
@@ -662,11 +694,14 @@ def run_notebook(
         progress.folders = [root]
         try:
             tree = _build(root, scratch, stage, notebook, parameters, inputs, outputs, report_dir, code, progress, lock)
-            with hold(): swap_outputs(root, scratch, tree, outputs)
+            with hold():
+                swap_outputs(root, scratch, tree, outputs)
+                clear_resume(root, stage)
         except BaseException as error:
             logging.getLogger('asyncio').setLevel(logging.CRITICAL) # a stopped loop complains of tasks that will never end
             with hold(): progress.stop()
             _remove_scratch(scratch) # on a full disk this is what makes room for the failed notebook
+            clear_resume(root, stage, empty=True)
             failed = _keep_failed(root, report_dir, progress, source, progress.folders)
             print(failure_text(stage, error, progress, failed, progress.folders), file=stream, flush=True)
             wrapped = StageError(f"{stage} {error if isinstance(error, Stopped) else 'failed'}; see above")
