@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from skinlesion.pipeline.closure import write_deps
-from skinlesion.pipeline.params import STAGES, parse_params, stage_parameters
+from skinlesion.pipeline.params import STAGES, parse_params, stage_defaults, stage_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,10 +76,10 @@ ADD = '#| export\ndef add(\n    a:int, # a number\n) -> int: # one more\n    "Ad
 
 
 def stage_notebook(stage, extra=()):
-    "A stage notebook whose parameters are those of the committed params.yaml."
+    "A stage notebook whose parameters are those of the committed params.yaml, or the default where there is one."
     params = parse_params(committed("params.yaml"))
     values = stage_parameters(params, stage, next(iter(params.train.members)) if stage == "train" else None)
-    lines = "\n".join(f"{name} = {value!r}  # made up" for name, value in values.items())
+    lines = "\n".join(f"{name} = {value!r}  # made up" for name, value in (values | stage_defaults(stage)).items())
     use = f"print({', '.join(values)})"
     return notebook(cell(f"# {stage}", "markdown"), cell(lines, tags=["parameters"]), "from skinlesion.model.grow import grow", use, *extra)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from madeup import ADD, cell, check_tests, library, nbdev, notebook, plant, stage_notebook, swap, tracked
 from skinlesion.pipeline.closure import library_imports, python_source, stage_problems
-from skinlesion.pipeline.params import STAGES, ParamsError, check_stage_parameters
+from skinlesion.pipeline.params import STAGES, ParamsError, check_stage_parameters, stage_defaults
 
 FLOORS = ("", "data", "model", "evaluate", "explain", "audit", "use", "apps", "pipeline")
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
@@ -104,7 +104,7 @@ def parameters_cell(root, path):
 
 
 def check_stage_notebooks(root):
-    "A stage notebook has the typed parameters with valid defaults, uses each, exports nothing and defines next to nothing."
+    "A stage notebook has the typed parameters with valid defaults (DVC watches it, not the typed ones), uses each, exports nothing, defines next to nothing."
     problems = []
     for stage in STAGES:
         path = Path(f"nbs/stages/{stage}.ipynb")
@@ -114,6 +114,8 @@ def check_stage_notebooks(root):
         tree, values = ast.parse(python_source(root / path)), {}
         try: values = check_stage_parameters(stage, parameters_cell(root, path), str(path))
         except (ParamsError, ValueError) as e: problems.append(str(e))
+        problems += [f"{path}: {name} is {values[name]!r} in the parameters cell, and {default!r} where params.yaml leaves it out; make them the same"
+                     for name, default in stage_defaults(stage).items() if values and values[name] != default]
         read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
         problems += [f"{path} never uses the parameter {name}" for name in sorted(set(values) - read)]
         if exported(root, path): problems.append(f"{path} exports; move that to a library notebook")
@@ -269,6 +271,7 @@ FAULTS = [
     (check_stage_notebooks, {TRAIN: lambda text: re.sub(r"batch_size = \d+", "batch_size = 2**5", text)},
      "batch_size in the parameters cell is no literal"),
     (check_stage_notebooks, {TRAIN: swap('"parameters"', '"params"')}, "has 0 cells tagged `parameters`"),
+    (check_stage_notebooks, {TRAIN: swap("clip_norm = 1.0", "clip_norm = 2.0")}, "clip_norm is 2.0 in the parameters cell, and 1.0 where"),
     (check_stage_notebooks, {TRAIN: swap("loss, gamma", "loss")}, "train.ipynb never uses the parameter gamma"),
     (check_stage_notebooks, {TRAIN: stage_notebook("train", ["#| export\nx = 1"])}, "train.ipynb exports"),
     (check_stage_notebooks, {TRAIN: stage_notebook("train", ["def f():\n    a = 1\n    b = 2\n    return a"])}, "f has more than three lines"),

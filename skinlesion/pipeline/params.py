@@ -6,7 +6,8 @@
 __all__ = ['STAGES', 'ParamsError', 'Section', 'Base', 'External', 'Split', 'Audit', 'Prepare', 'Recipe', 'Head', 'MemberKeys',
            'Member', 'Train', 'member_recipe', 'Evaluate', 'Explain', 'Params', 'explained_member', 'allowed_text',
            'describe_params', 'parse_params', 'load_params', 'PrepareStage', 'TrainStage', 'EvaluateStage',
-           'ExplainStage', 'stage_inputs', 'stage_outputs', 'check_stage_parameters', 'stage_parameters']
+           'ExplainStage', 'stage_inputs', 'stage_outputs', 'stage_defaults', 'check_stage_parameters',
+           'stage_parameters']
 
 # %% ../../nbs/pipeline/70_params.ipynb #6d14f92c
 import io
@@ -131,19 +132,21 @@ class Recipe(_Steps):
         return self
 
 # %% ../../nbs/pipeline/70_params.ipynb #eb259dc3
-_Once = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False), AfterValidator(_check_once)]
+_Word = Annotated[str, Field(min_length=1), BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 class Head(Section):
     "One head beside the diagnosis."
     kind:Literal['binary', 'ordinal', 'multiclass'] = Field(description='two levels, levels in order, or levels without one')
-    column:str = Field(min_length=1, description='column of metadata.csv; `malignant` follows from the diagnosis where there is no such column')
-    levels:_Once = Field(min_length=2, description="its words in order; for a binary head the second is 'yes'")
+    column:str = Field('', description='column of metadata.csv; left out, the name of the head; `malignant` follows from the diagnosis where no column says it')
+    levels:Annotated[tuple[_Word, ...], Strict(False), AfterValidator(_check_once)] = Field(
+        (), description='the words in that column, from least to most; left out, [no, yes] for a binary head')
     weight:float = Field(1., gt=0, le=1000, description='of its loss beside that of the diagnosis')
 
     @model_validator(mode='after')
-    def _two_levels(self):
-        if self.kind == 'binary' and len(self.levels) != 2:
-            raise ValueError(f"levels {list(self.levels)} of a binary head are {len(self.levels)}; give two, or make it ordinal or multiclass")
+    def _enough_levels(self):
+        n = len(self.levels)
+        if n < 2 and (n or self.kind != 'binary') or n > 2 and self.kind == 'binary':
+            raise ValueError(f"levels are {list(self.levels)}; a head of kind {self.kind} needs {'two' if self.kind == 'binary' else 'two or more, in order'}")
         return self
 
 # %% ../../nbs/pipeline/70_params.ipynb #04c652b3
@@ -158,7 +161,7 @@ class MemberKeys(Section):
     loss:Literal['cross_entropy', 'focal', 'class_balanced', 'asymmetric', 'ldam', 'logit_adjustment'] = Field('cross_entropy', description='training loss')
     gamma:float = Field(2., ge=0, le=10, description='focal, asymmetric: how much an image that is already right is played down')
     gamma_negative:float = Field(4., ge=0, le=10, description='asymmetric: the same for the classes an image is not')
-    beta:float = Field(.999, ge=0, lt=1, description='class_balanced: from 0, all classes alike, towards weights of one over frequency')
+    beta:float = Field(.999, ge=0, lt=1, description='class_balanced, ldam: from 0, all classes alike, towards weights of one over frequency')
     margin:float = Field(.5, gt=0, le=10, description='ldam: margin of the rarest class')
     deferred:float = Field(.8, ge=0, le=1, description='ldam: share of the run after which rare classes weigh more')
     tau:float = Field(1., ge=0, le=10, description='logit_adjustment: how far the logits give way to the class frequencies')
@@ -473,6 +476,16 @@ def stage_outputs(
     "The folders a stage writes, by the parameter that names them."
     _check_stage(stage, member)
     return {name: path.format(member=member) for name, path in _OUTPUTS[stage].items()}
+
+# %% ../../nbs/pipeline/70_params.ipynb #48373319
+def stage_defaults(
+    stage:str, # prepare, train, evaluate or explain
+) -> dict: # plain values by name
+    "What the keys hold that params.yaml may leave out."
+    if stage not in STAGES: _check_stage(stage, None)
+    fields = {name: field for name, field in STAGES[stage].model_fields.items() if not field.is_required()}
+    values = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 # %% ../../nbs/pipeline/70_params.ipynb #4821dfef
 def check_stage_parameters(
