@@ -23,8 +23,9 @@ from ..data.augment import augment_image, make_augment
 from ..data.datasets import view_seed
 from ..files import atomic_path
 from ..images import normalise
+from .batches import epoch_batches, mix_seed
 from .fusion import LesionModel
-from .training import epoch_batches, lr_factor, mix_seed
+from .optim import lr_factor
 
 # %% ../../nbs/model/28_pretrain.ipynb #8c096c54
 def random_crop(
@@ -207,7 +208,8 @@ def pretrain_simsiam(
         torch.manual_seed(mix_seed(seed, 0x51A))
         heads = SimSiam(_feature_width(model))
         run = _Run(model, heads, rate, path, [ids, _pixels(store, ids) if path else '', epochs, batch_size, rate, seed, torch.__version__])
-        if run.resume() and progress: progress(f"going on after epoch {len(run.rows)} of an unfinished pretraining")
+        if run.resume() and progress:
+            for line in (f"↻ going on after epoch {len(run.rows)} of a pretraining", *(_line(row, epochs) for row in run.rows)): progress(line)
         try:
             for part in (model, heads): part.to(device, memory_format=torch.channels_last).train()
             for state in run.optimizer.state.values(): state['momentum_buffer'] = state['momentum_buffer'].to(device)
