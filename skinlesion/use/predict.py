@@ -6,7 +6,7 @@
 __all__ = ['METADATA_COLUMNS', 'Prediction', 'malignancy_of', 'read_metadata', 'image_ids', 'Predictor', 'as_image']
 
 # %% ../../nbs/use/51_predict.ipynb #52bb33df
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from ..evaluate.ensemble import mean_ensemble, member_disagreement
 from ..evaluate.scorecard import malignancy_probability, probability_columns
 from ..explain.cam import check_method, compute_cam, default_layer, find_layer, target_layers
 from ..images import ImageError, normalise, read_image
-from ..model.bundle import load_bundle, predict_probs
+from ..model.bundle import load_bundle, mean_fits, mean_heads, predict_heads
+from ..model.heads import PRIMARY
 from ..taxonomy import DISCLAIMER, nearest, parse_sex, parse_site
 from ..views import view_names
 
@@ -34,8 +35,9 @@ class Prediction:
     predicted:str # the code with the largest probability
     confidence:float # that probability
     malignancy:float|None # probability of a malignant class; None where the label set does not say
-    disagreement:float # of the members: mean total variation distance from their mean, [0, 1)
+    disagreement:float # of all models, each fit of a member being one: mean total variation distance from their mean, [0, 1)
     bundle_id:str # which bundle said so
+    heads:dict=field(default_factory=dict) # what else the ensemble answers, uncalibrated: head -> level -> probability; empty where there is nothing else
 
     def to_dict(self) -> dict: # plain JSON values, the disclaimer among them
         "The answer as JSON holds it."
@@ -100,16 +102,14 @@ class Predictor:
 
     @property
     def member_names(self) -> list: # of str
-        "The members of the ensemble, in order."
-        return [m.name for m in self.members]
+        "The models of the ensemble, in order; a member of several folds stands there as MEMBER.fold_0 and so on."
+        return self.bundle.names
 
     def member(self,
-        member:int|str=0, # position or name
+        member:int|str=0, # position or name; of a member of several folds its own name means the first fit
     ): # -> Member
-        "One member of the ensemble."
-        if member in self.member_names: return self.members[self.member_names.index(member)]
-        if isinstance(member, int) and 0 <= member < len(self.members): return self.members[member]
-        raise ValueError(f"member {member!r} is not in this bundle; choose one of {', '.join(self.member_names)}.{nearest(str(member), self.member_names)}")
+        "One model of the ensemble."
+        return self.bundle.find(member)
 
     def layers(self,
         member:int|str=0, # position or name
@@ -144,11 +144,13 @@ def _inputs(self, image, age, sex, site):
 def _answer(self, image, age, sex, site, image_id):
     "A `Prediction` for a picture that has been read."
     pixels, metadata = _inputs(self, image, age, sex, site)
-    members = [predict_probs(m.model, pixels, metadata, views=self.views) for m in self.members]
-    probs, codes = mean_ensemble(members)[0], self.label_set.codes
-    best = int(probs.argmax())
+    found, names = [predict_heads(m.model, pixels, metadata, views=self.views) for m in self.members], self.member_names
+    fits = [answer[PRIMARY] for answer in found]
+    probs, codes = mean_ensemble(list(mean_fits(names, fits).values()))[0], self.label_set.codes
+    best, specs = int(probs.argmax()), self.bundle.head_specs
+    heads = {head: dict(zip(specs[head].levels, values[0].tolist())) for head, values in mean_heads(names, found).items()}
     return Prediction(image_id, {c: float(p) for c, p in zip(codes, probs)}, codes[best], float(probs[best]),
-                      malignancy_of(self.label_set, probs), float(member_disagreement(members)[0]), self.bundle_id)
+                      malignancy_of(self.label_set, probs), float(member_disagreement(fits)[0]), self.bundle_id, heads)
 
 # %% ../../nbs/use/51_predict.ipynb #72e37f8b
 @patch
@@ -179,8 +181,9 @@ def _people(ids, metadata):
 def _row(answer):
     "A prediction as a row of the predictions table."
     probs = {f'p_{code}': p for code, p in answer.probabilities.items()}
+    heads = {f'{head}.{level}': p for head, levels in answer.heads.items() for level, p in levels.items()}
     return dict(image_id=answer.image_id, **probs, predicted=answer.predicted, confidence=answer.confidence,
-                malignancy=answer.malignancy, disagreement=answer.disagreement, bundle_id=answer.bundle_id)
+                malignancy=answer.malignancy, disagreement=answer.disagreement, bundle_id=answer.bundle_id, **heads)
 
 # %% ../../nbs/use/51_predict.ipynb #852b43a8
 @patch
@@ -189,7 +192,7 @@ def predict_many(self:Predictor,
     metadata:pd.DataFrame|None=None, # image_id, age, sex, site, a row for each picture; None where nothing is known
     skip_bad:bool=False, # leave out pictures that cannot be read; they are listed in `.attrs['skipped']`
     progress=None, # called with (done, total) after each picture
-) -> pd.DataFrame: # the predictions table: image_id, p_<code>, predicted, confidence, malignancy, disagreement, bundle_id
+) -> pd.DataFrame: # the predictions table: image_id, p_<code>, predicted, confidence, malignancy, disagreement, bundle_id, <head>.<level>
     "Answer for many pictures, exactly as `predict` answers for each."
     paths = [Path(p) for p in paths]
     if not paths: raise ValueError("no images given; name at least one file")
