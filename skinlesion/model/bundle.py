@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'evaluating', 'predict_heads', 'predict_probs', 'BundleError', 'Member', 'save_member',
-           'load_member', 'load_fits', 'member_of', 'mean_fits', 'mean_heads', 'save_bundle', 'Bundle', 'verify_bundle',
-           'load_bundle']
+           'load_member', 'load_fits', 'member_of', 'mean_fits', 'mean_heads', 'answer_columns', 'predict_table',
+           'mean_tables', 'predict_member', 'save_bundle', 'Bundle', 'verify_bundle', 'load_bundle']
 
 # %% ../../nbs/model/24_bundle.ipynb #1954b6ee
 import hashlib
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
@@ -238,6 +239,66 @@ def mean_heads(
     heads = dict.fromkeys(head for probs in found for head in probs if head != PRIMARY)
     having = {head: [(name, probs[head]) for name, probs in zip(names, found, strict=True) if head in probs] for head in heads}
     return {head: np.mean(list(mean_fits(*zip(*pairs)).values()), axis=0) for head, pairs in having.items()}
+
+# %% ../../nbs/model/24_bundle.ipynb #e9bdd1c1
+def answer_columns(
+    label_set:LabelSet, # classes in the order of the probabilities
+    specs=(), # of model.heads.HeadSpec
+) -> dict: # head -> names of its columns, 'diagnosis' first
+    "How the columns of a table of answers are called."
+    return {PRIMARY: [f'p_{code}' for code in label_set.codes], **{s.name: [f'{s.name}.{level}' for level in s.levels] for s in specs}}
+
+def predict_table(
+    model:LesionModel, # stays on its device
+    dataset, # LesionDataset
+    batch_size:int=64, # images at a time; changes the last digits at most
+) -> pd.DataFrame: # image_id, p_<code>, <head>.<level>; one row per image, in order
+    "The answers of one model."
+    found, columns = predict_heads(model, dataset, batch_size=batch_size), answer_columns(dataset.label_set, model.head_specs)
+    return pd.concat([pd.DataFrame(dict(image_id=dataset.ids)), *(pd.DataFrame(found[head], columns=columns[head]) for head in columns)], axis=1)
+
+def mean_tables(
+    tables:list, # as `predict_table` gives them, of the same images in the same order
+) -> pd.DataFrame: # the columns of all of them, each the mean over the tables that have it
+    "The mean of several answers."
+    ids = tables[0].image_id.tolist()
+    if any(t.image_id.tolist() != ids for t in tables): raise ValueError("these tables are of different images, or in another order; predict the same dataset with each model")
+    means = {c: np.mean([t[c].to_numpy() for t in tables if c in t], axis=0) for c in dict.fromkeys(c for t in tables for c in t if c != 'image_id')}
+    return pd.DataFrame(dict(image_id=ids, **means))
+
+# %% ../../nbs/model/24_bundle.ipynb #a312eb08
+class _Part:
+    "Some rows of a `LesionDataset`."
+    def __init__(self, dataset, index):
+        self.dataset, self.index, self.label_set = dataset, index, dataset.label_set
+        self.ids, self.metadata = [dataset.ids[i] for i in index], dataset.metadata[index]
+
+    def __len__(self): return len(self.index)
+    def view(self, i): return self.dataset.view(self.index[i])
+
+def _out_of_fold(table, ids, member):
+    "The rows of these images in a table of out-of-fold answers."
+    rows = table.drop(columns=[c for c in table if c != 'image_id' and '.' not in c and not c.startswith('p_')]).set_index('image_id').reindex(ids)
+    lost = rows.index[rows.isna().any(axis=1)]
+    if len(lost): raise BundleError(f"member '{member}': image '{lost[0]}' was there for training, but has no out-of-fold answer; train the member on these splits")
+    return rows.reset_index()
+
+# %% ../../nbs/model/24_bundle.ipynb #6ff6f9b5
+def predict_member(
+    fits:list, # of Member: what `load_fits` gives
+    dataset, # LesionDataset
+    trained=None, # (N,) bool: images of training and validation, for which `out_of_fold` answers; None where there are none
+    out_of_fold:pd.DataFrame|None=None, # image_id, p_<code>, <head>.<level> of those images; not needed for a single fit
+    batch_size:int=64, # images at a time; changes the last digits at most
+) -> pd.DataFrame: # image_id, p_<code>, <head>.<level>; one row per image, in order
+    "The answers of a member: the mean over its fits for what is new to them, out-of-fold for the rest."
+    if len(fits) == 1: return predict_table(fits[0].model, dataset, batch_size)
+    trained, member = np.zeros(len(dataset), bool) if trained is None else np.asarray(trained, bool), member_of(fits[0].name)
+    if trained.any() and out_of_fold is None: raise BundleError(f"member '{member}' has {len(fits)} fits and no out-of-fold answers; train it again")
+    new, parts = np.flatnonzero(~trained), []
+    if len(new): parts.append(mean_tables([predict_table(m.model, _Part(dataset, new), batch_size) for m in fits]))
+    if trained.any(): parts.append(_out_of_fold(out_of_fold, [i for i, t in zip(dataset.ids, trained) if t], member))
+    return pd.concat(parts).set_index('image_id').loc[dataset.ids].reset_index()
 
 # %% ../../nbs/model/24_bundle.ipynb #e7400320
 _BUNDLE_KEYS = ('schema_version', 'members', 'label_set', 'image_size', 'colour', 'views', 'encoder', 'provenance', 'metrics', 'disclaimer')
