@@ -104,7 +104,7 @@ def parameters_cell(root, path):
 
 
 def check_stage_notebooks(root):
-    "A stage notebook has the typed parameters with valid defaults (DVC watches it, not the typed ones), uses each, exports nothing, defines next to nothing."
+    "A stage notebook has the typed parameters with valid defaults, uses each, exports nothing and defines next to nothing."
     problems = []
     for stage in STAGES:
         path = Path(f"nbs/stages/{stage}.ipynb")

@@ -173,6 +173,18 @@ class MemberKeys(Section):
     seed:int|None = Field(None, ge=0, lt=2**31, description='seed of this member; null takes base.seed')
 
 # %% ../../nbs/pipeline/70_params.ipynb #a887f64a
+_LOSS_KEYS = dict(cross_entropy=('weight_power', 'label_smoothing'), focal=('weight_power', 'gamma'), class_balanced=('beta', 'label_smoothing'),
+                  asymmetric=('weight_power', 'gamma', 'gamma_negative'), ldam=('margin', 'beta', 'deferred'), logit_adjustment=('tau',))
+
+def _check_loss_keys(keys):
+    "Refuse a constant that the loss does not read."
+    for name in sorted({n for names in _LOSS_KEYS.values() for n in names} - set(_LOSS_KEYS[keys.loss])):
+        value, default = getattr(keys, name), MemberKeys.model_fields[name].default
+        if value != default and not (name == 'weight_power' and value == 0):
+            raise ValueError(f"{name} is {value:g}, but the loss {keys.loss!r} does not use it; leave it out, or take a loss that does "
+                             f"({', '.join(loss for loss, names in _LOSS_KEYS.items() if name in names)})")
+
+# %% ../../nbs/pipeline/70_params.ipynb #345541b1
 class _Checked(MemberKeys):
     "`MemberKeys` that make one model."
     @field_validator('heads')
@@ -195,6 +207,7 @@ class _Checked(MemberKeys):
             raise ValueError(f"head_epochs is {self.head_epochs}, but the fusion {self.fusion!r} joins nothing; take another fusion or `head_epochs: 0`")
         if self.metadata_dropout and self.fusion == 'none':
             raise ValueError(f"metadata_dropout is {self.metadata_dropout:g}, but the fusion 'none' reads no metadata; take 0 or another fusion")
+        _check_loss_keys(self)
         return self
 
 # %% ../../nbs/pipeline/70_params.ipynb #f4beb5ec
