@@ -392,6 +392,8 @@ def cell_title(
     return (nb.cells[index].source.strip().splitlines() or [''])[0][:60]
 
 # %% ../../nbs/pipeline/73_stages.ipynb #af638c69
+_CLEAR = '\r\x1b[K' # of a terminal's line
+
 class Progress:
     "Where a run stands, told on a stream and kept for the record."
     def __init__(self,
@@ -420,8 +422,10 @@ class Progress:
         _show_line(self, self.seconds[cell_index], '\n')
 
     def write(self, text:str): # what the running cell prints
-        "Keep the last line printed, for a terminal to show beside the cell."
-        self.said = next((l.strip() for l in reversed(text.splitlines()) if l.strip()), self.said)
+        "Keep the last line printed, for a terminal to show beside the cell; pass on what this run alone has to say."
+        lines = [l.strip() for l in text.splitlines() if l.strip()]
+        for line in [l for l in lines if l.startswith('↻ ')]: self.stream.write(f"{_CLEAR if self.terminal else ''}{self.stage}  {line}\n")
+        self.said = (lines or [self.said])[-1]
 
     def flush(self):
         "Nothing waits: papermill calls this after each `write`."
@@ -437,7 +441,7 @@ def _show_line(progress, seconds, end):
     said = f'  {progress.said}' if progress.said and not end else ''
     n, title = progress.order.index(progress.current) + 1, cell_title(progress.nb, progress.current)
     text = f'{progress.stage}  cell {n}/{len(progress.order)}  "{title}"  {seconds:.1f} s{said}'
-    if progress.terminal: text = f'\r\x1b[K{text[:shutil.get_terminal_size().columns - 1]}'
+    if progress.terminal: text = _CLEAR + text[:shutil.get_terminal_size().columns - 1]
     progress.stream.write(text + end)
     progress.stream.flush()
 
