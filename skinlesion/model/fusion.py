@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'METADATA_WIDTHS', 'GATED_WIDTH', 'ATTENTION_WIDTH', 'metadata_mlp', 'MetadataTokens', 'MetadataDropout',
-           'Film', 'MetaBlock', 'GatedUnit', 'CrossAttention', 'LesionModel', 'create_model', 'adapt_weights',
-           'cam_layers']
+           'Film', 'MetaBlock', 'GatedUnit', 'CrossAttention', 'LesionModel', 'create_model', 'cam_layers']
 
 # %% ../../nbs/model/23_fusion.ipynb #8ebe8f42
 from functools import partial
@@ -225,8 +224,7 @@ def _fusion_parts(backbone, config):
     read = METADATA_WIDTHS[-1]
     if fusion == 'metablock': return dropout, nn.Identity(), MetaBlock(dim, backbone.num_features), pooled
     if fusion == 'cross_attention':
-        columns = [g['columns'] for g in groups] if groups else [list(range(dim))]
-        return dropout, MetadataTokens(columns, ATTENTION_WIDTH), CrossAttention(backbone.num_features), pooled + ATTENTION_WIDTH
+        return dropout, MetadataTokens([g['columns'] for g in groups], ATTENTION_WIDTH), CrossAttention(backbone.num_features), pooled + ATTENTION_WIDTH
     branch = metadata_mlp(dim, config['drop_rate'])
     if fusion == 'film': return dropout, branch, Film(read, backbone.num_features), pooled
     if fusion == 'gated': return dropout, branch, GatedUnit(read, pooled), GATED_WIDTH
@@ -293,7 +291,7 @@ def create_model(
     heads=None, # further heads, as `heads.read_heads` takes them; the primary is always 'diagnosis'
     drop_rate:float=.2, # dropout before the heads and in the metadata branch, [0, 1)
     metadata_dropout:float=0., # probability that a field of a row is forgotten in training, [0, 1)
-    metadata_groups:list|None=None, # `MetadataEncoder.groups()`; needed for metadata_dropout, gives cross_attention its tokens
+    metadata_groups:list|None=None, # `MetadataEncoder.groups()`; needed for metadata_dropout and for 'cross_attention'
     image_size:int|None=None, # pixels a side, for backbones that are built for a size; None is the backbone's own
     head:str='linear', # layer of the primary head: 'linear' or 'cosine'
     standardise:bool=True, # whether images are brought to the backbone's own mean and deviation; False only for models older than this option
@@ -332,24 +330,13 @@ def _check_groups(config):
     if rate and config['fusion'] == 'none':
         raise ValueError(f"metadata_dropout is {rate}, but fusion 'none' reads no metadata; set it to 0, or choose another fusion")
     if rate and not groups: raise ValueError(f"metadata_dropout is {rate}, but metadata_groups is not given; pass MetadataEncoder.groups()")
+    if config['fusion'] == 'cross_attention' and not groups:
+        raise ValueError("fusion 'cross_attention' makes a token of each field, but metadata_groups is not given; pass MetadataEncoder.groups()")
     if not groups or config['fusion'] == 'none': return
     columns = sorted(c for g in groups for c in g['columns'])
     if columns != list(range(dim)) or any(len(g['missing']) != len(g['columns']) for g in groups):
         raise ValueError(f"metadata_groups names the columns {columns}; each of the {dim} columns of the metadata must be in one group, with its value "
                          "where the field is missing: pass groups() of the MetadataEncoder whose dim is metadata_dim")
-
-# %% ../../nbs/model/23_fusion.ipynb #a7b1879c
-def adapt_weights(
-    weights:dict, # tensor name -> tensor, of a model of the same config, perhaps an older one
-    model:LesionModel, # into which they are to go
-) -> dict: # the same, with one unit where two logits had a unit each
-    "Weights of an older model in today's form; what is new already stays as it is."
-    wanted, adapted = model.state_dict(), dict(weights)
-    for name in (f'heads.{PRIMARY}.weight', f'heads.{PRIMARY}.bias'):
-        old, new = weights.get(name), wanted.get(name)
-        if old is None or new is None or old.shape == new.shape: continue
-        if len(old) == 2 and len(new) == 1 and old.shape[1:] == new.shape[1:]: adapted[name] = old[1:] - old[:1]
-    return adapted
 
 # %% ../../nbs/model/23_fusion.ipynb #d7391f21
 def cam_layers(
