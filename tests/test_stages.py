@@ -208,6 +208,86 @@ def test_failed_swap_puts_all_outputs_back(tmp_path, monkeypatch):
     assert 'No space left on device' in fails(root)
 
 
+# ---- going on after a kill
+
+STEPS = '''
+    import os
+    from pathlib import Path
+    kept = Path('.work/resume/steps')
+    done = begun = int(kept.read_text()) if kept.exists() else 0
+    if done: print(f'↻ going on after step {done}')
+    for step in range(1, 6):
+        print(f'step {step}, 9 seconds left', end='\\r')
+        if step > done: kept.write_text(str(step))
+        print(f'step {step} of 5')
+        if os.environ.get('DIE_AFTER') == str(step): os.kill(os.getpid(), 9)
+    Path(out_dir, 'new.txt').write_text('five steps')
+    Path(report_dir, 'metrics.json').write_text('{"a": {"value": 1}}')
+    Path(os.environ['BEGUN']).write_text(str(begun))
+'''
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    "The file that says after which step a run of STEPS began."
+    monkeypatch.setenv('BEGUN', str(tmp_path/'begun'))
+    return tmp_path/'begun'
+
+
+def die(root, monkeypatch, step, **changes):
+    "A run whose kernel is killed after a step."
+    monkeypatch.setenv('DIE_AFTER', str(step))
+    log = fails(root, **changes)
+    monkeypatch.delenv('DIE_AFTER')
+    return log
+
+
+def kept(root): return sorted(p.relative_to(root/'.work/cache/resume').as_posix() for p in (root/'.work/cache/resume').rglob('*') if p.is_file())
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, begun):
+    "Twice killed; what it says of that stands in the log and in no output. When it is done nothing is kept."
+    undisturbed, killed, log = make_tree(tmp_path/'a', STEPS), make_tree(tmp_path/'b', STEPS), io.StringIO()
+    run(undisturbed)
+    assert begun.read_text() == '0'
+    die(killed, monkeypatch, 2)
+    assert [p.endswith('/steps') for p in kept(killed)] == [True]
+    die(killed, monkeypatch, 4)
+    run(killed, log)
+    assert begun.read_text() == '4' and 'toy  ↻ going on after step 4' in log.getvalue()
+    assert contents(killed, 'run.json') == contents(undisturbed, 'run.json')
+    outputs = nbformat.read(killed/'reports/toy/executed.ipynb', as_version=4).cells[-1].outputs
+    assert [o.text for o in outputs] == [''.join(f'step {i} of 5\n' for i in range(1, 6))]
+    assert not kept(killed) and not [*(killed/'.work/cache/resume').iterdir()]
+
+
+def change_file(name, text): return lambda root: (root/name).write_text(text) and {}
+
+
+@pytest.mark.parametrize('change', [
+    change_file('data/a.csv', '2'), change_file('weights.bin', 'other'), change_file('skinlesion/losses.py', '# mended'),
+    lambda root: {'parameters': PARAMETERS | {'seed': 4}}, lambda root: {'stage': 'train/b'},
+    lambda root: write_notebook(root, STEPS + '    # mended') or {}], ids=['data', 'weights', 'code', 'parameter', 'member', 'notebook'])
+def test_nothing_stale_is_gone_on_from(tmp_path, monkeypatch, begun, change):
+    "Whatever decides the outputs has changed: the run begins anew, and what the killed one kept goes with it, unless it is another member's."
+    root = make_tree(tmp_path/'repo', STEPS)
+    (root/'skinlesion').mkdir()
+    for name in ('__init__.py', 'losses.py'): (root/'skinlesion'/name).write_text('')
+    (root/'weights.bin').write_text('some')
+    options = {'stage': 'train/a', 'parameters': PARAMETERS | {'seed': 'weights.bin'}, 'code': ['skinlesion/losses.py']}
+    die(root, monkeypatch, 3, **options)
+    changed = options | change(root)
+    run(root, **changed)
+    assert begun.read_text() == '0'
+    assert bool(kept(root)) == (changed['stage'] != 'train/a')
+
+
+def test_a_failure_before_anything_was_kept_leaves_no_folder(tmp_path):
+    root = make_tree(tmp_path, '1 / 0')
+    fails(root)
+    assert not [*(root/'.work/cache/resume').iterdir()]
+
+
 # ---- killed
 
 BUSY = '''
