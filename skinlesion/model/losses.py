@@ -182,13 +182,17 @@ def effective_weights(
     return _mean_one(-torch.expm1(rate) / -torch.expm1(counts * rate), counts)
 
 # %% ../../nbs/model/20_losses.ipynb #2e60834b
+def _others(logits):
+    "For every class the log of the summed exponentials of all others, (B,C)."
+    itself = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
+    return logits[:, None, :].masked_fill(itself, -torch.inf).logsumexp(2)
+
 def _log_rest(logits):
     "The log of 1-p of every class, (B,C), exact for p near 0 and near 1."
-    diagonal = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
-    rest = logits[:, None, :].masked_fill(diagonal, -torch.inf).logsumexp(2) - logits.logsumexp(1, keepdim=True)
     p = logits.softmax(1)
-    return torch.where(p < .5, torch.log1p(-p.clamp(max=.5)), rest)
+    return torch.where(p < .5, torch.log1p(-p.clamp(max=.5)), _others(logits) - logits.logsumexp(1, keepdim=True))
 
+# %% ../../nbs/model/20_losses.ipynb #37e6b464
 class AsymmetricLoss(Loss):
     "Focal loss for the true class, and another exponent for the probabilities of the others."
     def __init__(self,
@@ -217,6 +221,7 @@ class AsymmetricLoss(Loss):
 # %% ../../nbs/model/20_losses.ipynb #183d3522
 SCALE = 30.  # of cosine logits: between -30 and 30
 
+# %% ../../nbs/model/20_losses.ipynb #94ddb6a0
 class LDAMLoss(Loss):
     "Cross entropy with a margin that is larger for rare classes; re-weighted from a share of the run on."
     def __init__(self,
@@ -232,6 +237,10 @@ class LDAMLoss(Loss):
         self.register_buffer('margins', (margin * (counts.min() / counts) ** .25).float())
         self.deferred, self.late = float(deferred), deferred == 0
 
+    def extra_repr(self) -> str:
+        "What `print` shows of it."
+        return f'margins={[round(m, 3) for m in self.margins.tolist()]}, deferred={self.deferred}'
+
     def current_weights(self) -> torch.Tensor|None: # (C,), or None before `deferred`
         "Effective-number weights late in the run."
         return self.weights if self.late else None
@@ -246,9 +255,7 @@ class LDAMLoss(Loss):
     ) -> torch.Tensor: # (B,C), unweighted
         "The cost of each class, lowered by its margin."
         _check_targets(logits, logits, self.margins)
-        diagonal = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
-        rest = logits[:, None, :].masked_fill(diagonal, -torch.inf).logsumexp(2)
-        return F.softplus(rest - logits + SCALE * self.margins.to(logits.dtype))
+        return F.softplus(_others(logits) - logits + SCALE * self.margins.to(logits.dtype))
 
 # %% ../../nbs/model/20_losses.ipynb #b2b47772
 class LogitAdjustedLoss(Loss):
