@@ -6,13 +6,14 @@
 __all__ = ['TESTED', 'SMALL_WIDTH', 'default_cfgs', 'SmallBlock', 'SmallCNN', 'small_cnn_3', 'small_cnn_4', 'check_backbone',
            'BackboneConfig', 'backbone_config', 'Standardise', 'built_size', 'size_problem', 'allowed_sizes',
            'size_message', 'load_weights', 'create_backbone', 'channel_axis', 'to_maps', 'to_cells', 'along_channels',
-           'backbone_layers', 'describe_backbones']
+           'backbone_layers', 'attends', 'describe_backbones']
 
 # %% ../../nbs/model/21_backbones.ipynb #ed83d996
 import statistics
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 
@@ -176,6 +177,7 @@ def _build(name, pretrained, image_size, drop_path_rate):
     return backbone
 
 # %% ../../nbs/model/21_backbones.ipynb #d52e7051
+@cache
 def size_problem(
     name:str, # of the backbone
     image_size:int, # pixels a side
@@ -373,6 +375,13 @@ def backbone_layers(
     if stages: return [(name, backbone.get_submodule(name)) for name in stages]
     raise ValueError(f"backbone {type(backbone).__name__} has no layer whose output lies on the picture (it ends in {tuple(final.shape[1:])}); "
                      "class activation maps need maps or one token per patch")
+
+# %% ../../nbs/model/21_backbones.ipynb #4428f9f5
+def attends(
+    backbone:nn.Module, # a timm model
+) -> bool: # True for vision transformers and Swin
+    "Whether places exchange what they know by attention, so that the last map alone belongs to the class."
+    return hasattr(backbone, 'num_prefix_tokens') or str(getattr(backbone, 'output_fmt', 'NCHW')).endswith('NHWC')
 
 # %% ../../nbs/model/21_backbones.ipynb #a542526e
 def _count(name, image_size):
