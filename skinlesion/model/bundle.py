@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'evaluating', 'predict_heads', 'predict_probs', 'BundleError', 'Member', 'save_member',
            'load_member', 'load_fits', 'member_of', 'mean_fits', 'mean_heads', 'answer_columns', 'predict_table',
-           'mean_tables', 'predict_member', 'save_bundle', 'Bundle', 'verify_bundle', 'load_bundle']
+           'mean_tables', 'predict_member', 'save_bundle', 'shared_heads', 'Bundle', 'verify_bundle', 'load_bundle']
 
 # %% ../../nbs/model/24_bundle.ipynb #1954b6ee
 import hashlib
@@ -346,7 +346,7 @@ def _check_members(members, label_set, encoder, image_size):
         if m.model.takes_metadata and (encoder is None or encoder.dim != m.model.metadata_dim):
             raise ValueError(f"member '{m.name}' takes metadata of width {m.model.metadata_dim}, but the encoder gives "
                              f"{encoder.dim if encoder else 'none'}; pass the encoder it was trained with")
-    _shared_heads(members)
+    shared_heads(members)
 
 def _name_fault(names):
     "What is wrong with the names of an ensemble; '' where nothing is. They become file names, so they are plain and unique."
@@ -359,7 +359,9 @@ def _name_fault(names):
             return f"member '{member}' has the fits {', '.join(fits)}; its folds are to be fold_0 to fold_{len(fits) - 1}, in order, and nothing beside them"
     return ''
 
-def _shared_heads(members):
+def shared_heads(
+    members:list, # of Member
+) -> dict: # name -> model.heads.HeadSpec
     "The further heads of an ensemble by name; stop where members mean different things by one name."
     specs = {}
     for m in members:
@@ -441,7 +443,7 @@ class Bundle:
     @property
     def head_specs(self) -> dict: # name -> model.heads.HeadSpec
         "What is answered beside the diagnosis."
-        return _shared_heads(self.members)
+        return shared_heads(self.members)
 
     def find(self,
         member:int|str=0, # position or name; of a member with folds its own name means the first fit
