@@ -1,30 +1,41 @@
-"""What training through `fit` costs against a bare PyTorch loop: the same model, batches, threads, optimiser and channels-last layout.
+"""What training through `fit` costs against a bare PyTorch loop: the same model, batches, optimiser, threads and channels-last layout.
 
-`fit` reads a LesionDataset (uint8 pixels, normalised and collated per batch) and does everything a run does per step: determinism, reseeding,
-schedule, gradient clipping, finiteness checks, the books. The bare loop reads normalised channels-last tensors that already lie in memory.
-Both are timed from the second step of a round to its last, so start-up, validation and the set-up of oneDNN's kernels are left out of both.
-Rounds alternate, and the ratio is the median over pairs of rounds, so that other work on the machine hits both sides alike. A load above 1 is
-printed with a warning: two threads that wait for a core make single ratios swing from 0.3 to 1.3, so repeat on a quiet machine.
+    python benchmarks/train_step.py [--backbone resnet10t mobilenetv2_100] [--size 64 128] [--batch 16 32] [--steps 12] [--rounds 7] [--threads N]
 
-    python benchmarks/train_step.py [--backbone mobilenetv2_100] [--size 128] [--batch 32] [--steps 7] [--rounds 5] [--threads N]
+bare    the loop everyone writes first, over normalised channels-last tensors that already lie in memory (on a GPU: on the GPU, under bf16 autocast,
+        with cudnn.benchmark, and no determinism).
+step    `fit` over the same pixels without augmentation: it collates and normalises each batch, and does all that a run does in each step
+        (determinism, reseeding, schedule, clipping, checks, sums). From the end of its first step to the end of its last. Target 0.97, on a GPU 0.95.
+epoch   `fit` with the augmentation of the default settings: from the end of one epoch to the end of the last step of the next, so with the loader and
+        with what an epoch begins with. Target 0.9. `--workers` loads in processes of their own.
+ends    seconds that the end of that epoch took: validation of as many images, the checkpoint (`work_dir`), the books. No part of a ratio.
+
+A round measures the three one after the other, in an order that turns with the rounds, and a ratio is the median over the rounds, so that other work on
+the machine hits all alike. The verdict (`met`) is that of the wall clock; the same in processor time stands beside it and decides nothing (threads that
+wait for one another burn it too). A verdict counts only where `quiet` is true: a load of at most 1 before the start.
 """
 import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
-from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from skinlesion.data.datasets import LesionDataset
+from skinlesion.data.datasets import LesionDataset, make_loader
 from skinlesion.images import normalise
 from skinlesion.model.fusion import create_model
-from skinlesion.model.training import TrainConfig, fit, param_groups
+from skinlesion.model.optim import param_groups
+from skinlesion.model.training import TrainConfig, fit
 from skinlesion.taxonomy import get_label_set
+
+GPU = torch.cuda.is_available()
+TARGETS = dict(step=.95 if GPU else .97, epoch=.9)
 
 
 class MemoryStore:
@@ -34,73 +45,129 @@ class MemoryStore:
     def image(self, image_id): return self.pixels[self.rows[image_id]]
 
 
-class TimedDataset(LesionDataset):
-    "Notes when the first image of each batch is asked for: with no workers, that is when a step begins."
-    def start(self, batch): self.batch, self.seen, self.begins = batch, 0, []
-    def view(self, i, epoch=0):
-        if self.seen % self.batch == 0: self.begins.append(time.perf_counter())
-        self.seen += 1
-        return super().view(i, epoch)
-
-
-def make_data(args, images):
-    "A dataset of random pixels, all seven classes."
+def make_data(size, images, augment=None):
+    "A dataset of smooth random pixels, all seven classes."
     label_set, rng = get_label_set('ham10000'), np.random.default_rng(0)
     table = pd.DataFrame(dict(image_id=[f'i{k}' for k in range(images)], diagnosis=[label_set.codes[k % 7] for k in range(images)]))
-    pixels = rng.integers(0, 256, (images, args.size, args.size, 3), dtype=np.uint8)
-    return TimedDataset(MemoryStore(table.image_id, pixels), table, label_set), pixels
+    some = [cv2.GaussianBlur(rng.integers(0, 256, (size, size, 3), dtype=np.uint8), (0, 0), size / 20) for _ in range(64)]
+    return LesionDataset(MemoryStore(table.image_id, np.stack([some[k % 64] for k in range(images)])), table, label_set, augment=augment)
 
 
-def time_fit(args, train, valid):
-    "Images per second of `fit`, from its second step to its last."
-    model = create_model(args.backbone, 7, seed=0)
-    train.start(args.batch)
-    valid.start(len(valid))
-    fit(model, train, valid, TrainConfig(epochs=1, batch_size=args.batch, warmup_epochs=0))
-    ends = [*train.begins[1:], valid.begins[0]]  # the validation begins when the last step has ended
-    return args.batch * (len(ends) - 1) / (ends[-1] - ends[0])
+class Clock:
+    "Notes wall and processor time."
+    def __init__(self): self.times = []
+    def note(self, *_):
+        if GPU: torch.cuda.synchronize()
+        self.times.append((time.perf_counter(), time.process_time()))
+    def between(self, a, b): return np.subtract(self.times[b], self.times[a])
 
 
-def time_bare(args, images, targets):
-    "Images per second of the loop everyone writes first, from its second step to its last."
-    model = create_model(args.backbone, 7, seed=0).train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(param_groups(model, .05), lr=1e-3, fused=True)
-    for k in range(args.steps):
-        if k == 1: start = time.perf_counter()
-        part = slice(k * args.batch, (k + 1) * args.batch)
-        loss = F.cross_entropy(model(images[part]), targets[part])
+def time_step(case):
+    "Seconds (wall, processor) per step of `fit`, from the end of its first step to that of its last."
+    clock, steps = Clock(), case['steps']
+    note = lambda step: clock.note() if step in (1, steps) else None  # a GPU is waited for twice only
+    fit(create_model(case['backbone'], 7, seed=0), case['plain'], case['valid'], config(case, 1), on_step=note)
+    return clock.between(0, 1) / (steps - 1)
+
+
+def time_epoch(case):
+    "Seconds (wall, processor) per step of the second epoch, and the wall seconds that the end of an epoch takes."
+    clock, steps = Clock(), case['steps']
+    note = lambda step: clock.note() if step in (steps, 2 * steps) else None
+    with tempfile.TemporaryDirectory() as folder:
+        model = create_model(case['backbone'], 7, seed=0)
+        fit(model, case['augmented'], case['valid'], config(case, 2), progress=clock.note, work_dir=folder, on_step=note)
+    ends = [*range(len(clock.times))]  # step, epoch's line, step, epoch's line
+    assert len(ends) == 4, f'{len(ends)} moments instead of 4: fit no longer says one line per epoch'
+    return clock.between(1, 2) / steps, clock.between(0, 1)[0]
+
+
+def config(case, epochs):
+    "The recipe of the run that is timed."
+    return TrainConfig(epochs=epochs, batch_size=case['batch'], warmup_epochs=0, patience=9, workers=case['workers'], weight_power=0.)
+
+
+def time_bare(case):
+    "Seconds (wall, processor) per step of the bare loop, from the end of its first step to that of its last."
+    device = 'cuda' if GPU else 'cpu'
+    torch.backends.cudnn.benchmark = True
+    model = create_model(case['backbone'], 7, seed=0).train().to(device, memory_format=torch.channels_last)
+    optimizer, clock, batch = torch.optim.AdamW(param_groups(model, .05, 1e-3), lr=1e-3, fused=True), Clock(), case['batch']
+    for k in range(case['steps']):
+        part = slice(k * batch, (k + 1) * batch)
+        with torch.autocast(device, torch.bfloat16, enabled=GPU): loss = F.cross_entropy(model(case['images'][part]).float(), case['targets'][part])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return args.batch * (args.steps - 1) / (time.perf_counter() - start)
+        if k in (0, case['steps'] - 1): clock.note()
+    return clock.between(0, 1) / (case['steps'] - 1)
+
+
+def loader_rate(case):
+    "Images per second of the loader alone."
+    start = time.perf_counter()
+    for _ in make_loader(case['augmented'], case['batch'], 0, shuffle=True, workers=case['workers']): pass
+    return len(case['augmented']) / (time.perf_counter() - start)
+
+
+def make_case(args, backbone, size, batch):
+    "What one comparison needs."
+    n, device = args.steps * batch, 'cuda' if GPU else 'cpu'
+    plain = make_data(size, n)
+    images = normalise(plain.store.pixels).to(device).contiguous(memory_format=torch.channels_last)
+    return dict(backbone=backbone, size=size, batch=batch, steps=args.steps, workers=args.workers, plain=plain, valid=make_data(size, n),
+                augmented=make_data(size, n, args.policy), images=images, targets=plain.targets.to(device))
+
+
+def measure(case, rounds):
+    "One dict per round: seconds per step of each side by (wall, processor), and what the end of an epoch took."
+    time_bare(case | dict(steps=2))  # warm-up
+    for k in range(rounds):
+        sides = dict(bare=time_bare, step=time_step, epoch=time_epoch)
+        names = list(sides)[k % 3:] + list(sides)[:k % 3]
+        done = {name: sides[name](case) for name in names}
+        done['epoch'], ends = done['epoch']
+        yield done | dict(ends=ends, loader=loader_rate(case))
+
+
+def report(args, case, quiet, load):
+    "Print the rounds of one case and its line of JSON."
+    rounds = []
+    for k, done in enumerate(measure(case, args.rounds), 1):
+        rounds.append(done)
+        rates = {name: case['batch'] / done[name][0] for name in ('bare', 'step', 'epoch')}
+        print(f"round {k}: " + ', '.join(f'{name} {rate:.1f} images/s' + (f" ({rate / rates['bare']:.3f})" if name != 'bare' else '')
+                                          for name, rate in rates.items()), flush=True)
+    ratio = lambda name, clock: round(statistics.median(r['bare'][clock] / r[name][clock] for r in rounds), 3)
+    spread = lambda name: [round(f(r['bare'][0] / r[name][0] for r in rounds), 3) for f in (min, max)]
+    ratios = {name: ratio(name, 0) for name in TARGETS}
+    result = dict(benchmark='train_step', backbone=case['backbone'], size=case['size'], batch=case['batch'], threads=torch.get_num_threads(),
+                  device=torch.cuda.get_device_name() if GPU else 'cpu', workers=case['workers'], policy=args.policy, rounds=len(rounds),
+                  bare_images_per_s=round(statistics.median(case['batch'] / r['bare'][0] for r in rounds), 1),
+                  loader_images_per_s=round(statistics.median(r['loader'] for r in rounds)))
+    for name, target in TARGETS.items():
+        result |= {f'x_{name}': ratios[name], f'x_{name}_range': spread(name), f'target_x_{name}': target, f'x_{name}_processor': ratio(name, 1)}
+    extra = 1e3 * statistics.median(r['step'][1] - r['bare'][1] for r in rounds)
+    result |= dict(step_ms=round(1e3 * statistics.median(r['bare'][0] for r in rounds), 1), extra_ms_per_step_processor=round(extra, 2),
+                   epoch_end_s=round(statistics.median(r['ends'] for r in rounds), 2), met=all(ratios[n] >= t for n, t in TARGETS.items()),
+                   quiet=quiet, load_before=load, load_after=round(os.getloadavg()[0], 1), cores=os.cpu_count())
+    print(json.dumps(result), flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--backbone', default='mobilenetv2_100')
-    for name, default in dict(size=128, batch=32, steps=7, rounds=5, threads=torch.get_num_threads()).items():
+    parser.add_argument('--backbone', nargs='+', default=['resnet10t', 'mobilenetv2_100'])
+    for name, default in dict(size=[64, 128], batch=[16, 32]).items(): parser.add_argument(f'--{name}', type=int, nargs='+', default=default)
+    for name, default in dict(steps=12, rounds=7, workers=0, threads=torch.get_num_threads()).items():
         parser.add_argument(f'--{name}', type=int, default=default)
+    parser.add_argument('--policy', default='medium', help='of the augmentation in `epoch`')
     args = parser.parse_args()
+    if not len(args.backbone) == len(args.size) == len(args.batch): parser.error('give --backbone, --size and --batch as many values each')
     torch.set_num_threads(args.threads)
+    cv2.setNumThreads(1)
     load = round(os.getloadavg()[0], 1)
-    if load > 1: print(f'warning: the load is {load} before the benchmark starts; other work on this machine makes the ratio unreliable')
-    train, pixels = make_data(args, args.steps * args.batch)
-    valid, _ = make_data(args, 14)
-    images = normalise(pixels).contiguous(memory_format=torch.channels_last)
-    time_bare(SimpleNamespace(**{**vars(args), 'steps': 2}), images, train.targets)  # warm-up
-    pairs = []
-    for k in range(args.rounds):
-        sides = dict(bare=lambda: time_bare(args, images, train.targets), fit=lambda: time_fit(args, train, valid))
-        order = list(sides) if k % 2 else list(sides)[::-1]
-        pair = {name: sides[name]() for name in order}
-        pairs.append(pair)
-        print(f"round {k + 1}: fit {pair['fit']:.1f} images/s, bare loop {pair['bare']:.1f} images/s, "
-              f"ratio {pair['fit'] / pair['bare']:.3f}", flush=True)
-    medians = {name: statistics.median(p[name] for p in pairs) for name in ('fit', 'bare')}
-    ratio = statistics.median(p['fit'] / p['bare'] for p in pairs)
-    print(json.dumps(dict(benchmark='train_step', fit_images_per_s=round(medians['fit'], 1), bare_images_per_s=round(medians['bare'], 1),
-                          ratio=round(ratio, 3), target=.9, met=ratio >= .9, backbone=args.backbone, size=args.size, batch=args.batch,
-                          threads=args.threads, load_before=load)))
+    if load > 1: print(f'warning: the load is {load} before the benchmark starts; other work makes the ratios unreliable')
+    for each in zip(args.backbone, args.size, args.batch): report(args, make_case(args, *each), load <= 1, load)
 
 
 if __name__ == '__main__': main()
