@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -84,6 +84,8 @@ def _check_spec(spec):
                          "choose another fusion, or head_epochs 0")
     if spec.pretrain_epochs and not spec.backbone:
         raise ValueError(f"pretrain_epochs is {spec.pretrain_epochs}, but there is no backbone to pretrain; name one, or set pretrain_epochs to 0")
+    if spec.metadata_dropout and spec.fusion == 'none':
+        raise ValueError(f"metadata_dropout is {spec.metadata_dropout}, but fusion 'none' takes no metadata; set it to 0 or choose another fusion")
     make_augment(spec.augment, 64, spec.artefacts)
 
 # %% ../../nbs/model/29_member.ipynb #231301b8
@@ -153,12 +155,10 @@ class _Data:
 
     def model(self, fusion, pretrained):
         "A model with the first weights that the seed gives."
-        spec = self.spec
-        asked = dict(metadata_dim=self.encoder.dim if self.encoder and fusion != 'none' else 0, fusion=fusion, pretrained=pretrained,
-                     drop_rate=spec.drop_rate, seed=spec.train.seed)
-        if spec.heads: asked['heads'] = list(spec.heads)
-        if spec.train.loss == 'ldam': asked['head'] = 'cosine'
-        if spec.metadata_dropout and fusion != 'none': asked |= dict(metadata_dropout=spec.metadata_dropout, metadata_groups=self.encoder.groups())
+        spec, encoder = self.spec, self.encoder if fusion != 'none' else None
+        asked = dict(fusion=fusion, pretrained=pretrained, heads=spec.heads, drop_rate=spec.drop_rate, image_size=self.store.size, seed=spec.train.seed,
+                     head='cosine' if spec.train.loss == 'ldam' else 'linear')
+        if encoder: asked |= dict(metadata_dim=encoder.dim, metadata_groups=encoder.groups(), metadata_dropout=spec.metadata_dropout)
         return create_model(spec.backbone, self.label_set.num_classes, **asked)
 
 # %% ../../nbs/model/29_member.ipynb #508cd6ba
@@ -189,14 +189,14 @@ def _state_bytes(model):
 def _write_fitted(folder, fitted, **facts):
     "Write a fit; `finished.json` is last, so it stands for the whole."
     atomic_write(folder/'finished.safetensors', _state_bytes(fitted.model))
-    atomic_write(folder/'finished.csv', fitted.history.to_csv(index=False))
-    write_json(folder/'finished.json', dict(best_epoch=fitted.best_epoch, best_value=fitted.best_value, **facts))
+    history = dict(columns=list(fitted.history), rows=[[None if v != v else v for v in row.values()] for row in fitted.history.to_dict('records')])
+    write_json(folder/'finished.json', dict(best_epoch=fitted.best_epoch, best_value=fitted.best_value, history=history, **facts))
 
 def _read_fitted(folder, model):
     "Read a fit into `model`."
     facts = read_json(folder/'finished.json')
     model.load_state_dict(load_file(folder/'finished.safetensors'))
-    history = pd.read_csv(folder/'finished.csv', float_precision='round_trip')
+    history = pd.DataFrame(facts['history']['rows'], columns=facts['history']['columns']).apply(pd.to_numeric)
     return Fitted(model.eval(), history, facts['best_epoch'], facts['best_value'])
 
 # %% ../../nbs/model/29_member.ipynb #d08753c4
@@ -229,9 +229,7 @@ def _kept(place, key, model):
     place.say(f'{_ONLY_NOW}finished before')
     for line in facts['lines']: place.say(line)
     logger = place.logger(place.name) if place.logger else None
-    if logger:
-        for row in fitted.history.to_dict('records'): logger.epoch(row)
-        logger.done([])
+    for row in fitted.history.to_dict('records') if logger else (): logger.epoch({k: None if v != v else v for k, v in row.items()})
     return fitted
 
 def _recorder(place, lines):
@@ -261,29 +259,13 @@ def _pixel_digest(store, ids):
     for image_id in ids: digest.update(store.image(image_id).tobytes())
     return digest.hexdigest()
 
-# %% ../../nbs/model/29_member.ipynb #2233430f
-@contextmanager
-def _held_still(
-    part:torch.nn.Module, # such as a backbone
-):
-    "Inside, `part` has no gradient and stays in evaluation mode, whatever is asked of it."
-    asked = {p: p.requires_grad for p in part.parameters()}
-    try:
-        part.eval().requires_grad_(False)
-        part.train = lambda mode=True: part
-        yield part
-    finally:
-        vars(part).pop('train', None)
-        for p, learns in asked.items(): p.requires_grad_(learns)
-
-# %% ../../nbs/model/29_member.ipynb #917d6647
+# %% ../../nbs/model/29_member.ipynb #007ffdad
 def _fit_here(data, model, train_rows, valid_rows, config, still, work_dir, progress=None, logger=None, processes=1):
     "One `fit`, in this process, or in this one of several."
-    more = dict(logger=logger) if logger else {}
-    if processes > 1: more['processes'] = processes
-    with _held_still(model.backbone) if still else nullcontext():
-        result = fit(model, data.dataset(train_rows, True), data.dataset(valid_rows, False), config, progress, work_dir, **more)
-    return Fitted(result.model.eval(), result.history, result.best_epoch, result.best_value)
+    if still: model.backbone.requires_grad_(False)
+    try: result = fit(model, data.dataset(train_rows, True), data.dataset(valid_rows, False), config, progress, work_dir, logger, processes)
+    finally: model.requires_grad_(True)
+    return Fitted(result.model, result.history.apply(pd.to_numeric), result.best_epoch, result.best_value)
 
 def _fit_step(data, model, rows, config, place, still=False):
     "One fit, wherever it runs; a finished one is read back."
@@ -325,7 +307,6 @@ class _Teller:
     def _tell(self, **event): os.write(1, f'{self.MARK}{json.dumps(event)}\n'.encode())
     def line(self, text): self._tell(line=text)
     def epoch(self, row): self._tell(row=dict(row))
-    def done(self, files): self._tell(done=[str(f) for f in files])
 
 def _hear(text, progress, logger):
     "Pass on what a `_Teller` told; whether it was one."
@@ -333,7 +314,6 @@ def _hear(text, progress, logger):
     event = json.loads(text[1:])
     if 'line' in event and progress: progress(event['line'])
     if 'row' in event and logger: logger.epoch(event['row'])
-    if 'done' in event and logger: logger.done(event['done'])
     return True
 
 # %% ../../nbs/model/29_member.ipynb #c61ac91d
@@ -438,7 +418,7 @@ def train_member(
     spec:MemberSpec, # model, steps and recipe
     work_dir:Path|str|None=None, # a killed run goes on from here, finished steps are kept here; None writes nothing
     progress=None, # called with one line of text per epoch
-    logger=None, # function: name of a fit ('', or 'image' and 'head') -> logger with `epoch(row)` and `done(files)`
+    logger=None, # function: name of a fit ('', or 'image' and 'head') -> logger of `training`; closing it is the caller's
     processes:int=1, # how many share each batch
 ) -> MemberResult: # the same arguments give the same bytes
     "Train a member: an optional start without diagnoses, then everything at once, or the image first and the metadata on top."
@@ -496,7 +476,7 @@ def train_folds(
     pairs:pd.DataFrame|None=None, # verified duplicates, which stay together: image_id_a, image_id_b
     work_dir:Path|str|None=None, # as for `train_member`
     progress=None, # called with one line of text per epoch
-    logger=None, # function: name of a fit ('fold_0', or 'fold_0/image' ...) -> logger
+    logger=None, # function: name of a fit ('fold_0', or 'fold_0/image' ...) -> logger of `training`
     processes:int=1, # how many share each batch
 ) -> FoldsResult:
     "Train k fits of a member, each validated and stopped on the fold it does not see."
