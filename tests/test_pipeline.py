@@ -1,79 +1,23 @@
 "The pipeline as its users run it: `dvc` commands in a copy of this repository, on the embedded data with a tiny setting."
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from madeup import PLAIN_GIT, ROOT, committed
-
-
-def run(cwd, *args, check=True, **kwargs):
-    "Run a command in `cwd`; its output as text, with the exit status beside it."
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "",
-           "NO_ALBUMENTATIONS_UPDATE": "1", **PLAIN_GIT}
-    done = subprocess.run([str(a) for a in args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
-    assert not check or done.returncode == 0, done.stdout[-6000:]
-    return done
-
-
-def edit_params(repo, change):
-    "Apply `change` to the mapping in params.yaml."
-    path = repo / "params.yaml"
-    params = yaml.safe_load(path.read_text())
-    change(params)
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
-
-
-def make_tiny(params):
-    "Two epochs, few resamples, one CAM a class: seconds where the default takes minutes."
-    params["train"].update(epochs=2, warmup_epochs=1, augment="none")
-    params["base"]["image_size"] = 32
-    params["evaluate"]["resamples"] = 100
-    params["explain"].update(images_per_class=1, scorecam_images_per_class=1, methods=["gradcam", "eigencam"])
-
-
-def copy_repository(to):
-    "The files git knows or would add, as they are now, in a repository of their own; own settings and own data stay behind."
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-    for name in names.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, to / name)
-    for name in ("params.yaml", "data.dvc"): (to / name).write_text(committed(name))
-    run(to, "git", "init", "-q", "-b", "main")
-    run(to, "git", "config", "user.email", "test@example.org")
-    run(to, "git", "config", "user.name", "test")
-    run(to, "git", "add", "-A")
-    run(to, "git", "add", "-f", ".dvc/remote")
-    run(to, "git", "commit", "-qm", "start")
+from tiny import copy_repository, edit_params, hashes, run, trained_repository  # noqa: F401  other tests take copy_repository from here
 
 
 @pytest.fixture(scope="module")
-def repo(tmp_path_factory):
+def repo():
     "A copy in which `dvc repro` has run once with the tiny setting."
-    to = tmp_path_factory.mktemp("pipeline") / "repo"
-    to.mkdir()
-    copy_repository(to)
-    edit_params(to, make_tiny)
-    run(to, "dvc", "pull", "-q", "data.dvc")
+    to = trained_repository()
     run(to, "dvc", "repro")
     run(to, "git", "add", "-A")
     run(to, "git", "commit", "-qm", "tiny run")
     return to
-
-
-def hashes(repo, *folders):
-    "SHA-256 by path of every file that a stage vouches for."
-    import hashlib
-    return {str(p.relative_to(repo)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for folder in folders for p in sorted((repo / folder).rglob("*"))
-            if p.is_file() and p.name not in ("run.json", "failed.ipynb") and ".scratch" not in p.parts}
 
 
 def leaves(tree, path=()):
@@ -140,6 +84,7 @@ def test_metrics_and_plots_show(repo):
     run(repo, "dvc", "plots", "show", "-o", repo / ".work/plots")
     page = (repo / ".work/plots/index.html").read_text()
     assert all(f"{name}_of_the_ensemble" in page for name in ("ROC", "Confusion", "Reliability")) and "history_csv" in page
+    assert "valid_auroc_macro_tsv" in page, "the curves of DVCLive"
 
 
 def test_a_failing_stage_leaves_the_old_results_as_they_were(repo, tmp_path):
@@ -232,3 +177,24 @@ def test_experiments_run_in_place_and_from_the_queue(repo, tmp_path):
     assert "resamples: 70" in (copy / "params.yaml").read_text()
     assert planted in (copy / "reports/evaluate/report.html").read_text()
     assert json.loads((copy / "reports/evaluate/metrics.json").read_text())["test"]["ensemble"]["auroc_macro"]["method"].endswith("70 resamples")
+
+
+@pytest.mark.slow
+def test_folds_further_heads_and_a_member_without_image_run_through(repo, tmp_path):
+    "Each member has as many fits as folds; `dvc repro` takes the new key of a member for a change of that member alone."
+    copy = tmp_path / "copy"
+    shutil.copytree(repo, copy, symlinks=True)
+    def change(params):
+        params["train"].update(folds=2, epochs=1, warmup_epochs=0.5)
+        params["train"]["members"] = {"ages": {"backbone": None, "fusion": "metadata"},
+                                      "heads": {"backbone": "small_cnn_3", "fusion": "film", "heads": {"malignant": {"kind": "binary"}}}}
+    edit_params(copy, change)
+    run(copy, "dvc", "repro")
+    for member in ("ages", "heads"):
+        assert sorted(p.name for p in (copy / "artifacts/models" / member).glob("fold_*")) == ["fold_0", "fold_1"]
+    metrics = json.loads((copy / "reports/evaluate/metrics.json").read_text())
+    assert sorted(metrics["test"]["members"]) == ["ages", "heads"]
+    assert "malignant" in (copy / "reports/train/heads/metrics.json").read_text()
+    edit_params(copy, lambda params: params["train"]["members"]["ages"].update(patience=3))
+    shown = run(copy, "dvc", "repro", "--dry").stdout
+    assert "train@ages" in shown and "Running stage 'train@heads'" not in shown

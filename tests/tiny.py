@@ -1,11 +1,23 @@
-"A bundle of two untrained members and a few pictures: what they answer means nothing, how they answer is what the faces are tested with."
+"""Small things to test with: a bundle of two untrained members and a few pictures, whose answers mean nothing, and a copy of this repository in which
+the pipeline takes seconds."""
+import atexit
+import functools
+import hashlib
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
+from madeup import PLAIN_GIT, ROOT, committed
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.images import save_png
 from skinlesion.model.bundle import Member, save_bundle
@@ -42,3 +54,71 @@ def build_pictures(folder, names=("a", "b", "c")):
     spot = ((y - 30) ** 2 + (x - 45) ** 2 < 300)[..., None]
     return {name: save_png(np.clip(np.where(spot, 90, 200) + rng.integers(-40, 40, (60, 90, 3)), 0, 255).astype(np.uint8), folder / f"{name}.png")
             for name in names}
+
+
+def run(cwd, *args, check=True, **kwargs):
+    "Run a command in `cwd`; its output as text, with the exit status beside it."
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env=plain_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          **kwargs)
+    assert not check or done.returncode == 0, done.stdout[-6000:]
+    return done
+
+
+def plain_environment():
+    "The environment of a user of the copy: its own code, no settings of whoever runs the tests; one thread, which is fastest for tiny models."
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "", "NO_ALBUMENTATIONS_UPDATE": "1",
+            "OMP_NUM_THREADS": "1", **PLAIN_GIT}
+
+
+def edit_params(repo, change):
+    "Apply `change` to the mapping in params.yaml."
+    path = repo / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    change(params)
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def make_tiny(params):
+    "Two epochs, few resamples, one CAM a class: seconds where the default takes minutes. The member `image` can go on after any step."
+    params["train"].update(epochs=2, warmup_epochs=1, augment="none")
+    params["train"]["members"]["image"].update(backbone="small_cnn_3", checkpoint_minutes=0.)
+    params["base"]["image_size"] = 32
+    params["evaluate"]["resamples"] = 100
+    params["explain"].update(images_per_class=1, scorecam_images_per_class=1, methods=["gradcam", "eigencam"])
+
+
+def copy_repository(to):
+    "The files git knows or would add, as they are now, in a repository of their own; own settings and own data stay behind."
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in names.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    for name in ("params.yaml", "data.dvc"): (to / name).write_text(committed(name))
+    run(to, "git", "init", "-q", "-b", "main")
+    run(to, "git", "config", "user.email", "test@example.org")
+    run(to, "git", "config", "user.name", "test")
+    run(to, "git", "add", "-A")
+    run(to, "git", "add", "-f", ".dvc/remote")
+    run(to, "git", "commit", "-qm", "start")
+
+
+@functools.cache
+def trained_repository():
+    "A copy in which the member `image` was prepared and trained with the tiny setting; made once for all tests of a session."
+    folder = Path(tempfile.mkdtemp(prefix="pipeline-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    repo = folder / "repo"
+    repo.mkdir()
+    copy_repository(repo)
+    edit_params(repo, make_tiny)
+    run(repo, "dvc", "pull", "-q", "data.dvc")
+    run(repo, "dvc", "repro", "train@image")
+    return repo
+
+
+def hashes(repo, *folders):
+    "SHA-256 by path of every file that a stage vouches for."
+    return {str(p.relative_to(repo)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for folder in folders for p in sorted((repo / folder).rglob("*"))
+            if p.is_file() and p.name not in ("run.json", "failed.ipynb") and ".scratch" not in p.parts}
