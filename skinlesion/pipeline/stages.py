@@ -566,7 +566,8 @@ def failure_text(
         cause = [l for f in frames[-1:] for l in f.splitlines() if '-->' in l] + [f'{outputs[-1].ename}: {outputs[-1].evalue}']
     elif isinstance(error, StageError): cause = [str(error)]
     else: cause = [l.rstrip() for l in traceback.format_exception_only(error)]
-    lines += [plain_text('\n'.join(cause), folders), 'The earlier outputs and reports of this stage stand as they were.']
+    cause = plain_text('\n'.join(cause), folders).replace('.work/resume', getattr(progress, 'resume', '.work/resume')) # the link is gone by now
+    lines += [cause, 'The earlier outputs and reports of this stage stand as they were.']
     if 'No space left' in lines[-2] or 'disk is full' in lines[-2]: lines.append('Free some space on the disk that holds this repository (df -h .).')
     if failed: lines.append(f'Next: look at it (jupyter lab {failed}), mend the cause, then dvc repro')
     else: lines.append('Next: mend the cause, then dvc repro')
@@ -659,7 +660,7 @@ def _build(root, scratch, stage, notebook, parameters, inputs, outputs, report_d
     provenance = stage_provenance(root, notebook, parameters, inputs, code)
     tree = mirror_tree(root, scratch, outputs, parameters)
     link_cache(root, tree)
-    link_resume(root, tree, stage, provenance)
+    progress.resume = link_resume(root, tree, stage, provenance).relative_to(root).as_posix()
     for path in outputs: (tree/path).mkdir()
     progress.folders = [tree, root]
     kernel, finished = StageKernel(root, scratch, tree, lock), False
