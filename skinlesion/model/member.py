@@ -33,7 +33,7 @@ from ..data.metadata import MetadataEncoder
 from ..data.splits import make_folds, tied_groups
 from ..data.store import ImageStore
 from ..files import atomic_write, read_json, sha256_file, write_json
-from .bundle import predict_probs
+from .bundle import predict_table
 from .fusion import LesionModel, create_model
 from .heads import read_heads, read_targets
 from .pretrain import pretrain_simsiam
@@ -187,7 +187,8 @@ def _state_bytes(model):
     return save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
 
 def _write_fitted(folder, fitted, **facts):
-    "Write a fit; `finished.json` is last, so it stands for the whole."
+    "Write a fit; `finished.json` goes first and comes last, so it stands for the whole."
+    (folder/'finished.json').unlink(missing_ok=True)
     atomic_write(folder/'finished.safetensors', _state_bytes(fitted.model))
     history = dict(columns=list(fitted.history), rows=[[None if v != v else v for v in row.values()] for row in fitted.history.to_dict('records')])
     write_json(folder/'finished.json', dict(best_epoch=fitted.best_epoch, best_value=fitted.best_value, history=history, **facts))
@@ -253,8 +254,8 @@ def _step_key(data, model, train_rows, valid_rows, config, place, still):
 
 def _pixel_digest(store, ids):
     "Hash of the images: of the store's sums where it has any, else of the pixels."
-    sums = Path(getattr(store, 'root', ''))/'SHA256SUMS'
-    if sums.is_file(): return sha256_file(sums)
+    root = getattr(store, 'root', None)
+    if root and (Path(root)/'SHA256SUMS').is_file(): return sha256_file(Path(root)/'SHA256SUMS')
     digest = hashlib.sha256()
     for image_id in ids: digest.update(store.image(image_id).tobytes())
     return digest.hexdigest()
@@ -320,9 +321,9 @@ def _hear(text, progress, logger):
 def _end_with(path):
     "End this process at once when the holder of the lock on `path` has ended."
     def wait():
-        with open(path) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            os._exit(1)
+        try:
+            with open(path) as lock: fcntl.flock(lock, fcntl.LOCK_SH)
+        finally: os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
 
 def run_job(
@@ -365,6 +366,7 @@ def _children(folder, processes):
         try: yield process
         finally:
             lock.close()
+            if process.poll() is None: process.terminate()
             process.stdout.close()
             try: process.wait(30)
             except subprocess.TimeoutExpired: process.kill()
@@ -463,7 +465,7 @@ def _start(data, model, rows, place):
 class FoldsResult:
     "k fits of one member."
     fits:tuple # of MemberResult; fit i validated on fold i
-    predictions:pd.DataFrame # out-of-fold, sorted by image_id: image_id, lesion_id, diagnosis, split, fold, and p_<code> of each class
+    predictions:pd.DataFrame # out-of-fold, sorted by image_id: image_id, lesion_id, diagnosis, split, fold, p_<code> of each class, <head>.<level> of further heads
     folds:pd.Series # fold of each image, by image_id
 
 def train_folds(
@@ -508,6 +510,5 @@ def _rows_of_fold(rows, fold, i, pairs):
     return rows.assign(split=split)[~tied].reset_index(drop=True)
 
 def _out_of_fold(data, model, rows):
-    "image_id and p_<code> of the rows of a fold."
-    probs = predict_probs(model, data.dataset(rows, False), batch_size=data.spec.train.batch_size)
-    return pd.DataFrame(probs, columns=[f'p_{code}' for code in data.label_set.codes]).assign(image_id=rows.image_id)
+    "The answers to the rows of a fold."
+    return predict_table(model, data.dataset(rows, False), data.spec.train.batch_size)

@@ -1,0 +1,181 @@
+"Several processes share a batch: they end where one process ends, in any interruption too, and none outlives its caller."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from skinlesion.data.metadata import MetadataEncoder
+from skinlesion.data.store import build_store
+from skinlesion.images import save_png
+from skinlesion.model.bundle import predict_probs
+from skinlesion.model.member import MemberSpec, TrainConfig, member_datasets, train_folds, train_member
+from skinlesion.taxonomy import LabelSet
+
+LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
+ENCODER = MetadataEncoder(50.0, 20.0)
+# LayerNorm, no dropout, no metadata branch (it has batch norm), 44 training images in batches of 11, 11 of validation: shares of 6 and 5. Sharing changes nothing but the order in which numbers are added.
+SPEC = MemberSpec("test_convnext", drop_rate=0.0, augment="light",
+                  train=TrainConfig(epochs=3, batch_size=11, learning_rate=2e-3, warmup_epochs=0.5, seed=3, checkpoint_seconds=0.0))
+
+
+def make_rows(n=55):
+    "Rows of squares: `a` is red, `b` and `c` are green, and the age tells `c` from `b`."
+    rng = np.random.default_rng(0)
+    codes = ["abc"[i % 3] for i in range(n)]
+    ages = [(60.0 if c == "c" else 30.0) + int(rng.integers(20)) for c in codes]
+    return pd.DataFrame(dict(image_id=[f"ISIC_{i:03}" for i in range(n)], lesion_id=[f"L{i}" for i in range(n)], diagnosis=codes, age=ages, sex="",
+                             site=["back" if i % 2 else "" for i in range(n)], split=["valid" if i % 5 == 4 else "train" for i in range(n)],
+                             severity=[["", "mild", "severe"][i % 3] for i in range(n)]))
+
+
+def build(folder):
+    "A store of squares on the disk, and its rows."
+    rows, rng = make_rows(), np.random.default_rng(1)
+    for image_id, code in zip(rows.image_id, rows.diagnosis):
+        pixels = rng.normal(110, 40, (32, 32, 3))
+        pixels[..., 0 if code == "a" else 1] += 30
+        save_png(pixels.clip(0, 255).astype(np.uint8), folder / "images" / f"{image_id}.png")
+    dataset = SimpleNamespace(table=rows, image_path=lambda i: folder / "images" / f"{i}.png", mask_path=lambda i: None)
+    return build_store(dataset, folder / "store", 32), rows
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    "Store and rows."
+    torch.set_num_threads(1)
+    return build(tmp_path_factory.mktemp("squares"))
+
+
+def train(squares, processes, spec=SPEC, **more): return train_member(squares[0], squares[1], LABELS, ENCODER, spec, processes=processes, **more)
+
+
+def weights(result): return {k: v.numpy().tobytes() for k, v in result.model.state_dict().items()}
+
+
+def test_two_processes_end_where_one_does(squares):
+    "Every loss within 1e-4, every probability within 1e-3, the same best epoch, lines and columns."
+    said, heard, rows = [], [], {}
+    book = lambda name: SimpleNamespace(epoch=rows.setdefault(name, []).append)
+    one = train(squares, 1, progress=said.append)
+    two = train(squares, 2, progress=heard.append, logger=book)
+    assert list(two.history) == list(one.history) and two.best_epoch == one.best_epoch
+    np.testing.assert_allclose(two.history.to_numpy(float), one.history.to_numpy(float), atol=1e-4)
+    valid = member_datasets(*squares, LABELS, ENCODER, SPEC)[1]
+    np.testing.assert_allclose(predict_probs(two.model, valid), predict_probs(one.model, valid), atol=1e-3)
+    assert weights(one) != weights(create(squares)) and len(heard) == len(said) == SPEC.train.epochs
+    assert [row["epoch"] for row in rows[""]] == [1, 2, 3]
+
+
+def create(squares):
+    "What training begins with."
+    from skinlesion.model.member import _Data
+    return SimpleNamespace(model=_Data(squares[0], LABELS, ENCODER, SPEC).model(SPEC.fusion, "none"))
+
+
+RUN = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_distributed import *
+from skinlesion.data.store import ImageStore
+train((ImageStore({store!r}), make_rows()), 2, work_dir={work!r}, progress=lambda line: print(line, flush=True))
+"""
+
+
+def relatives(work):
+    "Processes whose command line names the folder."
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try: command = path.read_bytes()
+        except OSError: continue
+        if str(work).encode() in command and b"-c" not in command.split(b"\0"): found.append(int(path.parent.name))
+    return found
+
+
+def kill_a_run(squares, work, writes, seconds=180):
+    "Start a run of two processes, kill its caller after so many writes of its state, and see its processes end."
+    code = RUN.format(tests=str(Path(__file__).parent), store=str(squares[0].root), work=str(work))
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    state, seen, end = work / "fit" / "unfinished.pt", set(), time.monotonic() + seconds
+    while len(seen) < writes:
+        assert caller.poll() is None and time.monotonic() < end, (len(seen), caller.stderr.read().decode()[-2000:])
+        try: seen.add(state.stat().st_mtime_ns)
+        except FileNotFoundError: pass
+        time.sleep(.002)
+    assert len(relatives(work)) >= 3  # torchrun and two of its own
+    os.kill(caller.pid, signal.SIGKILL)
+    caller.wait()
+    caller.stderr.close()
+    end = time.monotonic() + 20
+    while relatives(work) and time.monotonic() < end: time.sleep(.05)
+    assert relatives(work) == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(squares):
+    "The lines and the result of a run of two processes that nobody kills."
+    lines = []
+    return lines, train(squares, 2, progress=lines.append)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writes", [1, 4, 6, 9, 11])
+def test_killed_run_of_two_processes_goes_on(squares, undisturbed, tmp_path, writes):
+    "In the middle of an epoch or at its end: the same bytes, and no process left behind."
+    kill_a_run(squares, tmp_path, writes)
+    lines = []
+    result = train(squares, 2, work_dir=tmp_path, progress=lines.append)
+    assert weights(result) == weights(undisturbed[1]) and result.history.equals(undisturbed[1].history)
+    assert [line for line in lines if not line.startswith("↻ ")] == undisturbed[0] and any(line.startswith("↻ ") for line in lines)
+
+
+@pytest.mark.slow
+def test_same_bytes_twice(squares, undisturbed):
+    "Two processes give what two processes gave."
+    assert weights(train(squares, 2)) == weights(undisturbed[1])
+
+
+@pytest.mark.slow
+def test_errors_of_the_processes_reach_the_caller(squares):
+    "A loss that is no number names its images; no process is left."
+    spec = MemberSpec("test_convnext", drop_rate=0.0, train=TrainConfig(epochs=2, batch_size=11, learning_rate=1e30, seed=3))
+    with pytest.raises(FloatingPointError, match="on the batch of images ISIC_"): train(squares, 2, spec)
+    with pytest.raises(ValueError, match="least|batch_size"): train(squares, 4, MemberSpec("test_convnext", train=TrainConfig(epochs=2, batch_size=4)))
+
+
+@pytest.mark.slow
+def test_steps_heads_and_folds_in_two_processes(squares):
+    "Metadata on top of a frozen backbone, a further head with missing answers, two folds: within 1e-2 of one process, batch norm and all."
+    heads = dict(severity=dict(kind="ordinal", levels=["mild", "severe"]))
+    spec = MemberSpec("test_convnext", fusion="concat", drop_rate=0.0, heads=heads, head_epochs=2,
+                      train=TrainConfig(epochs=2, batch_size=11, learning_rate=2e-3, seed=3))
+    one, two = (train_folds(*squares, LABELS, ENCODER, spec, 2, processes=n) for n in (1, 2))
+    assert one.folds.equals(two.folds)
+    for a, b in zip(one.fits, two.fits):
+        assert list(b.stages) == ["image", "head"] and "valid_severity_mae" in b.history
+        np.testing.assert_allclose(b.stages["image"].to_numpy(float), a.stages["image"].to_numpy(float), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_an_error(squares, tmp_path):
+    "Where one of the processes is killed the caller hears of it, and the rest end."
+    import threading
+
+    def kill_one():
+        while not (found := [p for p in relatives(tmp_path) if b"torch.distributed.run" not in Path(f"/proc/{p}/cmdline").read_bytes()]): time.sleep(.05)
+        time.sleep(2)
+        os.kill(found[-1], signal.SIGKILL)
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(RuntimeError, match="training in 2 processes ended"): train(squares, 2, work_dir=tmp_path)
+    killer.join()
+    assert relatives(tmp_path) == [] and json.dumps(sorted(p.name for p in (tmp_path / "fit").iterdir() if p.name == "job")) == "[]"
