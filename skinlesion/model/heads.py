@@ -300,7 +300,8 @@ class OrdinalHead(nn.Module):
     ):
         super().__init__()
         self.linear = nn.Linear(width, 1, bias=False)
-        self.bias = nn.Parameter(torch.linspace(1, -1, n_levels + 1)[1:-1].clone())
+        above = torch.arange(n_levels - 1, 0, -1) / n_levels # P(y > k) where all levels are equally likely
+        self.bias = nn.Parameter(above.logit())
 
     def forward(self,
         features:torch.Tensor, # (B, width) float
