@@ -19,14 +19,12 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 from scipy.stats import rankdata
 
 from ..data.datasets import LesionDataset, make_loader
@@ -83,7 +81,7 @@ class TrainConfig:
     gamma_negative:float=4. # 'asymmetric': the same for the classes an image is not of
     beta:float=.999 # 'class_balanced' and 'ldam': effective number of images, [0, 1)
     margin:float=.5 # 'ldam': margin of the rarest class
-    deferred:float=.8 # 'ldam': share of the run before classes are weighed, [0, 1]
+    deferred:float=.8 # 'ldam': share of the epochs before classes are weighed, [0, 1]
     tau:float=1. # 'logit_adjustment': how strongly the class frequencies are taken out
     weight_power:float=.5 # class weights are frequency to minus this power; 0 weighs all alike; no part in the losses that balance by themselves
     label_smoothing:float=0. # share of the target spread over all classes, [0, 1)
@@ -97,7 +95,7 @@ class TrainConfig:
     precision:str='auto' # one of PRECISIONS; 'auto' is bf16 on a GPU that has it, else 32
     seed:int=0 # of order, dropout, mixing and augmentation
     workers:int=0 # loader processes; the result is the same for any number
-    checkpoint_seconds:float=120. # longest time between two states on the disk, beside the one after each epoch; the result is the same
+    checkpoint_seconds:float=120. # longest time between two states on the disk; 0 for one after each step; the result is the same
 
     def __post_init__(self): _check_config(self)
 
@@ -135,18 +133,22 @@ class _Objective(torch.nn.Module):
         sums = [self._sums(*self.loss.terms(outputs[PRIMARY], target))]
         for spec in self.specs:
             own = self._sums(*head_loss(outputs[spec.name], heads[spec.name], spec))
-            if mixed: own = torch.lerp(self._sums(*head_loss(outputs[spec.name], heads[spec.name][plan.partner.to(target.device)], spec)), own, plan.share)
+            if mixed: own = torch.lerp(self._sums(*head_loss(outputs[spec.name], heads[spec.name][plan.partner], spec)), own, plan.share)
             sums.append(own)
         return torch.stack(sums)
 
     @staticmethod
     def _sums(values, weights): return torch.stack([(values * weights).sum(), weights.sum()])
 
-    def coefficients(self, target, heads):
-        "What each head's sum is multiplied by, from the targets of a whole step: (K,) floats, 0 for a head that knows none of them."
-        outputs = {PRIMARY: torch.zeros(len(target), self.num_classes)} | {s.name: torch.zeros(len(target), s.n_logits) for s in self.specs}
-        totals = self.parts(outputs, target, heads)[:, 1].double().numpy()
-        return np.divide(self.scales, totals, out=np.zeros_like(totals), where=totals > 0)
+    def weights(self, target, heads):
+        "The weight of each image at each head, from the targets alone: (K,N) float64."
+        known = [self.loss.terms(torch.zeros(len(target), self.num_classes), target)[1]]
+        known += [head_loss(torch.zeros(len(target), spec.n_logits), heads[spec.name], spec)[1] for spec in self.specs]
+        return torch.stack(known).double().numpy()
+
+    def coefficients(self, totals):
+        "What each head's sum is multiplied by, from the sum of the weights of a whole step: (K,), 0 for a head that knows none of its targets."
+        return np.divide(self.scales, totals, out=np.zeros(len(totals)), where=totals > 0)
 
     def mean(self, sums):
         "The objective from sums over a whole set: (K,2) -> float."
@@ -183,8 +185,10 @@ def _copy_state(model):
 # %% ../../nbs/model/27_training.ipynb #e0ce0af0
 def _machine(
     processes:int, # as in `fit`
-) -> Fabric:
+): # lightning.fabric.Fabric
     "Device and processes; a parameter that gets no gradient in a step holds nobody up."
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if processes > 1 and not torch.distributed.is_torchelastic_launched():
         raise ValueError(f"processes is {processes}, but this is not one of several: start it with "
@@ -220,6 +224,7 @@ class _Net(torch.nn.Module):
 @contextmanager
 def _sealed():
     "Deterministic and silent inside; generators, flags, threads, logging and warnings as before afterwards."
+    import lightning.fabric  # only where something is trained: it takes seconds, and sets levels of its own
     logs = [logging.getLogger(name) for name in ('lightning', 'lightning.fabric')]
     levels, threads, fill = [log.level for log in logs], torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     flags = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -259,19 +264,19 @@ class _Feed:
         "The batches of `keys`, one after another."
         self.keys = keys
         if not self.stream: yield from self.loader; return
-        ahead = None
+        ahead, main = None, torch.cuda.current_stream(self.device)
         for batch in self.loader:
-            with torch.cuda.stream(self.stream): coming = _move(batch, self.device)
+            with torch.cuda.stream(self.stream): coming = _move(batch, self.device, main)
             if ahead: yield ahead
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            main.wait_stream(self.stream)
             ahead = coming
         if ahead: yield ahead
 
-def _move(batch, device):
-    "A batch on another device, without waiting for it."
-    if isinstance(batch, dict): return {k: _move(v, device) for k, v in batch.items()}
+def _move(batch, device, stream):
+    "A batch on a GPU, without waiting for it; its memory is kept as long as `stream` works on it."
+    if isinstance(batch, dict): return {k: _move(v, device, stream) for k, v in batch.items()}
     moved = batch.to(device, non_blocking=True)
-    if moved.is_cuda: moved.record_stream(torch.cuda.current_stream(device))
+    moved.record_stream(stream)
     return moved
 
 # %% ../../nbs/model/27_training.ipynb #a73527d9
@@ -307,22 +312,24 @@ class _Run:
 
 # %% ../../nbs/model/27_training.ipynb #0fb6801e
 class _Watch:
-    "Looks at losses and gradients; on a GPU one value late."
+    "Looks at losses and gradients; on a GPU a step late."
     def __init__(self, run): self.run, self.waiting = run, []
 
     def see(self, what, value, keys):
         "Take note of a value and the keys of the images it came from."
-        self.waiting.append((what, value.detach(), self.run.epoch, keys))
-        if self.run.device.type == 'cpu' or len(self.waiting) > 2: self.check(0 if self.run.device.type == 'cpu' else 2)
+        value, sent = value.detach().to('cpu', non_blocking=True), None
+        if self.run.device.type == 'cuda': sent = torch.cuda.Event(); sent.record()
+        self.waiting.append((what, value, sent, self.run.epoch, keys))
+        self.check(late=2 if sent else 0)
 
     def check(self, late=0):
         "Stop at the first value that is no number, but for the last `late` ones."
         while len(self.waiting) > late:
-            what, value, epoch, keys = self.waiting.pop(0)
-            value = float(value)
-            if math.isfinite(value): continue
+            what, value, sent, epoch, keys = self.waiting.pop(0)
+            if sent: sent.synchronize()
+            if math.isfinite(float(value)): continue
             images = ', '.join(self.run.train_ds.ids[i] for i, _ in keys)
-            raise FloatingPointError(f"the {what} is {value} in epoch {epoch + 1} on the batch of images {images}; "
+            raise FloatingPointError(f"the {what} is {float(value)} in epoch {epoch + 1} on the batch of images {images}; "
                                      "look at these images and their metadata, or lower learning_rate")
 
 # %% ../../nbs/model/27_training.ipynb #06cc4696
@@ -330,9 +337,12 @@ def _add_gradient(run, batch, keys, number, coefficients, last):
     "Forward and backward pass of one batch, the `number`-th of the run; its sums go into those of the epoch."
     config, image, metadata = run.config, batch['image'], batch.get('metadata')
     seed = mix_seed(config.seed, number, *([run.rank] if run.rank else []))
-    plan = plan_mix(len(image), tuple(image.shape[-2:]), config.mix, config.mix_alpha, mix_seed(seed, 1)) if config.mix != 'none' else None
-    if plan: image, metadata = plan.mix(image), None if metadata is None else plan.blend(metadata)
-    torch.manual_seed(seed)
+    plan = None
+    if config.mix != 'none':
+        plan = plan_mix(len(image), tuple(image.shape[-2:]), config.mix, config.mix_alpha, mix_seed(seed, 1))
+        plan = replace(plan, partner=plan.partner.to(run.device, non_blocking=True))
+        image, metadata = plan.mix(image), None if metadata is None else plan.blend(metadata)
+    _seed(seed, run.device)
     with run.fabric.no_backward_sync(run.net, enabled=not last) if run.world > 1 else nullcontext():
         parts = run.objective.parts(run.net(image, metadata), batch['target'], batch.get('heads', {}), plan)
         loss = sum(part * float(c) for part, c in zip(parts[:, 0].unbind(), coefficients))
@@ -340,14 +350,20 @@ def _add_gradient(run, batch, keys, number, coefficients, last):
         run.fabric.backward(run.scaler.scale(loss * run.world if run.world > 1 else loss))
     run.fresh += parts.detach()
 
+def _seed(seed, device):
+    "Seed the generators that the run draws from; `torch.manual_seed` looks for devices of all makers each time."
+    torch.default_generator.manual_seed(seed)
+    if device.type == 'cuda': torch.cuda.default_generators[device.index].manual_seed(seed)
+
 def _take_step(run, keys, rate=None):
     "Clip the gradient, move the weights, and the moving average after them."
     config = run.config
     run.rate = config.learning_rate * lr_factor(run.step, run.total, run.warmup) if rate is None else rate
     for group in run.optimizer.param_groups: group['lr'] = run.rate * group.get('lr_scale', 1.)
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.trainable, config.clip_norm)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
     if not run.scaler.is_enabled(): run.watch.see('norm of the gradient', norm, keys)
+    if run.device.type != 'cpu' or not float(norm) + 1e-6 < config.clip_norm: torch.nn.utils.clip_grads_with_norm_(run.trainable, config.clip_norm, norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -364,17 +380,20 @@ def _set_mode(run):
     for p in run.trainable: p.requires_grad_(not (frozen and id(p) in inside))
     if inside and not any(p.requires_grad for p in backbone.parameters()): backbone.eval()
 
+def _epoch_weights(run):
+    "Tell the losses how far the run is; the weight of each training image at each head in this epoch."
+    for loss in (run.objective.loss, run.planner.loss): loss.set_progress(run.epoch / run.config.epochs)
+    return run.planner.weights(run.train_ds.targets, run.train_ds.targets_extra)
+
 def _train_epoch(run, after_step):
     "The steps of an epoch that are still to be done."
     _set_mode(run)
     steps = run.plan(run.epoch)
     before = sum(map(len, steps[:run.done])) + run.epoch * sum(map(len, steps))
     mine = [keys[run.rank::run.world] for step in steps[run.done:] for keys in step]
-    batches, shards = run.feeds[0].batches(mine), iter(mine)
+    batches, shards, weights = run.feeds[0].batches(mine), iter(mine), _epoch_weights(run)
     for step in steps[run.done:]:
-        rows = torch.tensor([i for keys in step for i, _ in keys])
-        for loss in (run.objective.loss, run.planner.loss): loss.set_progress(run.step / run.total)
-        coefficients = run.planner.coefficients(run.train_ds.targets[rows], {k: v[rows] for k, v in run.train_ds.targets_extra.items()})
+        coefficients = run.planner.coefficients(weights[:, [i for keys in step for i, _ in keys]].sum(1))
         for k, _ in enumerate(step):
             keys = next(shards)
             _add_gradient(run, next(batches), keys, before, coefficients, last=k == len(step) - 1)
@@ -466,7 +485,7 @@ def _pixels(dataset):
 class _Checkpoint:
     "The state of a run in one file; without a path it does nothing."
     def __init__(self, run, path):
-        self.run, self.path, self.written = run, path, time.monotonic()
+        self.run, self.path, self.written, self.cost = run, path, time.monotonic(), 0.
         self.fingerprint = _fingerprint(run) if path else None
 
     def save(self):
@@ -477,12 +496,14 @@ class _Checkpoint:
         state = dict(fingerprint=self.fingerprint, rows=run.books.rows, best_state=run.books.best_state, epoch=run.epoch, done=run.done,
                      sums=run.sums.cpu(), model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
                      average=run.average.state_dict() if run.average else None)
+        began = time.monotonic()
         with atomic_path(self.path) as scratch: torch.save(state, scratch)
-        self.written = time.monotonic()
+        self.written, self.cost = time.monotonic(), time.monotonic() - began
 
     def save_in_time(self):
-        "After a step: write where it is time to, but not after the last of an epoch, whose end writes."
-        if self.run.done < self.run.steps and time.monotonic() - self.written >= self.run.config.checkpoint_seconds: self.save()
+        "Write where it is time to: after a step (but the last of an epoch), and after an epoch where writing costs a twentieth of the time or less."
+        passed, longest, run = time.monotonic() - self.written, self.run.config.checkpoint_seconds, self.run
+        if run.done < run.steps and passed >= (longest if run.done else min(longest, 20 * self.cost)): self.save()
 
     def resume(self):
         "Put the state of a killed run into this one; what was found, in words, or ''."
@@ -491,7 +512,7 @@ class _Checkpoint:
         except FileNotFoundError: return ''
         except Exception as e: raise ValueError(f"'{self.path}' cannot be read ({type(e).__name__}); delete it to start the run anew") from e
         if not isinstance(state, dict) or state.get('fingerprint') != self.fingerprint:
-            return f"the unfinished run in '{self.path.parent.name}' is another one (other data, recipe, start or machine); starting anew"
+            return f"↻ the unfinished run in '{self.path.parent.name}' is another one (other data, recipe, start or machine); starting anew"
         self._load(state)
         return _resumed(self.run)
 
@@ -510,8 +531,8 @@ class _Checkpoint:
 
 def _resumed(run):
     "Where a run goes on, in words."
-    if run.done: return f"going on in epoch {run.epoch + 1} after step {run.done} of {run.steps} of an unfinished run"
-    return f"going on after epoch {run.epoch} of an unfinished run"
+    if run.done: return f"↻ going on in epoch {run.epoch + 1} after step {run.done} of {run.steps} of an unfinished run"
+    return f"↻ going on after epoch {run.epoch} of an unfinished run"
 
 # %% ../../nbs/model/27_training.ipynb #0f5f56ed
 def _is_memory(error):
@@ -554,8 +575,10 @@ def _line(row, config, improved):
     return (f"epoch {row['epoch']:>{len(str(config.epochs))}}/{config.epochs}  loss {row['train_loss']:.4f}  valid {row['valid_loss']:.4f}  "
             f"AUROC {row['valid_auroc_macro']:.4f}  balanced accuracy {row['valid_balanced_accuracy']:.4f}{more}{'  best' if improved else ''}")
 
+_EVERY = .2 # seconds
+
 class _LiveLine:
-    "The line that is written over, at most five times a second; silent where the stream is no terminal."
+    "The line that is written over, at most every `_EVERY` seconds; silent where the stream is no terminal."
     def __init__(self, run, stream):
         self.run, self.stream = run, stream if stream is not None and stream.isatty() else None
         self.began, self.shown, self.images, self.first = time.monotonic(), 0., 0, run.step
@@ -563,7 +586,7 @@ class _LiveLine:
     def step(self, images):
         "A step with so many images is done."
         self.images, now, run = self.images + images, time.monotonic(), self.run
-        if not self.stream or now - self.shown < .2: return
+        if not self.stream or now - self.shown < _EVERY: return
         self.shown, spent = now, now - self.began
         left = spent / (run.step - self.first) * (run.total - run.step)
         self.stream.write(f"\r\x1b[Kepoch {run.epoch + 1}, step {run.done}/{run.steps}, {self.images / spent:.0f} images/s, at most {_duration(left)} left")
@@ -715,8 +738,7 @@ def _train(run, checkpoint, progress, logger, on_step):
     said, books = checkpoint.resume(), run.books
     if run.world > 1: run.fabric.barrier()
     if progress and said: progress(said)
-    if logger:
-        for row in books.rows: logger.epoch(row)
+    for k, row in enumerate(books.rows): _tell(row, _Books(run.config, books.rows[:k + 1]).best is row, run.config, progress, logger)
     live = _LiveLine(run, sys.stderr if progress else None)
 
     def after_step(images):
@@ -728,10 +750,9 @@ def _train(run, checkpoint, progress, logger, on_step):
         while not books.finished:
             _train_epoch(run, after_step)
             improved = _end_epoch(run)
-            checkpoint.save()
+            checkpoint.save_in_time()
             live.clear()
-            if logger: logger.epoch(books.rows[-1])
-            if progress: progress(_line(books.rows[-1], run.config, improved))
+            _tell(books.rows[-1], improved, run.config, progress, logger)
     except FloatingPointError as e: raise FloatingPointError(f'{e}{checkpoint.where()}') from None
     except Exception as e:
         if not _is_memory(e): raise
@@ -739,6 +760,11 @@ def _train(run, checkpoint, progress, logger, on_step):
     finally: live.clear()
     if checkpoint.path and not run.rank: checkpoint.path.unlink(missing_ok=True)
     return books
+
+def _tell(row, improved, config, progress, logger):
+    "Log an epoch, and say it."
+    if logger: logger.epoch(row)
+    if progress: progress(_line(row, config, improved))
 
 # %% ../../nbs/model/27_training.ipynb #eb56a5c9
 def _check_data(model, train_ds, valid_ds, config):
@@ -779,8 +805,8 @@ def find_learning_rate(
     with _sealed():
         run = _Run(trial, train_ds, train_ds, config, objective, _machine(1))
         _set_mode(run)
-        batches = _endless(run)
-        return lr_sweep(lambda rate: _trial_step(run, *next(batches), rate), low, high, steps)
+        batches, weights = _endless(run), _epoch_weights(run)
+        return lr_sweep(lambda rate: _trial_step(run, weights, *next(batches), rate), low, high, steps)
 
 def _endless(run):
     "Step after step, epoch after epoch: number of the first batch, keys and batches."
@@ -790,10 +816,9 @@ def _endless(run):
             yield number, step, list(run.feeds[0].batches(step))
             number += len(step)
 
-def _trial_step(run, number, step, batches, rate):
+def _trial_step(run, weights, number, step, batches, rate):
     "One step at `rate`; its loss."
-    rows = torch.tensor([i for keys in step for i, _ in keys])
-    coefficients = run.planner.coefficients(run.train_ds.targets[rows], {k: v[rows] for k, v in run.train_ds.targets_extra.items()})
+    coefficients = run.planner.coefficients(weights[:, [i for keys in step for i, _ in keys]].sum(1))
     run.sums.zero_()
     for k, (keys, batch) in enumerate(zip(step, batches)): _add_gradient(run, batch, keys, number + k, coefficients, last=True)
     _take_step(run, step[-1], rate)
