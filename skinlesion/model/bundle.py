@@ -378,7 +378,7 @@ def _model_card(facts):
     label_set, size = LabelSet.from_dict(facts['label_set']), facts['image_size']
     malignant = {True: 'yes', False: 'no', None: 'not stated'}
     lines = ['# Model card', '', f"**{facts['disclaimer']}**", '', '## What it is', '',
-             f"The mean of {len(facts['members'])} model(s) for dermatoscopic images, {size}x{size} pixels:", '']
+             f"The mean of {_counted(facts['members'])} for dermatoscopic images, {size}x{size} pixels:", '']
     lines += [f"- `{m['name']}`: {_reads(m['model'])}" for m in facts['members']] + _head_rows(facts['members'])
     if facts['colour'] != 'none': lines += ['', f"Before anything else the colours of an image are corrected by `{facts['colour']}`."]
     if facts['views'] != 'none': lines += ['', f"An answer is the mean over the {len(view_names(facts['views']))} views of the set `{facts['views']}`."]
@@ -390,6 +390,11 @@ def _model_card(facts):
               '', '## Made from', '', *(_facts_rows(facts['provenance']) or ['- see bundle.json']),
               '', '## Use', '', '```python', 'from skinlesion.use.predict import Predictor', "Predictor('path/of/this/folder').predict('image.jpg')", '```', '']
     return '\n'.join(lines)
+
+def _counted(members):
+    "How many members there are, and how many models, where some have several."
+    n = len({member_of(m['name']) for m in members})
+    return f"{n} member{'s' if n > 1 else ''}" + (f" ({len(members)} models: the fits of a member are averaged first)" if n < len(members) else '')
 
 def _reads(config):
     "What a model is made of and reads, in words."
