@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'imports', 'error_text', 'SentenceGroup', 'main', 'word_map', 'import_folders', 'import_table', 'import_hub',
            'import_merged', 'image_shape', 'import_synthetic', 'read_split_table', 'findings_text', 'audit',
-           'own_tree_command', 'run', 'find_images', 'check_place', 'predict', 'explain', 'serve', 'verify_path',
-           'verify', 'metrics_text', 'metrics']
+           'own_tree_command', 'run', 'models_text', 'models', 'find_images', 'check_place', 'predict', 'explain',
+           'serve', 'verify_path', 'verify', 'metrics_text', 'metrics']
 
 # %% ../../nbs/pipeline/74_cli.ipynb #3fc10457
 import os
@@ -412,6 +412,52 @@ def run(
     _use_own_tree(root)
     from skinlesion.pipeline.stages import run_stage
     run_stage(stage, member, root)
+
+# %% ../../nbs/pipeline/74_cli.ipynb #9c6c3abc
+def models_text(
+    table, # DataFrame of model.backbones.describe_backbones
+) -> str: # a line for each
+    "Backbones side by side."
+    number = lambda x, digits: '-' if x != x or x is None else f'{x:,.{digits}f}'
+    rows = [('backbone', 'pixels', 'M weights', 'GFLOPs', 'CPU ms', 'licence', 'published weights')]
+    rows += [(r.name_, str(r.pixels), number(r.parameters, 1), number(r.gflops, 2), number(r.cpu_ms, 0), r.licence or '-', r.weights or 'none')
+             for r in table.rename(columns=dict(name='name_')).itertuples()]
+    widths = [max(len(row[i]) for row in rows) for i in range(7)]
+    lines = ['  '.join(cell.rjust(w) if i in range(1, 5) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    return '\n'.join(lines)
+
+def _describe(names, size, timed, stop):
+    "A table of backbones and, unless `stop`, a sentence for each that cannot take the size."
+    import pandas as pd
+    from skinlesion.model.backbones import describe_backbones, size_message, size_problem
+    tables, left_out, show = [], [], _progress('backbones')
+    for i, name in enumerate(names):
+        problem = size_problem(name, size) if size and not stop else ''
+        if problem: left_out.append(size_message(name, size, size))
+        else: tables.append(describe_backbones((name,), size, timed))
+        if show: show(i + 1, len(names))
+    return pd.concat(tables) if tables else describe_backbones(()), left_out
+
+# %% ../../nbs/pipeline/74_cli.ipynb #5bb5bf2a
+@app.command('models')
+def models(
+    names:Annotated[list[str]|None, typer.Argument(metavar='[NAME]...', help='Backbones by their exact timm names; by default those that are tested by name.', show_default=False)]=None,
+    size:Annotated[int|None, typer.Option('--size', min=1, help="Pixels a side of the images; by default each backbone's own.", show_default=False)]=None,
+    timed:Annotated[bool, typer.Option('--time/--no-time', help='Measure the time of one image on this CPU: the median of five.')]=True,
+):
+    """List backbones: weights, operations, time on this CPU, licence.
+
+    \b
+    Examples:
+      skinlesion models
+      skinlesion models --no-time --size 224
+      skinlesion models resnet18 convnext_nano
+    """
+    from skinlesion.model.backbones import TESTED, check_backbone
+    wanted = [check_backbone(name) for name in dict.fromkeys(names or ())] or [*TESTED, 'small_cnn_3', 'small_cnn_4']
+    table, left_out = _describe(wanted, size, timed, bool(names))
+    _say(models_text(table))
+    for sentence in left_out: _say(f'left out: {sentence}', err=True)
 
 # %% ../../nbs/pipeline/74_cli.ipynb #40fc344d
 def find_images(
