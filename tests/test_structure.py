@@ -103,6 +103,15 @@ def parameters_cell(root, path):
     return values
 
 
+def names_read(tree):
+    "Names whose values a syntax tree takes; those of SPEC_KEYS at once where it takes them all."
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    if any(isinstance(node, ast.DictComp) and "globals()[name] for name in SPEC_KEYS" in ast.unparse(node) for node in ast.walk(tree)):
+        from skinlesion.model.member import SPEC_KEYS
+        read |= {*SPEC_KEYS}
+    return read
+
+
 def check_stage_notebooks(root):
     "A stage notebook has the typed parameters with valid defaults, uses each, exports nothing and defines next to nothing."
     problems = []
@@ -116,7 +125,7 @@ def check_stage_notebooks(root):
         except (ParamsError, ValueError) as e: problems.append(str(e))
         problems += [f"{path}: {name} is {values[name]!r} in the parameters cell, and {default!r} where params.yaml leaves it out; make them the same"
                      for name, default in stage_defaults(stage).items() if values and values[name] != default]
-        read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        read = names_read(tree)
         problems += [f"{path} never uses the parameter {name}" for name in sorted(set(values) - read)]
         if exported(root, path): problems.append(f"{path} exports; move that to a library notebook")
         problems += [f"{path}: {node.name} has more than three lines; move it to a library notebook" for node in ast.walk(tree)
@@ -273,6 +282,8 @@ FAULTS = [
     (check_stage_notebooks, {TRAIN: swap('"parameters"', '"params"')}, "has 0 cells tagged `parameters`"),
     (check_stage_notebooks, {TRAIN: swap("clip_norm = 1.0", "clip_norm = 2.0")}, "clip_norm is 2.0 in the parameters cell, and 1.0 where"),
     (check_stage_notebooks, {TRAIN: swap("loss, gamma", "loss")}, "train.ipynb never uses the parameter gamma"),
+    (check_stage_notebooks, {TRAIN: lambda text: re.sub(r"print\([^)]*\)", "{name: globals()[name] for name in SPEC_KEYS}", text)},
+     "train.ipynb never uses the parameter folds"),
     (check_stage_notebooks, {TRAIN: stage_notebook("train", ["#| export\nx = 1"])}, "train.ipynb exports"),
     (check_stage_notebooks, {TRAIN: stage_notebook("train", ["def f():\n    a = 1\n    b = 2\n    return a"])}, "f has more than three lines"),
     (check_lessons, {LESSON: library("lessons.leak")}, "01_leak.ipynb exports"),
@@ -301,6 +312,12 @@ FAULTS = [
 
 
 test_repository, test_good_tree, test_planted, test_every_check_is_tested = check_tests(CHECKS, FAULTS)
+
+
+def test_keys_of_a_member_are_used_at_once():
+    "And nothing else is by that."
+    read = names_read(ast.parse("spec = member_spec({name: globals()[name] for name in SPEC_KEYS})"))
+    assert {"learning_rate", "heads", "checkpoint_minutes"} <= read and not {"folds", "log", "image_size"} & read
 
 
 def test_forty_lines_will_do(good_tree, tmp_path):
