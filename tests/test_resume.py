@@ -91,8 +91,7 @@ def test_killed_in_the_first_epoch_and_in_the_last(repo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["dvc", "runner", "all"])
-@pytest.mark.parametrize("n", [1, 2, 9, 18, 19, 20, 21, 30, 37])
+@pytest.mark.parametrize("n, whom", list(zip([1, 2, 9, 18, 19, 20, 21, 30, 37], 3 * ["dvc", "runner", "all"])))
 def test_killed_after_a_step(repo, n, whom):
     "In and around both epochs, whoever is killed."
     repo, undisturbed = repo
