@@ -1,6 +1,7 @@
 "Killed after any step, a run goes on to the same bytes; parts of a step add up to the whole; what stops a run says why."
 import io
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from skinlesion.taxonomy import LabelSet
 
 LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
 HEADS = (HeadSpec("severe", "ordinal", levels=("mild", "moderate", "severe"), weight=.5), HeadSpec("urgent", "binary", weight=.3))
-EVERYTHING = dict(epochs=5, batch_size=5, accumulate=2, ema_decay=.9, mix="mixup", mix_alpha=1., patience=2, warmup_epochs=1.5, freeze_epochs=1, layer_decay=.8,
-                  learning_rate=2e-3, loss="focal", sampler="balanced", metric="balanced_accuracy", checkpoint_seconds=0)
+EVERYTHING = dict(epochs=5, batch_size=5, accumulate=2, ema_decay=.9, mix="mixup", mix_alpha=1., patience=2, warmup_epochs=1.5, freeze_epochs=1,
+                  layer_decay=.8, learning_rate=2e-3, loss="focal", sampler="balanced", metric="balanced_accuracy", checkpoint_seconds=0)
 
 
 @pytest.fixture(autouse=True)
@@ -103,8 +104,10 @@ def count_steps(**changes):
 
 
 SLOW_SERIES = {
-    "everything": {}, "in one batch a step": dict(accumulate=1, freeze_epochs=0), "cutmix and fp16": dict(mix="cutmix", precision="fp16"),
-    "bf16": dict(precision="bf16", epochs=2, patience=9), "LDAM, deferred weights": dict(loss="ldam", epochs=3, deferred=.5, weight_power=0., sampler="shuffle"),
+    "everything": {}, "in one batch a step": dict(accumulate=1, freeze_epochs=0),
+    "cutmix and fp16": dict(mix="cutmix", precision="fp16"),
+    "bf16": dict(precision="bf16", epochs=2, patience=9),
+    "LDAM, deferred weights": dict(loss="ldam", epochs=3, deferred=.5, weight_power=0., sampler="shuffle"),
     "no further heads": dict(heads=False, fusion="none", ema_decay=0., loss="cross_entropy", metric="loss"),
 }
 
@@ -151,11 +154,19 @@ open(sys.argv[3], 'wb').write(result_bytes(run))
 def test_killed_by_signal(tmp_path, kills):
     "SIGKILL after one or more steps of a run, with states seldom enough that work is lost: the bytes of an undisturbed run."
     text = CHILD.format(tests=str(Path(__file__).parent), seconds=.05)
-    start = lambda kill: subprocess.run([sys.executable, "-c", text, str(kill), str(tmp_path / "work"), str(tmp_path / "out")], capture_output=True, text=True)
+    start = lambda kill: subprocess.run([sys.executable, "-c", text, str(kill), *(str(tmp_path / name) for name in ("work", "out"))],
+                                        capture_output=True, text=True)
     assert [start(step).returncode for step in kills] == [-signal.SIGKILL] * len(kills)
     last = start(0)
     assert last.returncode == 0, last.stderr
     assert (tmp_path / "out").read_bytes() == result_bytes(fit(*make_run()))
+
+
+def test_no_loader_process_is_left(tmp_path):
+    "Not after a run, and not while an error that ended one is still held."
+    fit(*make_run(workers=2, epochs=2))
+    with pytest.raises(Killed) as held: fit(*make_run(workers=2), on_step=kill_at(4))
+    assert held.value and multiprocessing.active_children() == []
 
 
 def test_another_run_is_never_gone_on_with(tmp_path):
@@ -164,7 +175,8 @@ def test_another_run_is_never_gone_on_with(tmp_path):
         with pytest.raises(Killed): fit(*make_run(), work_dir=tmp_path, on_step=kill_at(4))
         model, train, valid, config = make_run()
         said = []
-        with pytest.raises(Killed): fit(*change(model, train, valid, config), progress=said.append, work_dir=tmp_path, on_step=kill_at(1 if "anew" in change.__doc__ else 5))
+        stop = kill_at(1 if "anew" in change.__doc__ else 5)
+        with pytest.raises(Killed): fit(*change(model, train, valid, config), progress=said.append, work_dir=tmp_path, on_step=stop)
         return said
     def pixels(model, train, valid, config):
         "anew"
@@ -270,11 +282,24 @@ def test_no_number_names_images_and_the_last_good_state(tmp_path):
     "A metadata value that is none: epoch, the batch's images, and where the state before lies."
     model, train, valid, config = make_run(mix="none", sampler="shuffle")
     train.metadata[7, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1 on the batch of images .*ISIC_0007") as caught: fit(model, train, valid, config, work_dir=tmp_path)
+    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1 on the batch of images .*ISIC_0007") as caught:
+        fit(model, train, valid, config, work_dir=tmp_path)
     named = str(caught.value).split("images ")[1].split(";")[0].split(", ")
-    assert len(named) == 5 and ("unfinished.pt" in str(caught.value)) == (tmp_path / "unfinished.pt").exists()
-    state = torch.load(tmp_path / "unfinished.pt", weights_only=True) if (tmp_path / "unfinished.pt").exists() else dict(model={})
-    assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
+    path = tmp_path / "unfinished.pt"
+    assert len(named) == 5 and str(caught.value).endswith(f"the state before it lies in '{path}'") == path.exists()
+    state = torch.load(path, weights_only=True)["model"] if path.exists() else {}
+    assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
+
+
+def test_no_number_in_a_late_epoch_keeps_the_state_before(tmp_path):
+    "The weights are made infinite after the fifth step: the message names the file, and what lies there is finite."
+    model, train, valid, config = make_run()
+    def spoil(done):
+        if done == 5: next(model.parameters()).data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="in epoch 2 .*; the state before it lies in '.*unfinished.pt'"):
+        fit(model, train, valid, config, work_dir=tmp_path, on_step=spoil)
+    state = torch.load(tmp_path / "unfinished.pt", weights_only=True)
+    assert (state["epoch"], state["done"]) == (1, 2) and all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
 
 
 def test_out_of_memory_says_what_fits(monkeypatch):
@@ -283,10 +308,11 @@ def test_out_of_memory_says_what_fits(monkeypatch):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     whole = model.forward_heads
     def small(image, metadata=None):
-        if len(image) > 3: raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+        if len(image) > 3: raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ...")
         return whole(image, metadata)
     monkeypatch.setattr(model, "forward_heads", small)
-    with pytest.raises(MemoryError, match=r"batch_size 20 on cpu .*; what fits is batch_size 2: with accumulate 10 a step still sees 20 images"): fit(model, train, valid, config)
+    with pytest.raises(MemoryError, match=r"batch_size 20 on cpu .*; what fits is batch_size 2: with accumulate 10 a step still sees 20 images"):
+        fit(model, train, valid, config)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     monkeypatch.setattr(model, "forward_heads", lambda image, metadata=None: small(torch.zeros(9)))
     with pytest.raises(MemoryError, match="not even two images fit"): fit(model, train, valid, config)
@@ -317,8 +343,10 @@ def test_the_log_of_a_killed_run_is_that_of_a_whole_one(tmp_path):
 class FakeWandb(types.ModuleType):
     "What is asked of Weights & Biases, written down."
     def __init__(self): super().__init__("wandb"); self.calls = []
-    def init(self, **options): self.calls.append(options); return types.SimpleNamespace(
-        log=lambda row, step: self.calls.append((step, row)), finish=lambda: self.calls.append("finish"), log_artifact=lambda *a, **k: self.calls.append(a))
+    def init(self, **options):
+        self.calls.append(options)
+        return types.SimpleNamespace(log=lambda row, step: self.calls.append((step, row)), finish=lambda: self.calls.append("finish"),
+                                     log_artifact=lambda *a, **k: self.calls.append(a))
 
 
 class FakeWriter:

@@ -272,6 +272,11 @@ class _Feed:
             ahead = coming
         if ahead: yield ahead
 
+    def close(self):
+        "End the loader's processes now, not when an error that holds them is forgotten."
+        processes = getattr(self.loader, '_iterator', None)
+        if processes is not None: processes._shutdown_workers()
+
 def _move(batch, device, stream):
     "A batch on a GPU, without waiting for it; its memory is kept as long as `stream` works on it."
     if isinstance(batch, dict): return {k: _move(v, device, stream) for k, v in batch.items()}
@@ -513,21 +518,22 @@ class _Checkpoint:
         except Exception as e: raise ValueError(f"'{self.path}' cannot be read ({type(e).__name__}); delete it to start the run anew") from e
         if not isinstance(state, dict) or state.get('fingerprint') != self.fingerprint:
             return f"↻ the unfinished run in '{self.path.parent.name}' is another one (other data, recipe, start or machine); starting anew"
-        self._load(state)
+        _load_state(self.run, state)
         return _resumed(self.run)
-
-    def _load(self, state):
-        run = self.run
-        run.books.rows, run.books.best_state, run.epoch, run.done = state['rows'], state['best_state'], state['epoch'], state['done']
-        run.model.load_state_dict(state['model'])
-        run.optimizer.load_state_dict(state['optimizer'])
-        run.scaler.load_state_dict(state['scaler'])
-        if run.average: run.average.load_state_dict(state['average'])
-        run.sums.copy_(state['sums'])
 
     def where(self):
         "Where the last good state lies, as the end of a message."
         return f"; the state before it lies in '{self.path}'" if self.path and self.path.exists() else ''
+
+# %% ../../nbs/model/27_training.ipynb #3a26d383
+def _load_state(run, state):
+    "Put weights, optimiser, books and place of a killed run into this one."
+    run.books.rows, run.books.best_state, run.epoch, run.done = state['rows'], state['best_state'], state['epoch'], state['done']
+    run.model.load_state_dict(state['model'])
+    run.optimizer.load_state_dict(state['optimizer'])
+    run.scaler.load_state_dict(state['scaler'])
+    if run.average: run.average.load_state_dict(state['average'])
+    run.sums.copy_(state['sums'])
 
 def _resumed(run):
     "Where a run goes on, in words."
@@ -623,6 +629,7 @@ class _DvcliveLog:
         if files: write_json(self.folder/'artifacts.json', {f.name: dict(bytes=f.stat().st_size, sha256=sha256_file(f)) for f in files})
         self.live.end()
 
+# %% ../../nbs/model/27_training.ipynb #44e0ecc6
 class _TensorboardLog:
     "Scalars for TensorBoard."
     def __init__(self, folder, params, resume, online):
@@ -720,12 +727,13 @@ def fit(
     trainable = {p: p.requires_grad for p in model.parameters()}
     objective = _check_data(model, train_ds, valid_ds, config)
     with _sealed():
-        fabric = _machine(processes)
+        fabric, run = _machine(processes), None
         if fabric.global_rank: progress = logger = None
         try:
             run = _Run(model, train_ds, valid_ds, config, objective, fabric)
             books = _train(run, _Checkpoint(run, Path(work_dir)/'unfinished.pt' if work_dir else None), progress, logger, on_step)
         finally:
+            for feed in run.feeds if run else (): feed.close()
             for p, wanted in trainable.items(): p.requires_grad_(wanted)
             model.to('cpu', memory_format=torch.contiguous_format).eval()
     model.load_state_dict(books.best_state)
