@@ -17,7 +17,8 @@ from skinlesion.taxonomy import LabelSet
 LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
 ENCODER = MetadataEncoder(50.0, 20.0)
 HEADS = dict(severity=dict(kind="ordinal", levels=["mild", "moderate", "severe"]), malignant=dict(kind="binary"))
-SPEC = MemberSpec("test_resnet", fusion="concat", drop_rate=0.2, augment="light", train=TrainConfig(epochs=2, batch_size=16, learning_rate=3e-3, seed=1))
+SPEC = MemberSpec("test_resnet", fusion="concat", drop_rate=0.2, augment="light",
+                  train=TrainConfig(epochs=2, batch_size=16, learning_rate=3e-3, seed=1))
 STEPS = replace(SPEC, pretrain_epochs=2, head_epochs=2)
 
 
@@ -38,7 +39,8 @@ def make_rows(n=48):
     "Rows of training, validation and without diagnosis."
     codes = ["abc"[i % 3] for i in range(n)]
     rows = pd.DataFrame(dict(image_id=[f"ISIC_{i:03}" for i in range(n)], lesion_id=[f"L{i // 2}" for i in range(n)], diagnosis=codes,
-                             age=[60.0 if c == "c" else 30.0 for c in codes], sex="", site="", split=["valid" if i % 4 == 3 else "train" for i in range(n)],
+                             age=[60.0 if c == "c" else 30.0 for c in codes], sex="", site="",
+                             split=["valid" if i % 4 == 3 else "train" for i in range(n)],
                              severity=[["mild", "", "severe", "moderate"][i % 4] for i in range(n)]))
     rows.loc[rows.index >= n - 6, ["split", "diagnosis"]] = "unlabelled", ""
     return rows
@@ -145,8 +147,8 @@ class Log:
 def test_each_fit_has_a_log_of_all_its_epochs(tmp_path):
     "By name, in folds of two steps; the same again where all was finished before."
     for _ in range(2):
-        book = {}
-        found = train_folds(STORE, ROWS, LABELS, ENCODER, replace(STEPS, pretrain_epochs=0), 2, work_dir=tmp_path, logger=lambda name: Log(book, name))
+        book, spec = {}, replace(STEPS, pretrain_epochs=0)
+        found = train_folds(STORE, ROWS, LABELS, ENCODER, spec, 2, work_dir=tmp_path, logger=lambda name: Log(book, name))
         assert list(book) == ["fold_0/image", "fold_0/head", "fold_1/image", "fold_1/head"]
         for i, fit in enumerate(found.fits):
             for step, history in fit.stages.items(): assert book[f"fold_{i}/{step}"] == list(zip(history.epoch, history.train_loss))
@@ -171,8 +173,11 @@ def check_kills(spec, lines_of_kills, tmp_path):
 def test_killed_in_two_steps(tmp_path): check_kills(replace(STEPS, pretrain_epochs=1), (2, 4, 6), tmp_path)
 
 
+AVERAGED = replace(SPEC.train, ema_decay=0.9, accumulate=2, epochs=3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, dict(heads=HEADS), dict(train=replace(SPEC.train, ema_decay=0.9, accumulate=2, epochs=3))], ids=["plain", "heads", "ema"])
+@pytest.mark.parametrize("changes", [{}, dict(heads=HEADS), dict(train=AVERAGED)], ids=["plain", "heads", "ema"])
 def test_killed_at_every_line(changes, tmp_path): check_kills(replace(STEPS, **changes), None, tmp_path)
 
 
@@ -199,7 +204,10 @@ def test_a_job_without_a_word_of_its_own_shows_its_last_lines(tmp_path):
     assert isinstance(error, RuntimeError) and "ended with status -9" in str(error) and "line 2" in str(error)
 
 
-@pytest.mark.parametrize("kind, expected", [("ValueError", ValueError), ("OutOfMemoryError", torch.OutOfMemoryError), ("UnicodeDecodeError", RuntimeError), ("Odd", RuntimeError)])
+KINDS = [("ValueError", ValueError), ("OutOfMemoryError", torch.OutOfMemoryError), ("UnicodeDecodeError", RuntimeError), ("Odd", RuntimeError)]
+
+
+@pytest.mark.parametrize("kind, expected", KINDS)
 def test_errors_keep_their_kind(kind, expected, tmp_path):
     (tmp_path / "error_1.json").write_text(json.dumps(dict(kind=kind, said="batch_size is 1")))
     error = member._failure(tmp_path, 2, 1, [])
