@@ -6,7 +6,7 @@
 __all__ = ['TESTED', 'SMALL_WIDTH', 'default_cfgs', 'SmallBlock', 'SmallCNN', 'small_cnn_3', 'small_cnn_4', 'check_backbone',
            'BackboneConfig', 'backbone_config', 'Standardise', 'built_size', 'size_problem', 'allowed_sizes',
            'size_message', 'load_weights', 'create_backbone', 'channel_axis', 'to_maps', 'to_cells', 'along_channels',
-           'backbone_layers', 'attends', 'describe_backbones']
+           'reads_class_token', 'backbone_layers', 'attends', 'describe_backbones']
 
 # %% ../../nbs/model/21_backbones.ipynb #ed83d996
 import statistics
@@ -298,7 +298,7 @@ def channel_axis(
     if output.ndim != 4: return -1
     if module is not None and ('2d' in type(module).__name__.lower() or isinstance(module, nn.Conv2d)): return 1
     if isinstance(module, (nn.LayerNorm, nn.Linear)): return -1
-    return -1 if str(getattr(backbone, 'output_fmt', 'NCHW')).endswith('NHWC') else 1
+    return -1 if str(getattr(module, 'output_fmt', None) or getattr(backbone, 'output_fmt', 'NCHW')).endswith('NHWC') else 1
 
 def _grid(backbone, tokens):
     "Rows and columns of `tokens` places, and how many tokens in front have none; None where they do not tile the picture."
@@ -360,6 +360,13 @@ def _lies_on_picture(backbone, name, output):
     except ValueError: return False
 
 # %% ../../nbs/model/21_backbones.ipynb #6c7fe1cf
+def reads_class_token(
+    backbone:nn.Module, # a timm model
+) -> bool: # True for the usual vision transformers
+    "Whether the head reads the class token alone, which gathered what it knows by attention."
+    return getattr(backbone, 'global_pool', '') == 'token'
+
+# %% ../../nbs/model/21_backbones.ipynb #eb60a69e
 def backbone_layers(
     backbone:nn.Module, # a timm model
 ) -> list: # of (name, module), from early to late; the last is the default
@@ -367,7 +374,7 @@ def backbone_layers(
     outputs, final = _trace(backbone)
     stages = [i['module'] for i in getattr(backbone, 'feature_info', []) if i['module'] in outputs]
     ends = [name for name, out in outputs.items() if out is final]
-    if getattr(backbone, 'global_pool', '') == 'token' and stages:
+    if reads_class_token(backbone) and stages:
         last = stages.pop()
         stages += [f'{last}.norm1'] if f'{last}.norm1' in outputs else []
     elif ends and not set(ends) & set(stages): stages.append(min(ends, key=lambda name: name.count('.')))
