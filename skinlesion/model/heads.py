@@ -85,6 +85,7 @@ def _check_spec(spec):
         raise ValueError(f"{where}: weight is {spec.weight!r}; it must be a number above 0 (leave the head out to give it none)")
     _check_levels(where, spec.kind, spec.levels)
 
+# %% ../../nbs/model/22_heads.ipynb #4e47664f
 def _check_levels(where, kind, levels):
     "Stop at answers that cannot be told apart."
     if len(levels) < 2 or kind == 'binary' and len(levels) != 2:
@@ -146,6 +147,7 @@ def _read_column(table, spec, label_set, where):
     return [found[word] if word in found else found.setdefault(word, _level(word, row, table, spec, known, where))
             for row, word in enumerate(map(_word, table[spec.column].tolist()))]
 
+# %% ../../nbs/model/22_heads.ipynb #53d719c6
 def _level(word, row, table, spec, known, where):
     "Position of one word, -1 where it says that nothing is known."
     form = _form(word)
