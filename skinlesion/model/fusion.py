@@ -230,6 +230,7 @@ def _fusion_parts(backbone, config):
     if fusion == 'gated': return dropout, branch, GatedUnit(read, pooled), GATED_WIDTH
     return dropout, branch, None, pooled + read
 
+# %% ../../nbs/model/23_fusion.ipynb #5e926a39
 def _joined_features(model, image, metadata):
     "What the heads read, (B, width)."
     fusion, pool = model.config['fusion'], lambda spatial: model.backbone.forward_head(spatial, pre_logits=True)
