@@ -1,7 +1,7 @@
 """`dvc repro` killed while a member is trained, and run again: the same bytes as if nothing had happened.
 
-The moments are those at which the run has written for the n-th time what it can go on from, so they fall into the first epoch, between two
-epochs and into the last one on any machine; the slow series adds start-up, the time after training, and kills that follow one another.
+The moments are those at which the run has written what it can go on from after so many epochs and steps, so they fall into the first epoch,
+between the two and into the last one on any machine; the slow series adds start-up, the time after training, and kills that follow one another.
 """
 import os
 import shutil
@@ -10,6 +10,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 import yaml
 
 from tiny import edit_params, hashes, plain_environment, run, trained_repository
@@ -35,15 +36,17 @@ def forget(repo):
     for folder in (".dvc/cache/runs", ".work/cache/resume", *OUTPUTS): shutil.rmtree(repo / folder, ignore_errors=True)
 
 
-class Saves:
-    "Whether the run has written what it can go on from for the n-th time."
-    def __init__(self, repo, n): self.folder, self.n, self.seen = repo / ".work/cache/resume", n, set()
+class Reached:
+    "Whether the run could go on from after so many epochs and steps, or from later."
+    def __init__(self, repo, epoch, step): self.folder, self.goal = repo / ".work/cache/resume", (epoch, step)
 
     def __call__(self, log):
-        for path in self.folder.rglob("*.pt"):
-            try: self.seen.add((path, path.stat().st_mtime_ns))
-            except FileNotFoundError: pass  # being replaced
-        return len(self.seen) >= self.n
+        if any(self.folder.rglob("finished.json")): return True
+        for path in self.folder.rglob("unfinished.pt"):
+            try: state = torch.load(path, weights_only=True)
+            except FileNotFoundError: continue  # just finished
+            if (state["epoch"], state["done"]) >= self.goal: return True
+        return False
 
 
 def said(words): return lambda log: words in log.read_text(errors="replace")
@@ -82,20 +85,22 @@ def kept(repo): return [p for p in (repo / ".work/cache/resume").glob("*") if p.
 def test_killed_in_the_first_epoch_and_in_the_last(repo):
     "One run, killed twice: it goes on twice, ends on the same bytes and leaves nothing behind."
     repo, undisturbed = repo
-    kill(repo, Saves(repo, 3))
+    kill(repo, Reached(repo, 0, 3))
     assert len(kept(repo)) == 1
-    assert "↻" in kill(repo, Saves(repo, 22), "runner")
+    assert "↻" in kill(repo, Reached(repo, 1, 4), "runner")
     assert "↻ going on" in finish(repo)
     assert hashes(repo, *OUTPUTS) == undisturbed
     assert not kept(repo) and "up to date" in finish(repo)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n, whom", list(zip([1, 2, 9, 18, 19, 20, 21, 30, 37], 3 * ["dvc", "runner", "all"])))
-def test_killed_after_a_step(repo, n, whom):
+@pytest.mark.parametrize("epoch, step, whom", [
+    (0, 1, "dvc"), (0, 2, "runner"), (0, 9, "all"), (0, 15, "dvc"),  # of 16 steps an epoch
+    (1, 0, "all"), (1, 1, "runner"), (1, 2, "dvc"), (1, 10, "all"), (1, 15, "runner")])
+def test_killed_after_a_step(repo, epoch, step, whom):
     "In and around both epochs, whoever is killed."
     repo, undisturbed = repo
-    kill(repo, Saves(repo, n), whom)
+    kill(repo, Reached(repo, epoch, step), whom)
     assert "↻ going on" in finish(repo)
     assert hashes(repo, *OUTPUTS) == undisturbed and not kept(repo)
 
@@ -112,9 +117,10 @@ def test_killed_before_or_after_training(repo, words):
 
 @pytest.mark.slow
 def test_killed_again_and_again(repo):
-    "After every fourth step."
+    "A few steps further each time."
     repo, undisturbed = repo
-    for i in range(6): kill(repo, Saves(repo, 5), ("dvc", "runner", "all")[i % 3])
+    for i, (epoch, step) in enumerate([(0, 4), (0, 9), (0, 14), (1, 1), (1, 7), (1, 14)]):
+        kill(repo, Reached(repo, epoch, step), ["dvc", "runner", "all"][i % 3])
     finish(repo)
     assert hashes(repo, *OUTPUTS) == undisturbed and not kept(repo)
 
@@ -126,7 +132,7 @@ def test_killed_again_and_again(repo):
 def test_another_recipe_begins_anew(repo, change):
     "What the killed run left is of no use to it, and is gone when it is done."
     repo, undisturbed = repo
-    kill(repo, Saves(repo, 10))
+    kill(repo, Reached(repo, 0, 10))
     edit_params(repo, change)
     assert "↻" not in finish(repo)
     after = hashes(repo, *OUTPUTS)
@@ -148,6 +154,6 @@ def test_other_weights_in_the_file_begin_anew(repo, tmp_path):
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     save_file(state, str(tmp_path / "start.safetensors"))
     edit_params(repo, lambda p: p["train"]["members"]["image"].update(pretrained="../start.safetensors"))
-    kill(repo, Saves(repo, 10))
+    kill(repo, Reached(repo, 0, 10))
     save_file({k: v * 2 if v.is_floating_point() else v for k, v in state.items()}, str(tmp_path / "start.safetensors"))
     assert "↻" not in finish(repo) and not kept(repo)
