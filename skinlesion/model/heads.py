@@ -57,7 +57,7 @@ class HeadSpec:
 
     @classmethod
     def from_dict(cls,
-        values:dict, # from `to_dict`, or a mapping of `params.yaml` with the name in it
+        values:dict, # from `to_dict`, or as settings give it, with the name in it
     ): # -> HeadSpec
         "Read a head; an unknown or missing key is an error."
         return cls(**_checked_keys(values, [f.name for f in fields(cls)]))
