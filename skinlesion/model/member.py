@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from safetensors.torch import load_file, save as save_tensors
 
 import skinlesion
@@ -93,7 +94,7 @@ SPEC_KEYS = (*(f.name for f in fields(MemberSpec) if f.name != 'train'),
              *('checkpoint_minutes' if f.name == 'checkpoint_seconds' else f.name for f in fields(TrainConfig)))
 
 def member_spec(
-    values:dict, # of SPEC_KEYS, flat as in `params.yaml`; what is missing takes its default
+    values:dict, # names of SPEC_KEYS and their values; what is missing takes its default
 ) -> MemberSpec:
     "A specification out of flat parameters; an unknown name is an error."
     for key in values:
@@ -330,8 +331,8 @@ def run_job(
     folder:Path|str, # of a job that `launch` runs
 ) -> None:
     "Do the part of this process in a job; the first of them writes the result."
-    folder, rank, processes = Path(folder), int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-    job = read_json(folder/'job.json')
+    folder, around = Path(folder), TorchElasticEnvironment()
+    rank, processes, job = around.global_rank(), around.world_size(), read_json(folder/'job.json')
     encoder = MetadataEncoder.from_dict(job['encoder']) if job['encoder'] else None
     data = _Data(ImageStore(job['store']), LabelSet.from_dict(job['label_set']), encoder, MemberSpec.from_dict(job['spec']))
     model = create_model(**job['model'])
@@ -344,19 +345,18 @@ def run_job(
 def _main(folder):
     "One process of a job: what stops it is written down for the caller."
     _end_with(Path(folder)/'parent.lock')
-    with open(Path(folder)/'children.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        try: run_job(folder)
-        except BaseException as e:
-            write_json(Path(folder)/f"error_{os.environ['RANK']}.json", dict(kind=type(e).__name__, said=str(e)))
-            raise
+    try: run_job(folder)
+    except BaseException as e:
+        write_json(Path(folder)/f'error_{TorchElasticEnvironment().global_rank()}.json', dict(kind=type(e).__name__, said=str(e)))
+        raise
 
 # %% ../../nbs/model/29_member.ipynb #2ee28f43
 @contextmanager
 def _children(folder, processes):
     "The processes of a job; they end with the block, and with this process."
     root, threads = Path(skinlesion.__file__).parents[1], max(1, torch.get_num_threads() // processes)
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')])), OMP_NUM_THREADS=str(threads))
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads))
+    env['PYTHONPATH'] = os.pathsep.join([str(root), *filter(None, [env.get('PYTHONPATH')])])  # the same package as here
     if sys.platform == 'linux': env.setdefault('GLOO_SOCKET_IFNAME', 'lo')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', f'--log-dir={folder/"logs"}',
                '-m', 'skinlesion.model.member', str(folder)]

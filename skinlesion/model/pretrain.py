@@ -193,21 +193,21 @@ def pretrain_simsiam(
     ids:list, # images to learn from: of training and without diagnosis, never of validation or test
     epochs:int, # passes over the images, at least 1
     batch_size:int=64, # images per step, at least 2; two views of each
-    learning_rate:float|None=None, # None for 0.05 * batch_size / 256, the paper's
+    learning_rate:float=.05, # the highest, above 0
     seed:int=0, # of order, views and dropout
     workers:int=0, # loader processes; the result is the same for any number
     work_dir:Path|str|None=None, # a killed run goes on from here; None writes nothing
     progress=None, # called with one line of text per epoch
 ) -> pd.DataFrame: # one row per epoch: epoch, learning_rate, loss in [-1, 1], spread (about 1 is well, 0 collapsed)
     "Train the backbone to find one view of an image from another; same arguments, same bytes."
-    rate = _check_request(model, ids, epochs, batch_size, learning_rate)
+    _check_request(model, ids, epochs, batch_size, learning_rate)
     device, ids = torch.device('cuda' if torch.cuda.is_available() else 'cpu'), sorted(ids)
     pairs = PairDataset(store, ids, seed)
     path = Path(work_dir)/'pretraining.pt' if work_dir else None
     with _repeatable():
         torch.manual_seed(mix_seed(seed, 0x51A))
         heads = SimSiam(_feature_width(model))
-        run = _Run(model, heads, rate, path, [ids, _pixels(store, ids) if path else '', epochs, batch_size, rate, seed, torch.__version__])
+        run = _Run(model, heads, learning_rate, path, [ids, _pixels(store, ids) if path else '', epochs, batch_size, learning_rate, seed, torch.__version__])
         if run.resume() and progress:
             for line in (f"↻ going on after epoch {len(run.rows)} of a pretraining", *(_line(row, epochs) for row in run.rows)): progress(line)
         try:
@@ -215,7 +215,7 @@ def pretrain_simsiam(
             for state in run.optimizer.state.values(): state['momentum_buffer'] = state['momentum_buffer'].to(device)
             for epoch in range(len(run.rows), epochs):
                 batches = epoch_batches(len(ids), epoch, batch_size, seed)
-                run.rows.append(_epoch(run, pairs, batches, epoch, epochs, rate, seed, workers, device))
+                run.rows.append(_epoch(run, pairs, batches, epoch, epochs, learning_rate, seed, workers, device))
                 run.save()
                 if progress: progress(_line(run.rows[-1], epochs))
         finally: model.to('cpu', memory_format=torch.contiguous_format).eval()
@@ -223,15 +223,14 @@ def pretrain_simsiam(
 
 # %% ../../nbs/model/28_pretrain.ipynb #75a65479
 def _check_request(model, ids, epochs, batch_size, learning_rate):
-    "The learning rate; stop at what cannot be trained."
+    "Stop at what cannot be trained."
     if len(ids) < 2: raise ValueError(f"{len(ids)} image(s) to pretrain on; at least two are needed")
     if len(set(ids)) < len(ids): raise ValueError(f"image '{next(i for i in ids if ids.count(i) > 1)}' stands in `ids` more than once; name each once")
     if epochs < 1: raise ValueError(f"epochs is {epochs}; pretrain for at least 1, or not at all")
     if batch_size < 2: raise ValueError(f"batch_size is {batch_size}; it must be at least 2, for batch norm")
-    if learning_rate is not None and not learning_rate > 0: raise ValueError(f"learning_rate is {learning_rate}; it must be above 0, or None")
+    if not learning_rate > 0: raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
     fusion = model.config['fusion']
     if fusion != 'none': raise ValueError(f"the model has fusion '{fusion}'; pretrain the backbone of a model with fusion 'none', and take that over")
-    return .05 * batch_size / 256 if learning_rate is None else learning_rate
 
 def _feature_width(model):
     "How many pooled features the backbone gives."
