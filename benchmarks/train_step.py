@@ -10,9 +10,9 @@ epoch   `fit` with the augmentation of the default settings: from the end of one
         with what an epoch begins with. Target 0.9. `--workers` loads in processes of their own.
 ends    seconds that the end of that epoch took: validation of as many images, the checkpoint (`work_dir`), the books. No part of a ratio.
 
-A round measures the three one after the other, in an order that turns with the rounds, and a ratio is the median over the rounds, so that other work on
-the machine hits all alike. The verdict (`met`) is that of the wall clock; the same in processor time stands beside it and decides nothing (threads that
-wait for one another burn it too). A verdict counts only where `quiet` is true: a load of at most 1 before the start.
+A round measures the three one after the other, in an order that turns with the rounds, and a ratio is the median over the rounds, so that other
+work on the machine hits all alike. The verdict (`met`) is that of the wall clock; the same in processor time stands beside it and decides nothing
+(threads that wait for one another burn it too). A verdict counts only where `quiet` is true: a load of at most 1 before the start.
 """
 import argparse
 import json

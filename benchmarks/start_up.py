@@ -1,0 +1,113 @@
+"""How long `skinlesion run train` takes until the first training step begins, beyond what importing the packages takes.
+
+    python benchmarks/start_up.py [--rounds 3] [--member image]
+
+A copy of this repository in a temporary folder (what git tracks, as it is now, with the embedded data) runs the stage `prepare` once; `train` is then
+stopped at the moment its first optimiser step begins (that is where torch's own hook for all optimisers notes the time and ends the kernel).
+run       seconds from calling `python -m skinlesion.pipeline.cli run train --member M` to that moment.
+imports   seconds of two bare processes, one after the other: one that imports the packages of the runner, one those of the notebook, and nothing of
+          `skinlesion`. The runner and the kernel it starts each pay theirs, so both count.
+A round measures both, and the difference is the median over the rounds. Target: at most 6 s beyond bare imports. Processor time of all processes
+stands beside it and decides nothing. The verdict counts only where `quiet` is true: a load of at most 1 before the start.
+"""
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = 6.
+RUNNER = 'papermill, nbformat, nbconvert, jupyter_client, pydantic, typer, ruamel.yaml'
+NOTEBOOK = ('torch, torchvision, timm, lightning, albumentations, cv2, pandas, scipy.stats, sklearn, matplotlib.pyplot, seaborn, safetensors, '
+            'ipykernel.kernelapp')
+HOOK = """
+
+# benchmarks/start_up.py: the first step begins
+import os as _os, time as _time
+from torch.optim.optimizer import register_optimizer_step_pre_hook as _register
+def _first_step(*_):
+    with open({note!r}, 'w') as file: file.write(str(_time.time()))
+    _os._exit(0)
+_register(_first_step)
+"""
+
+
+def copy_repository(to):
+    "What git tracks, as it is on the disk now, in a repository of its own, with the data and the outputs of `prepare`."
+    names = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode().split('\0')
+    for name in filter(None, names):
+        if not (ROOT / name).is_file(): continue
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, to / name)
+    subprocess.run(['git', 'init', '-q'], cwd=to, check=True)
+    subprocess.run([sys.executable, '-m', 'dvc', 'pull', '-q', 'data.dvc'], cwd=to, check=True)
+
+
+def call(cwd, *args, check=True):
+    "Run a command of the copy's own library; its output only where it fails."
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'NO_ALBUMENTATIONS_UPDATE': '1'}
+    done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if check and done.returncode: raise SystemExit(f"{' '.join(args)} failed:\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def processor():
+    "Processor seconds of all processes that have ended below this one."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def time_imports(cwd):
+    "Seconds (wall, processor) of two bare processes."
+    start, spent = time.time(), processor()
+    for names in (RUNNER, NOTEBOOK): call(cwd, '-c', f'import {names}')
+    return time.time() - start, processor() - spent
+
+
+def time_run(cwd, member, note):
+    "Seconds (wall, processor) from the command to the first step."
+    note.unlink(missing_ok=True)
+    start, spent = time.time(), processor()
+    shown = call(cwd, '-m', 'skinlesion.pipeline.cli', 'run', 'train', '--member', member, check=False)
+    if not note.exists(): raise SystemExit(f'no training step began:\n{shown[-4000:]}')
+    return float(note.read_text()) - start, processor() - spent
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--member', default='image')
+    args = parser.parse_args()
+    load = round(os.getloadavg()[0], 1)
+    if load > 1: print(f'warning: the load is {load} before the benchmark starts; other work makes the figures unreliable')
+    with tempfile.TemporaryDirectory() as folder:
+        copy, note = Path(folder) / 'copy', Path(folder) / 'first_step'
+        copy.mkdir()
+        copy_repository(copy)
+        call(copy, '-m', 'skinlesion.pipeline.cli', 'run', 'prepare')
+        training = copy / 'skinlesion/model/training.py'
+        training.write_text(training.read_text() + HOOK.format(note=str(note)))
+        time_imports(copy), time_run(copy, args.member, note)  # warm-up: file cache and byte code
+        rounds = []
+        for k in range(args.rounds):
+            sides = dict(imports=lambda: time_imports(copy), run=lambda: time_run(copy, args.member, note))
+            done = {name: sides[name]() for name in (list(sides) if k % 2 else list(sides)[::-1])}
+            rounds.append(done)
+            print(f"round {k + 1}: to the first step {done['run'][0]:.1f} s, bare imports {done['imports'][0]:.1f} s, "
+                  f"beyond them {done['run'][0] - done['imports'][0]:.1f} s", flush=True)
+    middle = lambda f: round(statistics.median(f(r) for r in rounds), 2)
+    beyond = middle(lambda r: r['run'][0] - r['imports'][0])
+    print(json.dumps(dict(benchmark='start_up', first_step_s=middle(lambda r: r['run'][0]), imports_s=middle(lambda r: r['imports'][0]),
+                          beyond_imports_s=beyond, target_s=TARGET, ratio=middle(lambda r: r['run'][0] / r['imports'][0]), met=beyond <= TARGET,
+                          beyond_imports_processor_s=middle(lambda r: r['run'][1] - r['imports'][1]), rounds=len(rounds), quiet=load <= 1,
+                          cores=os.cpu_count(), load_before=load, load_after=round(os.getloadavg()[0], 1))))
+
+
+if __name__ == '__main__': main()
