@@ -1,0 +1,147 @@
+"""A member of several folds, from its training to the answer for a picture: no lesion is judged by a fit that has learnt from it, and what is new to all
+fits is judged by their mean, the same in evaluation and in use."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from skinlesion.data.datasets import LesionDataset
+from skinlesion.data.metadata import MetadataEncoder
+from skinlesion.images import save_png
+from skinlesion.model.bundle import BundleError, load_fits, predict_heads, predict_member, save_bundle, save_member
+from skinlesion.model.member import member_spec, train_folds
+from skinlesion.taxonomy import LabelSet
+from skinlesion.use.predict import Predictor
+from tiny import copy_repository, edit_params, make_tiny, run
+
+LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
+ENCODER = MetadataEncoder(50.0, 20.0)
+HEADS = dict(grade=dict(kind="ordinal", levels=["low", "middle", "high"]), malignant=dict(kind="binary"))
+FOLDS = 3
+
+
+class Store:
+    "Noisy squares in memory, one colour for each class."
+    size = 32
+
+    def __init__(self, rows):
+        pixels = np.random.default_rng(0).normal(110, 40, (len(rows), 32, 32, 3))
+        for image, code in zip(pixels, rows.diagnosis): image[..., "abc".index(code)] += 40
+        self.images = dict(zip(rows.image_id, pixels.clip(0, 255).astype(np.uint8)))
+
+    def position(self, image_id): return list(self.images).index(image_id)
+    def image(self, image_id): return self.images[image_id]
+
+
+def make_rows(n=60):
+    "Two images of each lesion; the last lesions are for the test."
+    rows = pd.DataFrame(dict(image_id=[f"I{i:03}" for i in range(n)], lesion_id=[f"L{i // 2:02}" for i in range(n)], age=50.0, sex="", site="back",
+                             diagnosis=["abc"[i // 2 % 3] for i in range(n)], grade=[["low", "", "high"][i % 3] for i in range(n)]))
+    return rows.assign(split=["test" if i >= n - 12 else "valid" if i % 8 > 5 else "train" for i in range(n)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A member of three folds, its fits in their folders."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows, folder = make_rows(), tmp_path_factory.mktemp("folds") / "squares"
+    spec = member_spec(dict(backbone="small_cnn_3", fusion="concat", heads=HEADS, epochs=2, warmup_epochs=1, batch_size=8, learning_rate=1e-2))
+    store, twins = Store(rows), pd.DataFrame(dict(image_id_a=["I000"], image_id_b=["I007"]))
+    found = train_folds(store, rows[rows.split != "test"], LABELS, ENCODER, spec, FOLDS, pairs=twins)
+    for i, fit in enumerate(found.fits): save_member(folder / f"fold_{i}", fit.model, dict(best_epoch=fit.best_epoch))
+    found.predictions.to_csv(folder / "out_of_fold.csv", index=False)
+    yield rows, store, found, folder
+    torch.set_num_threads(threads)
+
+
+def answers(trained, rows=None):
+    "The table of evaluation, from what lies in the folder."
+    all_rows, store, _, folder = trained
+    rows = all_rows if rows is None else rows
+    return predict_member(load_fits(folder), LesionDataset(store, rows, LABELS, ENCODER), rows.split.isin(["train", "valid"]),
+                          pd.read_csv(folder / "out_of_fold.csv"))
+
+
+def test_each_lesion_is_in_one_fold_and_duplicates_share_theirs(trained):
+    rows, _, found, _ = trained
+    labelled = rows[rows.split != "test"]
+    fold = labelled.image_id.map(found.folds)
+    assert sorted(found.folds.index) == sorted(labelled.image_id) and set(fold) == set(range(FOLDS))
+    assert (fold.groupby(labelled.lesion_id).nunique() == 1).all() and found.folds["I000"] == found.folds["I007"]
+    assert found.folds["I001"] == found.folds["I006"], "the lesions of both"
+
+
+def test_what_was_learnt_from_is_judged_by_the_one_fit_that_did_not(trained):
+    rows, store, found, folder = trained
+    table, fits = answers(trained).set_index("image_id"), load_fits(folder)
+    assert table.index.tolist() == rows.image_id.tolist() and np.allclose(table.filter(like="p_").sum(axis=1), 1)
+    for i, fit in enumerate(fits):
+        mine = rows[rows.image_id.map(found.folds) == i]
+        alone = predict_heads(fit.model, LesionDataset(store, mine, LABELS, ENCODER))
+        assert np.allclose(table.loc[mine.image_id, ["p_a", "p_b", "p_c"]], alone["diagnosis"], atol=1e-6)
+        assert np.allclose(table.loc[mine.image_id, ["grade.low", "grade.middle", "grade.high"]], alone["grade"], atol=1e-6)
+        others = predict_heads(fits[i - 1].model, LesionDataset(store, mine, LABELS, ENCODER))["diagnosis"]
+        assert np.abs(table.loc[mine.image_id, ["p_a", "p_b", "p_c"]] - others).to_numpy().max() > 1e-3
+
+
+def test_the_test_is_judged_by_the_mean_of_the_fits(trained):
+    rows, store, _, folder = trained
+    test = rows[rows.split == "test"]
+    table = answers(trained).set_index("image_id").loc[test.image_id]
+    alone = [predict_heads(m.model, LesionDataset(store, test, LABELS, ENCODER)) for m in load_fits(folder)]
+    assert len(alone) == FOLDS
+    assert np.allclose(table[["p_a", "p_b", "p_c"]], np.mean([a["diagnosis"] for a in alone], axis=0), atol=1e-6)
+    assert np.allclose(table[["malignant.no", "malignant.yes"]], np.mean([a["malignant"] for a in alone], axis=0), atol=1e-6)
+
+
+def test_use_answers_as_evaluation_does(trained, tmp_path):
+    rows, store, _, folder = trained
+    save_bundle(tmp_path / "bundle", load_fits(folder), LABELS, ENCODER, 32, {})
+    predictor, test = Predictor(tmp_path / "bundle"), rows[rows.split == "test"]
+    assert predictor.member_names == [f"squares.fold_{i}" for i in range(FOLDS)]
+    paths = [save_png(store.image(i), tmp_path / f"{i}.png") for i in test.image_id]
+    used = predictor.predict_many(paths, test[["image_id", "age", "sex", "site"]]).set_index("image_id")
+    table = answers(trained, test).set_index("image_id")
+    assert np.abs(used[table.columns] - table).to_numpy().max() < 1e-6 and "grade.high" in table and "malignant.yes" in table
+    one = predictor.predict(paths[0], 50, "", "back")
+    assert set(one.heads) == {"grade", "malignant"} and abs(sum(one.heads["grade"].values()) - 1) < 1e-9
+    assert json.loads(json.dumps(one.to_dict()))["heads"] == one.heads
+
+
+def test_a_new_split_without_new_training_is_refused(trained):
+    rows = trained[0].assign(split="train")
+    with pytest.raises(BundleError, match="member 'squares': image 'I048' was there for training, but has no out-of-fold answer"):
+        answers(trained, rows)
+
+
+@pytest.mark.slow
+def test_the_pipeline_in_folds_with_heads(tmp_path):
+    "From params.yaml to the bundle: out-of-fold figures over all lesions of training and validation, heads with intervals, one file per fit."
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    copy_repository(repo)
+    def folded(params):
+        make_tiny(params)
+        params["train"]["folds"] = 2
+        image = params["train"]["members"]["image"]
+        image["heads"] = dict(malignant=dict(kind="binary", column="malignant", levels=["no", "yes"]))
+        params["train"]["members"] = dict(image=image, meta=dict(image, backbone=None, fusion="metadata", heads={}))
+    edit_params(repo, folded)
+    run(repo, "dvc", "pull", "-q", "data.dvc")
+    run(repo, "dvc", "repro")
+    split = pd.read_csv(repo / "artifacts/prepared/splits.csv").split
+    metrics = json.loads((repo / "reports/evaluate/metrics.json").read_text())
+    learnt = int(split.isin(["train", "valid"]).sum())
+    assert metrics["out_of_fold"]["ensemble"]["accuracy"]["n"] == learnt
+    assert metrics["valid"]["members"]["meta"]["accuracy"]["n"] == (split == "valid").sum() < learnt
+    head = metrics["test"]["members"]["image"]["heads"]["malignant"]["auroc"]
+    assert head["low"] < head["value"] < head["high"] and head["n"] == (split == "test").sum()
+    assert "heads" not in metrics["test"]["members"]["meta"] and "heads" in metrics["test"]["ensemble"]
+    names = sorted(p.name for p in (repo / "artifacts/ensemble").glob("*.safetensors"))
+    assert names == ["image.fold_0.safetensors", "image.fold_1.safetensors", "meta.fold_0.safetensors", "meta.fold_1.safetensors"]
+    predictions = pd.read_csv(repo / "artifacts/predictions/ensemble.csv")
+    assert set(predictions.split) == {"train", "valid", "test"} and "malignant.yes" in predictions
+    assert "up to date" in run(repo, "dvc", "repro").stdout
