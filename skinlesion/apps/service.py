@@ -199,7 +199,7 @@ def _add_answers(app, holder, store, max_bytes):
         person, image = read_person(age, sex, site), read_upload(file, max_bytes)
         predictor, answer = _answer(holder, person, image)
         return {'class': answer.predicted, 'name': predictor.label_set.names[answer.predicted], 'confidence': answer.confidence,
-                'probabilities': answer.probabilities, 'malignancy': answer.malignancy, 'disagreement': answer.disagreement,
+                'probabilities': answer.probabilities, 'malignancy': answer.malignancy, 'disagreement': answer.disagreement, 'heads': answer.heads,
                 'bundle_id': answer.bundle_id, 'disclaimer': DISCLAIMER}
 
     @app.get('/cams/{name}')
