@@ -2,6 +2,7 @@
 import io
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -145,13 +146,27 @@ from skinlesion.model.training import fit
 kill, folder = int(sys.argv[1]), sys.argv[2]
 def on_step(done):
     if done == kill: os.kill(os.getpid(), signal.SIGKILL)
-run = fit(*make_run(workers=2, checkpoint_seconds={seconds}), work_dir=folder, on_step=on_step)
+run = fit(*make_run(workers=2, checkpoint_seconds={seconds}), work_dir=folder, on_step=on_step, progress=print)
 open(sys.argv[3], 'wb').write(result_bytes(run))
 """
 
 
-@pytest.mark.parametrize("kills", [(7,), pytest.param((2, 4, 7), marks=pytest.mark.slow)])
-def test_killed_by_signal(tmp_path, kills):
+def test_killed_by_signal(tmp_path):
+    "SIGKILL in a child of this process, with states seldom enough that work is lost."
+    child = os.fork()
+    if not child:
+        stop = lambda done: done == 7 and os.kill(os.getpid(), signal.SIGKILL)
+        try: fit(*make_run(workers=2, checkpoint_seconds=.05), work_dir=tmp_path, on_step=stop)
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    said = []
+    resumed = fit(*make_run(), work_dir=tmp_path, progress=said.append)
+    assert said[0].startswith("↻ going on") and result_bytes(resumed) == result_bytes(fit(*make_run()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [(7,), (2, 4, 7)])
+def test_killed_by_signal_in_other_processes(tmp_path, kills):
     "SIGKILL after one or more steps of a run, with states seldom enough that work is lost: the bytes of an undisturbed run."
     text = CHILD.format(tests=str(Path(__file__).parent), seconds=.05)
     start = lambda kill: subprocess.run([sys.executable, "-c", text, str(kill), *(str(tmp_path / name) for name in ("work", "out"))],
@@ -159,6 +174,7 @@ def test_killed_by_signal(tmp_path, kills):
     assert [start(step).returncode for step in kills] == [-signal.SIGKILL] * len(kills)
     last = start(0)
     assert last.returncode == 0, last.stderr
+    assert last.stdout.startswith("↻ going on"), last.stdout  # the fingerprint is the same in another process
     assert (tmp_path / "out").read_bytes() == result_bytes(fit(*make_run()))
 
 
