@@ -66,6 +66,7 @@ def test_explain_draws_over_the_picture_as_it_was_taken(made):
     (["explain", "a.png", "--bundle", "B", "--method", "gradcm", "--out", "m.png"], "Did you mean 'gradcam'?"),
     (["explain", "a.png", "--bundle", "B", "--class", "mela", "--out", "m.png"], "Did you mean 'mel'?"),
     (["explain", "a.png", "--bundle", "B", "--layer", "layer9", "--out", "m.png"], "layer 'layer9' is not in this model"),
+    (["models", "resnet5O"], "Did you mean"), (["models", "swinv2_tiny_window8_256", "--size", "30"], "cannot take images of 30x30 pixels"),
     (["import", "ham10000", "nowhere", "--out", "data"], "nowhere")])
 def test_an_error_is_one_sentence_and_nothing_is_written(made, words, said, monkeypatch):
     folder, bundle, _ = made
@@ -105,6 +106,22 @@ def test_skip_bad_lists_what_it_left_out(made):
     ended = CliRunner().invoke(app, [*words, "--skip-bad"])
     assert ended.exit_code == 0 and "skipped: " in ended.stderr and "z.jpg" in ended.stderr
     assert pd.read_csv(bad / "o.csv").image_id.tolist() == ["a"]
+
+
+def test_models_measures_what_is_asked_for():
+    code, out, _ = cli("models", "small_cnn_3", "small_cnn_4", "--size", 32)
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0 and [line[0] for line in lines] == ["backbone", "small_cnn_3", "small_cnn_4"] and all(float(line[4]) >= 0 for line in lines[1:])
+    assert cli("models", "small_cnn_3", "--size", 32, "--no-time")[1].splitlines()[1].split()[4] == "-"
+
+
+@pytest.mark.slow
+def test_models_lists_all_that_are_tested_by_name():
+    from skinlesion.model.backbones import TESTED
+    code, out, err = cli("models", "--no-time", "--size", 64)
+    listed = [line.split()[0] for line in out.splitlines()[1:]]
+    assert code == 0 and sorted([*listed, "vit_small_patch14_dinov2"]) == sorted([*TESTED, "small_cnn_3", "small_cnn_4"])
+    assert "left out: backbone 'vit_small_patch14_dinov2' cannot take images of 64x64 pixels" in err
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ from fastapi.testclient import TestClient
 
 from skinlesion.apps.service import create_app
 from skinlesion.images import read_image
+from skinlesion.model.bundle import Member, save_bundle
+from skinlesion.model.fusion import create_model
+from skinlesion.taxonomy import get_label_set
 from skinlesion.use.predict import Predictor
 from tiny import build_bundle, build_pictures, wait_for_address
 
@@ -67,8 +70,18 @@ def test_predict_and_health_over_the_network(served, made):
     status, answer = post(served, "/predict", pictures["b"].read_bytes())
     direct = Predictor(bundle).predict(pictures["b"])
     assert status == 200 and answer["probabilities"] == direct.probabilities and answer["class"] == direct.predicted
-    assert "never for diagnosis" in answer["disclaimer"]
+    assert "never for diagnosis" in answer["disclaimer"] and answer["heads"] == {}
     with urllib.request.urlopen(served + "/health", timeout=30) as health: assert json.load(health)["bundle_id"] == direct.bundle_id
+
+
+def test_further_heads_and_folds_answer_over_http(tmp_path, made):
+    ham, urgent = get_label_set("ham10000"), dict(name="urgent", kind="binary", levels=["can wait", "today"])
+    fits = [Member(f"asked.fold_{i}", create_model("small_cnn_3", ham.num_classes, heads=[urgent], seed=i).eval(), {}) for i in range(2)]
+    direct = Predictor(save_bundle(tmp_path / "bundle", fits, ham, None, 32, {})).predict(made[1]["a"])
+    client = TestClient(create_app(tmp_path / "bundle"))
+    with client: answer = client.post("/predict", files={"file": ("a.png", made[1]["a"].read_bytes())}).json()
+    assert answer["heads"] == direct.heads and list(answer["heads"]["urgent"]) == ["can wait", "today"]
+    assert answer["probabilities"] == direct.probabilities and abs(sum(answer["heads"]["urgent"].values()) - 1) < 1e-9
 
 
 def test_many_at_once_get_each_their_own_answer(served, made):
