@@ -20,6 +20,7 @@ from time import perf_counter
 import pandas as pd
 import timm
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import ClassifierHead, ConvNormAct, DropPath
@@ -64,12 +65,46 @@ class SmallCNN(nn.Module):
         self.feature_info = [dict(num_chs=w, reduction=2 ** (i + 1), module=f'blocks.{i}') for i, w in enumerate(widths)]
         self.head = ClassifierHead(widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
-    def group_matcher(self, coarse=False): return dict(blocks=r'^blocks\.(\d+)') # depth of each weight, for timm
-    def get_classifier(self): return self.head.fc
-    def reset_classifier(self, num_classes, global_pool=None): self.num_classes = num_classes; self.head.reset(num_classes, global_pool)
-    def forward_features(self, x): return self.blocks(x) # (B,3,H,W) -> (B,F,h,w)
-    def forward_head(self, x, pre_logits=False): return self.head(x, pre_logits=pre_logits) # (B,F,h,w) -> (B,C), or (B,F) before the classifier
-    def forward(self, x): return self.forward_head(self.forward_features(x))
+    def group_matcher(self,
+        coarse:bool=False, # asked by timm; a block is the finest group there is
+    ) -> dict: # pattern of the weights of each depth
+        "Which weights lie how deep, for rates that decay by layer."
+        return dict(blocks=r'^blocks\.(\d+)')
+
+    def get_classifier(self):
+        "The last linear layer."
+        return self.head.fc
+
+    def reset_classifier(self,
+        num_classes:int, # C; 0 leaves the classifier out
+        global_pool:str|None=None, # another pooling
+    ):
+        "Put another classifier in its place."
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+# %% ../../nbs/model/21_backbones.ipynb #407144a0
+@patch
+def forward_features(self:SmallCNN,
+    x:torch.Tensor, # (B,3,H,W) float32, normalised
+) -> torch.Tensor: # (B,F,h,w)
+    "The last map."
+    return self.blocks(x)
+
+@patch
+def forward_head(self:SmallCNN,
+    x:torch.Tensor, # (B,F,h,w), the last map
+    pre_logits:bool=False, # stop before the classifier
+) -> torch.Tensor: # (B,C), or (B,F) before the classifier
+    "The map pooled and classified."
+    return self.head(x, pre_logits=pre_logits)
+
+@patch
+def forward(self:SmallCNN,
+    x:torch.Tensor, # (B,3,H,W) float32, normalised
+) -> torch.Tensor: # (B,C) logits
+    "The logits."
+    return self.forward_head(self.forward_features(x))
 
 # %% ../../nbs/model/21_backbones.ipynb #1a9459ed
 default_cfgs = generate_default_cfgs({name: dict( # timm looks for them under this name
