@@ -1,5 +1,5 @@
-"""A member of several folds, from its training to the answer for a picture: no lesion is judged by a fit that has learnt from it, and what is new to all
-fits is judged by their mean, the same in evaluation and in use."""
+"""A member of several folds, from its training to the answer for a picture: no lesion is judged by a fit that has learnt from it, and what is
+new to all fits is judged by their mean, the same in evaluation and in use."""
 import json
 
 import numpy as np

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from ..images import normalise
 from .augment import augment_image, make_augment
@@ -77,17 +78,19 @@ class LesionDataset(Dataset):
         image = self.store.image(self.ids[i])
         return image if self.augment is None else augment_image(self.augment, image, view_seed(self.seed, epoch, self.ids[i]))
 
-    def facts(self,
-        index:torch.Tensor, # () or (B,) int64: rows of the table
-    ) -> dict: # metadata (B,D) float32, target (B,) int64, index, and heads: name -> (B,) int64, absent where the dataset has none
-        "All that goes with the images of some rows."
-        heads = {name: values[index] for name, values in self.targets_extra.items()}
-        return dict(metadata=self.metadata[index], target=self.targets[index], index=index) | (dict(heads=heads) if heads else {})
-
     def __getitem__(self, key):
         "The item of row `i`, or of `(i, epoch)`; the image normalised, (3,H,W) float32."
         i, epoch = key if isinstance(key, tuple) else (key, 0)
         return dict(image=normalise(self.view(int(i), epoch)), **self.facts(torch.tensor(int(i))))
+
+# %% ../../nbs/data/17_datasets.ipynb #c80abaa0
+@patch
+def facts(self:LesionDataset,
+    index:torch.Tensor, # () or (B,) int64: rows of the table
+) -> dict: # metadata (B,D) float32, target (B,) int64, index, and heads: name -> (B,) int64, absent where the dataset has none
+    "All that goes with the images of some rows."
+    heads = {name: values[index] for name, values in self.targets_extra.items()}
+    return dict(metadata=self.metadata[index], target=self.targets[index], index=index) | (dict(heads=heads) if heads else {})
 
 # %% ../../nbs/data/17_datasets.ipynb #b032be38
 class EpochSampler(Sampler):

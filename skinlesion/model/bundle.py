@@ -348,6 +348,7 @@ def _check_members(members, label_set, encoder, image_size):
                              f"{encoder.dim if encoder else 'none'}; pass the encoder it was trained with")
     shared_heads(members)
 
+# %% ../../nbs/model/24_bundle.ipynb #5a7d24c5
 def _name_fault(names):
     "What is wrong with the names of an ensemble; '' where nothing is. They become file names, so they are plain and unique."
     for name in names:
@@ -359,6 +360,7 @@ def _name_fault(names):
             return f"member '{member}' has the fits {', '.join(fits)}; its folds are to be fold_0 to fold_{len(fits) - 1}, in order, and nothing beside them"
     return ''
 
+# %% ../../nbs/model/24_bundle.ipynb #8b5074c3
 def shared_heads(
     members:list, # of Member
 ) -> dict: # name -> model.heads.HeadSpec
@@ -391,6 +393,7 @@ def _model_card(facts):
               '', '## Use', '', '```python', 'from skinlesion.use.predict import Predictor', "Predictor('path/of/this/folder').predict('image.jpg')", '```', '']
     return '\n'.join(lines)
 
+# %% ../../nbs/model/24_bundle.ipynb #dfa6fd51
 def _counted(members):
     "How many members there are, and how many models, where some have several."
     n = len({member_of(m['name']) for m in members})
@@ -407,6 +410,7 @@ def _head_rows(members):
     rows = [f"- `{name}` ({head['kind']}): {', '.join(head['levels'])}" for name, head in heads.items()]
     return rows and ['', 'Beside the diagnosis it answers, uncalibrated:', '', *rows]
 
+# %% ../../nbs/model/24_bundle.ipynb #d226de28
 def _facts_rows(facts, path=''):
     "One line per plain value, nested names joined by dots."
     if isinstance(facts, dict): return [row for k in sorted(facts) for row in _facts_rows(facts[k], f'{path}.{k}' if path else k)]
