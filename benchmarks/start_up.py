@@ -6,7 +6,8 @@ A copy of this repository in a temporary folder (what git tracks, as it is now, 
 stopped at the moment its first optimiser step begins (that is where torch's own hook for all optimisers notes the time and ends the kernel).
 run       seconds from calling `python -m skinlesion.pipeline.cli run train --member M` to that moment.
 imports   seconds of two bare processes, one after the other: one that imports the packages of the runner, one those of the notebook, and nothing of
-          `skinlesion`. The runner and the kernel it starts each pay theirs, so both count.
+          `skinlesion`. The runner and the kernel it starts each pay theirs, so both count; of the packages listed below, only those that the two
+          have really loaded by then.
 A round measures both, and the difference is the median over the rounds. Target: at most 6 s beyond bare imports. Processor time of all processes
 stands beside it and decides nothing. The verdict counts only where `quiet` is true: a load of at most 1 before the start.
 """
@@ -24,16 +25,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 6.
-RUNNER = 'papermill, nbformat, nbconvert, jupyter_client, pydantic, typer, ruamel.yaml'
-NOTEBOOK = ('torch, torchvision, timm, lightning, albumentations, cv2, pandas, scipy.stats, sklearn, matplotlib.pyplot, seaborn, safetensors, '
-            'ipykernel.kernelapp')
+RUNNER = 'papermill nbformat nbconvert jupyter_client pydantic typer ruamel.yaml dvc torch pandas'.split()
+NOTEBOOK = ('torch torchvision timm lightning lightning.fabric lightning.pytorch albumentations cv2 pandas scipy.stats sklearn sklearn.metrics '
+            'matplotlib.pyplot seaborn safetensors dvclive ipykernel.kernelapp').split()
 HOOK = """
 
 # benchmarks/start_up.py: the first step begins
-import os as _os, time as _time
+import os as _os, sys as _sys, time as _time
 from torch.optim.optimizer import register_optimizer_step_pre_hook as _register
 def _first_step(*_):
-    with open({note!r}, 'w') as file: file.write(str(_time.time()))
+    with open({note!r}, 'w') as file: file.write(str(_time.time()) + ' ' + ' '.join(_sys.modules))
     _os._exit(0)
 _register(_first_step)
 """
@@ -64,10 +65,17 @@ def processor():
     return used.ru_utime + used.ru_stime
 
 
-def time_imports(cwd):
+def loaded(cwd, note):
+    "The packages that the runner and the notebook load, of those listed above."
+    code = 'import sys, skinlesion.pipeline.cli, skinlesion.pipeline.stages; print(*sys.modules)'
+    runner, notebook = call(cwd, '-c', code).split(), note.read_text().split()[1:]
+    return [n for n in RUNNER if n in runner], [n for n in NOTEBOOK if n in notebook]
+
+
+def time_imports(cwd, packages):
     "Seconds (wall, processor) of two bare processes."
     start, spent = time.time(), processor()
-    for names in (RUNNER, NOTEBOOK): call(cwd, '-c', f'import {names}')
+    for names in packages: call(cwd, '-c', f'import {", ".join(names)}')
     return time.time() - start, processor() - spent
 
 
@@ -77,7 +85,7 @@ def time_run(cwd, member, note):
     start, spent = time.time(), processor()
     shown = call(cwd, '-m', 'skinlesion.pipeline.cli', 'run', 'train', '--member', member, check=False)
     if not note.exists(): raise SystemExit(f'no training step began:\n{shown[-4000:]}')
-    return float(note.read_text()) - start, processor() - spent
+    return float(note.read_text().split()[0]) - start, processor() - spent
 
 
 def main():
@@ -94,10 +102,13 @@ def main():
         call(copy, '-m', 'skinlesion.pipeline.cli', 'run', 'prepare')
         training = copy / 'skinlesion/model/training.py'
         training.write_text(training.read_text() + HOOK.format(note=str(note)))
-        time_imports(copy), time_run(copy, args.member, note)  # warm-up: file cache and byte code
+        time_run(copy, args.member, note)  # warm-up: file cache and byte code
+        packages = loaded(copy, note)
+        time_imports(copy, packages)
+        print(f"the runner loads {', '.join(packages[0])}; the notebook {', '.join(packages[1])}", flush=True)
         rounds = []
         for k in range(args.rounds):
-            sides = dict(imports=lambda: time_imports(copy), run=lambda: time_run(copy, args.member, note))
+            sides = dict(imports=lambda: time_imports(copy, packages), run=lambda: time_run(copy, args.member, note))
             done = {name: sides[name]() for name in (list(sides) if k % 2 else list(sides)[::-1])}
             rounds.append(done)
             print(f"round {k + 1}: to the first step {done['run'][0]:.1f} s, bare imports {done['imports'][0]:.1f} s, "
