@@ -392,8 +392,6 @@ def cell_title(
     return (nb.cells[index].source.strip().splitlines() or [''])[0][:60]
 
 # %% ../../nbs/pipeline/73_stages.ipynb #af638c69
-_CLEAR = '\r\x1b[K' # of a terminal's line
-
 class Progress:
     "Where a run stands, told on a stream and kept for the record."
     def __init__(self,
@@ -422,10 +420,8 @@ class Progress:
         _show_line(self, self.seconds[cell_index], '\n')
 
     def write(self, text:str): # what the running cell prints
-        "Keep the last line printed, for a terminal to show beside the cell; pass on what this run alone has to say."
-        lines = [l.strip() for l in text.splitlines() if l.strip()]
-        for line in [l for l in lines if l.startswith('↻ ')]: self.stream.write(f"{_CLEAR if self.terminal else ''}{self.stage}  {line}\n")
-        self.said = (lines or [self.said])[-1]
+        "Take what a cell prints, as a stream does."
+        _hear_text(self, text)
 
     def flush(self):
         "Nothing waits: papermill calls this after each `write`."
@@ -436,6 +432,14 @@ class Progress:
         self.ended.set()
 
 # %% ../../nbs/pipeline/73_stages.ipynb #822cacda
+_CLEAR = '\r\x1b[K' # of a terminal's line
+
+def _hear_text(progress, text):
+    "Keep the last line printed, for a terminal to show beside the cell; pass on what this run alone has to say."
+    lines = [l.strip() for l in text.splitlines() if l.strip()]
+    for line in [l for l in lines if l.startswith('↻ ')]: progress.stream.write(f"{_CLEAR if progress.terminal else ''}{progress.stage}  {line}\n")
+    progress.said = (lines or [progress.said])[-1]
+
 def _show_line(progress, seconds, end):
     "Write the current line."
     said = f'  {progress.said}' if progress.said and not end else ''
