@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
+from madeup import PLAIN_GIT
 from skinlesion.data.datasets import LesionDataset
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.model import training
@@ -63,7 +65,8 @@ def squares(n=24, seed=0, augment=None, heads=False):
 def make_run(heads=True, backbone="test_resnet", fusion="concat", drop_rate=.3, n=24, **changes):
     "Model, data and recipe of a small run in which all that can be switched on is."
     train, valid = squares(n, augment="light", heads=heads), squares(12, 1, heads=heads)
-    model = create_model(backbone, 3, train.metadata.shape[1], fusion, drop_rate=drop_rate, heads=list(HEADS) if heads else None, seed=0)
+    head = "cosine" if changes.get("loss") == "ldam" else "linear"
+    model = create_model(backbone, 3, train.metadata.shape[1], fusion, drop_rate=drop_rate, heads=list(HEADS) if heads else None, seed=0, head=head)
     return model, train, valid, TrainConfig(**EVERYTHING | changes)
 
 
@@ -183,11 +186,16 @@ def test_no_loader_process_is_left(tmp_path):
     fit(*make_run(workers=2, epochs=2))
     with pytest.raises(Killed) as held: fit(*make_run(workers=2), on_step=kill_at(4))
     assert held.value and multiprocessing.active_children() == []
+    model, train, _, config = make_run(workers=1, epochs=2)
+    train.metadata[7, 0] = float("nan")
+    with pytest.raises(FloatingPointError) as held: find_learning_rate(model, train, config, steps=12)
+    assert held.value and multiprocessing.active_children() == []
 
 
 def test_another_run_is_never_gone_on_with(tmp_path):
-    "Other pixels, targets of a head, augmentation, recipe or start: anew, and said so; loader workers and the time between states change nothing."
+    "Other pixels, targets of a head, augmentation, recipe, start or threads: anew, and said so; loader workers and the time between states change nothing."
     def again(change):
+        torch.set_num_threads(1)
         with pytest.raises(Killed): fit(*make_run(), work_dir=tmp_path, on_step=kill_at(4))
         model, train, valid, config = make_run()
         said = []
@@ -212,10 +220,14 @@ def test_another_run_is_never_gone_on_with(tmp_path):
         "anew"
         with torch.no_grad(): next(model.parameters())[0] += 1e-3
         return model, train, valid, config
+    def threads(model, train, valid, config):
+        "anew"
+        torch.set_num_threads(2)
+        return model, train, valid, config
     def nothing(model, train, valid, config):
         "the same"
         return model, train, valid, replace(config, workers=1, checkpoint_seconds=3.)
-    for change in (pixels, head, augment, recipe, start): assert again(change)[0].endswith("starting anew"), change
+    for change in (pixels, head, augment, recipe, start, threads): assert again(change)[0].endswith("starting anew"), change
     assert again(nothing)[0] == "↻ going on in epoch 2 after step 1 of 3 of an unfinished run"
 
 
@@ -318,12 +330,63 @@ def test_no_number_in_a_late_epoch_keeps_the_state_before(tmp_path):
     assert (state["epoch"], state["done"]) == (1, 2) and all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
 
 
+def test_no_number_in_a_gradient_names_the_whole_step():
+    "The first batch of two has a finite loss and a gradient that is none: its images are named, not the second's alone."
+    model, train, valid, config = make_run(mix="none", sampler="shuffle")
+    seen = []
+    def spoil(module, args, out):
+        seen.append(len(out))
+        if len(seen) == 1: out.register_hook(lambda grad: grad * float("nan"))
+    model.drop.register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match="the norm of the gradient is nan in epoch 1 on the batch of images ") as caught: fit(model, train, valid, config)
+    step = [train.ids[i] for keys in training.epoch_batches(24, 0, 5, config.seed)[:2] for i, _ in keys]
+    assert str(caught.value).split("images ")[1].split(";")[0].split(", ") == step and len(step) == 10
+
+
+def test_rare_classes_count_once():
+    "Drawn as often as the others they are not weighed besides; the class weights are there with the plain order."
+    targets = torch.tensor([0] * 8 + [1] * 2 + [2] * 2)
+    weights = lambda **more: training._Objective((), TrainConfig(**more), targets, 3, "abc").loss.weights
+    assert weights(sampler="balanced") is None and weights(sampler="balanced", loss="focal") is None
+    assert weights().tolist() == weights(loss="focal").tolist() == pytest.approx([.75, 1.5, 1.5])
+
+
+def test_margins_want_cosines():
+    "LDAM on a head that gives no cosines is refused before anything is trained."
+    _, train, valid, config = make_run(loss="ldam", weight_power=0., sampler="shuffle")
+    model = make_run()[0]
+    with pytest.raises(ValueError, match=r"the model's head is 'linear'; create_model\(..., head='cosine'\)"): fit(model, train, valid, config)
+    with pytest.raises(ValueError, match="head='cosine'"): find_learning_rate(model, train, config)
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_metadata_alone_ask_for_no_image(monkeypatch, mix):
+    "No image is read where none is looked at, and the bytes are those of a run that reads them."
+    def unreadable(image_id): raise OSError(image_id)
+    run = lambda: make_run(backbone="", fusion="metadata", mix=mix, epochs=2)
+    model, train, valid, config = run()
+    train.store.image = valid.store.image = unreadable
+    blind = result_bytes(fit(model, train, valid, config))
+    monkeypatch.setattr(training, "_without_images", lambda dataset: dataset)
+    assert result_bytes(fit(*run())) == blind
+
+
+def test_each_process_validates_on_something():
+    "Fewer images than processes are an error, not processes that wait for one another."
+    model, train, valid, config = make_run()
+    valid.ids = valid.ids[:2]
+    with pytest.raises(ValueError, match="the validation set has 2 images for 3 processes; each needs one"): fit(model, train, valid, config, processes=3)
+
+
 def test_out_of_memory_says_what_fits(monkeypatch):
     "A machine on which three images fit and four do not: batch_size 2 of 20, ten of them a step; the weights as they were."
     model, train, valid, config = make_run(heads=False, batch_size=20, accumulate=1, freeze_epochs=0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    whole = model.forward_heads
+    whole, held = model.forward_heads, []
     def small(image, metadata=None):
+        made = torch.zeros(len(image))
+        assert all(ref() is None for ref in held)  # what a failed step had made is gone before the next is tried
+        held.append(weakref.ref(made))
         if len(image) > 3: raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ...")
         return whole(image, metadata)
     monkeypatch.setattr(model, "forward_heads", small)
@@ -354,6 +417,27 @@ def test_the_log_of_a_killed_run_is_that_of_a_whole_one(tmp_path):
     assert len(files["plots/metrics/train_loss.tsv"].splitlines()) == len(history) + 1
     assert json.loads(files["artifacts.json"])["weights.bin"]["bytes"] == 5
     assert json.loads(files["metrics.json"])["valid_auroc_macro"] == pytest.approx(history.valid_auroc_macro.iloc[-1])
+
+
+@pytest.mark.parametrize("around", ["no git", "git without a commit", "git without DVC", "DVC without git"])
+def test_the_log_leaves_the_repository_alone(tmp_path, monkeypatch, around):
+    "DVCLive wants a commit to stand on, and by itself makes any git repository one of DVC; here it writes its files and looks no further."
+    if around.startswith("git"): subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    if around == "git without DVC":
+        name = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        subprocess.run(["git", *name, "commit", "-q", "--allow-empty", "-m", "start"], cwd=tmp_path, check=True, env={**os.environ, **PLAIN_GIT})
+    if around == "DVC without git": (tmp_path / ".dvc").mkdir()
+    before = read_folder(tmp_path)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    sent = []
+    monkeypatch.setattr("dvc_studio_client.post_live_metrics.requests.post", lambda *args, **kwargs: sent.append(args))
+    for key, value in dict(TOKEN="isat_none", REPO_URL="made/up").items(): monkeypatch.setenv(f"DVC_STUDIO_{key}", value)
+    logger = make_logger("live", params=dict(epochs=1))
+    logger.epoch(dict(epoch=1, train_loss=.5))
+    logger.done()
+    assert json.loads(Path("live/metrics.json").read_text()) == dict(step=1, train_loss=.5) and not sent
+    assert {name: data for name, data in read_folder(tmp_path).items() if not name.startswith("work/")} == before
 
 
 class FakeWandb(types.ModuleType):

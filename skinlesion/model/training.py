@@ -17,6 +17,7 @@ import os
 import random
 import sys
 import time
+import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -58,11 +59,24 @@ def _check_config(config):
         for key in keys:
             if not holds(getattr(config, key), key): raise ValueError(f"{key} is {getattr(config, key)}; it must be {said(key)}")
     check_loss(config.loss, **{key: getattr(config, key) for key in _LOSS_OPTIONS})
-    if config.loss in BALANCING and config.weight_power not in (0, TrainConfig.weight_power):
-        raise ValueError(f"weight_power is {config.weight_power}, but loss '{config.loss}' balances the classes by itself; leave weight_power out or set it to 0")
+    _check_balance(config)
     for key, what in dict(warmup_epochs='warm up for', freeze_epochs='freeze the backbone for').items():
         if getattr(config, key) >= config.epochs:
             raise ValueError(f"{key} is {getattr(config, key)} and epochs is {config.epochs}; {what} fewer epochs than are trained")
+
+def _check_balance(config):
+    "Stop where rare classes would count twice, or where what is compared over the epochs changes on the way."
+    drawn, by_itself = config.sampler == 'balanced', config.loss in BALANCING
+    if drawn and by_itself:
+        others = ', '.join(loss for loss in LOSSES if loss not in BALANCING)
+        raise ValueError(f"sampler is 'balanced', but loss '{config.loss}' balances the classes by itself, so rare ones would count twice; "
+                         f"set sampler to 'shuffle', or choose another loss ({others})")
+    if (drawn or by_itself) and config.weight_power not in (0, TrainConfig.weight_power):
+        what = f"loss '{config.loss}'" if by_itself else "sampler 'balanced'"
+        raise ValueError(f"weight_power is {config.weight_power}, but {what} balances the classes by itself; leave weight_power out or set it to 0")
+    if config.loss == 'ldam' and config.metric == 'loss' and 0 < config.deferred < 1:
+        raise ValueError(f"metric is 'loss', but the loss 'ldam' is another one from {config.deferred} of the run on, so its epochs cannot be compared; "
+                         f"choose another metric ({', '.join(m for m in METRICS if m != 'loss')}), or set deferred to 0 or 1")
 
 # %% ../../nbs/model/27_training.ipynb #490aa757
 @dataclass(frozen=True)
@@ -83,9 +97,9 @@ class TrainConfig:
     margin:float=.5 # 'ldam': margin of the rarest class
     deferred:float=.8 # 'ldam': share of the epochs before classes are weighed, [0, 1]
     tau:float=1. # 'logit_adjustment': how strongly the class frequencies are taken out
-    weight_power:float=.5 # class weights are frequency to minus this power; 0 weighs all alike; no part in the losses that balance by themselves
+    weight_power:float=.5 # class weights are frequency to minus this power; 0 weighs all alike; no part in losses that balance by themselves, nor with sampler 'balanced'
     label_smoothing:float=0. # share of the target spread over all classes, [0, 1)
-    sampler:str='shuffle' # or 'balanced': each class drawn equally often
+    sampler:str='shuffle' # or 'balanced': each class drawn equally often, and then not weighed besides
     mix:str='none' # 'mixup' or 'cutmix' of the images of a batch
     mix_alpha:float=.2 # both shapes of the beta distribution of the share that is mixed in
     clip_norm:float=1. # the gradient is scaled down to this norm
@@ -121,7 +135,7 @@ class _Objective(torch.nn.Module):
     def __init__(self, specs, config, targets, num_classes, codes):
         super().__init__()
         weights = class_weights(targets, num_classes, config.weight_power, codes)
-        if config.loss in BALANCING or not config.weight_power: weights = None
+        if config.loss in BALANCING or config.sampler == 'balanced' or not config.weight_power: weights = None
         counts = torch.bincount(targets, minlength=num_classes)
         self.loss = create_loss(config.loss, weights, counts=counts, **{k: getattr(config, k) for k in _LOSS_OPTIONS})
         self.specs, self.num_classes, self.scales = list(specs), num_classes, np.array([1., *(s.weight for s in specs)])
@@ -248,10 +262,10 @@ def _sealed():
 
 # %% ../../nbs/model/27_training.ipynb #b3b21d45
 class _Feed:
-    "Batches of a dataset by their keys, on the device of the run."
-    def __init__(self, dataset, config, device):
+    "Batches of a dataset by their keys, on the device of the run; a `blind` one reads no images."
+    def __init__(self, dataset, config, device, blind=False):
         self.keys, self.device, gpu = [], device, device.type == 'cuda'
-        like = make_loader(dataset, config.batch_size, workers=config.workers)
+        like = make_loader(_without_images(dataset) if blind else dataset, config.batch_size, workers=config.workers)
         self.loader = torch.utils.data.DataLoader(
             like.dataset, batch_sampler=self, num_workers=config.workers, collate_fn=like.collate_fn, worker_init_fn=like.worker_init_fn,
             generator=like.generator, persistent_workers=config.workers > 0, pin_memory=gpu)
@@ -277,6 +291,16 @@ class _Feed:
         processes = getattr(self.loader, '_iterator', None)
         if processes is not None: processes._shutdown_workers()
 
+class _NoImages:
+    "A store whose images are one black pixel each."
+    def image(self, image_id): return np.zeros((1, 1, 3), np.uint8)
+
+def _without_images(dataset):
+    "The dataset for a model that looks at none, so that none is read or augmented."
+    dataset = copy.copy(dataset)
+    dataset.store, dataset.augment = _NoImages(), None
+    return dataset
+
 def _move(batch, device, stream):
     "A batch on a GPU, without waiting for it; its memory is kept as long as `stream` works on it."
     if isinstance(batch, dict): return {k: _move(v, device, stream) for k, v in batch.items()}
@@ -298,7 +322,8 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'fp16')
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self.net = fabric.setup_module(_Net(model, self.precision))
-        self.feeds = [_Feed(ds, config, self.device) for ds in (train_ds, valid_ds)]
+        self.blind = model.config['fusion'] == 'metadata'
+        self.feeds = [_Feed(ds, config, self.device, self.blind) for ds in (train_ds, valid_ds)]
         self.books, self.watch, self.epoch, self.done = _Books(config), _Watch(self), 0, 0
         self.sums, self.fresh = torch.zeros(2, len(objective.scales), 2, dtype=torch.float64, device=self.device).unbind()  # of the epoch, of the step
         self.steps = len(self.plan(0))
@@ -344,7 +369,8 @@ def _add_gradient(run, batch, keys, number, coefficients, last):
     seed = mix_seed(config.seed, number, *([run.rank] if run.rank else []))
     plan = None
     if config.mix != 'none':
-        plan = plan_mix(len(image), tuple(image.shape[-2:]), config.mix, config.mix_alpha, mix_seed(seed, 1))
+        size = (run.train_ds.store.size,) * 2 if run.blind else tuple(image.shape[-2:])
+        plan = plan_mix(len(image), size, config.mix, config.mix_alpha, mix_seed(seed, 1))
         plan = replace(plan, partner=plan.partner.to(run.device, non_blocking=True))
         image, metadata = plan.mix(image), None if metadata is None else plan.blend(metadata)
     _seed(seed, run.device)
@@ -403,7 +429,7 @@ def _train_epoch(run, after_step):
             keys = next(shards)
             _add_gradient(run, next(batches), keys, before, coefficients, last=k == len(step) - 1)
             before += 1
-        _take_step(run, keys)
+        _take_step(run, [key for keys in step for key in keys])
         run.done += 1
         after_step(sum(map(len, step)))
 
@@ -467,7 +493,7 @@ def _fingerprint(
 ) -> str: # SHA-256
     "Hash of what decides a run: recipe, architecture, first weights, pixels, targets, and on what it runs."
     asked = {k: v for k, v in asdict(run.config).items() if k not in _FREE}
-    where = [run.precision, run.device.type, run.world, torch.__version__]
+    where = [run.precision, run.device.type, run.world, torch.get_num_threads(), torch.__version__]  # threads decide the order of sums
     data = [[ds.ids, ds.targets.tolist(), {k: v.tolist() for k, v in ds.targets_extra.items()}, ds.seed, repr(ds.augment), _digest(ds.metadata), _pixels(ds)]
             for ds in (run.train_ds, run.valid_ds)]
     trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
@@ -564,6 +590,7 @@ def _fits(run, size):
 
 def _memory_message(run, error):
     "What to set instead."
+    traceback.clear_frames(error.__traceback__)  # they hold what the failed step had made, and it would be in the way
     config, state = run.config, _copy_state(run.model)
     said = f"out of memory in epoch {run.epoch + 1} with batch_size {config.batch_size} on {run.device.type} ({str(error)[:120]})"
     size = config.batch_size // 2
@@ -608,14 +635,18 @@ def _duration(seconds):
     return f'{minutes // 60} h {minutes % 60:02} min' if minutes >= 60 else f'{minutes} min' if seconds >= 90 else f'{seconds:.0f} s'
 
 # %% ../../nbs/model/27_training.ipynb #708cdb54
+def _file_writer(folder):
+    "DVCLive that writes files and does nothing else: it asks for no repository, starts none where DVC has none, and sends nothing to DVC Studio."
+    from dvclive import Live
+    class Files(Live):
+        def _init_dvc(self): self._dvc_file = self._init_dvc_file()
+        def _init_studio(self): self._studio_events_to_skip |= {'start', 'data', 'done'}
+    return Files(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
+
 class _DvcliveLog:
     "Curves, parameters and the sums of files, as DVCLive lays them down; no dvc.yaml, no experiment of its own."
     def __init__(self, folder, params, resume, online):
-        from dvclive import Live
-        self.folder, quiet = folder, logging.getLogger('dvclive')
-        level, _ = quiet.level, quiet.setLevel(logging.ERROR)
-        try: self.live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
-        finally: quiet.setLevel(level)
+        self.folder, self.live = folder, _file_writer(folder)
         (folder/'artifacts.json').unlink(missing_ok=True)
         if params: self.live.log_params(params)
 
@@ -725,7 +756,7 @@ def fit(
 ) -> FitResult:
     "Train `model`; the same model, data and config give the same bytes. Uses the GPU where there is one."
     trainable = {p: p.requires_grad for p in model.parameters()}
-    objective = _check_data(model, train_ds, valid_ds, config)
+    objective = _check_data(model, train_ds, valid_ds, config, processes)
     with _sealed():
         fabric, run = _machine(processes), None
         if fabric.global_rank: progress = logger = None
@@ -775,11 +806,14 @@ def _tell(row, improved, config, progress, logger):
     if progress: progress(_line(row, config, improved))
 
 # %% ../../nbs/model/27_training.ipynb #eb56a5c9
-def _check_data(model, train_ds, valid_ds, config):
+def _check_data(model, train_ds, valid_ds, config, processes=1):
     "The objective; stop at data no model can be trained or judged on."
     for name, ds in (('training', train_ds), ('validation', valid_ds)):
         if len(ds) < 2: raise ValueError(f"the {name} set has {len(ds)} image(s); at least two are needed")
+        if len(ds) < processes: raise ValueError(f"the {name} set has {len(ds)} images for {processes} processes; each needs one: use at most {len(ds)} processes")
         for spec in model.head_specs: _check_head(spec, ds.targets_extra, name)
+    if config.loss == 'ldam' and model.config['head'] != 'cosine':
+        raise ValueError(f"loss 'ldam' sets its margins between cosines, but the model's head is '{model.config['head']}'; create_model(..., head='cosine') gives them")
     codes = train_ds.label_set.codes
     if not len(codes) == len(valid_ds.label_set.codes) == model.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes, but the label sets have {len(codes)} (training) "
@@ -814,7 +848,9 @@ def find_learning_rate(
         run = _Run(trial, train_ds, train_ds, config, objective, _machine(1))
         _set_mode(run)
         batches, weights = _endless(run), _epoch_weights(run)
-        return lr_sweep(lambda rate: _trial_step(run, weights, *next(batches), rate), low, high, steps)
+        try: return lr_sweep(lambda rate: _trial_step(run, weights, *next(batches), rate), low, high, steps)
+        finally:
+            for feed in run.feeds: feed.close()
 
 def _endless(run):
     "Step after step, epoch after epoch: number of the first batch, keys and batches."
@@ -829,5 +865,5 @@ def _trial_step(run, weights, number, step, batches, rate):
     coefficients = run.planner.coefficients(weights[:, [i for keys in step for i, _ in keys]].sum(1))
     run.sums.zero_()
     for k, (keys, batch) in enumerate(zip(step, batches)): _add_gradient(run, batch, keys, number + k, coefficients, last=True)
-    _take_step(run, step[-1], rate)
+    _take_step(run, [key for keys in step for key in keys], rate)
     return run.objective.mean(run.sums.cpu())
