@@ -9,8 +9,9 @@ import torch
 
 from skinlesion.data.datasets import LesionDataset
 from skinlesion.data.metadata import MetadataEncoder
+from skinlesion.files import write_json
 from skinlesion.images import save_png
-from skinlesion.model.bundle import BundleError, load_fits, predict_heads, predict_member, save_bundle, save_member
+from skinlesion.model.bundle import BundleError, load_fits, predict_heads, predict_member, read_out_of_fold, save_bundle, save_member
 from skinlesion.model.member import member_spec, train_folds
 from skinlesion.taxonomy import LabelSet
 from skinlesion.use.predict import Predictor
@@ -62,7 +63,7 @@ def answers(trained, rows=None):
     all_rows, store, _, folder = trained
     rows = all_rows if rows is None else rows
     return predict_member(load_fits(folder), LesionDataset(store, rows, LABELS, ENCODER), rows.split.isin(["train", "valid"]),
-                          pd.read_csv(folder / "out_of_fold.csv"))
+                          read_out_of_fold(folder))
 
 
 def test_each_lesion_is_in_one_fold_and_duplicates_share_theirs(trained):
@@ -115,6 +116,35 @@ def test_a_new_split_without_new_training_is_refused(trained):
     rows = trained[0].assign(split="train")
     with pytest.raises(BundleError, match="member 'squares': image 'I048' was there for training, but has no out-of-fold answer"):
         answers(trained, rows)
+
+
+class Taken(Exception):
+    "What the stage hands to the training."
+
+
+@pytest.mark.parametrize("folds", [0, FOLDS])
+def test_the_stage_hands_no_answer_of_the_test_to_training(tmp_path, root, monkeypatch, folds):
+    "The tables of `prepare` name every image; of the test lesions neither rows nor further answers nor images are taken."
+    rows, prepared = make_rows(), tmp_path / "prepared"
+    test = rows.image_id[rows.split == "test"]
+    write_json(prepared / "labels.json", LABELS.to_dict())
+    write_json(prepared / "encoder.json", ENCODER.to_dict())
+    rows.drop(columns="grade").to_csv(prepared / "splits.csv", index=False)
+    rows[["image_id", "grade"]].assign(grade=rows.grade.mask(rows.split == "test", "told")).to_csv(prepared / "targets.csv", index=False)
+    (prepared / "duplicates.csv").write_text("image_id_a,image_id_b,kind\n")
+    def take(store, rows, *args, **kwargs): raise Taken(rows)
+    for name in ("train_member", "train_folds"): monkeypatch.setattr(f"skinlesion.model.member.{name}", take)
+    monkeypatch.setattr("skinlesion.data.store.ImageStore", lambda folder: Store(rows[rows.split != "test"]))
+    monkeypatch.chdir(tmp_path)
+    own = dict(prepared_dir="prepared", report_dir="report", image_size=32, backbone="small_cnn_3", fusion="concat", heads=HEADS, folds=folds)
+    names, cells = {}, json.loads((root / "nbs/stages/train.ipynb").read_text())["cells"]
+    with pytest.raises(Taken) as taken:
+        for cell in cells:
+            if cell["cell_type"] == "code": exec(compile("".join(cell["source"]), "train.ipynb", "exec"), names)  # the project's own notebook
+            if "parameters" in cell["metadata"].get("tags", []): names.update(own)
+    handed = taken.value.args[0]
+    assert sorted(handed.image_id) == sorted(set(rows.image_id) - set(test)) and {"low", "high"} <= set(handed.grade)
+    assert "told" not in handed.to_csv() and not set(test) & {*names["train_ds"].ids, *names["valid_ds"].ids}
 
 
 @pytest.mark.slow

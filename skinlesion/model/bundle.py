@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'evaluating', 'predict_heads', 'predict_probs', 'BundleError', 'Member', 'save_member',
            'load_member', 'load_fits', 'member_of', 'mean_fits', 'mean_heads', 'answer_columns', 'predict_table',
-           'mean_tables', 'predict_member', 'save_bundle', 'shared_heads', 'Bundle', 'verify_bundle', 'load_bundle']
+           'mean_tables', 'read_out_of_fold', 'predict_member', 'save_bundle', 'shared_heads', 'Bundle',
+           'verify_bundle', 'load_bundle']
 
 # %% ../../nbs/model/24_bundle.ipynb #1954b6ee
 import hashlib
@@ -276,6 +277,13 @@ class _Part:
     def __len__(self): return len(self.index)
     def view(self, i): return self.dataset.view(self.index[i])
 
+def read_out_of_fold(
+    folder:Path|str, # of one member
+) -> pd.DataFrame|None: # image_id as text, p_<code>, <head>.<level>, whatever else is told of an image; None for a member of one fit
+    "What the fits of a member said of the images of training and validation, each from the fit that did not learn from it."
+    path = Path(folder)/'out_of_fold.csv'
+    return pd.read_csv(path, dtype=dict(image_id=str), keep_default_na=False, float_precision='round_trip') if path.is_file() else None
+
 def _out_of_fold(table, ids, member):
     "The rows of these images in a table of out-of-fold answers."
     rows = table.drop(columns=[c for c in table if c != 'image_id' and '.' not in c and not c.startswith('p_')]).set_index('image_id').reindex(ids)
@@ -288,7 +296,7 @@ def predict_member(
     fits:list, # of Member: what `load_fits` gives
     dataset, # LesionDataset
     trained=None, # (N,) bool: images of training and validation, for which `out_of_fold` answers; None where there are none
-    out_of_fold:pd.DataFrame|None=None, # image_id, p_<code>, <head>.<level> of those images; not needed for a single fit
+    out_of_fold:pd.DataFrame|None=None, # of `read_out_of_fold`; not needed for a single fit
     batch_size:int=64, # images at a time; changes the last digits at most
 ) -> pd.DataFrame: # image_id, p_<code>, <head>.<level>; one row per image, in order
     "The answers of a member: the mean over its fits for what is new to them, out-of-fold for the rest."
