@@ -338,10 +338,11 @@ def test_bad_arguments(asked, said):
 
 
 def test_memory_is_not_mistaken_for_a_wrong_size():
-    "Out of memory stays what it is, on a GPU and on the CPU."
+    "Out of memory stays what it is, on a GPU and on the CPU, and so does all else at a size that the backbone takes."
     image, _ = batch()
     model = made("none").eval()
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                  RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), RuntimeError("Input type and weight type should be the same")):
         def fail(x, error=error): raise error
         model.backbone.forward_features = fail
         with pytest.raises(type(error)) as caught: model(image)

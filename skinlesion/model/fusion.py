@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .backbones import (Standardise, along_channels, backbone_config, backbone_layers, built_size, check_backbone, create_backbone,
-                                        size_message, to_cells)
+                                        size_message, size_problem, to_cells)
 from .heads import PRIMARY, further_head, primary_head, read_heads
 from ..taxonomy import nearest
 
@@ -250,10 +250,15 @@ def _feature_map(model, image):
         raise ValueError("this model has fusion 'metadata': it reads no image and has no feature map; choose a model with a backbone")
     _check_image(model, image)
     try: return model.backbone.forward_features(model.standardise(image))
-    except torch.OutOfMemoryError: raise
     except (AssertionError, RuntimeError) as e:
-        if 'allocate memory' in str(e): raise # the CPU's allocator says so in a RuntimeError
+        if _takes_size(model, *image.shape[2:]): raise # memory, device, type: not a matter of the size
         raise ValueError(size_message(model.config['backbone'], *image.shape[2:], e, built_size(model.backbone))) from e
+
+def _takes_size(model, height, width):
+    "Whether the backbone, as it was built, takes images of this size."
+    name = model.config['backbone']
+    if height != width or size_problem(name, height): return False
+    return not backbone_config(name).fixed_size or height == built_size(model.backbone)
 
 # %% ../../nbs/model/23_fusion.ipynb #a6259d3a
 def _check_image(model, image):
