@@ -193,7 +193,7 @@ def test_no_loader_process_is_left(tmp_path):
 
 
 def test_another_run_is_never_gone_on_with(tmp_path):
-    "Other pixels, targets of a head, augmentation, recipe, start or threads: anew, and said so; loader workers and the time between states change nothing."
+    "Other pixels, targets of a head, augmentation, recipe, start or threads: anew, and said so; workers and time between states change nothing."
     def again(change):
         torch.set_num_threads(1)
         with pytest.raises(Killed): fit(*make_run(), work_dir=tmp_path, on_step=kill_at(4))
@@ -338,7 +338,8 @@ def test_no_number_in_a_gradient_names_the_whole_step():
         seen.append(len(out))
         if len(seen) == 1: out.register_hook(lambda grad: grad * float("nan"))
     model.drop.register_forward_hook(spoil)
-    with pytest.raises(FloatingPointError, match="the norm of the gradient is nan in epoch 1 on the batch of images ") as caught: fit(model, train, valid, config)
+    with pytest.raises(FloatingPointError, match="the norm of the gradient is nan in epoch 1 on the batch of images ") as caught:
+        fit(model, train, valid, config)
     step = [train.ids[i] for keys in training.epoch_batches(24, 0, 5, config.seed)[:2] for i, _ in keys]
     assert str(caught.value).split("images ")[1].split(";")[0].split(", ") == step and len(step) == 10
 
@@ -375,7 +376,8 @@ def test_each_process_validates_on_something():
     "Fewer images than processes are an error, not processes that wait for one another."
     model, train, valid, config = make_run()
     valid.ids = valid.ids[:2]
-    with pytest.raises(ValueError, match="the validation set has 2 images for 3 processes; each needs one"): fit(model, train, valid, config, processes=3)
+    with pytest.raises(ValueError, match="the validation set has 2 images for 3 processes; each needs one"):
+        fit(model, train, valid, config, processes=3)
 
 
 def test_out_of_memory_says_what_fits(monkeypatch):

@@ -291,6 +291,7 @@ class _Feed:
         processes = getattr(self.loader, '_iterator', None)
         if processes is not None: processes._shutdown_workers()
 
+# %% ../../nbs/model/27_training.ipynb #ba14a919
 class _NoImages:
     "A store whose images are one black pixel each."
     def image(self, image_id): return np.zeros((1, 1, 3), np.uint8)
