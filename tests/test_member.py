@@ -105,9 +105,9 @@ def test_metadata_alone():
     assert result.best_value > 0.7 and result.model.backbone is None
 
 
-@pytest.mark.parametrize("change", ["pixel", "row", "recipe", "start", "label set"])
+@pytest.mark.parametrize("change", ["pixel", "row", "recipe", "start", "threads", "label set"])
 def test_nothing_of_another_run_is_taken_over(change, tmp_path):
-    "A finished step counts only for the same pixels, rows, recipe and first weights."
+    "A finished step counts only for the same pixels, rows, recipe, first weights and number of threads."
     train(work_dir=tmp_path)
     lines, more = [], {}
     if change == "pixel":
@@ -116,6 +116,7 @@ def test_nothing_of_another_run_is_taken_over(change, tmp_path):
     if change == "row": more["rows"] = ROWS.assign(age=ROWS.age.where(ROWS.image_id != "ISIC_000", 61.0))
     if change == "recipe": more["spec"] = replace(SPEC, train=replace(SPEC.train, weight_decay=0.1))
     if change == "start": more["spec"] = replace(SPEC, train=replace(SPEC.train, seed=2))
+    if change == "threads": torch.set_num_threads(2)
     if change == "label set": return check_other_labels(tmp_path)
     train(work_dir=tmp_path, progress=lines.append, **more)
     assert "↻ finished before" not in lines and len(lines) == 2

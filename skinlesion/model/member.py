@@ -113,7 +113,8 @@ def describe_spec(
     steps = f"{spec.train.epochs} epochs on the image, then {spec.head_epochs} with the metadata on top" if spec.head_epochs else f"{spec.train.epochs} epochs"
     extra = f", further heads {', '.join(h.name for h in spec.heads)}" if spec.heads else ''
     model = 'no backbone' if not spec.backbone else f"{spec.backbone} ({Path(spec.pretrained).name})"
-    return f"{model}, fusion {spec.fusion}, loss {spec.train.loss}{extra}; {start}at most {steps}"
+    drawn = ' with classes drawn alike and not weighed' if spec.train.sampler == 'balanced' else ''
+    return f"{model}, fusion {spec.fusion}, loss {spec.train.loss}{drawn}{extra}; {start}at most {steps}"
 
 # %% ../../nbs/model/29_member.ipynb #44876bbd
 def _check_rows(
@@ -246,7 +247,8 @@ def _step_key(data, model, train_rows, valid_rows, config, place, still):
     "Hash of what decides a step."
     quiet = ('workers', 'checkpoint_seconds')
     asked = [{k: v for k, v in asdict(config).items() if k not in quiet}, data.spec.augment, data.spec.artefacts, [h.to_dict() for h in data.spec.heads],
-             model.config, data.label_set.to_dict(), data.encoder.to_dict() if data.encoder else None, place.processes, still, torch.__version__]
+             model.config, data.label_set.to_dict(), data.encoder.to_dict() if data.encoder else None, place.processes, still,
+             torch.get_num_threads(), torch.__version__]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
     for rows in (train_rows, valid_rows): digest.update(rows.to_csv(index=False).encode())
     digest.update(_pixel_digest(data.store, [*train_rows.image_id, *valid_rows.image_id]).encode())

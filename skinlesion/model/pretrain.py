@@ -143,16 +143,16 @@ class _Run:
             torch.save(dict(asked=self.asked, rows=self.rows, optimizer=self.optimizer.state_dict(), **self._states()), scratch)
 
     def resume(self):
-        "Go on where a killed run of the same kind stood; whether there was one."
-        if self.path is None or not self.path.is_file(): return False
+        "Go on where a killed run of the same kind stood; what was found, in words, or ''."
+        if self.path is None or not self.path.is_file(): return ''
         try: state = torch.load(self.path, map_location='cpu', weights_only=True)
         except Exception as e: raise ValueError(f"'{self.path}' cannot be read ({type(e).__name__}); delete it to start the pretraining anew") from e
-        if state.get('asked') != self.asked: return False
+        if state.get('asked') != self.asked: return '↻ the pretraining that was found is another one (other images, settings, start or machine); starting anew'
         self.model.backbone.load_state_dict(state['backbone'])
         self.heads.load_state_dict(state['heads'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.rows = state['rows']
-        return True
+        return f'↻ going on after epoch {len(self.rows)} of a pretraining'
 
 def _fingerprint(asked, states):
     "Hash of what decides a run."
@@ -207,9 +207,10 @@ def pretrain_simsiam(
     with _repeatable():
         torch.manual_seed(mix_seed(seed, 0x51A))
         heads = SimSiam(_feature_width(model))
-        run = _Run(model, heads, learning_rate, path, [ids, _pixels(store, ids) if path else '', epochs, batch_size, learning_rate, seed, torch.__version__])
-        if run.resume() and progress:
-            for line in (f"↻ going on after epoch {len(run.rows)} of a pretraining", *(_line(row, epochs) for row in run.rows)): progress(line)
+        run = _Run(model, heads, learning_rate, path, [ids, _pixels(store, ids) if path else '', epochs, batch_size, learning_rate, seed,
+                                                   device.type, torch.get_num_threads(), torch.__version__])
+        if (said := run.resume()) and progress:
+            for line in (said, *(_line(row, epochs) for row in run.rows)): progress(line)
         try:
             for part in (model, heads): part.to(device, memory_format=torch.channels_last).train()
             for state in run.optimizer.state.values(): state['momentum_buffer'] = state['momentum_buffer'].to(device)
