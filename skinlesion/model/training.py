@@ -685,7 +685,8 @@ class _WandbLog:
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(json.dumps([str(folder), params], sort_keys=True, default=str).encode()).hexdigest()[:12]
         self.wandb, self.run = wandb, wandb.init(project='skinlesion', dir=str(folder), name=folder.name, config=params, id=name,
-                                                 mode='online' if online else 'offline', resume='allow' if resume else None)
+                                                 mode='online' if online else 'offline', resume='allow' if resume else None,
+                                                 settings=wandb.Settings(silent=True))
 
     def epoch(self, row): self.run.log({k: v for k, v in row.items() if k != 'epoch'}, step=row['epoch'])
 
