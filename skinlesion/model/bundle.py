@@ -282,7 +282,7 @@ def read_out_of_fold(
 ) -> pd.DataFrame|None: # image_id as text, p_<code>, <head>.<level>, whatever else is told of an image; None for a member of one fit
     "What the fits of a member said of the images of training and validation, each from the fit that did not learn from it."
     path = Path(folder)/'out_of_fold.csv'
-    return pd.read_csv(path, dtype=dict(image_id=str), keep_default_na=False, float_precision='round_trip') if path.is_file() else None
+    return pd.read_csv(path, dtype=dict(image_id=str), keep_default_na=False) if path.is_file() else None
 
 def _out_of_fold(table, ids, member):
     "The rows of these images in a table of out-of-fold answers."
