@@ -14,3 +14,13 @@ def root():
 def good_tree(tmp_path_factory):
     "A small made-up repository in which every check passes; copy it before you change it."
     return build(tmp_path_factory.mktemp("made") / "tree")
+
+
+@pytest.fixture
+def one_thread():
+    "Small tensors: more threads only wait for one another, and one gives the same sums on every machine."
+    import torch  # seconds, for the files that ask for it
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -24,13 +24,7 @@ PUBLISHED = {"efficientnet_b0": 5.29, "densenet121": 7.98, "resnet50": 25.56, "c
              "swinv2_base_window8_256": 87.92, "seresnext50_32x4d": 27.56, "seresnext101_32x8d": 93.57, "mobilenetv2_100": 3.50}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Small tensors: more threads only wait for one another."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_backbone(name):

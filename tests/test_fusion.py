@@ -28,13 +28,7 @@ HEADS = (HeadSpec("urgent", "binary"), HeadSpec("severity", "ordinal", levels=("
          HeadSpec("origin", "multiclass", levels=("a", "b", "c")))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Small tensors; and the same sums on every machine."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(fusion, backbone="test_resnet", classes=4, size=64, **options):

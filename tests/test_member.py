@@ -50,13 +50,7 @@ ROWS = make_rows()
 STORE = Store(ROWS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Small tensors; more threads only wait for one another."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(spec=SPEC, rows=ROWS, store=STORE, **more): return train_member(store, rows, LABELS, ENCODER, spec, **more)

@@ -32,13 +32,7 @@ EVERYTHING = dict(epochs=5, batch_size=5, accumulate=2, ema_decay=.9, mix="mixup
                   layer_decay=.8, learning_rate=2e-3, loss="focal", sampler="balanced", metric="balanced_accuracy", checkpoint_seconds=0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Small tensors; more threads only wait for one another."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Store:
