@@ -256,9 +256,28 @@ def member_recipe(
     return train.model_dump(include=keys) | member.model_dump(include=keys, exclude_unset=True)
 
 # %% ../../nbs/pipeline/70_params.ipynb #f7f63eb2
+_Views = Annotated[tuple[Literal['none', 'flips', 'd4', 'd4+crops'], ...], Strict(False), AfterValidator(_check_once)]
+_Corruptions = Annotated[tuple[Literal['hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'], ...],
+                         Strict(False), AfterValidator(_check_once)]
+
 class Evaluate(Section):
-    "Keys of the stage `evaluate`."
+    "Keys of the stage `evaluate`; whatever is chosen or fitted is so on validation."
     resamples:int = Field(ge=40, le=100_000, description='bootstrap resamples of the lesions behind each interval')
+    views:_Views = Field(('none', 'flips', 'd4'), min_length=1, description='sets of views of a picture to choose from; one alone is taken as it is')
+    combination:Literal['auto', 'mean', 'logit_mean', 'rank_mean', 'convex', 'stacking', 'best_subset'] = Field(
+        'auto', description='how members make one answer; auto: the plain mean, unless another is clearly better')
+    calibration:Literal['auto', 'none', 'temperature', 'vector', 'dirichlet', 'isotonic'] = Field(
+        'auto', description='what mends the confidence; auto: nothing, unless it clearly helps')
+    target_sensitivity:float = Field(.95, gt=0, lt=1, description='sensitivity for malignancy that the locked threshold is to reach')
+    coverage:float = Field(.9, gt=0, lt=1, description='share of prediction sets that are to hold the diagnosis')
+    conformal:Literal['class_conditional', 'split'] = Field('class_conditional', description='coverage is kept in every class, or over all images together')
+    abstain_share:float = Field(.1, ge=0, lt=1, description='share of lesions, the least certain, on which no answer is given; 0 answers always')
+    ood:Literal['none', 'energy', 'mahalanobis'] = Field('mahalanobis', description='score by which pictures that are no lesion are told apart; none for no such score')
+    miss_cost:float = Field(10., gt=0, le=1000, description='a missed malignancy in needless alarms, for the expected cost')
+    min_lesions:int = Field(20, ge=2, le=100_000, description='a subgroup of fewer lesions gets no figure')
+    stress:_Corruptions = Field(('hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'),
+                                description='what test images are spoilt by, in five grades, to see what is lost; none of them for no such test')
+    stress_images:int = Field(200, ge=10, le=1_000_000, description='at most so many test images are spoilt, of as many lesions as can be')
 
 class Explain(Section):
     "Keys of the stage `explain`."
@@ -276,7 +295,7 @@ class Params(Section):
     base:Base = Field(description='what every stage shares')
     prepare:Prepare = Field(description='split, audit and store')
     train:Train = Field(description='recipe and members')
-    evaluate:Evaluate = Field(description='intervals')
+    evaluate:Evaluate = Field(description='choices, thresholds and intervals')
     explain:Explain = Field(description='maps')
 
     @model_validator(mode='after')
@@ -288,6 +307,13 @@ class Params(Section):
         if not seeing: raise ValueError("train.members: none looks at the image, and maps need one that does; add a member with a backbone")
         if name not in (None, *seeing):
             raise ValueError(f"explain.member is {name!r}, which looks at no image; allowed: {', '.join(seeing)}")
+        return self
+
+    @model_validator(mode='after')
+    def _subsets_can_be_counted(self):
+        if self.evaluate.combination == 'best_subset' and len(self.train.members) > 12:
+            raise ValueError(f"evaluate.combination is 'best_subset', which tries every subset of up to 12 members, and train.members has "
+                             f"{len(self.train.members)}; take another combination, or fewer members")
         return self
 
 def explained_member(
