@@ -135,9 +135,9 @@ def _as_column(words):
     try: return np.array([v or 'nan' for v in words], np.float64)
     except ValueError: return words
 
-def _read_table(path):
+def _read_table(source, where=None):
     "A table as text, columns that hold nothing but numbers as numbers; it knows the lines of its file where they are not 2, 3, 4 ..."
-    table, lines = read_table(path)
+    table, lines = read_table(source, where)
     found = pd.DataFrame({c: table[c] if c in TEXT_COLUMNS else _as_column(table[c]) for c in table.columns}, dtype=None)
     if len(lines) and (lines != np.arange(2, len(lines) + 2)).any(): found.attrs['lines'] = lines.tolist()
     return found
@@ -153,14 +153,17 @@ def _check_predicted(table, label_set, where):
                              f"probability; drop the column or correct it (a decision by thresholds is a column of its own)")
 
 def read_predictions(
-    path:Path|str, # of the CSV; semicolons, tabs and a byte order mark are understood
-    label_set:LabelSet, # classes and their order
+    source:Path|str|bytes, # of the CSV, or its bytes; semicolons, tabs and a byte order mark are understood
+    label_set:LabelSet|None=None, # classes and their order; None for the set that `infer_label_set` finds in the columns
+    where:str|None=None, # what errors call the table; its path by default
 ) -> pd.DataFrame: # as `check_predictions` gives it, with `predicted`
     "Read and check a predictions table."
-    read = _read_table(path)
-    lines, table = dict(read.attrs), check_predictions(read, label_set, str(path))
+    where = where or ('predictions' if isinstance(source, bytes) else str(source))
+    read = _read_table(source, where)
+    label_set = label_set or infer_label_set(read, where=where)
+    lines, table = dict(read.attrs), check_predictions(read, label_set, where)
     table.attrs |= lines
-    _check_predicted(table, label_set, str(path))
+    _check_predicted(table, label_set, where)
     table = _without_lines(table)
     best = table[probability_columns(label_set)].to_numpy().argmax(1)
     return table.assign(predicted=np.array(label_set.codes, dtype=object)[best])
