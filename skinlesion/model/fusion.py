@@ -196,17 +196,25 @@ class LesionModel(nn.Module):
         metadata:torch.Tensor|None=None, # (B,D) float32; not looked at with fusion 'none'
     ) -> dict: # head name -> logits (B, n_logits), 'diagnosis' (B, num_classes) first
         "The logits of every head."
-        features = self.drop(_joined_features(self, image, metadata))
+        features = self.drop(self.embed(image, metadata))
         return {name: head(features) for name, head in self.heads.items()}
 
 # %% ../../nbs/model/23_fusion.ipynb #5d68b13e
+@patch
+def embed(self:LesionModel,
+    image:torch.Tensor|None, # (B,3,H,W) float32, normalised; not looked at with fusion 'metadata'
+    metadata:torch.Tensor|None=None, # (B,D) float32; not looked at with fusion 'none'
+) -> torch.Tensor: # (B, width) float32: image and metadata, joined
+    "What every head reads, before dropout."
+    return _joined_features(self, image, metadata)
+
 @patch
 def forward(self:LesionModel,
     image:torch.Tensor|None, # (B,3,H,W) float32, normalised; not looked at with fusion 'metadata'
     metadata:torch.Tensor|None=None, # (B,D) float32; not looked at with fusion 'none'
 ) -> torch.Tensor: # (B,num_classes) logits of the diagnosis
     "The primary logits."
-    return self.heads[PRIMARY](self.drop(_joined_features(self, image, metadata)))
+    return self.heads[PRIMARY](self.drop(self.embed(image, metadata)))
 
 # %% ../../nbs/model/23_fusion.ipynb #220eb7e4
 def _standardise(config):
