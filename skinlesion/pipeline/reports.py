@@ -4,28 +4,32 @@
 
 # %% auto #0
 __all__ = ['sanitise_html', 'markdown_html', 'output_html', 'notebook_html', 'parameter_notes', 'page_html', 'render_report',
-           'metric_leaves', 'metric_text', 'render_index']
+           'write_page', 'write_evaluation', 'folder_images', 'metric_leaves', 'metric_text', 'render_index']
 
 # %% ../../nbs/pipeline/72_reports.ipynb #c822066e
 import base64
 import io
 import json
 import re
+import tempfile
 import tokenize
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 
 import bleach
+import cv2
 import nbformat
 from bleach.css_sanitizer import CSSSanitizer
 from nbconvert.filters import strip_ansi
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from ..files import atomic_write, read_json
+from ..files import atomic_write, read_json, scratch_folder, write_json
+from ..images import read_image
 from .params import load_params
 from ..taxonomy import DISCLAIMER
 
@@ -93,13 +97,14 @@ def _code_html(source):
     if not source: return ''
     return f'<details class="code"><summary>Code</summary><pre>{highlight(source, *_highlighter())}</pre></details>\n'
 
-def _picture(data, alt):
+def _picture(data, alt, width=None):
     "The first picture among the forms of an output, inline; or nothing."
     for kind in ('image/png', 'image/jpeg', 'image/gif', 'image/svg+xml'):
         if kind in data:
             body = ''.join(data[kind])
             if kind == 'image/svg+xml': body = base64.b64encode(body.encode()).decode()
-            return f'<figure><img alt="{escape(alt)}" src="data:{kind};base64,{"".join(body.split())}"></figure>\n'
+            wide = f' width="{int(width)}"' if width else ''
+            return f'<figure><img alt="{escape(alt)}"{wide} src="data:{kind};base64,{"".join(body.split())}"></figure>\n'
     return ''
 
 # %% ../../nbs/pipeline/72_reports.ipynb #36b0317f
@@ -118,7 +123,7 @@ def output_html(
     data, meta = output['data'], output.get('metadata', {})
     alt = meta.get('alt') or meta.get('image/png', {}).get('alt') or alt
     if 'text/html' in data: return f'<div class="html">{_tables(sanitise_html("".join(data["text/html"])))}</div>\n'
-    if picture := _picture(data, alt): return picture
+    if picture := _picture(data, alt, meta.get('image/png', {}).get('width')): return picture
     if 'text/markdown' in data: return markdown_html(''.join(data['text/markdown']))
     return f'<pre class="text">{escape(strip_ansi("".join(data.get("text/plain", ""))))}</pre>\n'
 
@@ -154,7 +159,8 @@ def notebook_html(
             continue
         hide = 'hide-input' in cell.metadata.get('tags', [])
         alt = f'Figure: {contents[-1][2]}' if contents else 'Figure'
-        parts.append(('' if hide else _code_html(cell.source)) + ''.join(output_html(o, alt) for o in cell.outputs))
+        shown = ''.join(_anchor(output_html(o, alt), seen, contents) if 'text/markdown' in o.get('data', {}) else output_html(o, alt) for o in cell.outputs)
+        parts.append(('' if hide else _code_html(cell.source)) + shown)
     body = ''.join(f'<section class="cell">{p}</section>\n' for p in parts if p.strip())
     body = re.sub(r'<h1 id="[^"]*">.*?</h1>\s*', '', body, count=1, flags=re.S)
     if contents and contents[0][0] == 1: contents = contents[1:]
@@ -192,7 +198,7 @@ code, pre { font: .86rem/1.5 ui-monospace, "SFMono-Regular", Consolas, "DejaVu S
 pre { overflow-x: auto; margin: .5rem 0; padding: .6rem .8rem; background: var(--wash); border-radius: 6px } pre.text { background: none; padding: 0; white-space: pre-wrap }
 pre.error { color: var(--bad) } p code, li code, td code { background: var(--wash); padding: .1em .3em; border-radius: 4px }
 details { margin: .4rem 0 } summary { cursor: pointer; color: var(--soft); font-size: .86rem }
-.scroll { overflow-x: auto; margin: .8rem 0 } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto; margin: .8rem 0 } caption { text-align: left; font-weight: 600; padding: .2rem 0 .3rem } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) } thead th { color: var(--soft); font-weight: 600 }
 .html td { white-space: nowrap } .html td, .html thead th, td.number, th.number { text-align: right } .html tbody th { text-align: left }
 td.hash { font-family: ui-monospace, monospace; font-size: .8rem; overflow-wrap: anywhere } .missing { color: var(--bad); font-weight: 600 }
@@ -230,20 +236,37 @@ def _flat(value, prefix=''):
     if not isinstance(value, dict) or not value: return [(prefix, value)]
     return [row for key, inner in value.items() for row in _flat(inner, f'{prefix}.{key}' if prefix else str(key))]
 
-def _parameters_html(parameters, notes):
-    "Parameters as a table: name, value, meaning."
+def _parameters_html(parameters, notes, folded=False):
+    "Parameters as a table: name, value, meaning; folded where a summary stands above them."
+    if not parameters: return ''
     rows = ''.join(f'<tr><th scope="row"><code>{escape(k)}</code></th><td><code>{escape(json.dumps(v, ensure_ascii=False))}</code></td>'
                    f'<td>{escape(notes.get(k, ""))}</td></tr>' for k, v in parameters.items())
-    return ('<section id="parameters" aria-label="Parameters"><details open><summary>Parameters</summary><div class="scroll">'
+    return (f'<section id="parameters" aria-label="Parameters"><details{"" if folded else " open"}><summary>Parameters</summary><div class="scroll">'
             f'<table class="keys"><tbody>{rows}</tbody></table></div></details></section>\n')
 
 def _provenance_html(provenance):
     "What the page was made from, folded: hashes and versions, no time and no place."
+    if not provenance: return ''
     rows = ''.join(f'<tr><th scope="row">{escape(k)}</th><td class="hash">{escape(str(v))}</td></tr>' for k, v in _flat(provenance))
     return ('<section id="provenance" aria-label="Provenance"><details><summary>Provenance: SHA-256 of what was read, and versions</summary>'
             f'<div class="scroll"><table class="keys"><tbody>{rows}</tbody></table></div></details></section>\n')
 
 # %% ../../nbs/pipeline/72_reports.ipynb #d8d172ee
+_LEAD = re.compile(r'<section class="cell">(?:(?!</section>).)*?<h2 id="summary">.*?</section>\n', re.S)
+_CODE = re.compile(r'<details class="code">.*?</details>\n?', re.S)
+
+def _lift_summary(body):
+    "The section headed Summary without its code, and the body without that section."
+    lead = _LEAD.search(body)
+    if not lead: return '', body
+    return _CODE.sub('', lead[0]).replace('<section class="cell">', '<section class="cell lead">', 1), body.replace(lead[0], '', 1)
+
+def _contents_html(contents):
+    "Links to the headings."
+    entries = ''.join(f'<li class="l{level}"><a href="#{slug}">{text}</a></li>' for level, slug, text in contents if level < 4)
+    return f'<nav aria-label="Contents"><ol>{entries}</ol></nav>\n' if entries else ''
+
+# %% ../../nbs/pipeline/72_reports.ipynb #72bf5465
 def render_report(
     executed_nb:nbformat.NotebookNode|Path|str, # the executed notebook or its file
     out_html:Path|str, # file that is written
@@ -259,11 +282,57 @@ def render_report(
     if subtitle: body = body.replace(subtitle[1], '', 1).replace('<section class="cell">\n</section>\n', '', 1)
     order = {name: i for i, name in enumerate(parameter_notes(source))}
     parameters = dict(sorted(parameters.items(), key=lambda p: order.get(p[0], len(order))))
-    entries = ''.join(f'<li class="l{level}"><a href="#{slug}">{text}</a></li>' for level, slug, text in contents if level < 4)
-    toc = f'<nav aria-label="Contents"><ol>{entries}</ol></nav>\n' if entries else ''
-    head = f'<header><h1>{escape(title)}</h1>{subtitle[1] if subtitle else ""}</header>\n{_parameters_html(parameters, parameter_notes(source))}{_provenance_html(provenance)}'
-    atomic_write(out_html, page_html(title, f'{head}{toc}<main id="main">\n{body}</main>\n'))
+    lead, body = _lift_summary(body)
+    head = f'<header><h1>{escape(title)}</h1>{subtitle[1] if subtitle else ""}</header>\n{lead}'
+    keys = f"{_parameters_html(parameters, parameter_notes(source), folded=bool(lead))}{_provenance_html(provenance)}{_contents_html(contents)}"
+    atomic_write(out_html, page_html(title, f'{head}{keys}<main id="main">\n{body}</main>\n'))
     return Path(out_html)
+
+# %% ../../nbs/pipeline/72_reports.ipynb #804e2a5f
+def write_page(
+    sections, # of `evaluate.page.Section`: a list, or a dict whose values they are; in the order of the page
+    path:Path|str, # HTML file that is written
+    title:str, # of the page
+    subtitle:str='', # one sentence, plain text
+    provenance:dict|None=None, # nested: hashes of what was read, versions
+) -> Path: # `path`
+    "Write sections as one self-contained HTML file; the same sections give the same bytes."
+    cells = [new_markdown_cell(f'> {escape(subtitle)}')] if subtitle else []
+    for section in sections.values() if isinstance(sections, dict) else sections:
+        outputs = [new_output('display_data', data=data, metadata=metadata) for data, metadata in section.bundles()]
+        cells.append(new_code_cell(metadata={'tags': ['hide-input']}, outputs=outputs))
+    return render_report(new_notebook(cells=cells), path, title, {}, provenance or {})
+
+# %% ../../nbs/pipeline/72_reports.ipynb #e4e0e24d
+def write_evaluation(
+    result, # `evaluate.page.Evaluation`: what was measured
+    out:Path|str, # folder; one that is there is replaced whole
+    images=None, # callable image_id -> (H,W,3) uint8 or None, for the failures
+    title:str='Evaluation', # of the page
+    provenance:dict|None=None, # nested: hashes of what was read, versions
+) -> Path: # `out`
+    "Write metrics.json, report.html and the curves; the same evaluation gives the same bytes."
+    sections = result.sections(images)
+    with scratch_folder(out) as scratch:
+        write_json(scratch/'metrics.json', result.metrics)
+        for name, table in result.curves.items():
+            atomic_write(scratch/f'{name}.csv', table.to_csv(index=False, float_format='%.8g', lineterminator='\n'))
+        write_page(sections, scratch/'report.html', title, 'How good, on whom, how sure, and what nobody reported?', provenance)
+    return Path(out)
+
+# %% ../../nbs/pipeline/72_reports.ipynb #d228eb62
+def folder_images(
+    folder:Path|str, # with image files named by their id
+    size:int=224, # longer side of what is given back, pixels
+): # callable image_id -> (H,W,3) uint8, None where the folder has no such file
+    "A reader of images by id, for the page."
+    found = {path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in ('.jpg', '.jpeg', '.png')}
+    def read(image_id):
+        if image_id not in found: return None
+        image = read_image(found[image_id])
+        scale = size / max(image.shape[:2])
+        return image if scale >= 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return read
 
 # %% ../../nbs/pipeline/72_reports.ipynb #f914981f
 def metric_leaves(
