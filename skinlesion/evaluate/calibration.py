@@ -69,7 +69,7 @@ def image_log_losses(
     targets:np.ndarray, # (N,) int, true class
     probs:np.ndarray, # (N,C) probabilities
 ) -> np.ndarray: # (N,) float64, at least 0, in nats
-    "Log loss of each image: minus the logarithm of what its true class was given, at most 34.5."
+    "Log loss of each image: minus the logarithm of what its true class was given, at most 36."
     return -np.log(np.clip(probs[np.arange(len(targets)), targets], LOG_FLOOR, 1))
 
 # %% ../../nbs/evaluate/32_calibration.ipynb #57a25691
