@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'RESOLUTIONS', 'CORRECTED', 'BenchmarkError', 'BenchmarkId', 'parse_benchmark', 'split_digest',
-           'shared_lesions', 'identify', 'check_comparable']
+           'shared_lesions', 'identify', 'benchmark_of', 'check_comparable']
 
 # %% ../../nbs/evaluate/42_benchmarks.ipynb #e834d58e
 import hashlib
@@ -114,6 +114,13 @@ def identify(
     "Complete an identity by the split that a result was measured on."
     if table is None: return benchmark
     return BenchmarkId(benchmark.name, benchmark.variant, benchmark.resolution, split_digest(table), shared_lesions(table))
+
+def benchmark_of(
+    dataset:str, # name of a data set, as its dataset.json has it
+    table:pd.DataFrame|None=None, # one row per image: image_id, lesion_id, split
+) -> BenchmarkId: # its name in the letters of an identity; variant and resolution unknown
+    "The identity of a result on a data set that is no named benchmark."
+    return identify(BenchmarkId(re.sub('[^a-z0-9]+', '-', dataset.lower()).strip('-') or 'unnamed'), table)
 
 # %% ../../nbs/evaluate/42_benchmarks.ipynb #5a680a86
 _WHY = dict(
