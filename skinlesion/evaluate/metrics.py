@@ -17,7 +17,7 @@ from scipy import sparse
 from ..taxonomy import nearest
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #0ee630be
-BLOCK = 500_000 # weights turned to float64 at a time: 4 MB
+BLOCK = 250_000 # weights turned to float64 at a time: 2 MB, which a processor's cache holds
 
 def weight_blocks(
     weights:np.ndarray, # (R,N) multiplicities
@@ -125,6 +125,11 @@ def _tie_groups(score):
     falls = np.flatnonzero(np.diff(score[order])) + 1
     return order, np.r_[0, falls], np.r_[falls, len(score)]
 
+def _row_sums(sums, rows, n_sums, N):
+    "Sparse (n_sums,N) of ones: adds up `rows`, of which `sums` says where each goes; `sums` never falls."
+    starts = np.searchsorted(sums, np.arange(n_sums + 1))
+    return sparse.csr_array((np.ones(len(rows)), rows, starts), shape=(n_sums, N))
+
 def rank_counter(
     positive:np.ndarray, # (N,) bool
     score:np.ndarray, # (N,) higher means more likely positive
@@ -132,18 +137,19 @@ def rank_counter(
     "Sort once; count in any number of resamples."
     order, start, end = _tie_groups(score)
     hit = positive[order]
-    n_hits = np.add.reduceat(hit, start, dtype=np.int64)
-    start, end, n_hits = start[n_hits > 0], end[n_hits > 0], n_hits[n_hits > 0]
-    bounds = np.column_stack([np.r_[0, end][:len(end)], start]).ravel() # before a step, in the step, before the next ...
-    reached, hit_rows, first = order[:end[-1] if len(end) else 0], order[hit], np.cumsum(n_hits) - n_hits
-    some = np.diff(np.r_[bounds, len(reached)]) > 0
+    step = np.repeat(np.arange(len(start)), end - start) # the group of ties of each row
+    held = np.zeros(len(start), bool)
+    held[step[hit]] = True # it has a positive
+    later = np.r_[0, np.cumsum(held)] # steps taken before each group
+    part = (2 * later[:-1] + held)[step] # before the first step 0, in it 1, before the second 2, in it 3 ...
+    E, below = int(held.sum()), part < 2 * held.sum()
+    parts_of = _row_sums(part[below], order[below], 2 * E, len(score))
+    hits_of = _row_sums(later[step[hit]], order[hit], E, len(score))
 
     def count(block):
-        parts = np.zeros((len(bounds), block.shape[1]))
-        if some.any(): parts[some] = np.add.reduceat(block[reached], bounds[some], axis=0)
-        hits = np.add.reduceat(block[hit_rows], first, axis=0) if len(hit_rows) > len(first) else block[hit_rows]
+        parts, hits = parts_of @ block, hits_of @ block
         ties, found = parts[1::2] - hits, np.cumsum(hits, axis=0)
-        positives = found[-1] if len(found) else np.zeros(block.shape[1])
+        positives = found[-1] if E else np.zeros(block.shape[1])
         return RankCounts(hits, found, ties, np.cumsum(parts[::2] + ties, axis=0), positives, block.sum(0) - positives)
     return count
 
