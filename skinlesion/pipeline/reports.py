@@ -192,6 +192,7 @@ h1 { font-size: 2rem; line-height: 1.2; margin: 1.2rem 0 .4rem } h2 { font-size:
 p, ul, ol { max-width: 46rem } a { color: var(--link) } a:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 blockquote { margin: .4rem 0 1rem; padding: 0; color: var(--soft); font-size: 1.1rem }
 .notice { margin: 0; padding: .55rem .9rem; max-width: none; color: var(--warn); background: var(--warn-wash); border-left: 4px solid currentColor; font-weight: 600 }
+.lead h2 { margin-top: .4rem; border: 0; padding: 0 } .lead p, .lead ul { max-width: none } .lead ul { padding-left: 1.2rem } .lead td, .lead th { padding-top: .2rem; padding-bottom: .2rem }
 .skip { position: absolute; left: -99rem } .skip:focus { position: static }
 nav ol { list-style: none; padding: 0; margin: .4rem 0; columns: 2 16rem } nav li.l3 { padding-left: 1.2rem; font-size: .93em }
 code, pre { font: .86rem/1.5 ui-monospace, "SFMono-Regular", Consolas, "DejaVu Sans Mono", monospace }
