@@ -6,7 +6,7 @@
 __all__ = ['LINE_STYLES', 'BLUE', 'ORANGE', 'GREY', 'class_titles', 'roc_points', 'plot_roc', 'pr_points', 'plot_pr',
            'confusion_points', 'plot_confusion', 'reliability_points', 'plot_reliability',
            'plot_calibration_before_after', 'class_reliability_points', 'plot_class_reliability', 'plot_risk_coverage',
-           'plot_decision_curve', 'plot_subgroups', 'plot_stress']
+           'plot_decision_curve', 'metric_words', 'plot_subgroups', 'plot_stress']
 
 # %% ../../nbs/evaluate/38_figures.ipynb #7d19c483
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ import seaborn as sns
 from mpl_toolkits.axes_grid1 import make_axes_locatable
 from sklearn.metrics import precision_recall_curve, roc_curve
 from ..taxonomy import LabelSet, class_colours
-from .metrics import ECE_BINS, confidence_bins, group_sums
+from .metrics import ECE_BINS, METRICS, confidence_bins, group_sums
 from .intervals import lesion_weights, percentile_interval, wilson_interval, interval_leaf, format_leaf
 
 # %% ../../nbs/evaluate/38_figures.ipynb #eb66ac31
@@ -249,7 +249,10 @@ def plot_calibration_before_after(
     for ax, probs, leaf, name in zip(axes, (before, after), leaves, names, strict=True):
         plot_reliability(targets, probs, lesion_ids, leaf, ax, n_bins, n_resamples, seed)
         ax.set_title(f'{name}, n = {len(targets)}' + (f"\nECE {format_leaf(leaf, 3)}" if leaf else ''), fontsize=11)
-    axes[1].set_ylabel(''); axes[1].legend().remove()
+    lines = axes[0].get_legend_handles_labels()
+    for ax in axes: ax.get_legend().remove()
+    fig.legend(*lines, loc='upper center', ncols=2, frameon=False, fontsize=9, bbox_to_anchor=(.5, 1.06))
+    axes[1].set_ylabel('')
     most = max(ax.get_ylim()[1] for ax in fig.axes[2:])
     for ax in fig.axes[2:]: ax.set_ylim(0, most)
     fig.axes[3].set_ylabel('')
@@ -288,7 +291,8 @@ def plot_class_reliability(
     for c, (ax, code) in enumerate(zip(axes.flat, codes)):
         bins, n = points[points['class'] == code], int((np.asarray(targets) == c).sum())
         ax.plot([0, 1], [0, 1], color='.5', lw=1, ls='--')
-        ax.errorbar(bins['predicted'], bins['observed'], yerr=_whiskers(bins['observed'], bins['low'], bins['high']), fmt='o-', color=BLUE, ms=4, lw=1.2, capsize=2)
+        ax.plot(bins['predicted'], bins['observed'], color=BLUE, lw=1, alpha=.35)
+        ax.errorbar(bins['predicted'], bins['observed'], yerr=_whiskers(bins['observed'], bins['low'], bins['high']), fmt='o', color=BLUE, ms=4, lw=1.1, capsize=2)
         for x, count in zip(bins['bin'], bins['n']): ax.text(x, -.15, count, ha='center', va='bottom', fontsize=7, color='.35')
         ax.set_title(f'{titles[c]}\n{n} of {len(targets)} images', fontsize=9)
         ax.set(xlim=(-.02, 1.02), ylim=(-.17, 1.04), yticks=np.arange(0, 1.01, .25))
@@ -315,7 +319,7 @@ def plot_risk_coverage(
     ax.set(xlim=(0, 1.01), ylim=(0, max(.05, 1.15 * points[['risk', 'high']].max().max())), xlabel='coverage: share of images answered, the surest first',
            ylabel='risk: share of wrong answers', title='Risk and coverage' + (f": AURC {format_leaf(leaf, 3)}" if leaf else ''))
     ax.xaxis.set_major_formatter('{x:.0%}'); ax.yaxis.set_major_formatter('{x:.0%}')
-    ax.legend(loc='best', frameon=False, fontsize=9)
+    ax.legend(loc='lower right', fontsize=9, framealpha=.9, edgecolor='none')
     ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
     return ax
 
@@ -337,7 +341,7 @@ def plot_decision_curve(
     ax.set_title('Decision curve', pad=12)
     costs = ax.secondary_xaxis('top')
     marks = [t for t in (.02, .05, .1, .2, .3, .5, .7) if at.min() <= t <= at.max()]
-    costs.set_xticks(marks, [f'{1 / t:.3g}' for t in marks], fontsize=8)
+    costs.set_xticks(marks, [f'{1 / t:.2g}' for t in marks], fontsize=8)
     costs.set_xlabel('lesions one would excise to find one malignant', fontsize=9)
     ax.xaxis.set_major_formatter('{x:.0%}')
     ax.legend(loc='upper right', frameon=False, fontsize=9)
@@ -358,10 +362,18 @@ def _forest_rows(card, metric):
 
 def _forest_words(leaf, gap):
     "What stands to the right of a row."
-    if not leaf or leaf['value'] is None: return '', 'too few to say', ''
+    if not leaf or leaf['value'] is None: return 'too few to say', '', ''
     found = gap and gap['value'] is not None
     mark = ' *' if found and gap.get('verdict') in ('higher', 'lower') else ''
     return format_leaf(leaf), (f"{gap['value']:+.2f}" if found else ''), (f"({gap['low']:+.2f} to {gap['high']:+.2f}){mark}" if found and gap['low'] is not None else '')
+
+def metric_words(
+    name:str, # dotted, such as 'malignant.auroc'
+) -> str: # such as 'AUROC, malignant against benign'
+    "A metric as axes call it."
+    *scope, last = name.split('.')
+    words = METRICS[last].title if last in METRICS else last.replace('_', ' ')
+    return words + (', malignant against benign' if scope == ['malignant'] else f", {' '.join(scope)}" if scope else '')
 
 def plot_subgroups(
     card:dict, # column -> group -> leaves, from `evaluate.subgroups`
@@ -385,8 +397,10 @@ def plot_subgroups(
         _row_texts(ax, y, texts, 'k' if said else GREY)
     _row_texts(ax, -1, ('lesions', 'value (95 %)', 'gap', 'to the rest (95 %)'), '.3')
     if whole and whole['value'] is not None: ax.axvline(whole['value'], color='.5', lw=1, ls='--', zorder=0)
-    ax.set(ylim=(len(rows) - .4, -1.6), yticks=[], xlabel=metric.split('.')[-1].replace('_', ' ') + (' (dashed: all images)' if whole else ''),
-           title=title or ': '.join(metric.replace('_', ' ').split('.')))
+    words = metric_words(metric)
+    ax.set(ylim=(len(rows) - .4, -1.6), yticks=[], xlabel=words + ' (95 % interval' + (', dashed: all images)' if whole else ')'))
+    ax.set_title(title or f'{words} by group', loc='left')
+    ax.text(_FOREST_COLUMNS[1], len(rows), '* stands out among all gaps looked at', transform=ax.get_yaxis_transform(), va='center', fontsize=8, color='.3')
     ax.grid(axis='x', color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax, left=True)
     return ax
 
@@ -413,6 +427,7 @@ def _plot_image_stress(table):
     fig, axes = plt.subplots(rows, columns, figsize=(9, .9 + 2.1 * rows), sharex=True, sharey=True, squeeze=False)
     for ax, kind in zip(axes.flat, kinds): _stress_panel(ax, table[table['kind'] == kind], kind)
     for ax in axes.flat[len(kinds):]: ax.remove()
+    for ax in axes.flat[max(0, len(kinds) - columns):len(kinds)]: ax.tick_params(labelbottom=True)
     axes[0, 0].set_xticks(sorted(set(table['grade']) - {0}))
     clean = table[table['kind'] == 'none'].iloc[0]
     fig.supxlabel(f"grade of the disturbance (undisturbed: AUROC {clean['auroc']:.2f}, ECE {clean['ece']:.3f}; "
@@ -433,7 +448,7 @@ def _plot_metadata_stress(table):
         ax.errorbar(rows[name], rows.index, xerr=_whiskers(rows[name], rows[f'{limits}_low'], rows[f'{limits}_high']), fmt=mark, color=colour, ms=5, lw=1.3, capsize=3)
         ax.set(xlabel=f'{words} (95 % interval)'); ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
         for y, reason in enumerate(rows['reason']):
-            if str(reason).startswith('refused'): ax.text(.02, y, 'refused at the gate', transform=ax.get_yaxis_transform(), va='center', fontsize=8, color=GREY)
+            if str(reason).startswith('refused'): ax.text(.5, y, 'refused at the gate', transform=ax.get_yaxis_transform(), ha='center', va='center', fontsize=8, color='.4')
     axes[0].set_yticks(rows.index, names, fontsize=9); axes[0].invert_yaxis()
     clean = table[table['field'] == 'none'].iloc[0]
     fig.suptitle(f"Metadata (as they are: AUROC {clean['auroc']:.2f}, ECE {clean['ece']:.3f}; n = {clean['n']} images of {clean['n_lesions']} lesions)", fontsize=10)
