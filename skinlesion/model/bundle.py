@@ -465,9 +465,10 @@ def _check_policy(policy, names, views):
     if not isinstance(policy, dict): raise ValueError(f"the policy is {type(policy).__name__}, not a mapping; pass Policy.to_dict(), or None for the plain mean")
     if policy.get('views') != views:
         raise ValueError(f"the policy was fitted with views {policy.get('views')!r}, but the bundle is to use '{views}'; save it with views=policy.views")
-    members = list(dict.fromkeys(map(member_of, names)))
-    if policy.get('members') != members:
-        raise ValueError(f"the policy is for the members {policy.get('members')!r}, but the bundle has {members}, in that order; fit the policy on these members")
+    members, combiner = list(dict.fromkeys(map(member_of, names))), policy.get('combiner')
+    fitted = combiner.get('members') if isinstance(combiner, dict) else None
+    if not isinstance(fitted, list) or sorted(map(str, fitted)) != sorted(members):
+        raise ValueError(f"the policy combines the members {fitted!r}, but the bundle has {members}; fit the policy on these members")
 
 def _check_members(members, label_set, encoder, image_size):
     "Stop at an ensemble that does not hold together."
