@@ -179,11 +179,10 @@ def check_labels(
     if 'diagnosis' not in table:
         raise ValueError(f"{where}: no column diagnosis; found {', '.join(map(str, table.columns))}."
                          f"{nearest('diagnosis', map(str, table.columns))}")
-    words, first = np.unique(table['diagnosis'].fillna('').astype(str), return_index=True)
-    codes = {word: label_set.parse(word, where=_place(table, where, i))
-             for i, word in sorted(zip(first.tolist(), words.tolist()))}
+    words = table['diagnosis'].fillna('').astype(str)
+    codes = {word: label_set.parse(word, where=_place(table, where, i)) for i, word in words.drop_duplicates().items()}
     lesions = table['lesion_id'].fillna('').astype(str) if 'lesion_id' in table else ''
-    own = dict(image_id=table['image_id'], diagnosis=table['diagnosis'].fillna('').astype(str).map(codes), lesion_id=lesions)
+    own = dict(image_id=table['image_id'], diagnosis=words.map(codes), lesion_id=lesions)
     return _without_lines(pd.DataFrame(own).join(table.drop(columns=[c for c in own if c in table])))
 
 def read_labels(
