@@ -241,14 +241,14 @@ def weighted_ece(
 def _adaptive_plan(correct, confidence, n_bins=ECE_BINS):
     "A function: weights (N,S) -> ECE over bins of equal weight, (S,)."
     order, start, end = _tie_groups(-confidence) # rising confidence
-    gap = (correct - confidence)[order][:, None]
-    last = np.repeat(end, end - start) # where each row's group of ties ends
+    gap, last = (correct - confidence)[order], np.repeat(end, end - start) # `last`: where each row's group of ties ends
 
     def measure(block):
-        drawn = block[order]
-        mass, gaps = np.cumsum(drawn, axis=0).T.copy(), np.cumsum(drawn * gap, axis=0).T
+        drawn = block[order].T.copy()
+        mass = np.cumsum(drawn, axis=1)
+        gaps = np.cumsum(np.multiply(drawn, gap, out=drawn), axis=1, out=drawn)
         edges = mass[:, -1:] * np.arange(1, n_bins) / n_bins # the weight that each inner edge leaves below it
-        cuts = np.stack([np.searchsorted(m, edge) for m, edge in zip(mass, edges)])
+        cuts = np.stack([m.searchsorted(edge) for m, edge in zip(mass, edges)])
         below = np.take_along_axis(gaps, last[cuts] - 1, axis=1)
         steps = np.diff(np.column_stack([np.zeros(len(gaps)), below, gaps[:, -1]]), axis=1)
         return _ratio(np.abs(steps).sum(1), mass[:, -1])
@@ -267,13 +267,15 @@ def _debiased_plan(correct, confidence, lesion_ids=None, n_bins=ECE_BINS):
     gap_of, count_of = (_group_matrix(cell, len(owner), values) for values in (correct - confidence, None))
     by_bin = _group_matrix(owner, n_bins)
 
+    def sums(cells): # (K,S) -> sum and sum over pairs of different lesions in each bin, (n_bins,S)
+        total = by_bin @ cells
+        return total, total**2 - by_bin @ np.square(cells, out=cells)
+
     def measure(block):
-        gaps, counts = gap_of @ block, count_of @ block
-        inside = by_bin @ counts
-        squares, pairs = (by_bin @ gaps)**2 - by_bin @ gaps**2, inside**2 - by_bin @ counts**2
-        inside = np.where(pairs > _EPS, inside, 0)
-        mean = np.divide(squares, pairs, out=np.zeros_like(pairs), where=pairs > _EPS)
-        return np.sqrt(np.maximum(0, _ratio((inside * mean).sum(0), inside.sum(0))))
+        (_, squares), (inside, pairs) = sums(gap_of @ block), sums(count_of @ block)
+        told = pairs > _EPS # a bin of one lesion has no pair
+        mean = np.divide(squares, pairs, out=np.zeros_like(pairs), where=told)
+        return np.sqrt(np.maximum(0, _ratio((inside * mean).sum(0), (inside * told).sum(0))))
     return measure
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #01706be6
