@@ -17,8 +17,8 @@ from ..taxonomy import LABEL_SETS, LabelSet, comparable, get_label_set, nearest
 from ..files import atomic_write, read_json
 from ..data.schema import read_table
 from .metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, weighted_metrics
-from .intervals import (lesion_weights, interval_leaf, paired_leaf, format_leaf, wilson_interval,
-                                           newcombe_interval)
+from .intervals import (delong, format_leaf, interval_leaf, lesion_weights, newcombe_interval, paired_leaf,
+                                           share_leaf, wilson_interval)
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #fd582e1b
 SUM_TOLERANCE = 1e-3 # how far the probabilities of a row may be from summing to 1
@@ -257,41 +257,35 @@ class _Units(NamedTuple):
     "Which images a metric is over."
     n:int # images
     n_lesions:int # lesions they come from
-    once:bool # whether each is known to be of another lesion
 
 class _Scorer:
     "The resamples of one set of images, and how to turn metrics over them into leaves."
     def __init__(self, data, n_resamples, seed, stratified=False):
         self.data, self.codes = data, pd.factorize(data.lesion_ids, sort=True)[0]
-        once = np.ones((1, len(self.codes)), np.int16)
-        drawn = lesion_weights(self.codes, n_resamples, seed, *([data.targets] if stratified else []))
-        self.weights = np.concatenate([once, drawn]) # the data, then their resamples
+        once, strata = np.ones((1, len(self.codes)), np.int16), data.targets if stratified else None
+        self.weights = np.concatenate([once, lesion_weights(self.codes, n_resamples, seed, strata)]) # the data, then their resamples
         k = data.unknown_lesions
         self.alone = f", {k} image(s) of unknown lesion each their own" if k else ''
         self.method = f"percentile lesion bootstrap{', stratified by class' if stratified else ''}, seed {seed}{self.alone}"
 
     def units(self, mask):
         "The images `mask` (N,) bool."
-        n, n_lesions = int(mask.sum()), int((np.bincount(self.codes[mask]) > 0).sum())
-        return _Units(n, n_lesions, n == n_lesions and not self.data.unknown_lesions)
+        return _Units(int(mask.sum()), int((np.bincount(self.codes[mask]) > 0).sum()))
 
-    def leaf(self, column, units, reason='', exact=None):
-        "A leaf of a metric's values (1+R,) on the data and in the resamples; `exact` is the interval for a value on which every resample agrees."
-        return interval_leaf(column[0], column[1:], units.n, units.n_lesions, reason, exact, self.method)
+    def leaf(self, metric, column, units, reason='', exact=None):
+        "A leaf of the values (1+R,) of `metric` on the data and in the resamples; `exact` is the interval for a value on which every resample agrees."
+        return interval_leaf(column[0], column[1:], *units, reason, exact, self.method, metric.interval)
 
     def share(self, column, units, reason=''):
-        "A leaf for a share: Wilson's interval where each lesion counts once, or where all agree and so count as one each."
-        leaf, share = self.leaf(column, units, reason), float(column[0])
-        if len(column) == 1 or units.n_lesions < 2 or not (units.once or share in (0, 1)): return leaf
-        low, high = wilson_interval(share, units.n_lesions)
-        leaf |= dict(low=low, high=high, method='Wilson, each lesion counts once' if units.once else f'Wilson over lesions, all alike{self.alone}')
-        return {k: v for k, v in leaf.items() if k != 'reason'}
+        "A leaf for a share, by Wilson's interval where each lesion counts once."
+        leaf = share_leaf(column[0], column[1:], *units, reason, self.method)
+        return leaf | dict(method=leaf['method'] + self.alone) if leaf['method'].startswith('Wilson') else leaf
 
-    def area(self, column, units, positives, negatives, reason=''):
+    def area(self, metric, column, units, positives, negatives, reason=''):
         "A leaf for an AUROC of `positives` among `units`."
-        if column[0] not in (0, 1): return self.leaf(column, units, reason)
+        if column[0] not in (0, 1): return self.leaf(metric, column, units, reason)
         exact = newcombe_interval(column[0], positives.n_lesions, negatives.n_lesions)
-        return self.leaf(column, units, reason, (*exact, 'Newcombe method 5 over lesions, perfectly ranked'))
+        return self.leaf(metric, column, units, reason, (*exact, 'Newcombe method 5 over lesions, perfectly ranked'))
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #e8e942dd
 def malignancy_probability(
@@ -315,10 +309,10 @@ def _binary_leaves(scorer, columns, positive, called, every, none, all_, word):
     absent = next((empty[k] for k in ('positives', 'negatives') if not units[k].n), 'undefined')
     leaves = dict(n=dict(value=units['positives'].n, n=units['all'].n))
     for name, column in columns.items():
-        over = SHARES.get(name)
+        over, metric = SHARES.get(name), METRICS[PER_CLASS.get(name, name)]
         if over: leaves[name] = scorer.share(column, units[over], empty[over])
-        elif name == 'auroc': leaves[name] = scorer.area(column, units['all'], units['positives'], units['negatives'], absent)
-        else: leaves[name] = scorer.leaf(column, units['all'], absent)
+        elif name == 'auroc': leaves[name] = scorer.area(metric, column, units['all'], units['positives'], units['negatives'], absent)
+        else: leaves[name] = scorer.leaf(metric, column, units['all'], absent)
     return leaves
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #19e09141
@@ -331,13 +325,13 @@ def _class_leaves(scorer, c, code, metrics):
 
 def _malignant_leaves(scorer, label_set):
     "Malignant against benign, from the label set's malignancy; images of an undecided class stand aside."
-    said = np.array([label_set.is_malignant(code) for code in label_set.codes], object)
-    data, known = scorer.data, np.array([s is not None for s in said])
+    data, said = scorer.data, np.array([label_set.is_malignant(code) for code in label_set.codes], object)
+    known, bad = np.not_equal(said, None), np.equal(said, True)
     if not known.any():
         reason = f"label set {label_set.name} does not say which classes are malignant"
         return {name: dict(value=None, low=None, high=None, n=0, n_lesions=0, method='none', reason=reason) for name in BINARY}
     score, units = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5), known[data.targets]
-    positive = np.array([s is True for s in said])[data.targets]
+    positive = bad[data.targets]
     columns = malignancy_metrics(positive[units], score[units], scorer.weights if units.all() else scorer.weights[:, units])
     return _binary_leaves(scorer, columns, positive, score >= .5, units, "no image is malignant", "every image is malignant", 'malignant')
 
@@ -348,7 +342,7 @@ def _whole_leaves(scorer, metrics, label_set):
     absent = [code for code, n in zip(label_set.codes, counts) if not n]
     reason = f"no image of class {', '.join(absent)}; a mean over the other classes would be another metric" if absent else 'undefined: all answers are the same class'
     if (counts > 0).sum() == 1: reason = f"every image is of class {label_set.codes[counts.argmax()]}"
-    return {name: scorer.share(metrics[name], every) if name in SHARES else scorer.leaf(metrics[name], every, reason) for name in WHOLE}
+    return {name: scorer.share(metrics[name], every) if name in SHARES else scorer.leaf(METRICS[name], metrics[name], every, reason) for name in WHOLE}
 
 def scorecard(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
@@ -406,17 +400,32 @@ def class_table(
 HEADLINES = ('accuracy', 'balanced_accuracy', 'auroc_macro', 'log_loss', 'brier', 'ece', 'ece_debiased')
 MALIGNANT_HEADLINES = ('auroc', 'sensitivity', 'specificity') # at a threshold of one half
 
-def _headline_samples(data, label_set, weights):
-    "The headline metrics (R,) of one system, those of malignancy where it is known, and the units of each."
-    every = np.ones(len(data.targets), bool)
-    found = {name: (column, every) for name, column in weighted_metrics(data.targets, data.probs, weights, HEADLINES, data.lesion_ids).items()}
+def _malignancy(data, label_set):
+    "Which images are of a class whose malignancy is known, which are malignant, and their probability, (N,) each; None where there are not both kinds."
     said = np.array([label_set.is_malignant(code) for code in label_set.codes], object)
     known, positive = np.not_equal(said, None)[data.targets], np.equal(said, True)[data.targets]
-    if not (known & positive).any() or not (known & ~positive).any(): return found
-    score = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5)
-    columns = malignancy_metrics(positive[known], score[known], weights[:, known], names=MALIGNANT_HEADLINES)
-    units = dict(auroc=known, sensitivity=positive, specificity=known & ~positive)
-    return found | {f'malignant_{name}': (column, units[name]) for name, column in columns.items()}
+    if not positive.any() or positive[known].all(): return None
+    return known, positive, np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5)
+
+def _headline_samples(data, label_set, weights):
+    "The headline metrics (R,) of one system, those of malignancy where it is known, and the images of each, (N,) bool."
+    every, found = np.ones(len(data.targets), bool), _malignancy(data, label_set)
+    columns = {name: (column, every) for name, column in weighted_metrics(data.targets, data.probs, weights, HEADLINES, data.lesion_ids).items()}
+    if found is None: return columns
+    known, positive, score = found
+    of = dict(auroc=known, sensitivity=positive, specificity=known & ~positive)
+    malignant = malignancy_metrics(positive[known], score[known], weights[:, known], names=MALIGNANT_HEADLINES)
+    return columns | {f'malignant_{name}': (column, of[name]) for name, column in malignant.items()}
+
+# %% ../../nbs/evaluate/39_scorecard.ipynb #40b80952
+def _delong_leaf(a, b, label_set):
+    "The difference in AUROC of malignancy by DeLong's test, with the values of both; None where malignancy is not known."
+    found = _malignancy(a, label_set)
+    if found is None: return None
+    known, positive, score = found
+    ids, scores = a.lesion_ids[known], [score[known], _malignancy(b, label_set)[2][known]]
+    areas = [float(malignancy_metrics(positive[known], s, names=('auroc',))['auroc'][0]) for s in scores]
+    return delong(positive[known], *scores, ids) | dict(first=areas[0], second=areas[1])
 
 def compare_predictions(
     first:pd.DataFrame, # predictions of one system
@@ -426,7 +435,7 @@ def compare_predictions(
     n_resamples:int=1000, # lesion-bootstrap resamples
     seed:int=0, # of the resamples
 ) -> dict: # metric -> leaf of first - second, with the values of both and a verdict on `first`: better, worse, not distinguishable
-    "Differences of the headline metrics with paired intervals."
+    "Differences of the headline metrics with paired intervals; that of the AUROC of malignancy by DeLong's test as well."
     a, b = align_tables(first, labels, label_set), align_tables(second, labels, label_set)
     weights = np.concatenate([np.ones((1, len(a.targets)), np.int16), lesion_weights(a.lesion_ids, n_resamples, seed)]) # the data, then their resamples
     (own, other), leaves = (_headline_samples(x, label_set, weights) for x in (a, b)), {}
@@ -434,4 +443,5 @@ def compare_predictions(
         rival, better = other[name][0], METRICS[name.removeprefix('malignant_')].better == 'higher'
         leaf = paired_leaf((column[0], rival[0]), (column[1:], rival[1:]), units.sum(), len(np.unique(a.lesion_ids[units])), better)
         leaves[name] = leaf | {k: None if np.isnan(v) else float(v) for k, v in dict(first=column[0], second=rival[0]).items()}
-    return leaves
+    tested = _delong_leaf(a, b, label_set)
+    return leaves if tested is None else leaves | dict(malignant_auroc_delong=tested)
