@@ -316,10 +316,10 @@ def plot_risk_coverage(
     ax.plot(points['coverage'], points['risk'], color=BLUE, lw=2, label='wrong among those answered')
     whole = points.iloc[-1]
     ax.axhline(whole['risk'], color=GREY, lw=1, ls='--', label=f"all answered (n = {int(whole['n'])}): {whole['risk']:.1%} wrong")
-    ax.set(xlim=(0, 1.01), ylim=(0, max(.05, 1.15 * points[['risk', 'high']].max().max())), xlabel='coverage: share of images answered, the surest first',
+    ax.set(xlim=(0, 1.01), ylim=(0, max(.05, 1.45 * points[['risk', 'high']].max().max())), xlabel='coverage: share of images answered, the surest first',
            ylabel='risk: share of wrong answers', title='Risk and coverage' + (f": AURC {format_leaf(leaf, 3)}" if leaf else ''))
     ax.xaxis.set_major_formatter('{x:.0%}'); ax.yaxis.set_major_formatter('{x:.0%}')
-    ax.legend(loc='lower right', fontsize=9, framealpha=.9, edgecolor='none')
+    ax.legend(loc='upper left', frameon=False, fontsize=9)
     ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
     return ax
 
@@ -362,7 +362,7 @@ def _forest_rows(card, metric):
 
 def _forest_words(leaf, gap):
     "What stands to the right of a row."
-    if not leaf or leaf['value'] is None: return 'too few to say', '', ''
+    if not leaf or leaf['value'] is None: return (leaf or {}).get('reason', 'not measured').split(',')[0], '', ''
     found = gap and gap['value'] is not None
     mark = ' *' if found and gap.get('verdict') in ('higher', 'lower') else ''
     return format_leaf(leaf), (f"{gap['value']:+.2f}" if found else ''), (f"({gap['low']:+.2f} to {gap['high']:+.2f}){mark}" if found and gap['low'] is not None else '')
@@ -397,9 +397,10 @@ def plot_subgroups(
         _row_texts(ax, y, texts, 'k' if said else GREY)
     _row_texts(ax, -1, ('lesions', 'value (95 %)', 'gap', 'to the rest (95 %)'), '.3')
     if whole and whole['value'] is not None: ax.axvline(whole['value'], color='.5', lw=1, ls='--', zorder=0)
+    if metric.endswith('calibration_in_the_large'): ax.axvline(0, color='.5', lw=1, zorder=0)
     words = metric_words(metric)
     ax.set(ylim=(len(rows) - .4, -1.6), yticks=[], xlabel=words + ' (95 % interval' + (', dashed: all images)' if whole else ')'))
-    ax.set_title(title or f'{words} by group', loc='left')
+    ax.set_title(title or f'{words[0].upper()}{words[1:]} by group', loc='left')
     ax.text(_FOREST_COLUMNS[1], len(rows), '* stands out among all gaps looked at', transform=ax.get_yaxis_transform(), va='center', fontsize=8, color='.3')
     ax.grid(axis='x', color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax, left=True)
     return ax
