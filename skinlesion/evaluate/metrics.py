@@ -328,7 +328,7 @@ class Metric:
     high:float # greatest possible value; None where there is none
     definition:str # one sentence
     source:str='' # paper or implementation
-    interval:str='percentile' # kind of bootstrap interval: percentile or basic
+    interval:str='percentile' # kind of bootstrap interval: percentile or shifted
 
 def _share(title, definition, source=''): return Metric(title, 'higher', 0., 1., definition, source)
 def _error(title, definition, source='', high=1., interval='percentile'): return Metric(title, 'lower', 0., high, definition, source, interval)
@@ -349,12 +349,12 @@ _WHOLE = dict(
     kappa=Metric("Cohen's kappa", 'higher', -1., 1., 'Agreement of true and predicted class beyond what chance would give.', 'Cohen 1960'),
     log_loss=_error('log loss', 'Mean of minus the natural logarithm of the probability given to the true class.', _SK, None),
     brier=_error('Brier score', 'Mean over images of the squared errors of all class probabilities, added up.', 'Brier 1950', 2.),
-    ece=_error('ECE', f'Mean gap between confidence and accuracy in {ECE_BINS} bins of equal width; noise lifts it.', 'Guo et al. 2017, eq. 3', interval='basic'),
-    ece_adaptive=_error('ECE, adaptive', f'The same in {ECE_BINS} bins of equally many images.', 'Nixon et al. 2019', interval='basic'),
+    ece=_error('ECE', f'Mean gap between confidence and accuracy in {ECE_BINS} bins of equal width; noise lifts it.', 'Guo et al. 2017, eq. 3', interval='shifted'),
+    ece_adaptive=_error('ECE, adaptive', f'The same in {ECE_BINS} bins of equally many images.', 'Nixon et al. 2019', interval='shifted'),
     ece_debiased=_error('ECE, de-biased', 'Root-mean-square gap between confidence and accuracy, from pairs of different lesions, so that noise does not lift its square.',
                         'Ferro & Fricker 2012; Kumar et al. 2019'),
-    ece_classwise=_error('ECE, class-wise', "Mean over classes of the gap between a class's probability and its frequency, in bins of equal width.", 'Kull et al. 2019', interval='basic'),
-    mce=_error('MCE', f'Largest gap between confidence and accuracy of any of {ECE_BINS} bins; one image in a bin can set it.', 'Guo et al. 2017, eq. 5', interval='basic'))
+    ece_classwise=_error('ECE, class-wise', "Mean over classes of the gap between a class's probability and its frequency, in bins of equal width.", 'Kull et al. 2019', interval='shifted'),
+    mce=_error('MCE', f'Largest gap between confidence and accuracy of any of {ECE_BINS} bins; one image in a bin can set it.', 'Guo et al. 2017, eq. 5', interval='shifted'))
 WHOLE = tuple(_WHOLE) # metrics of all classes together
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #7c3bdde6
@@ -367,7 +367,7 @@ _CLASS = dict(
     auroc=_share('AUROC', 'Chance that an image of the class is ranked above another one.', 'Hanley & McNeil 1982'),
     average_precision=_share('average precision', 'Mean PPV over the images of the class, each at its own threshold.', _SK),
     class_brier=_error('Brier score', "Mean squared error of the class's probability.", 'Brier 1950'),
-    class_ece=_error('ECE', f"Mean gap between the class's probability and its frequency in {ECE_BINS} bins of equal width.", 'Kull et al. 2019', interval='basic'))
+    class_ece=_error('ECE', f"Mean gap between the class's probability and its frequency in {ECE_BINS} bins of equal width.", 'Kull et al. 2019', interval='shifted'))
 PER_CLASS = {name.removeprefix('class_'): name for name in _CLASS} # name within one class -> name in METRICS
 
 _AT = {f'{a}_at_{level}_{b}': _share(f'{a} at {level} % {b}', f'Best {a} of a threshold that keeps at least {level} % {b} on these data.', _TM)
