@@ -34,14 +34,14 @@ def _check_word(value, what, allowed):
 @dataclass(frozen=True)
 class BenchmarkId:
     "What a result was measured on; '' and None are unknown, but a variant of '' is the benchmark's own split."
-    name:str # of the benchmark or the data set, lower case, such as 'dermamnist'
+    name:str='' # of the benchmark or the data set, lower case, such as 'dermamnist'; '' where nobody said
     variant:str='' # for dermamnist '', 'C' or 'E'
     resolution:str='' # for dermamnist one of RESOLUTIONS, for others free, such as the side in pixels
     split_sha256:str='' # what `split_digest` gave
     leak:int|None=None # lesions that stand in more than one of train, valid and test; what `shared_lesions` gave
 
     def __post_init__(self):
-        if not re.fullmatch(r'[a-z0-9][a-z0-9._-]*', self.name):
+        if not re.fullmatch(r'([a-z0-9][a-z0-9._-]*)?', self.name):
             raise BenchmarkError(f"benchmark {self.name!r}: write lower-case letters, digits, '.', '_' or '-'")
         if self.name in VARIANTS:
             _check_word(self.variant, f'{self.name}: variant', VARIANTS[self.name])
@@ -54,7 +54,7 @@ class BenchmarkId:
             raise BenchmarkError(f"{self.name}: leak is {self.leak!r}; give how many lesions stand in more than one part, or None where it is unknown")
 
     def __str__(self):
-        return f"{self.name}{f'-{self.variant}' if self.variant else ''}{f'@{self.resolution}' if self.resolution else ''}"
+        return f"{self.name or 'unnamed'}{f'-{self.variant}' if self.variant else ''}{f'@{self.resolution}' if self.resolution else ''}"
 
     def to_dict(self) -> dict: # of plain JSON values
         "The identity as a metrics file holds it."
@@ -79,6 +79,7 @@ def parse_benchmark(
     "A benchmark in words."
     head, at, resolution = text.strip().partition('@')
     name, dash, variant = head.partition('-')
+    if not head: raise BenchmarkError(f"benchmark '{text}': the name is missing; write NAME or NAME@RESOLUTION, such as ham10000@96")
     if name.lower() in VARIANTS: return BenchmarkId(name.lower(), variant, resolution)
     if at and not resolution: raise BenchmarkError(f"benchmark '{text}': nothing stands behind the @; write NAME@RESOLUTION, such as ham10000@96")
     return BenchmarkId(head.lower(), '', resolution)
@@ -120,7 +121,7 @@ def benchmark_of(
     table:pd.DataFrame|None=None, # one row per image: image_id, lesion_id, split
 ) -> BenchmarkId: # its name in the letters of an identity; variant and resolution unknown
     "The identity of a result on a data set that is no named benchmark."
-    return identify(BenchmarkId(re.sub('[^a-z0-9]+', '-', dataset.lower()).strip('-') or 'unnamed'), table)
+    return identify(BenchmarkId(re.sub('[^a-z0-9]+', '-', dataset.lower()).strip('-')), table)
 
 # %% ../../nbs/evaluate/42_benchmarks.ipynb #5a680a86
 _WHY = dict(
@@ -139,7 +140,7 @@ def _differences(a, b):
 def _unknowns(identity, who):
     "Sentences on what an identity leaves open."
     if identity is None: return (f"{who}: nothing says what it was measured on, so whether the two may be compared is not known",)
-    open_ = [what for key, what in dict(resolution='kind of images', split_sha256='split', leak='leak between its parts').items() if getattr(identity, key) in ('', None)]
+    open_ = [what for key, what in dict(name='name', resolution='kind of images', split_sha256='split', leak='leak between its parts').items() if getattr(identity, key) in ('', None)]
     return (f"{who} ({identity}): unknown {', '.join(open_)}",) if open_ else ()
 
 def check_comparable(
