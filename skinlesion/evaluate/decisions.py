@@ -128,6 +128,7 @@ def lock_threshold(
         value, reason = _digits(np.sort(score[positive])[missed], 6, ROUND_FLOOR), _promise(target, n_lesions)
     found = score >= value if n else np.zeros(len(score))
     reached = mean_leaves(dict(sensitivity=(found, positive, reason)), lesion_ids, n_resamples, seed)['sensitivity']
+    reached = {key: float(f'{v:.8g}') if isinstance(v, float) else v for key, v in reached.items()}
     return LockedThreshold(value, float(target), reached, n, n_lesions, reason)
 
 # %% ../../nbs/evaluate/35_decisions.ipynb #2e0e5eef
@@ -220,7 +221,7 @@ class ConformalSets:
         "Why a class is in every set, by code, for those that are."
         needed = lesions_to_cover(self.coverage)
         return {code: f"in every set: {n} validation lesion(s), {needed} are needed to promise {self.coverage:.4g}" if n < needed
-                else "in every set: the model gave its validation lesions no probability" for code, q, n in zip(codes, self.quantiles, self.lesions) if q >= 1}
+                else f"in every set: at {self.coverage:.4g} its validation lesions leave nothing out" for code, q, n in zip(codes, self.quantiles, self.lesions) if q >= 1}
 
     def to_dict(self):
         "As a bundle holds it: plain JSON values."
