@@ -10,7 +10,7 @@ __all__ = ['CHECKLIST', 'FACTS', 'DPI', 'FEW', 'NOT_REPORTED', 'CALIBRATION_METR
            'metrics_section', 'discrimination_section', 'calibration_section', 'natural_frequencies',
            'decisions_section', 'abstention_section', 'subgroups_section', 'robustness_section', 'top_losses',
            'confused_pairs', 'failures_section', 'limits_section', 'checklist_table', 'checklist_section', 'model_card',
-           'page_sections', 'calibration_card', 'page_curves', 'evaluate_tables']
+           'page_sections', 'calibration_card', 'malignancy_of', 'decision_cards', 'page_curves', 'evaluate_tables']
 
 # %% ../../nbs/evaluate/45_page.ipynb #acf90571
 import base64
@@ -23,8 +23,13 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from .calibration import CALIBRATIONS, choose_calibration
-from .figures import class_titles, confusion_points, plot_confusion, plot_reliability, plot_roc, reliability_points, roc_points
+from .abstention import LockedAbstention, abstention_scorecard, lock_abstention, risk_coverage
+from .calibration import choose_calibration
+from .decisions import (ConformalSets, LockedThreshold, conformal_scorecard, cost_matrix, cost_scorecard, fit_conformal, lock_threshold,
+                                           threshold_scorecard)
+from .figures import (class_titles, confusion_points, metric_words, plot_calibration_before_after, plot_class_reliability, plot_confusion,
+                                         plot_decision_curve, plot_pr, plot_reliability, plot_risk_coverage, plot_roc, plot_stress, plot_subgroups,
+                                         pr_points, reliability_points, roc_points)
 from .intervals import format_leaf, interval_leaf, lesion_weights, paired_leaf
 from .metrics import METRICS, PER_CLASS, weighted_metrics
 from .scorecard import Aligned, align_tables, check_labels, class_table, malignancy_probability, scorecard
@@ -184,6 +189,7 @@ def table_html(
 # %% ../../nbs/evaluate/45_page.ipynb #788282f7
 def _items_line(items):
     "The items a section answers, by guideline, as the page prints them."
+    items = [item for item in CHECKLIST if item in items]
     by = {g: [i[len(g) + 1:] for i in items if i.startswith(g + ' ')] for g in ('CLAIM', 'TRIPOD+AI')}
     return ' · '.join(f"{g} {', '.join(numbers)}" for g, numbers in by.items() if numbers)
 
@@ -194,7 +200,7 @@ def section_bundles(
 ) -> list: # of (data by MIME type, metadata), as a notebook's outputs hold them
     "A section in the forms that a notebook can show and a report can render."
     head = f'## {section.title}\n\n' if section.title else ''
-    answers = f'*Answers {_items_line(section.items)}*\n\n' if section.items else ''
+    answers = f'<small>Answers {_items_line(section.items)}</small>\n\n' if section.items else ''
     bundles = [_markdown(f'{head}{answers}{section.text}'.strip())] if head or section.text else []
     bundles += [({'text/html': table_html(table, caption), 'text/plain': f'{caption}\n{table.to_string()}'}, {}) for caption, table in section.tables]
     for p in section.pictures:
@@ -221,6 +227,7 @@ class Evaluation:
     name:str='' # of the data
     calibration:str='' # kind that validation chose, such as 'temperature' or 'none'; '' where none was fitted
     calibrated:bool=False # whether the figures are those after it
+    other:np.ndarray|None=None # (N,C) answers for the same images before calibration where `calibrated`, else after it; None where there is none
     fitted_on:tuple=() # splits on which something was chosen or fitted: their figures flatter
 
     @property
@@ -252,13 +259,22 @@ def _text(leaf, name='', digits=None):
     if 'low' not in leaf: return _cell(leaf['value'], 3)
     return format_leaf(leaf, digits or (3 if any(w in name for w in _EXACT) else 2))
 
+def _signed(leaf, digits=2):
+    "A difference with its sign and interval."
+    if leaf['value'] is None: return 'undefined'
+    return f"{'+' if leaf['value'] >= 0 else ''}{format_leaf(leaf, digits)}"
+
 def _title(name):
     "A measure's name for people."
     return METRICS[name].title if name in METRICS else _TITLES.get(name, name.replace('_', ' '))
 
 _TITLES = dict( # of measures that `METRICS` does not know
     flagged='flagged', validation_sensitivity='sensitivity on validation, where the threshold was set', coverage='diagnosis in the set', mean_set_size='classes in a set',
-    singleton='sets of one class', empty='sets without a class', aurc='area under the risk-coverage curve', eaurc='the same above that of the best order')
+    lesion_coverage='diagnosis in the set, each lesion counted once', argmax='calling the most probable class', cheapest='calling the class of least expected cost', saved='saved by that',
+    singleton='sets of one class', empty='sets without a class', risk='wrong answers, when all are answered', aurc='area under the risk-coverage curve (AURC)',
+    eaurc='the same above that of the best order', risk_at_80_coverage='wrong answers, when the surest 80 % are answered', risk_at_90_coverage='wrong answers, when the surest 90 % are answered',
+    answered='answered, by the rule locked on validation', answered_risk='wrong among those answered', abstained_risk='wrong among those passed on',
+    fpr_at_95_tpr='lesions let through with 95 % of the strange pictures caught', error_auroc='tells wrong answers from right ones (AUROC)', error_spearman='rank correlation with the error')
 
 def _leaf_table(block, one_class=False):
     "Leaves as rows: measure, value with interval, images, lesions, and what it is where that is on record."
@@ -271,17 +287,39 @@ def _leaf_table(block, one_class=False):
     table = pd.DataFrame(rows)
     return table.drop(columns='what it is') if len(table) and not table['what it is'].any() else table
 
+def _captioned(words, table):
+    "A caption that says once how many images and lesions all rows are over, where that is so."
+    counts = table[['images', 'lesions']].drop_duplicates() if len(table) else table
+    if len(counts) != 1 or counts.isna().any().any(): return words, table
+    return f"{words}: {_cell(counts.iloc[0, 0], 0)} images of {_cell(counts.iloc[0, 1], 0)} lesions", table.drop(columns=['images', 'lesions'])
+
 # %% ../../nbs/evaluate/45_page.ipynb #ef877ef2
 def _sizes(data):
     "Images and lesions of aligned tables."
     return len(data.targets), len(np.unique(data.lesion_ids))
 
 def _said(result, section):
-    "The facts of a section: question and answer for every one, and the items that are answered."
+    "The facts of a section: a table of what was said, a sentence on what was not, and the items that are answered."
     own = {name: fact for name, fact in FACTS.items() if fact[0] == section}
-    table = pd.DataFrame([dict(question=q, answer=result.facts.get(name, 'not reported'), items=_items_line(items.split(', '))) for name, (_, q, items) in own.items()])
-    items = [i for name, (_, _, items) in own.items() if name in result.facts for i in items.split(', ')]
-    return table, items
+    rows = [dict(question=q, answer=result.facts[name], items=_items_line(items.split(', '))) for name, (_, q, items) in own.items() if name in result.facts]
+    missing = [f"{q[0].lower()}{q[1:]} ({_items_line(items.split(', '))})" for name, (_, q, items) in own.items() if name not in result.facts]
+    answered = [i for name, (_, _, items) in own.items() if name in result.facts for i in items.split(', ')]
+    tables = (('What was said', pd.DataFrame(rows)),) if rows else ()
+    return tables, f"**Not reported:** {'; '.join(missing)}." if missing else '', answered
+
+# %% ../../nbs/evaluate/45_page.ipynb #50ee0dae
+_COLUMNS = dict(n='images', n_lesions='lesions', log_loss='log loss', ece='ECE', auroc='AUROC', image_id='image', lesion_id='lesion', p_diagnosis='given to the diagnosis')
+
+def _readable(table):
+    "A table of figures for people: a value and its limits in one cell, names without underscores."
+    table, out = table.reset_index(drop=True), {}
+    for column in table:
+        limits = ('low', 'high') if column in ('difference', 'value') else (f'{column}_low', f'{column}_high')
+        if set(limits) <= set(table):
+            cells = table[[column, *limits]].astype(float).itertuples(index=False, name=None)
+            out[_COLUMNS.get(column, _title(column))] = ['' if np.isnan(v) else f'{v:.3f}' if np.isnan(low) else _signed(dict(value=v, low=low, high=high), 3) for v, low, high in cells]
+        elif not (column in ('low', 'high') or column.endswith(('_low', '_high'))): out[_COLUMNS.get(column, _title(column))] = table[column]
+    return pd.DataFrame(out)
 
 # %% ../../nbs/evaluate/45_page.ipynb #1cb42a4e
 FEW = 30 # lesions of a class below which the page warns of it
@@ -323,10 +361,10 @@ def _counts(result):
     return f"{text}; {bad.sum():,} images ({bad.mean():.0%}) show a malignant lesion."
 
 _HEADLINES = ( # path of the leaf, words for it
-    ('balanced_accuracy', 'First guess right, mean over the classes'),
-    ('auroc_macro', 'Ranks a class above the others (AUROC, mean over the classes)'),
+    ('balanced_accuracy', 'First guess right, mean over the classes (balanced accuracy)'),
+    ('auroc_macro', 'Ranks a class above the others, mean over the classes (AUROC)'),
     ('malignant.auroc', 'Ranks malignant above benign (AUROC)'),
-    ('ece_debiased', 'Confidence off by (debiased ECE)'), ('ece', 'Confidence off by (ECE)'))
+    ('ece_debiased', 'Confidence is off by (de-biased ECE)'), ('ece', 'Confidence is off by (ECE)'))
 
 # %% ../../nbs/evaluate/45_page.ipynb #e7fe8a3f
 def _decision_rows(result):
@@ -374,8 +412,8 @@ def threshold_words(
     block = result.metrics.get('decisions') or {}
     if find_leaf(block, 'threshold.value') is None:
         return f"**Threshold:** none was locked; {find_leaf(block, 'threshold.reason') or 'it takes a validation split, and classes known to be malignant'}."
-    target = find_leaf(block, 'target_sensitivity.value')
-    return f"**Threshold:** malignant from {block['threshold']['value']:.3f}, set on validation to find {target:.0%} of malignant images."
+    target, doubt = find_leaf(block, 'target_sensitivity.value'), find_leaf(block, 'threshold.reason')
+    return f"**Threshold:** malignant from a probability of {block['threshold']['value']:.3g}, set on validation to find {target:.0%} of malignant images{f' ({doubt})' if doubt else ''}."
 
 # %% ../../nbs/evaluate/45_page.ipynb #496c20ee
 def _gaps(subgroups):
@@ -383,10 +421,6 @@ def _gaps(subgroups):
     found = [(column, group, name, leaf_at(cell['gap'], name)) for column, groups in (subgroups or {}).items()
              for group, cell in groups.items() for name in gap_metrics(subgroups)]
     return [gap for gap in found if gap[3]['low'] is not None]
-
-def _group_title(name):
-    "A measure of the subgroups for people."
-    return ' of '.join(reversed([_title(word) for word in name.split('.')])).replace(' of malignant', ' for malignant lesions')
 
 def gap_words(
     result:Evaluation,
@@ -398,12 +432,7 @@ def gap_words(
     of = f"{len(clear)} of {len(gaps)} gaps hold after correcting for having looked at so many" if clear else f'{len(gaps)} were looked at, and that is corrected for'
     if not clear: return f"**Groups:** no gap between groups is clear ({of})."
     column, group, name, leaf = max(clear, key=lambda g: abs(g[3]['value']))
-    return f"**Groups:** largest clear gap: {_group_title(name)} where {column.replace('_', ' ')} is *{group}*, {_signed(leaf)} against everyone else; {of}."
-
-def _signed(leaf, digits=2):
-    "A difference with its sign and interval."
-    if leaf['value'] is None: return 'undefined'
-    return f"{'+' if leaf['value'] >= 0 else ''}{format_leaf(leaf, digits)}"
+    return f"**Groups:** largest clear gap: {metric_words(name)} where {column.replace('_', ' ')} is *{group}*, {_signed(leaf)} against everyone else; {of}."
 
 def summary_section(
     result:Evaluation,
@@ -412,7 +441,7 @@ def summary_section(
     limits = find_limits(result)
     stop = lambda name: result.facts.get(name, '*not reported*').rstrip('.') + '.'
     facts = f"Reference standard: {stop('reference_standard')} Model: {stop('model')}"
-    more = f" {len(limits) - 2} more under Limits." if len(limits) > 2 else ''
+    more = f" {len(limits) - 2} more under [Limits](#limits)." if len(limits) > 2 else ''
     points = [calibration_words(result), threshold_words(result), gap_words(result), f"**Limits:** {' '.join(limits[:2])}{more}"]
     after = '\n'.join(f'- {p}' for p in points) 
     return Section('Summary', ('CLAIM 2', 'TRIPOD+AI 2'), f'{_counts(result)} {facts}', (('', headline_table(result)),), after=after)
@@ -464,7 +493,7 @@ def data_section(
     result:Evaluation,
 ) -> Section:
     "Whose images these are, and how they were parted."
-    said, items = _said(result, 'data')
+    said, missing, items = _said(result, 'data')
     items += ['TRIPOD+AI 21']
     if 'split' in result.labels:
         both = result.labels[result.labels['lesion_id'] != ''].groupby('lesion_id')['split'].nunique().gt(1).sum()
@@ -472,32 +501,32 @@ def data_section(
         items.append('CLAIM 20')
     else: crossing = 'The tables name no split: whether any of these lesions was learnt from cannot be checked here.'
     if {'age', 'sex'} & set(result.labels): items += ['CLAIM 36', 'TRIPOD+AI 20b']
-    tables = (('Who is in the tables', characteristics(result.labels)), ('Classes', class_counts(result.labels, result.label_set)), ('What was said about the data', said))
-    return Section('Data', tuple(items), crossing, tables)
+    tables = (('Who is in the tables', characteristics(result.labels)), ('Classes', class_counts(result.labels, result.label_set)))
+    return Section('Data', tuple(items), crossing, tables + said, after=missing)
 
 # %% ../../nbs/evaluate/45_page.ipynb #7fa2ce19
 def reference_section(
     result:Evaluation,
 ) -> Section:
     "How the diagnoses were established."
-    said, items = _said(result, 'reference')
-    return Section('Reference standard', tuple(items), 'Every figure on this page is agreement with these diagnoses, right or wrong.', (('What was said about the diagnoses', said),))
+    said, missing, items = _said(result, 'reference')
+    return Section('Reference standard', tuple(items), 'Every figure on this page is agreement with these diagnoses, right or wrong.', said, after=missing)
 
 def model_section(
     result:Evaluation,
 ) -> Section:
     "What answered, and what each choice in it brought."
-    said, items = _said(result, 'model')
+    said, missing, items = _said(result, 'model')
     choices = result.curves.get('choices')
-    tables = (('What was said about the model', said),) + ((('What each choice brought: validation chose, test only shows', choices),) if choices is not None else ())
-    return Section('Model', tuple(items), '', tables)
+    if choices is not None: said += (('What each choice brought: validation chose, test only shows', _readable(choices)),)
+    return Section('Model', tuple(items), '', said, after=missing)
 
 def study_section(
     result:Evaluation,
 ) -> Section:
     "Purpose, registration, money."
-    said, items = _said(result, 'study')
-    return Section('About the study', tuple(items), '', (('What was said about the study', said),))
+    said, missing, items = _said(result, 'study')
+    return Section('About the study', tuple(items), '', said, after=missing)
 
 # %% ../../nbs/evaluate/45_page.ipynb #a25e3984
 def _method(card):
@@ -519,7 +548,7 @@ def metrics_section(
     items = ['CLAIM 28', 'CLAIM 29', 'CLAIM 37', 'CLAIM 38', 'TRIPOD+AI 12e', 'TRIPOD+AI 23a'] + (['CLAIM 32'] if result.part else [])
     text = (f"Values with 95 % intervals: {_method(card)}. Whole lesions are redrawn, since two pictures of one lesion are not two patients. An interval says what other lesions "
             "*from the same source* would change, and nothing about lesions from elsewhere.")
-    tables = [('All classes together', _leaf_table(card)), ('Class by class, each against the rest', class_table(card, result.label_set)),
+    tables = [_captioned('All classes together', _leaf_table(card)), ('Class by class, each against the rest', class_table(card, result.label_set)),
               ('Malignant against benign; called malignant at a probability of one half', _leaf_table({k: v for k, v in card.get('malignant', {}).items() if k != 'n'}, one_class=True))]
     others = {k: c for k, c in result.metrics.get('splits', {}).items() if isinstance(c, dict)}
     marked = {f'{k} (something was fitted here)' if k in result.fitted_on else k: c for k, c in others.items()}
@@ -536,24 +565,34 @@ def discrimination_section(
     data, labels, classes = result.data, result.label_set, result.card['per_class']
     of = lambda name: {code: leaves[name] for code, leaves in classes.items() if name in leaves}
     pictures = (picture(lambda: plot_roc(data.targets, data.probs, labels, of('auroc')), 'ROC curves of each class against the rest'),
+                picture(lambda: plot_pr(data.targets, data.probs, labels, of('average_precision')), 'Precision-recall curves of each class against the rest'),
                 picture(lambda: plot_confusion(data.targets, data.probs, labels, of('sensitivity')), 'Confusion matrix, counts and share of the true class'))
     return Section('Discrimination', ('TRIPOD+AI 12e', 'TRIPOD+AI 23a'), 'How well the classes are told apart, whatever the threshold; then what the first guess takes for what.', pictures=pictures)
 
+# %% ../../nbs/evaluate/45_page.ipynb #0f5b22a6
 def _before_after(block):
     "Measures of calibration before, after, and the difference with its verdict."
     return pd.DataFrame([dict(measure=_title(name), before=_text(block['before'].get(name), name), after=_text(block['after'].get(name), name),
                               change=_signed(leaf, 3), calibrated=leaf.get('verdict', '')) for name, leaf in block['difference'].items()])
+
+def _reliability(result, block):
+    "The reliability diagram; two of them where the answers before or after calibration are known too."
+    data = result.data
+    if result.other is None: return picture(lambda: plot_reliability(data.targets, data.probs, data.lesion_ids, find_leaf(result.card, 'ece')), 'Reliability diagram with counts')
+    before, after = (result.other, data.probs) if result.calibrated else (data.probs, result.other)
+    leaves = tuple(find_leaf(block, f'{name}.ece') for name in ('before', 'after'))
+    return picture(lambda: plot_calibration_before_after(data.targets, before, after, data.lesion_ids, leaves), 'Reliability diagrams before and after calibration, with counts')
 
 def calibration_section(
     result:Evaluation,
 ) -> Section:
     "Whether a confidence of 80 % is right in 80 %."
     data, block = result.data, result.metrics.get('calibration') or {}
-    figure = picture(lambda: plot_reliability(data.targets, data.probs, data.lesion_ids, find_leaf(result.card, 'ece')), 'Reliability diagram with counts')
+    pictures = (_reliability(result, block), picture(lambda: plot_class_reliability(data.targets, data.probs, result.label_set, data.lesion_ids), 'Reliability of the probability of each class'))
     tables = (('Before and after calibration', _before_after(block)),) if block.get('difference') else ()
-    if 'calibration_choice' in result.curves: tables += (('What validation said of each calibration (cross-fitted log loss)', result.curves['calibration_choice']),)
+    if 'calibration_choice' in result.curves: tables += (('What validation said of each calibration (cross-fitted log loss)', _readable(result.curves['calibration_choice'])),)
     items = ['TRIPOD+AI 12e', 'TRIPOD+AI 23a'] + (['TRIPOD+AI 12f', 'TRIPOD+AI 24'] if block else [])
-    return Section('Calibration', tuple(items), calibration_words(result), tables, (figure,))
+    return Section('Calibration', tuple(items), calibration_words(result), tables, pictures)
 
 # %% ../../nbs/evaluate/45_page.ipynb #5b80ed6d
 def natural_frequencies(
@@ -572,8 +611,7 @@ def _in_people(result, block):
     "What the threshold does to 1,000 images with as many malignant ones as here."
     sens, spec = (find_leaf(block, f'{name}.value') for name in ('sensitivity', 'specificity'))
     if sens is None or spec is None: return ''
-    said = np.array([result.label_set.is_malignant(code) for code in result.label_set.codes], object)[result.data.targets]
-    k = natural_frequencies(sens, spec, float(np.mean(said[said != None] == True)))  # noqa: E711 (None: nobody said)
+    k = natural_frequencies(sens, spec, float(malignancy_of(result.data, result.label_set)[0].mean()))
     return (f"Of 1,000 images like these, {k['malignant']} show a malignant lesion: {k['found']} of them are flagged, **{k['missed']} are missed**; "
             f"of the {k['benign']} benign ones **{k['false_alarms']} are flagged for nothing**. With fewer malignant lesions among the images more flags are false alarms.")
 
@@ -584,7 +622,8 @@ def decisions_section(
     block, conformal, cost = (result.metrics.get(k) or {} for k in ('decisions', 'conformal', 'cost'))
     tables = [(words, _leaf_table(leaves)) for words, leaves in (
         ('At the locked threshold', {k: v for k, v in block.items() if k not in ('threshold', 'target_sensitivity')}),
-        ('Prediction sets', {k: v for k, v in conformal.items() if k != 'per_class'}), ('Cost', cost)) if leaves]
+        ('Prediction sets', {k: v for k, v in conformal.items() if k not in ('per_class', 'target_coverage')}), ('Mean cost of an image', cost)) if leaves]
+    if 'costs' in result.curves: tables.append(('What an answer costs, by diagnosis (rows)', result.curves['costs']))
     if 'per_class' in conformal: tables.append(('Prediction sets, class by class', _class_rows(conformal['per_class'], result.label_set)))
     text = '\n\n'.join(filter(None, [threshold_words(result), _in_people(result, block), _set_words(conformal)]))
     items = ['TRIPOD+AI 15'] if find_leaf(block, 'threshold.value') is not None else []
@@ -615,7 +654,7 @@ def abstention_section(
     tables = [('Leaving the least sure to a person', _leaf_table(block)), ('Disagreement of the members', _leaf_table(disagreement))]
     if ood: tables.append(('Pictures that show no lesion', _leaf_rows(ood)))
     points = result.curves.get('risk_coverage')
-    pictures = (picture(lambda: plot_risk_coverage(points), 'Risk-coverage curve'),) if points is not None and len(points) else ()
+    pictures = (picture(lambda: plot_risk_coverage(points, block.get('aurc')), 'Risk-coverage curve'),) if points is not None and len(points) else ()
     tables = tuple(t for t in tables if len(t[1]))
     return Section('Abstention', ('TRIPOD+AI 27a',) if ood else (), '' if tables or pictures else NOT_REPORTED, tables, pictures)
 
@@ -628,32 +667,52 @@ def _leaf_rows(block):
             for kind, leaves in block.items() if isinstance(leaves, dict) and 'value' not in leaves}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('kind')
 
+def _group_rows(rows):
+    "A measure of every group: value and gap with intervals."
+    return pd.DataFrame({'by': rows['column'].str.replace('_', ' '), 'group': rows['group'], 'images': rows['n'], 'lesions': rows['n_lesions'],
+                         'value (95 % interval)': rows['text'], 'gap to everyone else': rows['gap_text'], 'verdict': rows['verdict']})
+
 def subgroups_section(
     result:Evaluation,
 ) -> Section:
     "For whom the numbers hold."
     block = result.metrics.get('subgroups') or {}
     if not block: return Section('Groups of patients', (), NOT_REPORTED)
-    tidy = subgroup_table(block)
-    tables = []
-    for metric, rows in tidy.groupby('metric', sort=False):
-        shown = pd.DataFrame({'by': rows['column'].str.replace('_', ' '), 'group': rows['group'], 'images': rows['n'], 'lesions': rows['n_lesions'],
-                              'value (95 % interval)': rows['text'], 'gap to everyone else': rows['gap_text'], 'verdict': rows['verdict']})
-        tables.append((_group_title(metric), shown))
+    tidy, drawn = subgroup_table(block), [m for m in ('malignant.auroc', 'malignant.sensitivity', 'malignant.specificity', 'auroc_macro') if m in gap_metrics(block)]
+    pictures = tuple(picture(lambda: plot_subgroups(block, m, find_leaf(result.card, m)), f'{metric_words(m)} by group, with intervals and gaps to everyone else') for m in drawn)
+    tables = tuple((metric_words(m), _group_rows(tidy[tidy['metric'] == m])) for m in gap_metrics(block) if m not in drawn)
     items = ['TRIPOD+AI 14', 'TRIPOD+AI 23a'] + (['TRIPOD+AI 23b'] if 'source' in block else [])
-    return Section('Groups of patients', tuple(items), gap_words(result), tuple(tables))
+    return Section('Groups of patients', tuple(items), gap_words(result), tables, pictures)
 
 # %% ../../nbs/evaluate/45_page.ipynb #e6b45a52
 def robustness_section(
     result:Evaluation,
 ) -> Section:
     "What is left of it when image or metadata are spoilt."
-    tables = tuple((words, result.curves[name]) for name, words in (('stress_images', 'Spoilt images'), ('stress_metadata', 'Spoilt metadata'))
-                   if result.curves.get(name) is not None and len(result.curves[name]))
-    if not tables: return Section('Robustness', (), NOT_REPORTED)
-    images = result.curves.get('stress_images')
-    pictures = (picture(lambda: plot_stress(images), 'What is lost by kind and grade of spoiling'),) if images is not None and len(images) else ()
-    return Section('Robustness', ('CLAIM 30', 'TRIPOD+AI 27a'), '', tables, pictures)
+    found = {name: result.curves[name] for name in ('stress_images', 'stress_metadata') if result.curves.get(name) is not None and len(result.curves[name])}
+    if not found: return Section('Robustness', (), NOT_REPORTED)
+    words = dict(stress_images='Spoilt images', stress_metadata='Spoilt metadata')
+    pictures = tuple(picture(lambda: plot_stress(table), f'{words[name]}: what is lost, with intervals') for name, table in found.items())
+    tables = tuple((words[name], _stress_rows(table)) for name, table in found.items())
+    return Section('Robustness', ('CLAIM 30', 'TRIPOD+AI 27a'), _stress_words(found), tables, pictures)
+
+# %% ../../nbs/evaluate/45_page.ipynb #01714d04
+def _stress_rows(table):
+    "A stress table for people: of images a row per kind and a column per grade with the AUROC lost; of metadata a row per change."
+    if 'kind' not in table: return _readable(table.drop(columns=['metric', 'method'], errors='ignore').rename(columns=dict(ece_low='ece_change_low', ece_high='ece_change_high')))
+    rows = table[table['kind'] != 'none']
+    text = [_signed(dict(value=None if np.isnan(v) else v, low=low, high=high)) for v, low, high in rows[['drop', 'drop_low', 'drop_high']].astype(float).itertuples(index=False, name=None)]
+    wide = rows.assign(text=text, grade='AUROC lost, grade ' + rows['grade'].astype(str)).pivot(index='kind', columns='grade', values='text')
+    return wide.reindex(rows['kind'].unique()).rename(index=lambda kind: kind.replace('_', ' '))
+
+def _stress_words(found):
+    "What costs most."
+    rows = pd.concat([t.assign(what=t['kind'].str.replace('_', ' ') + ', grade ' + t['grade'].astype(str) if 'kind' in t else t['field'] + ' ' + t['change']) for t in found.values()])
+    rows = rows[rows['drop_low'].astype(float) > 0].sort_values('drop', ascending=False)
+    if not len(rows): return 'Nothing that was tried takes a clear part of the AUROC.'
+    worst = rows.iloc[0]
+    return (f"**Dearest:** {worst['what']}, AUROC {_signed({k: worst[c] for k, c in (('value', 'drop'), ('low', 'drop_low'), ('high', 'drop_high'))})} lost, on "
+            f"{worst['n']:,} images of {worst['n_lesions']:,} lesions; {len(rows)} of the changes tried cost clearly (intervals not corrected for their number).")
 
 # %% ../../nbs/evaluate/45_page.ipynb #5f66d8c0
 def top_losses(
@@ -708,7 +767,7 @@ def failures_section(
     best = result.data.probs.argmax(1)
     worst = int((missed[result.data.targets] & ~missed[best]).sum())
     text = f"{int((best != result.data.targets).sum()):,} of {len(best):,} images are called wrongly; **{worst:,} malignant ones are called benign** by the first guess."
-    tables = (('Most often confused', pairs), ('Surest and wrong, one image of each lesion', losses.drop(columns='loss')))
+    tables = (('Most often confused', _readable(pairs)), ('Surest and wrong, one image of each lesion', _readable(losses.drop(columns='loss'))))
     return Section('Failures', ('CLAIM 39',), text, tables, _failure_gallery(losses, images) if images else ())
 
 # %% ../../nbs/evaluate/45_page.ipynb #2d7daeec
@@ -717,8 +776,8 @@ def limits_section(
 ) -> Section:
     "What these data cannot say."
     text = '\n'.join(f'- {sentence}' for sentence in find_limits(result)) or '- None were found in the numbers; that is no proof that there are none.'
-    said, items = _said(result, 'limits')
-    return Section('Limits', ('CLAIM 40', 'TRIPOD+AI 26', *items), text, (('What was said about tests elsewhere', said),))
+    said, missing, items = _said(result, 'limits')
+    return Section('Limits', ('CLAIM 40', 'TRIPOD+AI 26', *items), text, said, after=missing)
 
 def checklist_table(
     sections, # iterable of Section
@@ -824,15 +883,61 @@ class _Tables:
         "The same as arrays."
         return align_tables(*self.of(rows), self.label_set)
 
+def malignancy_of(
+    data:Aligned, # images
+    label_set:LabelSet, # classes, and which are malignant
+) -> tuple: # malignant (M,) bool, its probability (M,), lesion (M,), of the images whose class is known to be the one or the other
+    "What a threshold of the malignancy probability is about; without rows where nobody says what is malignant."
+    said = np.array([label_set.is_malignant(code) for code in label_set.codes], object)[data.targets]
+    known = np.array([s is not None for s in said])
+    score = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5)
+    return said[known] == True, score[known], data.lesion_ids[known]  # noqa: E712 (said holds True, False and None)
+
+def _threshold_card(data, label_set, threshold, options):
+    "A locked threshold, what it was locked for, and what it brings on other images."
+    value = dict(value=threshold.value, n=threshold.n, n_lesions=threshold.n_lesions) | (dict(reason=threshold.reason) if threshold.reason else {})
+    return dict(threshold=value, target_sensitivity=dict(value=threshold.target, n=threshold.n), validation_sensitivity=threshold.reached,
+                **threshold_scorecard(threshold, *malignancy_of(data, label_set), **options))
+
+def _lock(valid, label_set, target_sensitivity, coverage, abstain_share, options):
+    "Threshold, prediction sets and abstention, locked on validation images."
+    malignant = malignancy_of(valid, label_set)
+    return dict(threshold=lock_threshold(*malignant, target=target_sensitivity, **options) if len(malignant[0]) else None,
+                conformal=fit_conformal('class_conditional', valid.probs, valid.targets, valid.lesion_ids, coverage),
+                abstention=lock_abstention(valid.probs.max(1), valid.lesion_ids, abstain_share))
+
+def decision_cards(
+    data:Aligned, # images that nothing was fitted on
+    label_set:LabelSet, # classes and their order
+    threshold:LockedThreshold|None=None, # of the malignancy probability, from validation
+    conformal:ConformalSets|None=None, # from validation
+    abstention:LockedAbstention|None=None, # rule on the largest probability, from validation
+    costs=None, # (C,C) cost of calling the row's class the column's
+    n_resamples:int=1000, # of the lesion bootstrap
+    seed:int=0, # of the resamples
+) -> dict: # decisions, conformal, abstention, cost: nested leaves, as the page reads them
+    "What locked rules do on images that they were not made from."
+    options = dict(n_resamples=n_resamples, seed=seed)
+    sure, right = data.probs.max(1), data.probs.argmax(1) == data.targets
+    cards = dict(abstention=abstention_scorecard(sure, right, data.lesion_ids, abstention.abstains(sure) if abstention else None, **options))
+    if threshold is not None: cards['decisions'] = _threshold_card(data, label_set, threshold, options)
+    if conformal is not None:
+        promised = dict(value=conformal.coverage, n=len(data.targets))
+        cards['conformal'] = dict(target_coverage=promised) | conformal_scorecard(conformal.sets(data.probs), data.targets, label_set.codes, data.lesion_ids, **options)
+    if costs is not None: cards['cost'] = cost_scorecard(data.targets, data.probs, costs, data.lesion_ids, **options)
+    return cards
+
 def page_curves(
     data:Aligned, # images that were measured
     label_set:LabelSet, # classes and their order
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of the resamples
-) -> dict: # name -> DataFrame: roc, confusion, reliability
+) -> dict: # name -> DataFrame: roc, pr, confusion, reliability, risk_coverage, and decision_curve where malignancy is known
     "The curves that lie beside the page, as `dvc plots` draws them."
-    return dict(roc=roc_points(data.targets, data.probs, label_set), confusion=confusion_points(data.targets, data.probs, label_set),
-                reliability=reliability_points(data.targets, data.probs, data.lesion_ids, n_resamples=n_resamples, seed=seed))
+    options = dict(n_resamples=n_resamples, seed=seed)
+    return dict(roc=roc_points(data.targets, data.probs, label_set), pr=pr_points(data.targets, data.probs, label_set),
+                confusion=confusion_points(data.targets, data.probs, label_set), reliability=reliability_points(data.targets, data.probs, data.lesion_ids, **options),
+                risk_coverage=risk_coverage(data.probs.max(1), data.probs.argmax(1) == data.targets, data.lesion_ids, **options))
 
 def evaluate_tables(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
@@ -845,6 +950,7 @@ def evaluate_tables(
     target_sensitivity:float=.95, # of the malignancy threshold, in (0, 1)
     coverage:float=.9, # of the prediction sets, in (0, 1)
     min_lesions:int=20, # a group with fewer is too small to speak of
+    abstain_share:float=.1, # of the validation lesions, passed on to a person
     identity=None, # BenchmarkId of what was measured, or None
     facts:dict|None=None, # name of `FACTS` -> sentence
     name:str='', # of the data
@@ -859,11 +965,17 @@ def evaluate_tables(
     test = parts.get(part, tables.every)
     data, curves = tables.aligned(test), {}
     valid = tables.aligned(parts['valid']) if part and 'valid' in parts else None
-    kind = ''
+    kind, other = '', None
     if valid is not None:
         choice = choose_calibration(valid.probs, valid.targets, valid.lesion_ids, **options)
         kind, curves['calibration_choice'] = choice.selection.name, choice.selection.table
-        if kind != 'none': measured['calibration'] = calibration_card(data.probs, choice.calibrator(data.probs), data.targets, data.lesion_ids, **options)
+        if kind != 'none':
+            other = choice.calibrator(data.probs)
+            measured['calibration'] = calibration_card(data.probs, other, data.targets, data.lesion_ids, **options)
     measured['subgroups'] = subgroup_scorecard(*tables.of(test), label_set, min_lesions=min_lesions, **options)
-    curves |= page_curves(data, label_set, **options)
-    return Evaluation(measured, curves, facts, label_set, data, tables.labels, part, name, kind)
+    locked = _lock(valid, label_set, target_sensitivity, coverage, abstain_share, options) if valid is not None else {}
+    measured |= decision_cards(data, label_set, **locked, costs=costs, **options)
+    if costs is not None: curves['costs'] = pd.DataFrame(costs, label_set.codes, label_set.codes).rename_axis('diagnosis').reset_index()
+    if identity is not None: measured['benchmark'] = identity.to_dict()
+    curves |= page_curves(data, label_set, **options) | dict(subgroups=subgroup_table(measured['subgroups']))
+    return Evaluation(measured, curves, facts, label_set, data, tables.labels, part, name, kind, other=other)

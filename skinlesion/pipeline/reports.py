@@ -192,7 +192,7 @@ h1 { font-size: 2rem; line-height: 1.2; margin: 1.2rem 0 .4rem } h2 { font-size:
 p, ul, ol { max-width: 46rem } a { color: var(--link) } a:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 blockquote { margin: .4rem 0 1rem; padding: 0; color: var(--soft); font-size: 1.1rem }
 .notice { margin: 0; padding: .55rem .9rem; max-width: none; color: var(--warn); background: var(--warn-wash); border-left: 4px solid currentColor; font-weight: 600 }
-.lead h2 { margin-top: .4rem; border: 0; padding: 0 } .lead p, .lead ul { max-width: none } .lead ul { padding-left: 1.2rem } .lead td, .lead th { padding-top: .2rem; padding-bottom: .2rem }
+p > small:only-child { display: block; margin-top: -.7rem; color: var(--soft) } .lead h2 { margin-top: .4rem; border: 0; padding: 0 } .lead p, .lead ul { max-width: none } .lead ul { padding-left: 1.2rem } .lead td, .lead th { padding-top: .2rem; padding-bottom: .2rem }
 .skip { position: absolute; left: -99rem } .skip:focus { position: static }
 nav ol { list-style: none; padding: 0; margin: .4rem 0; columns: 2 16rem } nav li.l3 { padding-left: 1.2rem; font-size: .93em }
 code, pre { font: .86rem/1.5 ui-monospace, "SFMono-Regular", Consolas, "DejaVu Sans Mono", monospace }
@@ -309,16 +309,16 @@ def write_evaluation(
     result, # `evaluate.page.Evaluation`: what was measured
     out:Path|str, # folder; one that is there is replaced whole
     images=None, # callable image_id -> (H,W,3) uint8 or None, for the failures
-    title:str='Evaluation', # of the page
+    title:str='', # of the page; '' for "Evaluation of" the data's name
     provenance:dict|None=None, # nested: hashes of what was read, versions
 ) -> Path: # `out`
     "Write metrics.json, report.html and the curves; the same evaluation gives the same bytes."
-    sections = result.sections(images)
+    sections, title = result.sections(images), title or f"Evaluation{f' of {result.name}' if result.name else ''}"
     with scratch_folder(out) as scratch:
         write_json(scratch/'metrics.json', result.metrics)
         for name, table in result.curves.items():
             atomic_write(scratch/f'{name}.csv', table.to_csv(index=False, float_format='%.8g', lineterminator='\n'))
-        write_page(sections, scratch/'report.html', title, 'How good, on whom, how sure, and what nobody reported?', provenance)
+        write_page(sections, scratch/'report.html', title, provenance=provenance)
     return Path(out)
 
 # %% ../../nbs/pipeline/72_reports.ipynb #d228eb62
