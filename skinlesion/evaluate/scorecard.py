@@ -16,6 +16,7 @@ import pandas as pd
 from ..taxonomy import LABEL_SETS, LabelSet, comparable, get_label_set, nearest
 from ..files import atomic_write, read_json
 from ..data.schema import read_table
+from .decisions import expected_cost
 from .metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, weighted_metrics
 from .intervals import (delong, format_leaf, interval_leaf, lesion_weights, newcombe_interval, paired_leaf,
                                            share_leaf, wilson_interval)
@@ -272,20 +273,20 @@ class _Scorer:
         "The images `mask` (N,) bool."
         return _Units(int(mask.sum()), int((np.bincount(self.codes[mask]) > 0).sum()))
 
-    def leaf(self, metric, column, units, reason='', exact=None):
-        "A leaf of the values (1+R,) of `metric` on the data and in the resamples; `exact` is the interval for a value on which every resample agrees."
-        return interval_leaf(column[0], column[1:], *units, reason, exact, self.method, metric.interval)
+    def leaf(self, column, units, reason='', exact=None, kind='percentile'):
+        "A leaf of a metric's values (1+R,) on the data and in the resamples; `exact` is the interval for a value on which every resample agrees."
+        return interval_leaf(column[0], column[1:], *units, reason, exact, self.method, kind)
 
     def share(self, column, units, reason=''):
         "A leaf for a share, by Wilson's interval where each lesion counts once."
         leaf = share_leaf(column[0], column[1:], *units, reason, self.method)
         return leaf | dict(method=leaf['method'] + self.alone) if leaf['method'].startswith('Wilson') else leaf
 
-    def area(self, metric, column, units, positives, negatives, reason=''):
+    def area(self, column, units, positives, negatives, reason=''):
         "A leaf for an AUROC of `positives` among `units`."
-        if column[0] not in (0, 1): return self.leaf(metric, column, units, reason)
+        if column[0] not in (0, 1): return self.leaf(column, units, reason)
         exact = newcombe_interval(column[0], positives.n_lesions, negatives.n_lesions)
-        return self.leaf(metric, column, units, reason, (*exact, 'Newcombe method 5 over lesions, perfectly ranked'))
+        return self.leaf(column, units, reason, (*exact, 'Newcombe method 5 over lesions, perfectly ranked'))
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #e8e942dd
 def malignancy_probability(
@@ -309,10 +310,10 @@ def _binary_leaves(scorer, columns, positive, called, every, none, all_, word):
     absent = next((empty[k] for k in ('positives', 'negatives') if not units[k].n), 'undefined')
     leaves = dict(n=dict(value=units['positives'].n, n=units['all'].n))
     for name, column in columns.items():
-        over, metric = SHARES.get(name), METRICS[PER_CLASS.get(name, name)]
+        over = SHARES.get(name)
         if over: leaves[name] = scorer.share(column, units[over], empty[over])
-        elif name == 'auroc': leaves[name] = scorer.area(metric, column, units['all'], units['positives'], units['negatives'], absent)
-        else: leaves[name] = scorer.leaf(metric, column, units['all'], absent)
+        elif name == 'auroc': leaves[name] = scorer.area(column, units['all'], units['positives'], units['negatives'], absent)
+        else: leaves[name] = scorer.leaf(column, units['all'], absent, kind=METRICS[PER_CLASS.get(name, name)].interval)
     return leaves
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #19e09141
@@ -342,7 +343,7 @@ def _whole_leaves(scorer, metrics, label_set):
     absent = [code for code, n in zip(label_set.codes, counts) if not n]
     reason = f"no image of class {', '.join(absent)}; a mean over the other classes would be another metric" if absent else 'undefined: all answers are the same class'
     if (counts > 0).sum() == 1: reason = f"every image is of class {label_set.codes[counts.argmax()]}"
-    return {name: scorer.share(metrics[name], every) if name in SHARES else scorer.leaf(METRICS[name], metrics[name], every, reason) for name in WHOLE}
+    return {name: scorer.share(metrics[name], every) if name in SHARES else scorer.leaf(metrics[name], every, reason, kind=METRICS[name].interval) for name in WHOLE}
 
 def scorecard(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
@@ -351,12 +352,15 @@ def scorecard(
     n_resamples:int=1000, # lesion-bootstrap resamples; 0 for no intervals
     seed:int=0, # of the resamples
     stratified:bool=False, # whether each resample holds as many lesions of each class as the data
+    costs:np.ndarray|None=None, # (C,C) cost of calling the row's class the column's; None leaves expected_cost out
 ) -> dict: # metrics of the whole by name; per_class: code -> leaves; malignant: leaves at a threshold of one half
     "Every metric of a system with its 95 % interval; rows may come in any order."
     data = align_tables(predictions, labels, label_set)
     scorer = _Scorer(data, n_resamples, seed, stratified)
     metrics = weighted_metrics(data.targets, data.probs, scorer.weights, lesion_ids=scorer.codes)
-    return _whole_leaves(scorer, metrics, label_set) | dict(
+    whole = _whole_leaves(scorer, metrics, label_set)
+    if costs is not None: whole['expected_cost'] = scorer.leaf(expected_cost(data.targets, data.probs, costs, scorer.weights), scorer.units(data.targets >= 0))
+    return whole | dict(
         per_class={code: _class_leaves(scorer, c, code, metrics) for c, code in enumerate(label_set.codes)},
         malignant=_malignant_leaves(scorer, label_set))
 
