@@ -139,76 +139,89 @@ def _measures(data, label_set, groups, n_groups, weights, threshold):
 class _Side:
     "One side of a gap, the group or everyone else, under one metric."
     def __init__(self, measure, samples, where, lesions, least, method):
-        self.measure, self.samples, self.method = measure, samples, method
+        self.measure, self.value, self.samples, self.method = measure, samples[0], samples[1:], method
         self.lesions = lambda rows: len(np.unique(lesions[rows & where]))
         self.n, self.n_lesions = int((measure.units & where).sum()), self.lesions(measure.units)
         few = [(self.lesions(rows), words) for rows, words in measure.counted]
         self.few = next((f"too few to say: {n} {words}lesion{'' if n == 1 else 's'}, at least {least} are asked for" for n, words in few if n < least), '')
-        self.agreed = not self.few and self.samples[0] in (0., 1.) and measure.kind != 'mean'
+        self.known = not self.few and not np.isnan(self.value)
+        self.agreed = self.known and self.value in (0., 1.) and measure.kind != 'mean'
 
     def leaf(self):
         "The figure with its interval, or why there is none."
-        value = np.nan if self.few else self.samples[0]
-        return interval_leaf(value, self.samples[1:], self.n, self.n_lesions, self.few or self.measure.undefined, self.exact(), self.method)
+        value = np.nan if self.few else self.value
+        return interval_leaf(value, self.samples, self.n, self.n_lesions, self.few or self.measure.undefined, self.exact(), self.method)
 
     def exact(self):
         "The interval for a figure on which every resample agrees."
         if not self.agreed: return None
-        if self.measure.kind == 'share': return *wilson_interval(self.samples[0], self.n_lesions), 'Wilson over lesions, all alike'
+        if self.measure.kind == 'share': return *wilson_interval(self.value, self.n_lesions), 'Wilson over lesions, all alike'
         sizes = [self.lesions(rows) for rows, _ in self.measure.counted]
-        return *newcombe_interval(self.samples[0], *sizes), 'Newcombe method 5 over lesions, perfectly ranked'
+        return *newcombe_interval(self.value, *sizes), 'Newcombe method 5 over lesions, perfectly ranked'
 
-# %% ../../nbs/evaluate/41_subgroups.ipynb #3f7be339
+    def limits(self, level):
+        "Value and limits at any level, from the standard error over the resamples."
+        error = np.nanstd(self.samples)
+        if self.measure.kind == 'mean': return dict(value=self.value, low=self.value - error * ndtri((1 + level) / 2), high=self.value + error * ndtri((1 + level) / 2))
+        size = self.value * (1 - self.value) / error**2 if error > 0 else np.inf
+        return dict(zip(('value', 'low', 'high'), (self.value, *wilson_interval(self.value, min(size, self.n_lesions), level))))
+
+# %% ../../nbs/evaluate/41_subgroups.ipynb #d33fcff5
 def _gap_leaf(group, rest):
     "The group minus everyone else."
     few = group.few or rest.few and f'in all other groups: {rest.few}'
     if not rest.n: few = 'every image is in this group'
     first, second = group.leaf(), rest.leaf()
     undefined = few or first.get('reason') or f"in all other groups: {second.get('reason')}"
-    value = np.nan if few else group.samples[0] - rest.samples[0]
-    method = group.method.replace('bootstrap', 'bootstrap of the difference')
-    exact, known = None, all(leaf['low'] is not None for leaf in (first, second))
-    samples = group.samples[1:] - rest.samples[1:]
-    if (group.agreed or rest.agreed) and known and not np.isnan(value):
+    value, samples, exact = np.nan if few else group.value - rest.value, group.samples - rest.samples, None
+    if (group.agreed or rest.agreed) and not np.isnan(value) and first['low'] is not None and second['low'] is not None:
         exact = *combined_limits(first, second), 'limits of both sides combined (Newcombe 1998), one side being all alike'
-        samples = np.full(len(samples), value)
+        samples = np.full(len(samples), value) # so that the bootstrap is not asked
+    method = group.method.replace('bootstrap', 'bootstrap of the difference')
     return interval_leaf(value, samples, group.n + rest.n, group.n_lesions + rest.n_lesions, undefined, exact, method)
 
-def _judge(leaves, level=.05):
-    "Add to each gap whether it stands out among all of them."
-    known = [leaf for leaf in leaves if leaf['value'] is not None and leaf['low'] is not None]
-    stretch = ndtri(1 - level / 2 / max(1, len(known))) / ndtri(1 - level / 2)
-    for leaf in leaves:
-        leaf['verdict'] = 'not distinguishable' if any(leaf is other for other in known) else 'too few to say'
-        if leaf['verdict'] == 'too few to say': continue
-        leaf['gaps'] = len(known)
-        if leaf['value'] - stretch * (leaf['value'] - leaf['low']) > 0: leaf['verdict'] = 'higher'
-        if leaf['value'] + stretch * (leaf['high'] - leaf['value']) < 0: leaf['verdict'] = 'lower'
+def _verdict(group, rest, gaps, level=.05):
+    "Whether a gap stands out among `gaps` of them."
+    low, high = combined_limits(*(side.limits(1 - level / gaps) for side in (group, rest)))
+    return 'higher' if low > 0 else 'lower' if high < 0 else 'not distinguishable'
 
-# %% ../../nbs/evaluate/41_subgroups.ipynb #d33fcff5
+def _judged_gaps(pairs):
+    "The gap leaves of one metric, each with its verdict; `pairs` are the sides, (group, rest)."
+    found = [_gap_leaf(*pair) for pair in pairs]
+    known = [leaf['value'] is not None and leaf['low'] is not None for leaf in found]
+    for leaf, pair, said in zip(found, pairs, known):
+        leaf |= dict(verdict=_verdict(*pair, sum(known)), gaps=sum(known)) if said else dict(verdict='too few to say')
+    return found
+
+# %% ../../nbs/evaluate/41_subgroups.ipynb #0ecd3aca
 def _put(card, name, leaf):
     "Store a leaf under a dotted name."
     *path, last = name.split('.')
     for key in path: card = card.setdefault(key, {})
     card[last] = leaf
 
-def _column_card(data, label_set, words, column, weights, lesions, min_lesions, threshold, method):
-    "The card of one column: group -> leaves."
-    names = ordered_groups(words, column)
+def _column_sides(data, label_set, words, column, weights, lesions, min_lesions, threshold, method):
+    "(column, group, metric) -> the group and everyone else."
+    names, sides = ordered_groups(words, column), {}
     groups = np.array([names.index(word) for word in words])
-    measures = _measures(data, label_set, groups, len(names), weights, threshold)
-    card = {}
-    for g, name in enumerate(names):
-        inside = groups == g
-        cell = card[name] = dict(n=dict(value=int(inside.sum()), n=len(inside), n_lesions=len(np.unique(lesions[inside]))))
-        for metric, measure in measures.items():
-            own, rest = (_Side(measure, samples[:, g], where, lesions, min_lesions, method)
-                         for samples, where in ((measure.inside, inside), (measure.outside, ~inside)))
-            _put(cell, metric, own.leaf())
-            _put(cell, f'gap.{metric}', _gap_leaf(own, rest))
+    for metric, measure in _measures(data, label_set, groups, len(names), weights, threshold).items():
+        for g, name in enumerate(names):
+            both = ((measure.inside, groups == g), (measure.outside, groups != g))
+            sides[column, name, metric] = tuple(_Side(measure, samples[:, g], where, lesions, min_lesions, method) for samples, where in both)
+    return sides
+
+def _as_card(sides, words, lesions):
+    "The sides as nested leaves."
+    card = {column: {name: dict(n=dict(value=int((found == name).sum()), n=len(found), n_lesions=len(np.unique(lesions[found == name]))))
+                     for name in ordered_groups(found, column)} for column, found in words.items()}
+    for metric in dict.fromkeys(metric for _, _, metric in sides):
+        keys = [key for key in sides if key[2] == metric]
+        for (column, name, _), gap in zip(keys, _judged_gaps([sides[key] for key in keys])):
+            _put(card[column][name], metric, sides[column, name, metric][0].leaf())
+            _put(card[column][name], f'gap.{metric}', gap)
     return card
 
-# %% ../../nbs/evaluate/41_subgroups.ipynb #0ecd3aca
+# %% ../../nbs/evaluate/41_subgroups.ipynb #74998488
 def subgroup_scorecard(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
     labels:pd.DataFrame, # image_id, diagnosis, lesion_id, and what to group by: age, sex, site, skin_tone, source, any column of few words
@@ -226,12 +239,11 @@ def subgroup_scorecard(
     columns = [c for c in SUBGROUPS if _source_column(labels, c)] if columns is None else columns
     words = {column: group_words(labels, column)[row] for column in columns}
     lesions = pd.factorize(data.lesion_ids, sort=True)[0]
-    once = np.ones((1, len(lesions)), np.int16)
-    weights = np.concatenate([once, lesion_weights(lesions, n_resamples, seed)])
-    method = f'percentile lesion bootstrap, seed {seed}'
-    card = {column: _column_card(data, label_set, found, column, weights, lesions, min_lesions, threshold, method) for column, found in words.items()}
-    for metric in gap_metrics(card): _judge([leaf_at(cell['gap'], metric) for groups in card.values() for cell in groups.values()])
-    return card
+    weights = np.concatenate([np.ones((1, len(lesions)), np.int16), lesion_weights(lesions, n_resamples, seed)])
+    settings = weights, lesions, min_lesions, threshold, f'percentile lesion bootstrap, seed {seed}'
+    sides = {}
+    for column, found in words.items(): sides |= _column_sides(data, label_set, found, column, *settings)
+    return _as_card(sides, words, lesions)
 
 # %% ../../nbs/evaluate/41_subgroups.ipynb #18db8b8e
 def leaf_at(
