@@ -164,10 +164,10 @@ def strangeness(
     if score not in STRANGENESS: raise ValueError(f"score {score!r} is not known; choose one of {', '.join(STRANGENESS)}.{nearest(str(score), STRANGENESS)}")
     probs = check_probs(probs)
     if score == 'lac': return 1 - probs
-    order = np.argsort(-probs, axis=1, kind='stable')
-    mass = np.empty_like(probs)
-    np.put_along_axis(mass, order, np.take_along_axis(probs, order, 1).cumsum(1).clip(max=1), 1)
-    return mass
+    order, before = np.argsort(-probs, axis=1, kind='stable'), np.zeros_like(probs)
+    mass = np.take_along_axis(probs, order, 1).cumsum(1)[:, :-1].clip(max=1)     # of the classes before each but the first
+    np.put_along_axis(before, order[:, 1:], mass, 1)
+    return before
 
 # %% ../../nbs/evaluate/35_decisions.ipynb #77b02b9d
 def _lesion_votes(lesion_ids):
