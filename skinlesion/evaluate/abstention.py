@@ -211,30 +211,39 @@ def energy(
 # %% ../../nbs/evaluate/36_abstention.ipynb #86662fb5
 @dataclass(frozen=True, eq=False)
 class Mahalanobis:
-    "A linear map after which each class is a round cloud of spread 1, and the centres of the clouds."
-    projection:np.ndarray # (K,D) float64
-    offset:np.ndarray # (K,) float64
-    centres:np.ndarray # (C,K) float64, of the classes that had pictures
+    "Class centres and spread of the features of lesions, fitted by `fit_mahalanobis`."
+    mean:np.ndarray # (D,) of the features
+    scale:np.ndarray # (D,) what they are divided by
+    axes:np.ndarray # (K,D) orthonormal rows: the principal components
+    whitener:np.ndarray # (K,K) after it the spread within a class is 1 in every direction
+    centres:np.ndarray # (C,K) of the classes that had pictures, after the whitener
+    rest:float # variance in each direction outside of the axes; 0 where there is none
+    normalised:bool=True # features are brought to length 1 first
 
     def __post_init__(self):
-        for name in ('projection', 'offset', 'centres'): object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
-        K = len(self.offset) if self.offset.ndim == 1 else -1
-        if self.projection.ndim != 2 or self.centres.ndim != 2 or not len(self.projection) == self.centres.shape[1] == K or not len(self.centres):
-            raise ValueError(f"Mahalanobis: shapes do not fit: projection {self.projection.shape}, offset {self.offset.shape}, centres {self.centres.shape}; (K,D), (K,) and (C,K) are expected")
+        for name in ('mean', 'scale', 'axes', 'whitener', 'centres'): object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
+        K, D = self.axes.shape if self.axes.ndim == 2 else (0, 0)
+        shapes = dict(mean=(D,), scale=(D,), whitener=(K, K), centres=(len(self.centres) if self.centres.ndim else 0, K))
+        off = [name for name, shape in shapes.items() if getattr(self, name).shape != shape or not K or not len(self.centres)]
+        if off: raise ValueError(f"Mahalanobis, {off[0]}: shape {getattr(self, off[0]).shape} does not fit axes of shape {self.axes.shape}")
+        if not (self.scale > 0).all() or not self.rest >= 0: raise ValueError("Mahalanobis: scale must be above 0 everywhere, and rest at least 0")
 
     def score(self,
         features:np.ndarray, # (N,D) as in the fit
     ) -> np.ndarray: # (N,) distance to the nearest centre, at least 0; higher is stranger
         "How far each picture lies from the nearest class."
         features = np.asarray(features, np.float64)
-        if features.ndim != 2 or features.shape[1] != self.projection.shape[1]:
-            raise ValueError(f"features have shape {features.shape}; this detector reads (N, {self.projection.shape[1]}), what the head of its member reads")
-        placed = features @ self.projection.T + self.offset
-        return np.sqrt(((placed[:, None] - self.centres) ** 2).sum(2)).min(1)
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features have shape {features.shape}; this detector reads (N, {len(self.mean)}), what the head of its member reads")
+        steps = ((_unit(features) if self.normalised else features) - self.mean) / self.scale
+        placed = steps @ self.axes.T
+        near = ((placed @ self.whitener.T)[:, None] - self.centres) ** 2
+        outside = np.maximum((steps**2).sum(1) - (placed**2).sum(1), 0) / self.rest if self.rest else 0
+        return np.sqrt(near.sum(2).min(1) + outside)
 
-    def to_dict(self) -> dict: # plain JSON values: nested lists at the six digits of the fit
+    def to_dict(self) -> dict: # plain JSON values: nested lists at the digits of the fit
         "What `from_dict` reads back."
-        return {name: value.tolist() for name, value in vars(self).items()}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls,
@@ -244,43 +253,57 @@ class Mahalanobis:
         return _read(cls, values)
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #349b7791
+def _unit(features):
+    "Features at length 1; a vector of zeros stays."
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
 def _standardiser(features):
     "Mean and deviation of each feature; a deviation is at least a hundredth of the mean one, so that a dead feature does not shout."
     scale = features.std(0)
-    if not scale.any(): raise ValueError("features are the same for every picture; there is nothing to measure a distance by")
+    if not scale.max() > 1e-12: raise ValueError("features are the same for every picture; there is nothing to measure a distance by")
     return features.mean(0), np.maximum(scale, scale.mean() / 100)
 
-def _six(values):
-    "Numbers at six significant digits, half the length in a file; what is stored is what is applied."
-    return np.array([float(f'{x:.6g}') for x in np.ravel(values)]).reshape(np.shape(values))
+def _whitener(residuals):
+    "A matrix (K,K) after which the shrunk covariance of the residuals is the identity."
+    from sklearn.covariance import ledoit_wolf # only fits need it
+    values, vectors = np.linalg.eigh(ledoit_wolf(residuals, assume_centered=True)[0])
+    if not values.max() > 1e-12: raise ValueError("the features of a class are all alike; there is no spread to measure a distance by")
+    return (vectors / np.sqrt(np.maximum(values, 1e-9 * values.max()))).T
 
-def fit_mahalanobis(
-    features:np.ndarray, # (N,D) of pictures with a known class: what the primary head of one member reads
-    targets:np.ndarray, # (N,) int, their class
-    dims:int=32, # principal components kept, at most
-) -> Mahalanobis:
-    "Class centres and the covariance they share, in the first principal components."
+def _seven(values):
+    "Numbers at seven significant digits, as float32 has them; what is stored is what is applied."
+    return np.array([float(f'{x:.7g}') for x in np.ravel(values)]).reshape(np.shape(values))
+
+# %% ../../nbs/evaluate/36_abstention.ipynb #02c60a81
+def _check_fit(features, targets, dims):
+    "Features, classes in order and the class of each picture; an error where no spread can be told."
     features, targets = np.asarray(features, np.float64), np.asarray(targets)
     if features.ndim != 2 or targets.shape != (len(features),): raise ValueError(f"features have shape {features.shape}, targets {targets.shape}; give (N, D) and (N,)")
     if not np.isfinite(features).all(): raise ValueError(f"features[{np.argwhere(~np.isfinite(features))[0].tolist()}] is not a finite number")
     if dims < 1: raise ValueError(f"dims is {dims}; keep at least 1 component")
     classes, member = np.unique(targets, return_inverse=True)
     if len(features) < len(classes) + 2: raise ValueError(f"{len(features)} pictures of {len(classes)} class(es) say nothing of the spread within a class; give at least {len(classes) + 2}")
-    mean, scale = _standardiser(features)
-    _, strength, axes = np.linalg.svd((features - mean) / scale, full_matrices=False)
-    axes = axes[:min(dims, (strength > 1e-6 * strength[0]).sum())]
-    placed = (features - mean) / scale @ axes.T
-    centres = np.stack([placed[member == c].mean(0) for c in range(len(classes))])
-    whiten = _whitener(placed - centres[member])
-    projection = whiten @ axes / scale
-    return Mahalanobis(_six(projection), _six(-projection @ mean), _six(centres @ whiten.T))
+    return features, classes, member
 
-def _whitener(residuals):
-    "A matrix (K,K) after which the shrunk covariance of the residuals is the identity."
-    from sklearn.covariance import ledoit_wolf # only fits need it
-    values, vectors = np.linalg.eigh(ledoit_wolf(residuals, assume_centered=True)[0])
-    if not values.max() > 0: raise ValueError("the features of a class are all alike; there is no spread to measure a distance by")
-    return (vectors / np.sqrt(np.maximum(values, 1e-9 * values.max()))).T
+def fit_mahalanobis(
+    features:np.ndarray, # (N,D) of pictures with a known class: what the primary head of one member reads
+    targets:np.ndarray, # (N,) int, their class
+    dims:int=32, # principal components in which the classes are told apart, at most; at most one for every ten pictures
+    normalise:bool=True, # bring the features of each picture to length 1 first
+) -> Mahalanobis:
+    "Class centres, the covariance they share in the first principal components, and one variance for all other directions."
+    features, classes, member = _check_fit(features, targets, dims)
+    if normalise: features = _unit(features)
+    mean, scale = _standardiser(features)
+    steps = (features - mean) / scale
+    _, strength, axes = np.linalg.svd(steps, full_matrices=False)
+    keep = min(dims, max(1, (len(features) - len(classes)) // 10), int((strength > 1e-6 * strength[0]).sum()))
+    axes, directions = axes[:keep], steps.shape[1] - keep
+    placed = steps @ axes.T
+    centres = np.stack([placed[member == c].mean(0) for c in range(len(classes))])
+    whitener = _whitener(placed - centres[member])
+    rest = (strength[keep:]**2).sum() / len(steps) / directions if directions else 0.
+    return Mahalanobis(*map(_seven, (mean, scale, axes, whitener, centres @ whitener.T)), float(_seven(rest if rest > 1e-9 else 0.)), bool(normalise))
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #1f7b935d
 def crossfit_mahalanobis(
