@@ -17,31 +17,34 @@ from fastcore.basics import patch
 from ..colour import prepare_image
 from ..data.metadata import parse_age
 from ..data.schema import read_table
-from ..evaluate.ensemble import mean_ensemble, member_disagreement
-from ..evaluate.scorecard import malignancy_probability, probability_columns
-from ..explain.cam import check_method, compute_cam, default_layer, find_layer, target_layers
+from ..evaluate.policy import Policy, ask, check_models, malignancy_score
 from ..images import ImageError, normalise, read_image
-from ..model.bundle import load_bundle, mean_fits, mean_heads, predict_heads
-from ..model.heads import PRIMARY
+from ..model.bundle import BundleError, load_bundle, member_of
 from ..taxonomy import DISCLAIMER, nearest, parse_sex, parse_site
-from ..views import view_names
 
 # %% ../../nbs/use/55_predict.ipynb #d85dabf8
 @dataclass(frozen=True)
 class Prediction:
-    "What the ensemble says about one picture."
+    "What the ensemble says about one picture; where it abstains, only what it would have said."
     image_id:str # of the picture; '' where it has none
-    probabilities:dict # code -> probability; they sum to 1
+    probabilities:dict # code -> calibrated probability; they sum to 1
     predicted:str # the code with the largest probability
     confidence:float # that probability
     malignancy:float|None # probability of a malignant class; None where the label set does not say
-    disagreement:float # of all models, each fit of a member being one: mean total variation distance from their mean, [0, 1)
+    disagreement:float # of the members, the fits of one being averaged: mean total variation distance from their mean, [0, 1)
     bundle_id:str # which bundle said so
     heads:dict=field(default_factory=dict) # what else the ensemble answers, uncalibrated: head -> level -> probability; empty where there is nothing else
+    prediction_set:tuple|None=None # codes that stay possible at `coverage`, in the order of the label set; may be empty; None where the bundle has no such sets
+    coverage:float|None=None # share of lesions whose set was promised to hold the true class
+    abstain:bool=False # whether the bundle gives no answer: the rest is then not to be acted on
+    abstain_reason:str='' # why
+    flagged:bool|None=None # whether malignancy, among the classes of which it is known, reaches `threshold`; None without a threshold or a malignancy
+    threshold:float|None=None # locked on validation for a stated sensitivity
 
     def to_dict(self) -> dict: # plain JSON values, the disclaimer among them
         "The answer as JSON holds it."
-        return asdict(self) | dict(disclaimer=DISCLAIMER)
+        found = asdict(self) | dict(disclaimer=DISCLAIMER)
+        return found | dict(prediction_set=None if self.prediction_set is None else list(self.prediction_set))
 
 # %% ../../nbs/use/55_predict.ipynb #1c734e28
 def malignancy_of(
@@ -50,7 +53,7 @@ def malignancy_of(
 ) -> float|None: # in [0, 1]; None where it cannot be said
     "Probability of a malignant class."
     if label_set.is_malignant(label_set.codes[int(np.argmax(probs))]) is None: return None
-    return float(malignancy_probability(np.asarray(probs)[None], label_set)[0])
+    return float(malignancy_score(label_set, np.asarray(probs)[None])[0])
 
 # %% ../../nbs/use/55_predict.ipynb #9826ff8e
 METADATA_COLUMNS = ('image_id', 'age', 'sex', 'site')
@@ -89,14 +92,14 @@ def image_ids(
 
 # %% ../../nbs/use/55_predict.ipynb #c8fb0963
 class Predictor:
-    "A bundle, ready to answer; the one way from a picture to probabilities and maps."
+    "A bundle, ready to answer; the one way from a picture to probabilities, decisions and maps."
     def __init__(self,
         bundle_dir:Path|str, # folder of a bundle; every hash in it is checked first
         views:str|None=None, # one of views.VIEW_SETS; None for what the bundle states
     ):
         self.bundle = load_bundle(bundle_dir)
-        self.views = self.bundle.views if views is None else views
-        view_names(self.views)
+        self.policy = _policy(self.bundle, views, Path(bundle_dir)/'bundle.json')
+        self.views = self.policy.views
         self.label_set, self.bundle_id, self.members = self.bundle.label_set, self.bundle.bundle_id, self.bundle.members
         self._layers = {} # member -> names, found once
 
@@ -115,6 +118,7 @@ class Predictor:
         member:int|str=0, # position or name
     ) -> list: # of str, shallow to deep
         "Layers of a member that maps can be made at."
+        from skinlesion.explain.cam import target_layers # with what it needs, seconds that only maps are worth
         found = self.member(member)
         if found.name not in self._layers: self._layers[found.name] = list(target_layers(found.model))
         return self._layers[found.name]
@@ -123,7 +127,23 @@ class Predictor:
         member:int|str=0, # position or name
     ) -> str: # one of `layers(member)`
         "The layer of maps for which none is named, the same as in the reports."
+        from skinlesion.explain.cam import default_layer
         return default_layer(self.member(member).model, (self.bundle.image_size,) * 2)
+
+# %% ../../nbs/use/55_predict.ipynb #6c41e821
+def _policy(bundle, views, where):
+    "The policy of a bundle; `BundleError` where it is not for these models."
+    members = list(dict.fromkeys(map(member_of, bundle.names)))
+    if bundle.policy is None: return Policy.plain(members, bundle.label_set.num_classes, bundle.views if views is None else views)
+    try:
+        policy = Policy.from_dict(bundle.policy)
+        check_models(bundle.names, policy)
+        if policy.combiner.num_classes != bundle.label_set.num_classes:
+            raise ValueError(f"the policy is for {policy.combiner.num_classes} classes, but label set '{bundle.label_set.name}' has {bundle.label_set.num_classes}")
+    except ValueError as e: raise BundleError(f"{where}: {e}; export the bundle anew") from e
+    if views not in (None, policy.views):
+        raise ValueError(f"views '{views}' is asked for, but this bundle was calibrated and its thresholds were locked with views '{policy.views}'; leave views out")
+    return policy
 
 # %% ../../nbs/use/55_predict.ipynb #30c95ca3
 def as_image(
@@ -144,13 +164,16 @@ def _inputs(self, image, age, sex, site):
 def _answer(self, image, age, sex, site, image_id):
     "A `Prediction` for a picture that has been read."
     pixels, metadata = _inputs(self, image, age, sex, site)
-    found, names = [predict_heads(m.model, pixels, metadata, views=self.views) for m in self.members], self.member_names
-    fits = [answer[PRIMARY] for answer in found]
-    probs, codes = mean_ensemble(list(mean_fits(names, fits).values()))[0], self.label_set.codes
-    best, specs = int(probs.argmax()), self.bundle.head_specs
-    heads = {head: dict(zip(specs[head].levels, values[0].tolist())) for head, values in mean_heads(names, found).items()}
-    return Prediction(image_id, {c: float(p) for c, p in zip(codes, probs)}, codes[best], float(probs[best]),
-                      malignancy_of(self.label_set, probs), float(member_disagreement(fits)[0]), self.bundle_id, heads)
+    said, specs, policy = ask(self.members, self.policy, pixels, metadata), self.bundle.head_specs, self.policy
+    row = policy.answer(said.members, self.label_set, said.strangeness).to_dict('records')[0]
+    return Prediction(
+        image_id, {code: row[f'p_{code}'] for code in self.label_set.codes}, row['predicted'], row['confidence'],
+        None if np.isnan(row['malignancy']) else row['malignancy'], row['disagreement'], self.bundle_id,
+        {head: dict(zip(specs[head].levels, values[0].tolist())) for head, values in said.heads.items()},
+        prediction_set=None if policy.conformal is None else tuple(row['prediction_set'].split()),
+        coverage=None if policy.conformal is None else policy.conformal.coverage,
+        abstain=row['abstain'], abstain_reason=row['abstain_reason'], flagged=row['flagged'],
+        threshold=None if policy.threshold is None else policy.threshold.value)
 
 # %% ../../nbs/use/55_predict.ipynb #72e37f8b
 @patch
@@ -182,8 +205,10 @@ def _row(answer):
     "A prediction as a row of the predictions table."
     probs = {f'p_{code}': p for code, p in answer.probabilities.items()}
     heads = {f'{head}.{level}': p for head, levels in answer.heads.items() for level, p in levels.items()}
+    words = None if answer.prediction_set is None else ' '.join(answer.prediction_set)
     return dict(image_id=answer.image_id, **probs, predicted=answer.predicted, confidence=answer.confidence,
-                malignancy=answer.malignancy, disagreement=answer.disagreement, bundle_id=answer.bundle_id, **heads)
+                malignancy=answer.malignancy, disagreement=answer.disagreement, prediction_set=words, abstain=answer.abstain,
+                abstain_reason=answer.abstain_reason, flagged=answer.flagged, bundle_id=answer.bundle_id, **heads)
 
 # %% ../../nbs/use/55_predict.ipynb #852b43a8
 @patch
@@ -192,7 +217,7 @@ def predict_many(self:Predictor,
     metadata:pd.DataFrame|None=None, # image_id, age, sex, site, a row for each picture; None where nothing is known
     skip_bad:bool=False, # leave out pictures that cannot be read; they are listed in `.attrs['skipped']`
     progress=None, # called with (done, total) after each picture
-) -> pd.DataFrame: # the predictions table: image_id, p_<code>, predicted, confidence, malignancy, disagreement, bundle_id, <head>.<level>
+) -> pd.DataFrame: # the predictions table: image_id, p_<code>, predicted, confidence, malignancy, disagreement, prediction_set, abstain, abstain_reason, flagged, bundle_id, <head>.<level>
     "Answer for many pictures, exactly as `predict` answers for each."
     paths = [Path(p) for p in paths]
     if not paths: raise ValueError("no images given; name at least one file")
@@ -222,6 +247,7 @@ def explain(self:Predictor,
     member:int|str=0, # position or name of the member to explain
 ) -> np.ndarray: # (image_size,image_size) float32 in [0, 1]; `overlay` stretches it over the picture
     "Where one member sees evidence for a class."
+    from skinlesion.explain.cam import check_method, compute_cam, find_layer
     check_method(method)
     model = self.member(member).model
     code = self.label_set.parse(target) if target else None
