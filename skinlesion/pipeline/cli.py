@@ -6,7 +6,8 @@
 __all__ = ['app', 'imports', 'error_text', 'SentenceGroup', 'main', 'word_map', 'import_folders', 'import_table', 'import_hub',
            'import_merged', 'image_shape', 'import_synthetic', 'read_split_table', 'findings_text', 'audit',
            'own_tree_command', 'run', 'models_text', 'models', 'find_images', 'check_place', 'predict', 'explain',
-           'serve', 'verify_path', 'verify', 'metrics_text', 'metrics']
+           'share_split', 'narrow_tables', 'check_out', 'evaluation_text', 'evaluate', 'compare', 'serve',
+           'verify_path', 'verify', 'metrics_text', 'metrics']
 
 # %% ../../nbs/pipeline/75_cli.ipynb #3fc10457
 import os
@@ -563,6 +564,159 @@ def _explain(image, bundle, out, metadata, method, layer, target, member, opacit
     bare = '; nothing stood out, so the picture is bare' if is_flat(cam) else ''
     _say(f"{out}: {CAM_NAMES[method]} of member {predictor.member(member or 0).name} at {layer or predictor.default_layer(member or 0)}, {shown}{bare}")
     _say(f'bundle {predictor.bundle_id}. {DISCLAIMER}')
+
+# %% ../../nbs/pipeline/75_cli.ipynb #a76858e2
+def share_split(
+    predictions, # DataFrame: image_id, optional split
+    labels, # DataFrame: image_id, optional split
+): # -> the labels, with the column split where either table says it; '' for an image of which neither does
+    "One column `split` of two."
+    if 'split' not in predictions: return labels.assign(split=labels['split'].fillna('').astype(str)) if 'split' in labels else labels
+    said = labels['image_id'].map(predictions.set_index('image_id')['split'].fillna('').astype(str)).fillna('')
+    if 'split' not in labels: return labels.assign(split=said)
+    own = labels['split'].fillna('').astype(str)
+    off = (said.ne('') & own.ne('') & said.ne(own)).to_numpy().nonzero()[0]
+    if len(off):
+        i = off[0]
+        raise ValueError(f"image '{labels['image_id'].iloc[i]}' is in split '{said.iloc[i]}' in the predictions and '{own.iloc[i]}' in the labels "
+                         f"({len(off)} such image(s)); correct one, or drop the column split there")
+    return labels.assign(split=said.where(said.ne(''), own))
+
+def _of_split(predictions, labels, split):
+    "The rows of one split."
+    from skinlesion.taxonomy import nearest
+    known = sorted(set(labels.get('split', ())) - {''})
+    if split not in known: raise ValueError(f"--split '{split}': {f'there are ' + ', '.join(known) if known else 'neither table has a column split'}.{nearest(split, known)}")
+    labels = labels[labels['split'] == split]
+    mine = predictions['split'].eq(split) if 'split' in predictions else predictions['image_id'].isin(labels['image_id'])
+    return predictions[mine], labels
+
+# %% ../../nbs/pipeline/75_cli.ipynb #4d1de8fe
+def narrow_tables(
+    predictions, # DataFrame as `read_predictions` gives it
+    labels, # DataFrame as `read_labels` gives it
+    split:str|None=None, # keep only this split
+    partial:bool=False, # leave out images that only one table holds
+): # -> (predictions, labels of the same images, a sentence on what was left out or '')
+    "Two tables over the same images, or a `ValueError` that says what to do."
+    labels = share_split(predictions, labels)
+    if split: predictions, labels = _of_split(predictions, labels, split)
+    with_label, with_prediction = predictions['image_id'].isin(labels['image_id']), labels['image_id'].isin(predictions['image_id'])
+    sizes = (~with_prediction).sum(), (~with_label).sum()
+    said = f"{sizes[0]} image(s) of the labels have no prediction, {sizes[1]} prediction(s) have no label" if any(sizes) else ''
+    if said and not partial:
+        odd = [*labels.loc[~with_prediction, 'image_id'][:2], *predictions.loc[~with_label, 'image_id'][:2]]
+        raise ValueError(f"{said}, such as {', '.join(map(repr, odd))}; give both tables the same images, name one split with --split, or leave these out with --partial")
+    if not with_label.any(): raise ValueError("no image stands in both tables; check that both name images in the same way (the file's name without suffix)")
+    return predictions[with_label].reset_index(drop=True), labels[with_prediction].reset_index(drop=True), said and f'{said}; they were left out'
+
+# %% ../../nbs/pipeline/75_cli.ipynb #b6e170c5
+def check_out(
+    out:Path, # of a folder to be written
+):
+    "Refuse a folder that holds anything but an earlier evaluation."
+    out = Path(out)
+    check_place(out / 'metrics.json')
+    if out.is_dir() and any(out.iterdir()) and not ((out / 'metrics.json').is_file() and (out / 'report.html').is_file()):
+        raise ValueError(f"{out}: the folder is not empty and holds no earlier evaluation (metrics.json, report.html); choose another")
+
+def evaluation_text(
+    card:dict, # what `scorecard` gave
+) -> str: # a line for each headline metric
+    "The headline metrics of an evaluation for the terminal."
+    from skinlesion.evaluate.intervals import format_leaf
+    leaves = {name: card[name] for name in ('accuracy', 'balanced_accuracy', 'auroc_macro', 'log_loss', 'ece_debiased')}
+    leaves |= {f'malignant {name}': card['malignant'][name] for name in ('auroc', 'sensitivity', 'specificity')}
+    width, n = max(map(len, leaves)), card['accuracy']
+    lines = [f"{name.replace('_', ' ').ljust(width)}  {format_leaf(leaf, 3)}{'' if leaf['value'] is not None else ': ' + leaf['reason']}" for name, leaf in leaves.items()]
+    return '\n'.join([f"{n['n']} images of {n['n_lesions']} lesions; 95 % intervals", *lines])
+
+# %% ../../nbs/pipeline/75_cli.ipynb #ab4d3a52
+_Facts = _option(Path|None, '--facts', help='JSON object of what the tables cannot say, such as {"setting": "two clinics"}; the page lists the names.')
+_Images = _option(Path|None, '--images', help='Folder with the images, named by their id: the page then shows those that were mistaken.')
+
+@app.command('evaluate')
+def evaluate(
+    ctx:typer.Context,
+    predictions:Annotated[Path, typer.Argument(help='CSV: image_id, one column p_<class> per class, optional split.')],
+    labels:Annotated[Path, typer.Argument(help='CSV: image_id, diagnosis, optional lesion_id, split, age, sex, site, skin_tone, source.')],
+    out:_option(Path, '--out', help='Folder for metrics.json, report.html and the curves; an earlier evaluation there is replaced.'),
+    label_set:_option(str|None, '--label-set', help='ham10000, isic2019, melanoma, or a JSON file with a label set or a dataset.json; by default what the columns say.')=None,
+    split:_option(str|None, '--split', help='Score only this split, such as test.')=None,
+    partial:_option(bool, '--partial', help='Leave out images that only one of the two tables holds, and report how many.')=False,
+    images:_Images=None, facts:_Facts=None,
+    resamples:Annotated[int, typer.Option('--resamples', min=0, help='Of the lesions, for every interval; 0 for none.')]=1000,
+    seed:Annotated[int, typer.Option('--seed', help='Same seed, same bytes.')]=0,
+    stratified:_option(bool, '--stratified', help='Redraw the lesions of each class among themselves.')=False,
+    miss_cost:Annotated[float, typer.Option('--miss-cost', min=0, help='What a missed malignancy costs, a false alarm being 1.')]=10.,
+    target_sensitivity:Annotated[float, typer.Option('--target-sensitivity', help='Of the malignancy threshold that valid locks and test measures, in (0, 1).')]=.95,
+    coverage:Annotated[float, typer.Option('--coverage', help='Of the prediction sets that valid fits and test measures, in (0, 1).')]=.9,
+    benchmark:_option(str|None, '--benchmark', help='What it was measured on: NAME, NAME-VARIANT or either with @RESOLUTION, such as dermamnist-C@28.')=None,
+):
+    """Score any system's predictions: every metric with its interval, and a page to read.
+
+    Where the tables hold the splits valid and test, calibration, threshold and prediction sets are fitted on the first and measured on the second.
+
+    \b
+    Examples:
+      skinlesion evaluate predictions.csv labels.csv --out evaluation
+      skinlesion evaluate artifacts/predictions/ensemble.csv data/metadata.csv --partial --images data/images --out evaluation
+    """
+    check_out(out)
+    result, read, left = _evaluated(**{k: v for k, v in ctx.params.items() if k not in ('out', 'images')})
+    from skinlesion.pipeline.reports import folder_images, write_evaluation
+    write_evaluation(result, out, None if images is None else folder_images(images), provenance=read)
+    for sentence in filter(None, [left, _about_malignancy(result.label_set)]): _say(sentence, err=True)
+    _say(f'{evaluation_text(result.card)}\n{out}: metrics.json, report.html')
+
+# %% ../../nbs/pipeline/75_cli.ipynb #f4a8aa3a
+def _about_malignancy(label_set):
+    "What to say of a label set of which nobody has said what is malignant."
+    if label_set.malignant is not None: return ''
+    return f"classes {', '.join(label_set.codes)}: nobody has said which are malignant, so nothing is scored of it; give --label-set FILE"
+
+def _evaluated(predictions, labels, label_set, split, partial, facts, resamples, seed, stratified, miss_cost, target_sensitivity, coverage, benchmark):
+    "The evaluation of two files, the hashes of what was read, and what was left out."
+    from skinlesion.evaluate.benchmarks import BenchmarkId, identify, parse_benchmark
+    from skinlesion.evaluate.decisions import cost_matrix
+    from skinlesion.evaluate.page import evaluate_tables
+    from skinlesion.evaluate.scorecard import infer_label_set, read_labels, read_predictions
+    from skinlesion.files import read_json, sha256_file
+    named = None if label_set is None else infer_label_set(None, label_set)
+    identity, said = parse_benchmark(benchmark) if benchmark else BenchmarkId(), {} if facts is None else read_json(facts)
+    table = read_predictions(predictions, named)
+    codes = named or infer_label_set(table)
+    table, truth, left = narrow_tables(table, read_labels(labels, codes), split, partial)
+    identity = identify(identity, truth if 'split' in truth else None)
+    costs = None if codes.malignant is None else cost_matrix(codes, miss_cost)
+    said = (dict(excluded=left) if left else {}) | (dict(subsets=f'the split {split}') if split else {}) | said
+    result = evaluate_tables(table, truth, codes, resamples, seed, stratified, costs, target_sensitivity, coverage, identity=identity, facts=said, name=labels.stem)
+    hashes = {name: dict(file=path.name, sha256=sha256_file(path)) for name, path in dict(predictions=predictions, labels=labels).items()}
+    return result, hashes, left
+
+# %% ../../nbs/pipeline/75_cli.ipynb #742f49fe
+@app.command('compare')
+def compare(
+    rev_a:Annotated[str, typer.Argument(help='Commit, tag, branch or experiment to hold against.')],
+    rev_b:Annotated[str, typer.Argument(help="The one to be judged; 'workspace' for the tree as it is.")],
+    split:Annotated[str, typer.Option('--split', help='On which images.')]='test',
+    member:Annotated[str, typer.Option('--member', help='Whose answers: ensemble, or a member.')]='ensemble',
+    resamples:Annotated[int, typer.Option('--resamples', min=1, help='Of the lesions, for every interval.')]=1000,
+    seed:Annotated[int, typer.Option('--seed', help='Same seed, same intervals.')]=0,
+):
+    """Say whether one revision's predictions are better or worse than another's, or not distinguishable.
+
+    Both are scored on the same lesions; every difference (B minus A) comes with its paired 95 % interval. Revisions measured on different splits are refused.
+
+    \b
+    Examples:
+      skinlesion compare HEAD workspace
+      skinlesion compare v1 my-experiment --member fused --split valid
+    """
+    root = repo_root()
+    from skinlesion.pipeline.revisions import compare_revisions, comparison_text, read_evaluation
+    a, b = (read_evaluation(rev, root) for rev in (rev_a, rev_b))
+    _say(comparison_text(compare_revisions(a, b, split, member, resamples, seed)))
 
 # %% ../../nbs/pipeline/75_cli.ipynb #722533e0
 @app.command('serve')
