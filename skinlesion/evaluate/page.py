@@ -32,6 +32,7 @@ from .figures import (class_titles, confusion_points, metric_words, plot_calibra
                                          pr_points, reliability_points, roc_points)
 from .intervals import format_leaf, interval_leaf, lesion_weights, paired_leaf
 from .metrics import METRICS, PER_CLASS, weighted_metrics
+from .net_benefit import decision_curve, net_benefit_scorecard
 from .scorecard import Aligned, align_tables, check_labels, class_table, malignancy_probability, scorecard
 from .subgroups import gap_metrics, leaf_at, subgroup_scorecard, subgroup_table
 from ..taxonomy import LabelSet, nearest
@@ -131,9 +132,8 @@ class Section:
     title:str # heading; '' for none
     items:tuple=() # of str: the items of `CHECKLIST` that it answers
     text:str='' # markdown
-    tables:tuple=() # of (caption, DataFrame)
-    pictures:tuple=() # of Picture
-    after:str='' # markdown that follows tables and pictures
+    body:tuple=() # of Picture, (caption, DataFrame), or (caption, DataFrame, True) for a table folded away; in the order of the page
+    after:str='' # markdown that follows
 
     def __post_init__(self):
         for item in self.items:
@@ -162,12 +162,16 @@ def picture(
     return Picture(png, alt, round(int.from_bytes(png[16:20], 'big') * 96 / DPI))
 
 # %% ../../nbs/evaluate/45_page.ipynb #ac453134
+def _whole(column):
+    "Whether a column holds floats that are all whole numbers."
+    return column.dtype.kind == 'f' and bool(np.equal(np.mod(column.dropna(), 1), 0).all())
+
 def _cell(value, digits):
     "A cell as text: whole numbers with thousands, others rounded, nothing for NaN."
     if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)): return ''
     if isinstance(value, (bool, np.bool_)): return 'yes' if value else 'no'
     if isinstance(value, (int, np.integer)): return f'{value:,}'
-    if isinstance(value, (float, np.floating)): return f'{value:,.0f}' if value == int(value) and abs(value) >= 2 else f'{value:.{digits}f}'
+    if isinstance(value, (float, np.floating)): return f'{value:,.{digits}f}'
     return str(value)
 
 def table_html(
@@ -177,7 +181,7 @@ def table_html(
 ) -> str: # <table> with its alignment, nothing that runs
     "A table as HTML, numbers right and words left."
     if table.index.name or table.index.names != [None]: table = table.reset_index()
-    cells = [[_cell(v, digits) for v in table[c]] for c in table]
+    cells = [[_cell(v, 0 if _whole(table[c]) else digits) for v in table[c]] for c in table]
     words = [any(not (v[:1].isdigit() or v[:1] in '-+.') for v in column if v) for column in cells]
     wide = [max(map(len, column), default=0) > 44 for column in cells]
     style = [f"text-align: {'left' if w else 'right'}; white-space: {'normal' if l else 'nowrap'}" for w, l in zip(words, wide)]
@@ -195,6 +199,14 @@ def _items_line(items):
 
 def _markdown(text): return {'text/markdown': text, 'text/plain': text}, {}
 
+def _picture_bundle(p):
+    return {'image/png': base64.b64encode(p.png).decode(), 'text/plain': f'[{p.alt}]'}, {'alt': p.alt, 'image/png': {'width': p.width}}
+
+def _table_bundle(caption, table, folded=False):
+    html = table_html(table, '' if folded else caption)
+    if folded: html = f'<details><summary>{escape(caption)}</summary>{html}</details>'
+    return {'text/html': html, 'text/plain': f'{caption}\n{table.to_string()}'}, {}
+
 def section_bundles(
     section:Section, # what is shown
 ) -> list: # of (data by MIME type, metadata), as a notebook's outputs hold them
@@ -202,9 +214,7 @@ def section_bundles(
     head = f'## {section.title}\n\n' if section.title else ''
     answers = f'<small>Answers {_items_line(section.items)}</small>\n\n' if section.items else ''
     bundles = [_markdown(f'{head}{answers}{section.text}'.strip())] if head or section.text else []
-    bundles += [({'text/html': table_html(table, caption), 'text/plain': f'{caption}\n{table.to_string()}'}, {}) for caption, table in section.tables]
-    for p in section.pictures:
-        bundles.append(({'image/png': base64.b64encode(p.png).decode(), 'text/plain': f'[{p.alt}]'}, {'alt': p.alt, 'image/png': {'width': p.width}}))
+    bundles += [_picture_bundle(part) if isinstance(part, Picture) else _table_bundle(*part) for part in section.body]
     return bundles + ([_markdown(section.after)] if section.after else [])
 
 def show(
@@ -269,12 +279,22 @@ def _title(name):
     return METRICS[name].title if name in METRICS else _TITLES.get(name, name.replace('_', ' '))
 
 _TITLES = dict( # of measures that `METRICS` does not know
-    flagged='flagged', validation_sensitivity='sensitivity on validation, where the threshold was set', coverage='diagnosis in the set', mean_set_size='classes in a set',
+    flagged='flagged', validation_sensitivity='sensitivity on validation', coverage='diagnosis in the set', mean_set_size='classes in a set',
     lesion_coverage='diagnosis in the set, each lesion counted once', argmax='calling the most probable class', cheapest='calling the class of least expected cost', saved='saved by that',
+    net_benefit='net benefit', gain='gain in net benefit',
     singleton='sets of one class', empty='sets without a class', risk='wrong answers, when all are answered', aurc='area under the risk-coverage curve (AURC)',
     eaurc='the same above that of the best order', risk_at_80_coverage='wrong answers, when the surest 80 % are answered', risk_at_90_coverage='wrong answers, when the surest 90 % are answered',
     answered='answered, by the rule locked on validation', answered_risk='wrong among those answered', abstained_risk='wrong among those passed on',
     fpr_at_95_tpr='lesions let through with 95 % of the strange pictures caught', error_auroc='tells wrong answers from right ones (AUROC)', error_spearman='rank correlation with the error')
+
+_MALIGNANT = dict( # what measures of malignant against benign are
+    sensitivity='Of the malignant images, the share that is flagged.', specificity='Of the benign images, the share that is not.',
+    ppv='Of the flagged images, the share that is malignant; with fewer malignant images it falls.', npv='Of those not flagged, the share that is benign.',
+    flagged='Of all images, the share that is flagged.', auroc='Chance that a malignant image is ranked above a benign one.',
+    average_precision='Mean PPV over the malignant images, each at its own threshold.', brier='Mean squared error of the malignancy probability.',
+    ece='Mean gap between the malignancy probability and how often it comes true, in 15 bins.', f1='Harmonic mean of sensitivity and PPV.',
+    net_benefit='Malignant images found, per image, less false alarms at the price that the threshold sets.',
+    gain='What it adds to the better of flagging all and flagging none.')
 
 def _leaf_table(block, one_class=False):
     "Leaves as rows: measure, value with interval, images, lesions, and what it is where that is on record."
@@ -283,7 +303,7 @@ def _leaf_table(block, one_class=False):
         if not isinstance(leaf, dict) or 'value' not in leaf: continue
         metric = METRICS.get(PER_CLASS.get(name, name) if one_class else name)
         rows.append({'measure': metric.title if metric else _title(name), 'value (95 % interval)': _text(leaf, name), 'images': leaf.get('n'), 'lesions': leaf.get('n_lesions'),
-                     'what it is': metric.definition if metric else ''})
+                     'what it is': (_MALIGNANT.get(name, '') if one_class else '') or (metric.definition if metric else '')})
     table = pd.DataFrame(rows)
     return table.drop(columns='what it is') if len(table) and not table['what it is'].any() else table
 
@@ -442,9 +462,9 @@ def summary_section(
     stop = lambda name: result.facts.get(name, '*not reported*').rstrip('.') + '.'
     facts = f"Reference standard: {stop('reference_standard')} Model: {stop('model')}"
     more = f" {len(limits) - 2} more under [Limits](#limits)." if len(limits) > 2 else ''
-    points = [calibration_words(result), threshold_words(result), gap_words(result), f"**Limits:** {' '.join(limits[:2])}{more}"]
+    points = [calibration_words(result), f"{threshold_words(result)} {_in_people(result, result.metrics.get('decisions') or {}, short=True)}".strip(), gap_words(result), f"**Limits:** {' '.join(limits[:2])}{more}"]
     after = '\n'.join(f'- {p}' for p in points) 
-    return Section('Summary', ('CLAIM 2', 'TRIPOD+AI 2'), f'{_counts(result)} {facts}', (('', headline_table(result)),), after=after)
+    return Section('Summary', ('CLAIM 2', 'TRIPOD+AI 2'), f'{_counts(result)} {facts}', (('', headline_table(result)),), after)
 
 # %% ../../nbs/evaluate/45_page.ipynb #568832a8
 def _numbers(values):
@@ -502,7 +522,7 @@ def data_section(
     else: crossing = 'The tables name no split: whether any of these lesions was learnt from cannot be checked here.'
     if {'age', 'sex'} & set(result.labels): items += ['CLAIM 36', 'TRIPOD+AI 20b']
     tables = (('Who is in the tables', characteristics(result.labels)), ('Classes', class_counts(result.labels, result.label_set)))
-    return Section('Data', tuple(items), crossing, tables + said, after=missing)
+    return Section('Data', tuple(items), crossing, tables + said, missing)
 
 # %% ../../nbs/evaluate/45_page.ipynb #7fa2ce19
 def reference_section(
@@ -510,7 +530,7 @@ def reference_section(
 ) -> Section:
     "How the diagnoses were established."
     said, missing, items = _said(result, 'reference')
-    return Section('Reference standard', tuple(items), 'Every figure on this page is agreement with these diagnoses, right or wrong.', said, after=missing)
+    return Section('Reference standard', tuple(items), 'Every figure on this page is agreement with these diagnoses, right or wrong.', said, missing)
 
 def model_section(
     result:Evaluation,
@@ -519,14 +539,14 @@ def model_section(
     said, missing, items = _said(result, 'model')
     choices = result.curves.get('choices')
     if choices is not None: said += (('What each choice brought: validation chose, test only shows', _readable(choices)),)
-    return Section('Model', tuple(items), '', said, after=missing)
+    return Section('Model', tuple(items), '', said, missing)
 
 def study_section(
     result:Evaluation,
 ) -> Section:
     "Purpose, registration, money."
     said, missing, items = _said(result, 'study')
-    return Section('About the study', tuple(items), '', said, after=missing)
+    return Section('About the study', tuple(items), '', said, missing)
 
 # %% ../../nbs/evaluate/45_page.ipynb #a25e3984
 def _method(card):
@@ -534,11 +554,15 @@ def _method(card):
     leaf = find_leaf(card, 'balanced_accuracy') or find_leaf(card, 'accuracy') or {}
     return leaf.get('method', 'not reported')
 
-def _parts_table(cards, names=('accuracy', 'balanced_accuracy', 'auroc_macro', 'malignant.auroc', 'ece_debiased', 'log_loss')):
+def _parts_table(cards, names=('balanced_accuracy', 'auroc_macro', 'malignant.auroc', 'log_loss', 'ece_debiased')):
     "Headline metrics of several cards, a row each."
-    rows = {key: {'images': find_leaf(card, 'accuracy.n')} | {_title(n.replace('malignant.', 'malignant ')): _text(find_leaf(card, n), n) for n in names if find_leaf(card, n)}
+    rows = {key: {'images': find_leaf(card, 'accuracy.n')} | {metric_words(n): _text(find_leaf(card, n), n) for n in names if find_leaf(card, n)}
             for key, card in cards.items() if find_leaf(card, 'accuracy')}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('of')
+
+def _class_table(result):
+    "The measures of each class that a page has room for."
+    return class_table(result.card, result.label_set, columns=('sensitivity', 'specificity', 'ppv', 'auroc')).rename(columns=dict(ppv='PPV', auroc='AUROC'))
 
 def metrics_section(
     result:Evaluation,
@@ -548,7 +572,7 @@ def metrics_section(
     items = ['CLAIM 28', 'CLAIM 29', 'CLAIM 37', 'CLAIM 38', 'TRIPOD+AI 12e', 'TRIPOD+AI 23a'] + (['CLAIM 32'] if result.part else [])
     text = (f"Values with 95 % intervals: {_method(card)}. Whole lesions are redrawn, since two pictures of one lesion are not two patients. An interval says what other lesions "
             "*from the same source* would change, and nothing about lesions from elsewhere.")
-    tables = [_captioned('All classes together', _leaf_table(card)), ('Class by class, each against the rest', class_table(card, result.label_set)),
+    tables = [_captioned('All classes together', _leaf_table(card)), ('Class by class, each against the rest', _class_table(result)),
               ('Malignant against benign; called malignant at a probability of one half', _leaf_table({k: v for k, v in card.get('malignant', {}).items() if k != 'n'}, one_class=True))]
     others = {k: c for k, c in result.metrics.get('splits', {}).items() if isinstance(c, dict)}
     marked = {f'{k} (something was fitted here)' if k in result.fitted_on else k: c for k, c in others.items()}
@@ -567,7 +591,7 @@ def discrimination_section(
     pictures = (picture(lambda: plot_roc(data.targets, data.probs, labels, of('auroc')), 'ROC curves of each class against the rest'),
                 picture(lambda: plot_pr(data.targets, data.probs, labels, of('average_precision')), 'Precision-recall curves of each class against the rest'),
                 picture(lambda: plot_confusion(data.targets, data.probs, labels, of('sensitivity')), 'Confusion matrix, counts and share of the true class'))
-    return Section('Discrimination', ('TRIPOD+AI 12e', 'TRIPOD+AI 23a'), 'How well the classes are told apart, whatever the threshold; then what the first guess takes for what.', pictures=pictures)
+    return Section('Discrimination', ('TRIPOD+AI 12e', 'TRIPOD+AI 23a'), 'How well the classes are told apart, whatever the threshold; then what the first guess takes for what.', pictures)
 
 # %% ../../nbs/evaluate/45_page.ipynb #0f5b22a6
 def _before_after(block):
@@ -592,7 +616,7 @@ def calibration_section(
     tables = (('Before and after calibration', _before_after(block)),) if block.get('difference') else ()
     if 'calibration_choice' in result.curves: tables += (('What validation said of each calibration (cross-fitted log loss)', _readable(result.curves['calibration_choice'])),)
     items = ['TRIPOD+AI 12e', 'TRIPOD+AI 23a'] + (['TRIPOD+AI 12f', 'TRIPOD+AI 24'] if block else [])
-    return Section('Calibration', tuple(items), calibration_words(result), tables, pictures)
+    return Section('Calibration', tuple(items), calibration_words(result), pictures[:1] + tables + pictures[1:])
 
 # %% ../../nbs/evaluate/45_page.ipynb #5b80ed6d
 def natural_frequencies(
@@ -607,11 +631,12 @@ def natural_frequencies(
     return dict(malignant=ill, found=found, missed=ill - found, benign=of - ill, false_alarms=alarms, flagged=found + alarms)
 
 # %% ../../nbs/evaluate/45_page.ipynb #8a56766d
-def _in_people(result, block):
+def _in_people(result, block, short=False):
     "What the threshold does to 1,000 images with as many malignant ones as here."
     sens, spec = (find_leaf(block, f'{name}.value') for name in ('sensitivity', 'specificity'))
     if sens is None or spec is None: return ''
     k = natural_frequencies(sens, spec, float(malignancy_of(result.data, result.label_set)[0].mean()))
+    if short: return f"Of 1,000 images like these {k['missed']} malignant ones are missed and {k['false_alarms']} benign ones flagged for nothing."
     return (f"Of 1,000 images like these, {k['malignant']} show a malignant lesion: {k['found']} of them are flagged, **{k['missed']} are missed**; "
             f"of the {k['benign']} benign ones **{k['false_alarms']} are flagged for nothing**. With fewer malignant lesions among the images more flags are false alarms.")
 
@@ -620,16 +645,15 @@ def decisions_section(
 ) -> Section:
     "The locked threshold, what it does to people, net benefit, cost, prediction sets."
     block, conformal, cost = (result.metrics.get(k) or {} for k in ('decisions', 'conformal', 'cost'))
-    tables = [(words, _leaf_table(leaves)) for words, leaves in (
-        ('At the locked threshold', {k: v for k, v in block.items() if k not in ('threshold', 'target_sensitivity')}),
-        ('Prediction sets', {k: v for k, v in conformal.items() if k not in ('per_class', 'target_coverage')}), ('Mean cost of an image', cost)) if leaves]
-    if 'costs' in result.curves: tables.append(('What an answer costs, by diagnosis (rows)', result.curves['costs']))
-    if 'per_class' in conformal: tables.append(('Prediction sets, class by class', _class_rows(conformal['per_class'], result.label_set)))
+    curve, body = result.curves.get('decision_curve'), []
+    rows = lambda leaves, *without: _leaf_table({k: v for k, v in leaves.items() if k not in without}, one_class=True)
+    if block: body.append(('At the locked threshold', rows(block, 'threshold', 'target_sensitivity')))
+    if curve is not None and len(curve): body.append(picture(lambda: plot_decision_curve(curve), 'Decision curve: net benefit by threshold'))
+    if cost: body += [('Mean cost of an image', rows(cost)), *([('What an answer costs, by diagnosis', result.curves['costs'], True)] if 'costs' in result.curves else [])]
+    if conformal: body += [('Prediction sets', rows(conformal, 'per_class', 'target_coverage')), ('Prediction sets, class by class', _class_rows(conformal.get('per_class', {}), result.label_set))]
     text = '\n\n'.join(filter(None, [threshold_words(result), _in_people(result, block), _set_words(conformal)]))
     items = ['TRIPOD+AI 15'] if find_leaf(block, 'threshold.value') is not None else []
-    curve = result.curves.get('decision_curve')
-    pictures = (picture(lambda: plot_decision_curve(curve), 'Decision curve: net benefit by threshold'),) if curve is not None and len(curve) else ()
-    return Section('Decisions', tuple(items + (['TRIPOD+AI 12e'] if pictures else [])), text, tuple(t for t in tables if len(t[1])), pictures)
+    return Section('Decisions', tuple(items + (['TRIPOD+AI 12e'] if curve is not None else [])), text, tuple(body))
 
 # %% ../../nbs/evaluate/45_page.ipynb #da489ac4
 def _class_rows(per_class, label_set):
@@ -651,12 +675,12 @@ def abstention_section(
 ) -> Section:
     "When it should rather say nothing: doubt, strange pictures, members that disagree."
     block, ood, disagreement = (result.metrics.get(k) or {} for k in ('abstention', 'ood', 'disagreement'))
-    tables = [('Leaving the least sure to a person', _leaf_table(block)), ('Disagreement of the members', _leaf_table(disagreement))]
-    if ood: tables.append(('Pictures that show no lesion', _leaf_rows(ood)))
-    points = result.curves.get('risk_coverage')
-    pictures = (picture(lambda: plot_risk_coverage(points, block.get('aurc')), 'Risk-coverage curve'),) if points is not None and len(points) else ()
-    tables = tuple(t for t in tables if len(t[1]))
-    return Section('Abstention', ('TRIPOD+AI 27a',) if ood else (), '' if tables or pictures else NOT_REPORTED, tables, pictures)
+    points, body = result.curves.get('risk_coverage'), []
+    if block: body.append(('Leaving the least sure to a person', _leaf_table(block)))
+    if points is not None and len(points): body.append(picture(lambda: plot_risk_coverage(points, block.get('aurc')), 'Risk-coverage curve'))
+    if disagreement: body.append(('Disagreement of the members', _leaf_table({k: v for k, v in disagreement.items() if k != 'n_members'})))
+    if ood: body.append(('Pictures that show no lesion: how they are told from lesions', _leaf_rows(ood)))
+    return Section('Abstention', ('TRIPOD+AI 27a',) if ood else (), '' if body else NOT_REPORTED, tuple(body))
 
 # %% ../../nbs/evaluate/45_page.ipynb #32dded69
 NOT_REPORTED = '*Not reported.*'
@@ -669,7 +693,7 @@ def _leaf_rows(block):
 
 def _group_rows(rows):
     "A measure of every group: value and gap with intervals."
-    return pd.DataFrame({'by': rows['column'].str.replace('_', ' '), 'group': rows['group'], 'images': rows['n'], 'lesions': rows['n_lesions'],
+    return pd.DataFrame({'measure': rows['metric'].map(metric_words), 'by': rows['column'].str.replace('_', ' '), 'group': rows['group'], 'images': rows['n'], 'lesions': rows['n_lesions'],
                          'value (95 % interval)': rows['text'], 'gap to everyone else': rows['gap_text'], 'verdict': rows['verdict']})
 
 def subgroups_section(
@@ -678,11 +702,11 @@ def subgroups_section(
     "For whom the numbers hold."
     block = result.metrics.get('subgroups') or {}
     if not block: return Section('Groups of patients', (), NOT_REPORTED)
-    tidy, drawn = subgroup_table(block), [m for m in ('malignant.auroc', 'malignant.sensitivity', 'malignant.specificity', 'auroc_macro') if m in gap_metrics(block)]
-    pictures = tuple(picture(lambda: plot_subgroups(block, m, find_leaf(result.card, m)), f'{metric_words(m)} by group, with intervals and gaps to everyone else') for m in drawn)
-    tables = tuple((metric_words(m), _group_rows(tidy[tidy['metric'] == m])) for m in gap_metrics(block) if m not in drawn)
+    whole = {**{f'malignant.{k}': v for k, v in (result.metrics.get('decisions') or {}).items()}, 'malignant.auroc': find_leaf(result.card, 'malignant.auroc')}
+    pictures = tuple(picture(lambda: plot_subgroups(block, m, whole.get(m) or find_leaf(result.card, m)), f'{metric_words(m)} by group, with intervals and gaps to everyone else') for m in gap_metrics(block))
+    at = ' Sensitivity and specificity are those at the locked threshold.' if find_leaf(result.metrics, 'decisions.threshold.value') is not None else ''
     items = ['TRIPOD+AI 14', 'TRIPOD+AI 23a'] + (['TRIPOD+AI 23b'] if 'source' in block else [])
-    return Section('Groups of patients', tuple(items), gap_words(result), tables, pictures)
+    return Section('Groups of patients', tuple(items), gap_words(result) + at, (*pictures, ('The same as a table', _group_rows(subgroup_table(block)), True)))
 
 # %% ../../nbs/evaluate/45_page.ipynb #e6b45a52
 def robustness_section(
@@ -692,9 +716,9 @@ def robustness_section(
     found = {name: result.curves[name] for name in ('stress_images', 'stress_metadata') if result.curves.get(name) is not None and len(result.curves[name])}
     if not found: return Section('Robustness', (), NOT_REPORTED)
     words = dict(stress_images='Spoilt images', stress_metadata='Spoilt metadata')
-    pictures = tuple(picture(lambda: plot_stress(table), f'{words[name]}: what is lost, with intervals') for name, table in found.items())
-    tables = tuple((words[name], _stress_rows(table)) for name, table in found.items())
-    return Section('Robustness', ('CLAIM 30', 'TRIPOD+AI 27a'), _stress_words(found), tables, pictures)
+    body = [part for name, table in found.items() for part in (
+        picture(lambda: plot_stress(table), f'{words[name]}: what is lost, with intervals'), (f'{words[name]} as a table', _stress_rows(table), True))]
+    return Section('Robustness', ('CLAIM 30', 'TRIPOD+AI 27a'), _stress_words(found), tuple(body))
 
 # %% ../../nbs/evaluate/45_page.ipynb #01714d04
 def _stress_rows(table):
@@ -768,7 +792,7 @@ def failures_section(
     worst = int((missed[result.data.targets] & ~missed[best]).sum())
     text = f"{int((best != result.data.targets).sum()):,} of {len(best):,} images are called wrongly; **{worst:,} malignant ones are called benign** by the first guess."
     tables = (('Most often confused', _readable(pairs)), ('Surest and wrong, one image of each lesion', _readable(losses.drop(columns='loss'))))
-    return Section('Failures', ('CLAIM 39',), text, tables, _failure_gallery(losses, images) if images else ())
+    return Section('Failures', ('CLAIM 39',), text, tables[:1] + (_failure_gallery(losses, images) if images else ()) + tables[1:])
 
 # %% ../../nbs/evaluate/45_page.ipynb #2d7daeec
 def limits_section(
@@ -777,7 +801,7 @@ def limits_section(
     "What these data cannot say."
     text = '\n'.join(f'- {sentence}' for sentence in find_limits(result)) or '- None were found in the numbers; that is no proof that there are none.'
     said, missing, items = _said(result, 'limits')
-    return Section('Limits', ('CLAIM 40', 'TRIPOD+AI 26', *items), text, said, after=missing)
+    return Section('Limits', ('CLAIM 40', 'TRIPOD+AI 26', *items), text, said, missing)
 
 def checklist_table(
     sections, # iterable of Section
@@ -810,7 +834,7 @@ def model_card(
     "What a model's card says of its performance, calibration, threshold, groups and limits."
     limits = '\n'.join(f'- {sentence}' for sentence in find_limits(result))
     words = '\n'.join(f'- {sentence}' for sentence in (calibration_words(result), threshold_words(result), gap_words(result)))
-    classes = class_table(result.card, result.label_set).reset_index()
+    classes = _class_table(result).reset_index()
     return f"""## How well it did
 
 {_counts(result)} Intervals: {_method(result.card)}.
@@ -896,8 +920,11 @@ def malignancy_of(
 def _threshold_card(data, label_set, threshold, options):
     "A locked threshold, what it was locked for, and what it brings on other images."
     value = dict(value=threshold.value, n=threshold.n, n_lesions=threshold.n_lesions) | (dict(reason=threshold.reason) if threshold.reason else {})
-    return dict(threshold=value, target_sensitivity=dict(value=threshold.target, n=threshold.n), validation_sensitivity=threshold.reached,
-                **threshold_scorecard(threshold, *malignancy_of(data, label_set), **options))
+    malignant, score, lesions = malignancy_of(data, label_set)
+    card = dict(threshold=value, target_sensitivity=dict(value=threshold.target, n=threshold.n), validation_sensitivity=threshold.reached,
+                **threshold_scorecard(threshold, malignant, score, lesions, **options))
+    if threshold.value is None or not 0 < threshold.value < 1 or not len(score): return card
+    return card | net_benefit_scorecard(malignant, score, threshold.value, lesions, **options)
 
 def _lock(valid, label_set, target_sensitivity, coverage, abstain_share, options):
     "Threshold, prediction sets and abstention, locked on validation images."
@@ -935,7 +962,9 @@ def page_curves(
 ) -> dict: # name -> DataFrame: roc, pr, confusion, reliability, risk_coverage, and decision_curve where malignancy is known
     "The curves that lie beside the page, as `dvc plots` draws them."
     options = dict(n_resamples=n_resamples, seed=seed)
-    return dict(roc=roc_points(data.targets, data.probs, label_set), pr=pr_points(data.targets, data.probs, label_set),
+    malignant, score, lesions = malignancy_of(data, label_set)
+    benefit = dict(decision_curve=decision_curve(malignant, score, lesion_ids=lesions, **options)) if len(score) else {}
+    return benefit | dict(roc=roc_points(data.targets, data.probs, label_set), pr=pr_points(data.targets, data.probs, label_set),
                 confusion=confusion_points(data.targets, data.probs, label_set), reliability=reliability_points(data.targets, data.probs, data.lesion_ids, **options),
                 risk_coverage=risk_coverage(data.probs.max(1), data.probs.argmax(1) == data.targets, data.lesion_ids, **options))
 
@@ -972,9 +1001,10 @@ def evaluate_tables(
         if kind != 'none':
             other = choice.calibrator(data.probs)
             measured['calibration'] = calibration_card(data.probs, other, data.targets, data.lesion_ids, **options)
-    measured['subgroups'] = subgroup_scorecard(*tables.of(test), label_set, min_lesions=min_lesions, **options)
     locked = _lock(valid, label_set, target_sensitivity, coverage, abstain_share, options) if valid is not None else {}
     measured |= decision_cards(data, label_set, **locked, costs=costs, **options)
+    at = find_leaf(measured, 'decisions.threshold.value')
+    measured['subgroups'] = subgroup_scorecard(*tables.of(test), label_set, min_lesions=min_lesions, threshold=.5 if at is None else at, **options)
     if costs is not None: curves['costs'] = pd.DataFrame(costs, label_set.codes, label_set.codes).rename_axis('diagnosis').reset_index()
     if identity is not None: measured['benchmark'] = identity.to_dict()
     curves |= page_curves(data, label_set, **options) | dict(subgroups=subgroup_table(measured['subgroups']))
