@@ -179,6 +179,7 @@ def cam_png(
     return encode_png(image if is_flat(cam) else overlay(image, cam))
 
 # %% ../../nbs/apps/61_service.ipynb #5f8205f8
+_TOLD = ('confidence', 'probabilities', 'prediction_set', 'coverage', 'malignancy', 'flagged', 'threshold', 'disagreement', 'heads', 'bundle_id', 'disclaimer')
 _File = Annotated[UploadFile, File(description='a JPEG, PNG, WebP, BMP or TIFF picture')]
 _Word = Annotated[str, Form(max_length=100)]
 
@@ -191,16 +192,17 @@ def _add_answers(app, holder, store, max_bytes):
         predictor, answer = _answer(holder, person, image)
         pair = _pair(predictor, answer)
         with holder.lock: png = cam_png(predictor, image, answer.predicted, person)
-        return dict(probs=pair, camPngUrl=f'/cams/{store.put(png)}.png')
+        silent = dict(abstain=True, abstain_reason=answer.abstain_reason) if answer.abstain else {}
+        return silent | dict(probs=pair, camPngUrl=f'/cams/{store.put(png)}.png')
 
     @app.post('/predict')
     def predict(file:_File, age:_Word='', sex:_Word='', site:_Word=''):
         holder.get()
         person, image = read_person(age, sex, site), read_upload(file, max_bytes)
         predictor, answer = _answer(holder, person, image)
-        return {'class': answer.predicted, 'name': predictor.label_set.names[answer.predicted], 'confidence': answer.confidence,
-                'probabilities': answer.probabilities, 'malignancy': answer.malignancy, 'disagreement': answer.disagreement, 'heads': answer.heads,
-                'bundle_id': answer.bundle_id, 'disclaimer': DISCLAIMER}
+        said = answer.to_dict()
+        return {'abstain': answer.abstain, 'abstain_reason': answer.abstain_reason,
+                'class': answer.predicted, 'name': predictor.label_set.names[answer.predicted], **{name: said[name] for name in _TOLD}}
 
     @app.get('/cams/{name}')
     def cam(name:str):
