@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from scipy.special import digamma, logsumexp
-from .calibration import lesion_folds
+from .calibration import check_keys, lesion_folds
 from .intervals import interval_leaf, lesion_weights, newcombe_interval, percentile_interval, wilson_interval
 from .metrics import weight_blocks, weighted_auroc
 from ..taxonomy import nearest
@@ -132,12 +132,9 @@ def _abstained_leaves(abstained, wrong, lesion_ids, weights):
 # %% ../../nbs/evaluate/36_abstention.ipynb #6768d349
 def _read(cls, values):
     "A dataclass from exactly its fields; `ValueError` names what is unknown, missing or no finite number."
-    names, where = [f.name for f in fields(cls)], cls.__name__
-    if not isinstance(values, dict): raise ValueError(f"{where}: a mapping with {', '.join(names)} is expected, not {type(values).__name__}")
-    for key in values:
-        if key not in names: raise ValueError(f"{where}: unknown key {key!r} (known: {', '.join(names)}).{nearest(str(key), names)}")
+    names, where = tuple(f.name for f in fields(cls)), cls.__name__
+    check_keys(values, names, where)
     for name in names:
-        if name not in values: raise ValueError(f"{where}: key '{name}' is missing; known are {', '.join(names)}")
         try: numbers = np.asarray(values[name], np.float64)
         except (ValueError, TypeError): raise ValueError(f"{where}, {name}: {str(values[name])[:40]!r} is no number, nor a list of numbers of one shape") from None
         if not np.isfinite(numbers).all(): raise ValueError(f"{where}, {name}: holds a value that is no finite number")

@@ -8,12 +8,11 @@ __all__ = ['COMBINATIONS', 'PROBABILITY_FLOOR', 'MAX_SUBSET_MEMBERS', 'STACKING_
            'weighted_spearman', 'disagreement_scorecard']
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #3b3ac40f
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
-from .calibration import Selection, check_probs, choose_candidate, crossfit, lesion_folds
+from .calibration import Calibrator, Selection, check_keys, check_probs, choose_candidate, crossfit, fit_calibrator, lesion_folds
 from .intervals import interval_leaf, lesion_weights, newcombe_interval
 from .metrics import weight_blocks, weighted_auroc
 from ..taxonomy import nearest
@@ -84,20 +83,11 @@ class Combiner:
         values:dict, # from `to_dict`
     ) -> 'Combiner':
         "A combiner from plain values; `ValueError` names what is unknown, missing or off."
-        keys = ('kind', 'members', 'num_classes', 'parameters')
-        _check_names(values, keys, 'combiner')
+        check_keys(values, ('kind', 'members', 'num_classes', 'parameters'), 'combiner')
         if not isinstance(values['members'], (list, tuple)): raise ValueError(f"combiner, members: {values['members']!r} is no list of names")
         return cls(values['kind'], tuple(values['members']), values['num_classes'], values['parameters'])
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #47400ea5
-def _check_names(values, names, where):
-    "Stop unless `values` is a mapping with exactly these keys."
-    if not isinstance(values, dict): raise ValueError(f"{where}: a mapping with {', '.join(names) or 'no keys'} is expected, not {type(values).__name__}")
-    for key in values:
-        if key not in names: raise ValueError(f"{where}: unknown key {key!r} (known: {', '.join(names) or 'none'}).{nearest(str(key), names)}")
-    for key in names:
-        if key not in values: raise ValueError(f"{where}: key '{key}' is missing; known are {', '.join(names)}")
-
 def _check_kind(kind, allowed=COMBINATIONS):
     "Stop at a kind that is none."
     if kind not in allowed: raise ValueError(f"combination {kind!r} is not one of {', '.join(allowed)}.{nearest(str(kind), allowed)}")
@@ -108,7 +98,7 @@ def _check_combiner(one):
     if not one.members or len(set(one.members)) < len(one.members): raise ValueError(f"combiner, members: {list(one.members)!r}; give at least one name, each once")
     if type(one.num_classes) is not int or one.num_classes < 2: raise ValueError(f"combiner, num_classes is {one.num_classes!r}; give a whole number, at least 2")
     where = f"combiner '{one.kind}', parameters"
-    _check_names(one.parameters, _PARAMETERS[one.kind], where)
+    check_keys(one.parameters, _PARAMETERS[one.kind], where)
     M, C = len(one.members), one.num_classes
     shapes = dict(weights=(M, C, C) if one.kind == 'stacking' else (M,), temperatures=(M,), bias=(C,),
                   quantiles=(M, C, len(_LEVELS)), mean_quantiles=(C, len(_LEVELS)))
@@ -125,7 +115,7 @@ def _ordered(one, members):
     "Probabilities (M,N,C) in the order in which a combiner knows its members."
     names, stack = _by_member(members)
     if names is not None:
-        _check_names(dict.fromkeys(names), one.members, f"members of the combiner '{one.kind}'")
+        check_keys(dict.fromkeys(names), one.members, f"members of the combiner '{one.kind}'")
         stack = stack[[names.index(name) for name in one.members]]
     if stack.shape[::2] != (len(one.members), one.num_classes):
         raise ValueError(f"members have shape {stack.shape}; this combiner was fitted on {len(one.members)} members ({', '.join(one.members)}) and {one.num_classes} classes")
@@ -141,9 +131,8 @@ def _logs(stack):
     return np.log(np.maximum(stack, PROBABILITY_FLOOR))
 
 def _scaled(stack, temperatures):
-    "Members (M,N,C), each at its temperature; 1 leaves it as it is."
-    scaled = softmax(_logs(stack) / temperatures[:, None, None], axis=2)
-    return np.where(temperatures[:, None, None] == 1, stack, scaled)
+    "Members (M,N,C), each at its temperature."
+    return np.stack([Calibrator('temperature', stack.shape[2], dict(temperature=float(t)))(member) for member, t in zip(stack, temperatures)])
 
 def _curve(quantiles):
     "Increasing values and their mean levels: a quantile function without steps."
@@ -178,7 +167,7 @@ def _true_class(stack, targets):
 def _fit_convex(stack, targets, weights, temperatures=True):
     "Temperature of each member, then the weights of the lowest log loss."
     M, warm = len(stack), np.ones(len(stack))
-    if temperatures: warm = _short([_temperature(member, targets, weights) for member in stack])
+    if temperatures: warm = np.array([fit_calibrator('temperature', member, targets, weights).parameters['temperature'] for member in stack])
     given, share = _true_class(_scaled(stack, warm), targets), weights / weights.sum()
     def loss(w):
         mixed = given @ w
@@ -187,17 +176,6 @@ def _fit_convex(stack, targets, weights, temperatures=True):
                      constraints=dict(type='eq', fun=lambda w: w.sum() - 1, jac=lambda w: np.ones(M)))
     w = np.where(found.x < 1e-6, 0, found.x)
     return dict(weights=_short(w / w.sum()), temperatures=warm)
-
-def _temperature(probs, targets, weights):
-    "The temperature of the lowest log loss of one member."
-    logs, share, rows = _logs(probs), weights / weights.sum(), np.arange(len(targets))
-    found = minimize(lambda x: -share @ log_softmax(logs * np.exp(x[0]), axis=1)[rows, targets], [0.], method='L-BFGS-B', bounds=[(-3, 3)])
-    return float(np.exp(-found.x[0]))
-
-def _fit_temperature(probs, targets):
-    "A map to the temperature of the lowest log loss."
-    cooled = np.array([_temperature(probs, targets, np.ones(len(targets)))])
-    return lambda values: _scaled(values[None], cooled)[0]
 
 def _short(values):
     "Numbers at eight significant digits: what is stored is what is applied."
@@ -278,6 +256,21 @@ class CombinationChoice:
     crossfitted:np.ndarray # (N,C) what the kind taken says of each row, fitted without its lesion: fit calibration and thresholds on these
     combiners:dict # kind -> Combiner fitted on all rows, to show what each would have brought
 
+def _possible(kinds, n_members):
+    "The kinds that can be asked of so many members: of one member the first alone."
+    for kind in kinds: _check_kind(kind)
+    kinds = tuple(k for k in kinds if k != 'best_subset' or n_members <= MAX_SUBSET_MEMBERS or len(kinds) == 1)
+    if not kinds: raise ValueError(f"kinds is empty; name at least one of {', '.join(COMBINATIONS)}")
+    return kinds[:1] if n_members == 1 else kinds
+
+def _dealt(targets, lesion_ids, folds, seed):
+    "Folds of whole lesions and '', or None and why there can be none."
+    lesions = len(np.unique(lesion_ids))
+    if lesions < folds: return None, f"{lesions} lesion(s) cannot fill {folds} folds"
+    dealt = lesion_folds(targets, lesion_ids, folds, seed)
+    if min(len(np.unique(targets[dealt != fold])) for fold in range(folds)) < 2: return None, "without one of the folds only one class is left to fit on"
+    return dealt, ''
+
 def choose_combination(
     members, # dict name -> (N,C) probabilities of validation or out-of-fold pictures, or array (M,N,C)
     targets:np.ndarray, # (N,) int, true class
@@ -290,15 +283,16 @@ def choose_combination(
 ) -> CombinationChoice:
     "Choose on lesions that were not fitted on, then fit on all."
     names, stack = _by_member(members)
-    names, targets = names or tuple(str(m) for m in range(len(stack))), np.asarray(targets, np.int64)
-    for kind in kinds: _check_kind(kind)
-    kinds = tuple(kinds)[:1] if len(stack) == 1 else tuple(k for k in kinds if k != 'best_subset' or len(stack) <= MAX_SUBSET_MEMBERS)
+    names, targets, kinds = names or tuple(str(m) for m in range(len(stack))), np.asarray(targets, np.int64), _possible(kinds, len(stack))
+    dealt, why_not = _dealt(targets, lesion_ids, folds, seed)
+    if why_not: kinds = kinds[:1]
+    if why_not and _PARAMETERS[kinds[0]]: raise ValueError(f"{why_not}, so {kinds[0]} cannot be judged; give more lesions, or put mean first")
     fit = lambda kind: lambda values, given: fit_combiner(kind, dict(zip(names, values)), given)
+    temper = lambda probs: crossfit(lambda *seen: fit_calibrator('temperature', *seen), probs, targets, dealt) if recalibrate and not why_not else probs
     combiners = {kind: fit(kind)(stack, targets) for kind in kinds}
-    dealt = lesion_folds(targets, lesion_ids, folds, seed)
     candidates = {kind: crossfit(fit(kind), stack, targets, dealt) if _PARAMETERS[kind] else one(stack) for kind, one in combiners.items()}
-    judged = {kind: crossfit(_fit_temperature, probs, targets, dealt) for kind, probs in candidates.items()} if recalibrate else candidates
-    selection = choose_candidate(judged, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
+    selection = choose_candidate({kind: temper(probs) for kind, probs in candidates.items()}, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
+    if why_not: selection = replace(selection, reasons=(f"{kinds[0]} stays: {why_not}",))
     return CombinationChoice(combiners[selection.name], selection, candidates[selection.name], combiners)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #90497685
