@@ -25,7 +25,7 @@ from IPython.display import display
 
 from .abstention import LockedAbstention, abstention_scorecard, lock_abstention, risk_coverage
 from .calibration import choose_calibration
-from .decisions import (ConformalSets, LockedThreshold, conformal_scorecard, cost_matrix, cost_scorecard, fit_conformal, lock_threshold,
+from .decisions import (ConformalSets, LockedThreshold, conformal_scorecard, cost_scorecard, fit_conformal, lock_threshold, mean_leaves,
                                            threshold_scorecard)
 from .figures import (class_titles, confusion_points, metric_words, plot_calibration_before_after, plot_class_reliability, plot_confusion,
                                          plot_decision_curve, plot_pr, plot_reliability, plot_risk_coverage, plot_roc, plot_stress, plot_subgroups,
@@ -350,7 +350,8 @@ def _class_limits(result):
     named = {title: int(lesions.get(c, 0)) for c, title in enumerate(class_titles(result.label_set))}
     few = [f'{title} ({n})' for title, n in named.items() if 0 < n < FEW]
     none = [title for title, n in named.items() if n == 0]
-    said = [f"Few lesions of {', '.join(few)}: read their intervals, not their values."] if few else []
+    if few and len(few) == len(named): few = [f'every class ({min(named.values())} to {max(named.values())})']
+    said = [f"Few lesions of {', '.join(few)}: read the intervals, not the values."] if few else []
     return said + ([f"No lesion of {', '.join(none)}: what is a mean over all classes is undefined."] if none else [])
 
 def find_limits(
@@ -409,31 +410,44 @@ def headline_table(
 # %% ../../nbs/evaluate/45_page.ipynb #33817fa9
 def sureness(
     data:Aligned, # images that were measured
-) -> tuple: # (mean confidence, share of right answers), both in [0, 1]
-    "How sure the answers are, and how often they are right."
-    return float(data.probs.max(1).mean()), float((data.probs.argmax(1) == data.targets).mean())
+    n_resamples:int=1000, # of the lesion bootstrap
+    seed:int=0, # of the resamples
+) -> dict: # claimed, right, excess (claimed - right): leaves; all in [-1, 1]
+    "How sure the answers are, how often they are right, and the difference."
+    sure, right, every = data.probs.max(1), data.probs.argmax(1) == data.targets, np.ones(len(data.targets))
+    return mean_leaves(dict(claimed=(sure, every, ''), right=(right, every, ''), excess=(sure - right, every, '')), data.lesion_ids, n_resamples, seed)
+
+def _sure_verdict(excess):
+    "Whether the answers are too sure, as far as the interval says."
+    if excess['low'] is None: return 'too few lesions to say whether that is too sure'
+    return 'too sure' if excess['low'] > 0 else 'not sure enough' if excess['high'] < 0 else 'no clear difference'
 
 def calibration_words(
     result:Evaluation,
 ) -> str: # a sentence
     "Whether confidence can be taken at its word."
-    sure, right = sureness(result.data)
+    sure = result.metrics.get('sureness') or sureness(result.data)
     kind, gain = result.calibration, find_leaf(result.metrics, 'calibration.difference.log_loss')
     fitted = {'': 'no calibration is on record', 'none': 'validation found no calibration that makes it clearly better'}.get(kind, f'calibrated on validation ({kind})')
     if kind not in ('', 'none') and not result.calibrated:
         fitted = f'not calibrated; {kind}, fitted on validation, would change its log loss by {_signed(gain, 3)}' if gain else f'not calibrated; validation speaks for {kind}'
-    verdict = 'about as sure as right' if abs(sure - right) < .02 else 'too sure' if sure > right else 'not sure enough'
-    return f"**Calibration:** on average it claims {sure:.0%} and is right in {right:.0%}: {verdict}; {fitted}."
+    return (f"**Calibration:** on average it claims {sure['claimed']['value']:.0%} and is right in {sure['right']['value']:.0%} "
+            f"({_sure_verdict(sure['excess'])}: {_signed(sure['excess'])}); {fitted}.")
+
+def _doubt(reason, short):
+    "Why a threshold promises less than it was set for."
+    return '' if not reason else ', with too few of their lesions there to promise it' if short else f' ({reason})'
 
 def threshold_words(
     result:Evaluation,
+    short:bool=False, # without the count of lesions behind a doubt
 ) -> str: # a sentence
     "Where it would call a lesion malignant, and what that was to promise."
     block = result.metrics.get('decisions') or {}
     if find_leaf(block, 'threshold.value') is None:
         return f"**Threshold:** none was locked; {find_leaf(block, 'threshold.reason') or 'it takes a validation split, and classes known to be malignant'}."
     target, doubt = find_leaf(block, 'target_sensitivity.value'), find_leaf(block, 'threshold.reason')
-    return f"**Threshold:** malignant from a probability of {block['threshold']['value']:.3g}, set on validation to find {target:.0%} of malignant images{f' ({doubt})' if doubt else ''}."
+    return f"**Threshold:** malignant from a probability of {block['threshold']['value']:.3g}, set on validation to find {target:.0%} of malignant images{_doubt(doubt, short)}."
 
 # %% ../../nbs/evaluate/45_page.ipynb #496c20ee
 def _gaps(subgroups):
@@ -449,10 +463,10 @@ def gap_words(
     gaps = _gaps(result.metrics.get('subgroups'))
     if not gaps: return '**Groups:** not reported.'
     clear = [g for g in gaps if g[3]['verdict'] in ('higher', 'lower')]
-    of = f"{len(clear)} of {len(gaps)} gaps hold after correcting for having looked at so many" if clear else f'{len(gaps)} were looked at, and that is corrected for'
+    of = f"{len(clear)} of {len(gaps)} gaps stand out after correcting for having looked at so many" if clear else f'{len(gaps)} were looked at, and that is corrected for'
     if not clear: return f"**Groups:** no gap between groups is clear ({of})."
     column, group, name, leaf = max(clear, key=lambda g: abs(g[3]['value']))
-    return f"**Groups:** largest clear gap: {metric_words(name)} where {column.replace('_', ' ')} is *{group}*, {_signed(leaf)} against everyone else; {of}."
+    return f"**Groups:** largest clear gap: {metric_words(name)}, where {column.replace('_', ' ')} is *{group}*: {_signed(leaf)} against everyone else; {of}."
 
 def summary_section(
     result:Evaluation,
@@ -462,7 +476,7 @@ def summary_section(
     stop = lambda name: result.facts.get(name, '*not reported*').rstrip('.') + '.'
     facts = f"Reference standard: {stop('reference_standard')} Model: {stop('model')}"
     more = f" {len(limits) - 2} more under [Limits](#limits)." if len(limits) > 2 else ''
-    points = [calibration_words(result), f"{threshold_words(result)} {_in_people(result, result.metrics.get('decisions') or {}, short=True)}".strip(), gap_words(result), f"**Limits:** {' '.join(limits[:2])}{more}"]
+    points = [calibration_words(result), f"{threshold_words(result, short=True)} {_in_people(result, result.metrics.get('decisions') or {}, short=True)}".strip(), gap_words(result), f"**Limits:** {' '.join(limits[:2])}{more}"]
     after = '\n'.join(f'- {p}' for p in points) 
     return Section('Summary', ('CLAIM 2', 'TRIPOD+AI 2'), f'{_counts(result)} {facts}', (('', headline_table(result)),), after)
 
@@ -632,13 +646,15 @@ def natural_frequencies(
 
 # %% ../../nbs/evaluate/45_page.ipynb #8a56766d
 def _in_people(result, block, short=False):
-    "What the threshold does to 1,000 images with as many malignant ones as here."
-    sens, spec = (find_leaf(block, f'{name}.value') for name in ('sensitivity', 'specificity'))
-    if sens is None or spec is None: return ''
-    k = natural_frequencies(sens, spec, float(malignancy_of(result.data, result.label_set)[0].mean()))
-    if short: return f"Of 1,000 images like these {k['missed']} malignant ones are missed and {k['false_alarms']} benign ones flagged for nothing."
-    return (f"Of 1,000 images like these, {k['malignant']} show a malignant lesion: {k['found']} of them are flagged, **{k['missed']} are missed**; "
-            f"of the {k['benign']} benign ones **{k['false_alarms']} are flagged for nothing**. With fewer malignant lesions among the images more flags are false alarms.")
+    "What the threshold does to 1,000 images with as many malignant ones as here, with the limits of sensitivity and specificity."
+    sens, spec = (find_leaf(block, name) for name in ('sensitivity', 'specificity'))
+    if not sens or not spec or sens['value'] is None or spec['value'] is None: return ''
+    share = float(malignancy_of(result.data, result.label_set)[0].mean())
+    k, least, most = (natural_frequencies(*((leaf['value'] if leaf[key] is None else leaf[key]) for leaf in (sens, spec)), share) for key in ('value', 'high', 'low'))
+    missed, alarms = (f"{k[name]} ({least[name]}-{most[name]})" for name in ('missed', 'false_alarms'))
+    if short: return f"Of 1,000 images like these, {missed} malignant ones are missed and {alarms} benign ones flagged for nothing."
+    return (f"Of 1,000 images like these, {k['malignant']} show a malignant lesion: {k['found']} of them are flagged, **{missed} are missed**; "
+            f"of the {k['benign']} benign ones **{alarms} are flagged for nothing** (95 % intervals). With fewer malignant lesions among the images more flags are false alarms.")
 
 def decisions_section(
     result:Evaluation,
@@ -772,13 +788,20 @@ def _failure_gallery(table, images):
     shown = [(row, image) for row, image in shown if image is not None]
     if not shown: return ()
     def draw():
-        columns = 4
-        fig, axes = plt.subplots(-(-len(shown) // columns), columns, figsize=(7.4, 2.35 * -(-len(shown) // columns)), squeeze=False, layout='constrained')
+        columns, (height, width) = 4, shown[0][1].shape[:2]
+        rows = -(-len(shown) // columns)
+        fig, axes = plt.subplots(rows, columns, figsize=(9, rows * (.5 + 2.2 * height / width)), squeeze=False, layout='constrained')
         for ax in axes.flat: ax.axis('off')
         for ax, (row, image) in zip(axes.flat, shown):
             ax.imshow(image)
             ax.set_title(f"{row['diagnosis']}, called {row['predicted']}\n{row['confidence']:.0%} sure · {row['image_id']}", fontsize=8)
     return (picture(draw, f"{len(shown)} images that were called wrongly and surely: " + '; '.join(f"{r['diagnosis']} called {r['predicted']}" for r, _ in shown)),)
+
+def _pair_rows(pairs, label_set):
+    "Confused pairs by their full names."
+    titles = dict(zip(label_set.codes, class_titles(label_set)))
+    return pd.DataFrame({'diagnosis': pairs['diagnosis'].map(titles), 'called': pairs['predicted'].map(titles), 'images': pairs['images'], 'lesions': pairs['lesions'],
+                         'of all its images': [f'{share:.0%} of {of:,}' for share, of in zip(pairs['share'], pairs['of'])]})
 
 def failures_section(
     result:Evaluation,
@@ -791,7 +814,7 @@ def failures_section(
     best = result.data.probs.argmax(1)
     worst = int((missed[result.data.targets] & ~missed[best]).sum())
     text = f"{int((best != result.data.targets).sum()):,} of {len(best):,} images are called wrongly; **{worst:,} malignant ones are called benign** by the first guess."
-    tables = (('Most often confused', _readable(pairs)), ('Surest and wrong, one image of each lesion', _readable(losses.drop(columns='loss'))))
+    tables = (('Most often confused', _pair_rows(pairs, result.label_set)), ('Surest and wrong, one image of each lesion', _readable(losses.drop(columns='loss'))))
     return Section('Failures', ('CLAIM 39',), text, tables[:1] + (_failure_gallery(losses, images) if images else ()) + tables[1:])
 
 # %% ../../nbs/evaluate/45_page.ipynb #2d7daeec
@@ -942,11 +965,11 @@ def decision_cards(
     costs=None, # (C,C) cost of calling the row's class the column's
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of the resamples
-) -> dict: # decisions, conformal, abstention, cost: nested leaves, as the page reads them
+) -> dict: # sureness, abstention, and where there is a rule decisions, conformal, cost: nested leaves, as the page reads them
     "What locked rules do on images that they were not made from."
     options = dict(n_resamples=n_resamples, seed=seed)
     sure, right = data.probs.max(1), data.probs.argmax(1) == data.targets
-    cards = dict(abstention=abstention_scorecard(sure, right, data.lesion_ids, abstention.abstains(sure) if abstention else None, **options))
+    cards = dict(sureness=sureness(data, **options), abstention=abstention_scorecard(sure, right, data.lesion_ids, abstention.abstains(sure) if abstention else None, **options))
     if threshold is not None: cards['decisions'] = _threshold_card(data, label_set, threshold, options)
     if conformal is not None:
         promised = dict(value=conformal.coverage, n=len(data.targets))

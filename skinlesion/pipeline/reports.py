@@ -357,12 +357,14 @@ def metric_text(
     return f"{_number(leaf['value'])} [{_number(leaf['low'])}, {_number(leaf['high'])}]"
 
 # %% ../../nbs/pipeline/72_reports.ipynb #6243583e
-_HEADLINES = {'accuracy', 'balanced_accuracy', 'auroc_macro', 'ece', 'auroc', 'all', 'energy_inside', 'best_epoch'}
+_HEADLINES = ('accuracy', 'balanced_accuracy', 'auroc_macro', 'log_loss', 'ece_debiased', 'malignant.auroc', 'decisions.sensitivity', 'decisions.specificity', 'all', 'energy_inside',
+              'best_epoch')
+_DETAILS = {'per_class', 'subgroups', 'robustness', 'calibration', 'sureness', 'abstention', 'ood', 'conformal'} # blocks that a report tells better than a list
 
 def _headlines(leaves):
     "The leaves to show first: totals over all classes, on the test lesions where there are such; else the first few."
     test = [leaf for leaf in leaves if leaf[0].startswith('test.')] or leaves
-    totals = [(name, leaf) for name, leaf in test if 'per_class' not in name and _HEADLINES & set(name.split('.'))]
+    totals = [(name, leaf) for name, leaf in test if not _DETAILS & set(name.split('.')) and f'.{name}.'.endswith(tuple(f'.{h}.' for h in _HEADLINES))]
     return totals[:40] or test[:12]
 
 def _metrics_table(leaves, caption):
@@ -379,7 +381,7 @@ def _stage_html(root, name, folder):
     link = f'<a href="{folder}/report.html">Report</a>' if report.is_file() else '<span class="missing">No report yet:</span> run <code>dvc repro</code>'
     out = f'<section><h2 id="{folder.replace("/", "-")}">{escape(name)}</h2>\n<p>{link}</p>\n'
     if not metrics.is_file(): return f'{out}<p><span class="missing">No metrics yet.</span></p></section>\n'
-    leaves = metric_leaves(read_json(metrics))
+    leaves = [(path, leaf) for path, leaf in metric_leaves(read_json(metrics)) if not {'subgroups', 'robustness'} & set(path.split('.'))]
     out += _metrics_table(_headlines(leaves), f'{name}: headline metrics')
     if len(leaves) > len(_headlines(leaves)):
         out += f'<details><summary>All {len(leaves)} metrics</summary>{_metrics_table(leaves, name + ": all metrics")}</details>'
