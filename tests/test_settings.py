@@ -2,12 +2,16 @@
 import re
 from dataclasses import fields
 from itertools import product
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
 
 from madeup import ROOT
+from skinlesion.evaluate.calibration import CALIBRATIONS
+from skinlesion.evaluate.decisions import CONFORMAL
+from skinlesion.evaluate.ensemble import COMBINATIONS
+from skinlesion.evaluate.robustness import CORRUPTIONS
 from skinlesion.model.batches import MIXES, SAMPLERS
 from skinlesion.model.fusion import FUSIONS
 from skinlesion.model.heads import HEAD_KINDS
@@ -15,7 +19,8 @@ from skinlesion.model.losses import LOSSES
 from skinlesion.model.member import SPEC_KEYS, MemberSpec, member_spec
 from skinlesion.model.training import METRICS, PRECISIONS, TrainConfig
 from skinlesion.pipeline.closure import expected_params
-from skinlesion.pipeline.params import Head, Member, MemberKeys, ParamsError, Recipe, load_params, parse_params, stage_defaults, stage_parameters
+from skinlesion.pipeline.params import Evaluate, Head, Member, MemberKeys, ParamsError, Recipe, load_params, parse_params, stage_defaults, stage_parameters
+from skinlesion.views import VIEW_SETS
 
 SETTINGS = sorted((ROOT / "nbs/settings").glob("*.yaml"))
 FILES = [ROOT / "params.yaml", *SETTINGS]
@@ -55,11 +60,26 @@ def test_members_of_the_comparison_differ_in_one_thing():
     assert len(changed) == 6 and all(len(keys) == 1 for keys in changed.values()), changed
 
 
+def words(annotation):
+    "Every word that a key, or an element of it, may be."
+    if get_origin(annotation) is Literal: return set(get_args(annotation))
+    return set().union(*(words(inner) for inner in get_args(annotation)))
+
+
 @pytest.mark.parametrize("section, key, allowed", [
     (Recipe, "metric", METRICS), (Recipe, "sampler", SAMPLERS), (Recipe, "mix", MIXES), (Recipe, "precision", PRECISIONS),
-    (MemberKeys, "fusion", FUSIONS), (MemberKeys, "loss", LOSSES), (Head, "kind", HEAD_KINDS)])
-def test_words_are_those_of_the_model_room(section, key, allowed):
-    assert set(get_args(section.model_fields[key].annotation)) == set(allowed)
+    (MemberKeys, "fusion", FUSIONS), (MemberKeys, "loss", LOSSES), (Head, "kind", HEAD_KINDS), (Evaluate, "views", VIEW_SETS),
+    (Evaluate, "combination", ("auto", *COMBINATIONS)), (Evaluate, "calibration", ("auto", *CALIBRATIONS)), (Evaluate, "conformal", CONFORMAL),
+    (Evaluate, "stress", CORRUPTIONS)], ids=lambda x: x if isinstance(x, str) else "")
+def test_words_are_those_of_the_library(section, key, allowed):
+    assert words(section.model_fields[key].annotation) == set(allowed)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_key_of_the_evaluation_is_written_out(path):
+    "So that `dvc exp run -S evaluate.KEY=...` finds it, and a reader sees what may be chosen."
+    values = yaml.safe_load(path.read_text())["evaluate"]
+    assert set(values) == set(Evaluate.model_fields)
 
 
 def test_defaults_are_those_of_the_model_room():
