@@ -95,7 +95,9 @@ class LockedThreshold:
         score = np.asarray(score, np.float64)
         return _checked_scores(np.zeros(score.shape, bool), score, np.zeros(score.shape))[1] >= self.value
 
-    def to_dict(self): return deepcopy({key: getattr(self, key) for key in _THRESHOLD_KEYS})
+    def to_dict(self):
+        "As a bundle holds it: plain JSON values."
+        return deepcopy({key: getattr(self, key) for key in _THRESHOLD_KEYS})
 
     @classmethod
     def from_dict(cls, values):
