@@ -15,7 +15,7 @@ import pandas as pd
 from ..data.metadata import MetadataEncoder
 from ..data.synthetic import aperture, hairs, ink
 from .intervals import format_leaf, interval_leaf, lesion_weights
-from .metrics import weighted_auroc, weighted_ece
+from .metrics import weighted_auroc, weighted_metrics
 from .scorecard import malignancy_probability
 from ..taxonomy import LabelSet, nearest
 
@@ -147,7 +147,7 @@ class _Clean:
         self.malignant = np.array([s is True for s in said])[self.targets]
         self.metric = 'malignant' if any(s is not None for s in said) else 'macro'
         self.method, self.probs = f'paired percentile lesion bootstrap, seed {seed}', self.check(probs)
-        self.area, self.ece = self.areas(self.probs), self.eces(self.probs)
+        self.scores = self.measure(self.probs)
 
     def check(self, probs):
         "Refuse answers that are no probabilities of these pictures."
@@ -162,38 +162,50 @@ class _Clean:
         score = np.nan_to_num(malignancy_probability(probs, self.label_set), nan=.5)
         return weighted_auroc(self.malignant[self.known], score[self.known], self.weights[:, self.known])
 
-    def eces(self, probs):
-        "ECE of the top label in each resample, that of the data first."
-        return weighted_ece(probs.argmax(1) == self.targets, probs.max(1), self.weights)
+    def overconfidence(self, probs):
+        "Mean confidence minus share of right answers, in each resample."
+        gap = probs.max(1) - (probs.argmax(1) == self.targets)
+        return self.weights @ gap / self.weights.sum(1)
+
+    def measure(self, probs):
+        "Each metric in each resample, that of the data first."
+        ece = weighted_metrics(self.targets, probs, self.weights, ('ece_debiased',), self.lesions)['ece_debiased']
+        return dict(auroc=self.areas(probs), ece=ece, over=self.overconfidence(probs))
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #93da2041
-def _drop_leaves(
+_NUMBERS = ('auroc', 'drop', 'drop_low', 'drop_high', 'ece', 'ece_change', 'ece_low', 'ece_high', 'over', 'over_change', 'over_low', 'over_high', 'changed')
+
+def _differences(
     clean, # _Clean
     answers:list, # of (N,C) probabilities; their metrics are averaged, resample by resample
-) -> dict: # drop and ece_change: leaves
-    "How far the AUROC falls and the ECE rises."
-    areas, eces = (np.mean([score(probs) for probs in answers], axis=0) for score in (clean.areas, clean.eces))
-    drop, change = clean.area - areas, eces - clean.ece
-    units = clean.known if clean.metric == 'malignant' else np.ones(clean.n, bool)
-    why = 'one class only: nothing to rank' if clean.metric == 'malignant' else 'not every class has an image'
-    exact = (0., 0., 'the same answers to every picture') if all((probs == clean.probs).all() for probs in answers) else None
-    return dict(auroc=areas[0], ece=eces[0], changed=float(np.mean([(p.argmax(1) != clean.probs.argmax(1)).mean() for p in answers])),
-                drop=interval_leaf(drop[0], drop[1:], units.sum(), len(np.unique(clean.lesions[units])), why, exact, clean.method),
-                ece_change=interval_leaf(change[0], change[1:], clean.n, clean.n_lesions, '', exact, clean.method))
+) -> dict: # metric -> (value under stress, leaf of the difference: AUROC lost, ECE and overconfidence gained)
+    "How far each metric moves."
+    found, leaves = [clean.measure(probs) for probs in answers], {}
+    same = all((probs == clean.probs).all() for probs in answers)
+    for name, before in clean.scores.items():
+        after = np.mean([scores[name] for scores in found], axis=0)
+        moved = before - after if name == 'auroc' else after - before
+        units = clean.known if name == 'auroc' and clean.metric == 'malignant' else np.ones(clean.n, bool)
+        why = 'one class only: nothing to rank' if clean.metric == 'malignant' else 'not every class has an image'
+        exact = (0., 0., 'the same answers to every picture') if same else None
+        leaves[name] = after[0], interval_leaf(moved[0], moved[1:], units.sum(), len(np.unique(clean.lesions[units])), why, exact, clean.method)
+    return leaves
 
 def _row(what, clean, answers):
     "A row of a stress table."
-    leaves = _drop_leaves(clean, answers)
-    drop, change = leaves['drop'], leaves['ece_change']
-    return what | dict(
-        metric=clean.metric, auroc=leaves['auroc'], drop=drop['value'], drop_low=drop['low'], drop_high=drop['high'], ece=leaves['ece'],
-        ece_change=change['value'], ece_low=change['low'], ece_high=change['high'], changed=leaves['changed'], n=clean.n, n_lesions=clean.n_lesions,
-        method=drop['method'], reason=drop.get('reason', ''))
+    row = what | dict(metric=clean.metric)
+    leaves = _differences(clean, answers)
+    for name, (value, leaf) in leaves.items():
+        prefix = 'drop' if name == 'auroc' else name
+        row |= {name: value, 'drop' if name == 'auroc' else f'{name}_change': leaf['value'], f'{prefix}_low': leaf['low'], f'{prefix}_high': leaf['high']}
+    other = np.mean([(probs.argmax(1) != clean.probs.argmax(1)).mean() for probs in answers])
+    drop = leaves['auroc'][1]
+    return row | dict(changed=float(other), n=clean.n, n_lesions=clean.n_lesions, method=drop['method'], reason=drop.get('reason', ''))
 
 def _as_table(rows):
     "Rows with their numbers as numbers."
     table = pd.DataFrame(rows)
-    return table.astype({c: float for c in ('auroc', 'drop', 'drop_low', 'drop_high', 'ece', 'ece_change', 'ece_low', 'ece_high', 'changed')})
+    return table.astype({column: float for column in _NUMBERS})
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #5c13811d
 def stress_images(
@@ -208,8 +220,8 @@ def stress_images(
     image_ids=None, # N of str, which decide where hairs lie; None numbers them
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of disturbances and resamples
-) -> pd.DataFrame: # kind, grade, metric, auroc, drop, drop_low, drop_high, ece, ece_change, ece_low, ece_high, changed, n, n_lesions, method, reason; first row undisturbed
-    "What each disturbance takes: AUROC lost and ECE gained, with paired intervals; `changed` is the share of other answers."
+) -> pd.DataFrame: # kind, grade, metric ('malignant' or 'macro'), then auroc, drop, drop_low, drop_high, and ece (de-biased) and over(confidence) each with _change, _low, _high, changed, n, n_lesions, method, reason
+    "What each disturbance takes, with paired intervals, the first row undisturbed; `changed` is the share of images that get another class."
     for kind in kinds:
         for grade in grades: check_corruption(kind, grade)
     clean = _Clean(answer(images, metadata), targets, lesion_ids, label_set, n_resamples, seed)
@@ -251,8 +263,7 @@ def _metadata_row(what, clean, tables, encoder, ask):
     "A row of a metadata stress table; what the encoder refuses is said, not scored."
     try: encoded = [encoder.encode(table) for table in tables]
     except ValueError as error:
-        nothing = dict.fromkeys(('auroc', 'drop', 'drop_low', 'drop_high', 'ece', 'ece_change', 'ece_low', 'ece_high', 'changed'))
-        return what | dict(metric=clean.metric) | nothing | dict(n=clean.n, n_lesions=clean.n_lesions, method='', reason=f'refused: {error}')
+        return what | dict(metric=clean.metric) | dict.fromkeys(_NUMBERS) | dict(n=clean.n, n_lesions=clean.n_lesions, method='', reason=f'refused: {error}')
     return _row(what, clean, [clean.check(ask(values)) for values in encoded])
 
 def stress_metadata(
@@ -277,7 +288,7 @@ def stress_metadata(
 # %% ../../nbs/evaluate/44_robustness.ipynb #4ede6f6e
 def stress_card(
     table:pd.DataFrame, # from `stress_images` or `stress_metadata`
-) -> dict: # kind -> grade (or field -> change) -> auroc, drop, ece, ece_change: leaves
+) -> dict: # kind -> grade (or field -> change) -> auroc, drop, ece_debiased, ece_change, overconfidence, overconfidence_change: leaves
     "A stress table as nested leaves."
     card, keys = {}, ['kind', 'grade'] if 'kind' in table else ['field', 'change']
     number = lambda value: None if value is None or value != value else float(value)
@@ -286,5 +297,6 @@ def stress_card(
         limits = lambda name: dict(low=number(row[f'{name}_low']), high=number(row[f'{name}_high']))
         card.setdefault(row[keys[0]], {})[str(row[keys[1]])] = dict(
             auroc=dict(value=number(row['auroc'])) | common, drop=dict(value=number(row['drop'])) | limits('drop') | common,
-            ece=dict(value=number(row['ece'])) | common, ece_change=dict(value=number(row['ece_change'])) | limits('ece') | common)
+            ece_debiased=dict(value=number(row['ece'])) | common, ece_change=dict(value=number(row['ece_change'])) | limits('ece') | common,
+            overconfidence=dict(value=number(row['over'])) | common, overconfidence_change=dict(value=number(row['over_change'])) | limits('over') | common)
     return card
