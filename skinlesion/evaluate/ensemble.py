@@ -205,14 +205,15 @@ def _fit_rank_mean(stack, targets, weights):
     return dict(quantiles=_short([of(member) for member in stack]), mean_quantiles=_short(of(stack.mean(0))))
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #2bb80ce9
-STACKING_DEVIATION = .1 # of the prior around the weights of the logit mean
+STACKING_DEVIATION = .1 # of the prior around the weights of the logit mean at its temperature
 BIAS_DEVIATION = 1. # of the prior around a bias of 0
 
 def _fit_stacking(stack, targets, weights, deviation=STACKING_DEVIATION):
-    "Multinomial logistic regression on log probabilities, drawn towards the mean of the logits."
+    "Multinomial logistic regression on log probabilities, drawn towards the mean of the logits at its temperature."
     M, N, C = stack.shape
     logs = _logs(stack).transpose(1, 0, 2).reshape(N, M * C)
-    centre = np.concatenate([np.tile(np.eye(C), M).ravel() / M, np.zeros(C)])
+    warm = fit_calibrator('temperature', _ANSWERS['logit_mean'](stack, {}), targets, weights).parameters['temperature']
+    centre = np.concatenate([np.tile(np.eye(C), M).ravel() / M / warm, np.zeros(C)])
     spread = np.concatenate([np.full(C * M * C, deviation), np.full(C, BIAS_DEVIATION)])
     hit = np.eye(C)[targets]
     def loss(x):
