@@ -148,6 +148,7 @@ def threshold_scorecard(
     if value is None:
         nothing = np.zeros(len(score))
         return mean_leaves({name: (nothing, nothing, threshold.reason) for name in ('sensitivity', 'specificity', 'ppv', 'npv', 'flagged')}, lesion_ids, 0, seed)
+    if not 0 <= value <= 1: raise ValueError(f"threshold is {value}; give a probability in [0, 1]")
     flagged = score >= value
     return mean_leaves(dict(
         sensitivity=(flagged, positive, "no image is malignant"), specificity=(~flagged, ~positive, "every image is malignant"),
