@@ -428,14 +428,17 @@ def _ranking_plan(targets, probs):
                     **_class_means('average_precision', precision, actual))
     return measure
 
-def _run_plans(plans, weights, names):
-    "Every plan on every block of resamples; the metrics named."
-    parts = [{name: value for plan in plans for name, value in plan(block).items() if name in names} for _, block in weight_blocks(weights)]
+def _run_plans(makers, weights, names):
+    "The metrics named, from the plans that `makers` make."
+    kept, parts = None if len(weights) == 1 else [make() for make in makers], []
+    for _, block in weight_blocks(weights):
+        plans = kept or (make() for make in makers) # for one resample a plan is made, used and dropped
+        parts.append({name: value for plan in plans for name, value in plan(block).items() if name in names})
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #f0c2c36d
 def _plans(targets, probs, lesion_ids, names):
-    "The plans that give the metrics named."
+    "Makers of the plans that give the metrics named."
     predicted, confidence, C = probs.argmax(1), probs.max(1), probs.shape[1]
     correct = (predicted == targets).astype(np.float64)
     families = (
@@ -447,7 +450,7 @@ def _plans(targets, probs, lesion_ids, names):
          lambda: _confusion_plan(targets, predicted, C)),
         (('ece_adaptive',), lambda: _named('ece_adaptive', _adaptive_plan(correct, confidence))),
         (('ece_debiased',), lambda: _named('ece_debiased', _debiased_plan(correct, confidence, lesion_ids))))
-    return [plan() for members, plan in families if set(members) & set(names)]
+    return [make for members, make in families if set(members) & set(names)]
 
 def _named(name, measure): return lambda block: {name: measure(block)}
 
@@ -518,4 +521,4 @@ def malignancy_metrics(
         (('sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'mcc'), lambda: _called_plan(malignant, score >= threshold)),
         (('auroc', 'average_precision', *_PAUC, *_AT), lambda: _curve_plan(malignant, score)),
         (('brier', 'log_loss', 'ece'), lambda: _probability_plan(malignant, score)))
-    return _run_plans([plan() for members, plan in families if set(members) & set(names)], weights, names)
+    return _run_plans([make for members, make in families if set(members) & set(names)], weights, names)
