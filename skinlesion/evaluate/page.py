@@ -669,7 +669,7 @@ def decisions_section(
     if conformal: body += [('Prediction sets', rows(conformal, 'per_class', 'target_coverage')), ('Prediction sets, class by class', _class_rows(conformal.get('per_class', {}), result.label_set))]
     text = '\n\n'.join(filter(None, [threshold_words(result), _in_people(result, block), _set_words(conformal)]))
     items = ['TRIPOD+AI 15'] if find_leaf(block, 'threshold.value') is not None else []
-    return Section('Decisions', tuple(items + (['TRIPOD+AI 12e'] if curve is not None else [])), text, tuple(body))
+    return Section('Decisions', tuple(items + (['TRIPOD+AI 12e'] if curve is not None and len(curve) else [])), text, tuple(body))
 
 # %% ../../nbs/evaluate/45_page.ipynb #da489ac4
 def _class_rows(per_class, label_set):
@@ -982,12 +982,13 @@ def page_curves(
     label_set:LabelSet, # classes and their order
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of the resamples
-) -> dict: # name -> DataFrame: roc, pr, confusion, reliability, risk_coverage, and decision_curve where malignancy is known
+) -> dict: # name -> DataFrame: roc, pr, confusion, reliability, risk_coverage, decision_curve (without rows unless both malignant and benign images are there)
     "The curves that lie beside the page, as `dvc plots` draws them."
     options = dict(n_resamples=n_resamples, seed=seed)
     malignant, score, lesions = malignancy_of(data, label_set)
-    benefit = dict(decision_curve=decision_curve(malignant, score, lesion_ids=lesions, **options)) if len(score) else {}
-    return benefit | dict(roc=roc_points(data.targets, data.probs, label_set), pr=pr_points(data.targets, data.probs, label_set),
+    benefit = decision_curve(malignant, score, lesion_ids=lesions, **options) if len(np.unique(malignant)) == 2 else pd.DataFrame(
+        columns=['threshold', 'model', 'low', 'high', 'treat_all', 'treat_none'])
+    return dict(decision_curve=benefit, roc=roc_points(data.targets, data.probs, label_set), pr=pr_points(data.targets, data.probs, label_set),
                 confusion=confusion_points(data.targets, data.probs, label_set), reliability=reliability_points(data.targets, data.probs, data.lesion_ids, **options),
                 risk_coverage=risk_coverage(data.probs.max(1), data.probs.argmax(1) == data.targets, data.lesion_ids, **options))
 

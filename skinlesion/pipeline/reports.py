@@ -357,14 +357,14 @@ def metric_text(
     return f"{_number(leaf['value'])} [{_number(leaf['low'])}, {_number(leaf['high'])}]"
 
 # %% ../../nbs/pipeline/72_reports.ipynb #6243583e
-_HEADLINES = ('accuracy', 'balanced_accuracy', 'auroc_macro', 'log_loss', 'ece_debiased', 'malignant.auroc', 'decisions.sensitivity', 'decisions.specificity', 'all', 'energy_inside',
+_HEADLINES = ('accuracy', 'balanced_accuracy', 'auroc_macro', 'ece_debiased', 'malignant.auroc', 'decisions.sensitivity', 'decisions.specificity', 'all', 'energy_inside',
               'best_epoch')
 _DETAILS = {'per_class', 'subgroups', 'robustness', 'calibration', 'sureness', 'abstention', 'ood', 'conformal'} # blocks that a report tells better than a list
 
 def _headlines(leaves):
     "The leaves to show first: totals over all classes, on the test lesions where there are such; else the first few."
     test = [leaf for leaf in leaves if leaf[0].startswith('test.')] or leaves
-    totals = [(name, leaf) for name, leaf in test if not _DETAILS & set(name.split('.')) and f'.{name}.'.endswith(tuple(f'.{h}.' for h in _HEADLINES))]
+    totals = [(name, leaf) for name, leaf in test if not _DETAILS & set(name.split('.')) and any(f'.{h}.' in f'.{name}.' for h in _HEADLINES)]
     return totals[:40] or test[:12]
 
 def _metrics_table(leaves, caption):

@@ -1,0 +1,199 @@
+"The page: same tables, same bytes; nothing fitted on test; what is not covered prints 'not reported'; nothing runs, loads or invents."
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from skinlesion.evaluate import page
+from skinlesion.evaluate.decisions import cost_matrix
+from skinlesion.evaluate.page import CHECKLIST, check_facts, evaluate_tables, find_leaf, find_limits, page_sections
+from skinlesion.evaluate.scorecard import probability_columns
+from skinlesion.pipeline.reports import folder_images, metric_leaves, write_evaluation
+from skinlesion.taxonomy import DISCLAIMER, LabelSet, get_label_set
+
+HAM = get_label_set("ham10000")
+FACTS = dict(reference_standard="Histopathology.", funding="None.", data_source="Drawn by a test <b>.")
+
+
+def tables(n=240, seed=0, label_set=HAM):
+    "Predictions and labels of `n` images, several to a lesion, in a validation and a test split."
+    rng, C = np.random.default_rng(seed), len(label_set)
+    lesion = rng.integers(0, n // 2, n)
+    classes = np.random.default_rng(1).integers(0, C, n)[lesion]
+    scores = np.exp(rng.normal(size=(n, C)) + 2 * np.eye(C)[classes])
+    predictions = pd.DataFrame(scores / scores.sum(1, keepdims=True), columns=probability_columns(label_set))
+    ids = [f"i{k:03}" for k in range(n)]
+    labels = pd.DataFrame(dict(image_id=ids, diagnosis=np.array(label_set.codes)[classes], lesion_id=[f"l{k}" for k in lesion],
+                               split=np.where(lesion % 2, "test", "valid"), sex=np.where(lesion % 3, "female", "male"), age=20. + lesion % 60))
+    return predictions.assign(image_id=ids), labels
+
+
+def evaluated(predictions, labels, label_set=HAM, **options):
+    return evaluate_tables(predictions, labels, label_set, **dict(n_resamples=100) | options)
+
+
+def answered(sections):
+    "The items that some section answers."
+    return {item for section in sections.values() for item in section.items}
+
+
+def text_of(section):
+    "All words of a section: headings, text and tables."
+    return " ".join(data.get("text/markdown", "") + data.get("text/html", "") for data, _ in section.bundles())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    "Pictures without drawing: where only words are looked at."
+    monkeypatch.setattr(page, "picture", lambda draw, alt: page.Picture(b"", alt, 100))
+
+
+@pytest.fixture(scope="module")
+def result():
+    return evaluated(*tables(), costs=cost_matrix(HAM), facts=FACTS, name="made <up>")
+
+
+@pytest.fixture(scope="module")
+def written(result, tmp_path_factory):
+    "The folder of an evaluation with one image that can be read."
+    root = tmp_path_factory.mktemp("page")
+    worst = page.top_losses(result.data, HAM)["image_id"].iloc[0]
+    (root / "images").mkdir()
+    Image.new("RGB", (60, 45), (200, 150, 140)).save(root / f"images/{worst}.png")
+    return write_evaluation(result, root / "out", folder_images(root / "images"), provenance=dict(predictions="ab12"))
+
+
+@pytest.fixture(scope="module")
+def html(written):
+    return (written / "report.html").read_text()
+
+
+def test_same_tables_give_the_same_bytes(written, tmp_path):
+    predictions, labels = tables()
+    shuffled = evaluated(predictions.sample(frac=1, random_state=3), labels.sample(frac=1, random_state=4), costs=cost_matrix(HAM), facts=FACTS, name="made <up>")
+    again = write_evaluation(shuffled, tmp_path / "out", folder_images(written.parent / "images"), provenance=dict(predictions="ab12"))
+    assert {p.name for p in again.iterdir()} == {p.name for p in written.iterdir()}
+    for path in written.iterdir(): assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_the_folder_holds_what_dvc_draws(written):
+    names = {p.name for p in written.iterdir()}
+    assert names >= {"metrics.json", "report.html", "roc.csv", "pr.csv", "confusion.csv", "reliability.csv", "risk_coverage.csv", "decision_curve.csv"}
+    columns = {name: set(pd.read_csv(written / f"{name}.csv")) for name in ("roc", "pr", "reliability", "risk_coverage", "decision_curve", "confusion")}
+    assert columns["roc"] >= {"class", "fpr", "tpr"} and columns["pr"] >= {"class", "recall", "precision"} and columns["confusion"] >= {"actual", "predicted"}
+    assert columns["reliability"] >= {"confidence", "accuracy"} and columns["risk_coverage"] >= {"coverage", "risk"}
+    assert columns["decision_curve"] >= {"threshold", "model", "treat_all", "treat_none"}
+
+
+def test_every_metric_is_a_leaf_with_its_count_and_interval_or_reason(written):
+    metrics = json.loads((written / "metrics.json").read_text())
+    leaves = metric_leaves(metrics)
+    assert {"all.accuracy", "all.balanced_accuracy", "all.auroc_macro", "splits.test.accuracy", "decisions.sensitivity", "abstention.aurc",
+            "conformal.coverage", "cost.argmax"} <= {path for path, _ in leaves}
+    for path, leaf in leaves:
+        assert "n" in leaf, path
+        assert leaf["value"] is not None or leaf.get("reason"), path
+        if leaf.get("low") is not None: assert leaf["low"] <= leaf["value"] <= leaf["high"], path
+
+
+def test_the_page_runs_nothing_and_loads_nothing(html):
+    assert not re.search(r'<(script|link|iframe|object)\b|\bsrc="(?!data:)|\son\w+=|url\(', html)
+    assert "made &lt;up&gt;" in html and "<up>" not in html and DISCLAIMER in html
+    assert all(re.search(r'alt="[^"]+"', picture) for picture in re.findall(r"<img [^>]*>", html))
+
+
+def test_the_summary_stands_first_and_every_section_has_its_place(html, result, undrawn):
+    titles = [section.title for section in result.sections().values()]
+    places = [html.index(f'<h2 id="{re.sub("[^a-z]+", "-", title.lower())}">') for title in titles]
+    assert titles[0] == "Summary" and places == sorted(places) and places[0] < html.index("<nav")
+    assert "called wrongly and surely" in html  # the one picture that could be read
+
+
+def test_what_is_not_covered_is_said_to_be_not_reported(result, undrawn):
+    sections = page_sections(result)
+    table = page.checklist_table(list(sections.values()))
+    assert len(table) == len(CHECKLIST)
+    missing = set(table.loc[table["where"] == "not reported", "guideline"] + " " + table.loc[table["where"] == "not reported", "item"])
+    assert missing == set(CHECKLIST) - answered(sections)
+    assert {"CLAIM 14", "CLAIM 44", "CLAIM 7", "CLAIM 39", "TRIPOD+AI 23a"} <= answered(sections)
+    assert {"CLAIM 15", "CLAIM 30", "CLAIM 33", "TRIPOD+AI 17", "TRIPOD+AI 3a"} <= missing
+    assert "Not reported." in text_of(sections["robustness"]) and "(CLAIM 15)" in text_of(sections["reference"])
+
+
+def test_a_fact_answers_its_items_and_shows_its_words(result, undrawn):
+    more = page_sections(replace(result, facts=check_facts(FACTS | dict(ethics="Waived & filed."))))
+    assert "TRIPOD+AI 17" in answered(more) and "Waived &amp; filed." in text_of(more["study"])
+
+
+def test_nothing_that_is_locked_has_seen_the_test_split():
+    predictions, labels = tables()
+    test = labels["split"] == "test"
+    wrong = labels.assign(diagnosis=labels["diagnosis"].where(~test, np.roll(HAM.codes, 1)[[HAM.index(c) for c in labels["diagnosis"]]]))
+    first, second = evaluated(predictions, labels), evaluated(predictions, wrong)
+    assert first.metrics["splits"]["test"]["accuracy"]["value"] > .5 > second.metrics["splits"]["test"]["accuracy"]["value"]
+    for path in ("decisions.threshold", "decisions.validation_sensitivity", "splits.valid.accuracy"): assert find_leaf(first.metrics, path) == find_leaf(second.metrics, path)
+    assert first.calibration == second.calibration and first.curves["calibration_choice"].equals(second.curves["calibration_choice"])
+    answered_share = [find_leaf(r.metrics, "abstention.answered.value") for r in (first, second)]
+    assert answered_share[0] == answered_share[1] and find_leaf(first.metrics, "conformal.mean_set_size.value") == find_leaf(second.metrics, "conformal.mean_set_size.value")
+
+
+def test_without_splits_nothing_is_locked_and_the_page_says_so():
+    predictions, labels = tables()
+    result = evaluated(predictions, labels.drop(columns="split"))
+    assert result.part == "" and "splits" not in result.metrics and "decisions" not in result.metrics and result.calibration == ""
+    assert "nothing here shows that these were new to it" in find_limits(result)[0]
+    sections = {name: getattr(page, f"{name}_section")(result) for name in ("summary", "data", "decisions")}
+    assert "none was locked" in text_of(sections["decisions"]) and "no split" in text_of(sections["data"])
+    assert not {"CLAIM 20", "TRIPOD+AI 15"} & answered(sections)
+
+
+def test_a_lesion_in_two_parts_is_told():
+    predictions, labels = tables()
+    crossing = labels.assign(lesion_id=labels["lesion_id"].where(labels.index > 20, "same"))
+    assert "the parts are not disjoint" in page.data_section(evaluated(predictions, crossing, n_resamples=20)).text
+
+
+@pytest.mark.parametrize("codes", [("nv",), ("mel",)])
+def test_one_class_in_the_test_split_is_null_with_a_reason(codes, request):
+    if codes == ("mel",): request.getfixturevalue("undrawn")
+    predictions, labels = tables()
+    keep = (labels["split"] == "valid") | labels["diagnosis"].isin(codes)
+    result = evaluated(predictions[keep], labels[keep])
+    leaf = find_leaf(result.card, "auroc_macro")
+    assert leaf["value"] is None and leaf["reason"]
+    made = page_sections(result)
+    assert "undefined" in text_of(made["performance"]) and len(made) == 15
+    assert all(leaf["value"] is not None or leaf.get("reason") for _, leaf in metric_leaves(result.metrics))
+
+
+def test_classes_of_unknown_malignancy_get_a_page_without_a_threshold(undrawn):
+    own = LabelSet("own", ("a", "b", "c"))
+    result = evaluated(*tables(label_set=own), own)
+    made = page_sections(result)
+    assert "which of them are malignant nobody said" in made["summary"].text and "none was locked" in text_of(made["decisions"])
+    assert not len(result.curves["decision_curve"]) and "decisions" not in result.metrics
+
+
+def test_ids_that_only_one_table_holds_stop_it():
+    predictions, labels = tables()
+    with pytest.raises(ValueError, match="not in the labels"): evaluated(predictions, labels[1:])
+    with pytest.raises(ValueError, match="Did you mean 'funding'"): evaluated(predictions, labels, facts=dict(fundings="x"))
+
+
+def test_an_error_leaves_the_earlier_evaluation_alone(result, undrawn, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.html").write_text("earlier")
+    broken = replace(result, curves=dict(roc=None))
+    with pytest.raises(AttributeError): write_evaluation(broken, tmp_path / "out")
+    assert (tmp_path / "out/report.html").read_text() == "earlier" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_model_card_tells_the_same_numbers(result):
+    card = page.model_card(result)
+    for row in page.headline_table(result)["answer (95 % interval)"]: assert row in card
+    for sentence in find_limits(result): assert sentence in card
+    assert page.threshold_words(result) in card
