@@ -41,7 +41,8 @@ def test_intervals_against_a_loop():
     curve = risk_coverage(confidence, correct, lesions, n_resamples=100, points=10)
     card = abstention_scorecard(confidence, correct, lesions, n_resamples=100)
     loop = [(np.repeat(confidence, w), np.repeat(correct, w)) for w in weights]
-    risks = np.array([np.interp(np.arange(1, 11) / 10 * len(c), range(len(c) + 1), _errors(c, r)) / (np.arange(1, 11) / 10 * len(c)) for c, r in loop])
+    shares = np.arange(1, 11) / 10
+    risks = np.array([np.interp(shares * len(c), range(len(c) + 1), _errors(c, r)) / (shares * len(c)) for c, r in loop])
     np.testing.assert_allclose(curve[["low", "high"]], np.quantile(risks, [.025, .975], axis=0).T)
     areas = [abstention_scorecard(c, r, n_resamples=0)["aurc"]["value"] for c, r in loop]
     np.testing.assert_allclose([card["aurc"]["low"], card["aurc"]["high"]], np.quantile(areas, [.025, .975]))

@@ -227,7 +227,8 @@ def test_choice_of_many_members():
     targets, members = table(M=MAX_SUBSET_MEMBERS + 1, n=120)
     choice = choose_combination(members, targets, np.arange(120), kinds=("mean", "logit_mean", "best_subset"), n_resamples=20)
     assert set(choice.combiners) == {"mean", "logit_mean"}
-    with pytest.raises(ValueError, match="takes up to 12 members; these are 13"): choose_combination(members, targets, np.arange(120), kinds=("best_subset",))
+    with pytest.raises(ValueError, match="takes up to 12 members; these are 13"):
+        choose_combination(members, targets, np.arange(120), kinds=("best_subset",))
 
 
 def test_views():

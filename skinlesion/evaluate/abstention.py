@@ -12,6 +12,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 import cv2
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy.special import digamma, logsumexp
 from .calibration import check_keys, lesion_folds
 from .intervals import interval_leaf, lesion_weights, newcombe_interval, percentile_interval, wilson_interval
@@ -29,6 +30,7 @@ def _numbers(values, name, n=None):
     if len(bad): raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]}; give finite numbers")
     return values
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #41f4359a
 def _lesions(lesion_ids, n):
     "The lesion of each picture; each its own where none are given."
     if lesion_ids is None: return np.arange(n)
@@ -36,6 +38,7 @@ def _lesions(lesion_ids, n):
     if lesion_ids.shape != (n,): raise ValueError(f"lesion_ids has shape {lesion_ids.shape} for {n} pictures; give one each")
     return lesion_ids
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #d1f7cb98
 def _ranked(confidence, correct):
     "Order by falling confidence, the starts of its groups of ties, and who is wrong (N,) float64."
     confidence = _numbers(confidence, 'confidence')
@@ -81,11 +84,12 @@ def _mean_risk(answered, errors):
     start = errors[:-1] - slope * answered[:-1]
     return (slope * pictures + start * np.diff(digamma(answered + 1), axis=0)).sum(0) / answered[-1]
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #d43c1580
 def _best_mean_risk(n, wrong):
     "AURC of `n` pictures with all `wrong` ones last."
     return (wrong - (n - wrong) * (digamma(n + 1) - digamma(n - wrong + 1))) / n
 
-# %% ../../nbs/evaluate/36_abstention.ipynb #d43c1580
+# %% ../../nbs/evaluate/36_abstention.ipynb #25d2e422
 def _share_leaf(samples, units, lesion_ids, reason):
     "A leaf of a share of the pictures `units` (N,) bool; Wilson's interval where it is 0 or 1."
     n, n_lesions = int(units.sum()), len(np.unique(lesion_ids[units]))
@@ -97,6 +101,7 @@ def _shares(weights, chosen, among):
     top, bottom = weights @ (chosen & among).astype(float), weights @ among.astype(float)
     return np.divide(top, bottom, out=np.full(len(weights), np.nan), where=bottom > 0)
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #da3b6967
 def abstention_scorecard(
     confidence:np.ndarray, # (N,) how sure each answer is; higher is surer
     correct:np.ndarray, # (N,) bool, whether it was right
@@ -121,6 +126,7 @@ def abstention_scorecard(
     card |= {name: interval_leaf(values[0], values[1:], N, len(np.unique(lesion_ids))) for name, values in found.items()}
     return card if abstained is None else card | _abstained_leaves(np.asarray(abstained), wrong, lesion_ids, weights)
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #75434fcf
 def _abstained_leaves(abstained, wrong, lesion_ids, weights):
     "What a locked rule did: how many were answered, and who erred on either side of it."
     if abstained.dtype != bool or abstained.shape != wrong.shape: raise ValueError(f"abstained is {abstained.dtype} of shape {abstained.shape}; give bool of shape {wrong.shape}")
@@ -146,12 +152,13 @@ def _rounded(value, way):
     if near == value or (near < value) == (way == ROUND_FLOOR): return near
     return float(Context(prec=8, rounding=way).create_decimal_from_float(float(value)))
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #9cb45afb
 def _lesion_shares(lesion_ids):
     "What each picture counts so that every lesion counts 1, and the number of lesions."
     _, lesion, sizes = np.unique(lesion_ids, return_inverse=True, return_counts=True)
     return 1 / sizes[lesion], len(sizes)
 
-# %% ../../nbs/evaluate/36_abstention.ipynb #9cb45afb
+# %% ../../nbs/evaluate/36_abstention.ipynb #93a227dd
 @dataclass(frozen=True)
 class LockedAbstention:
     "The confidence below which no answer is given."
@@ -178,6 +185,7 @@ class LockedAbstention:
         "A rule from plain values; an error names what does not fit."
         return _read(cls, values)
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #7752631a
 def lock_abstention(
     confidence:np.ndarray, # (N,) of validation pictures, of answers whose maker was not fitted on them
     lesion_ids:np.ndarray=None, # (N,) lesion of each; None where each is its own
@@ -225,19 +233,6 @@ class Mahalanobis:
         if off: raise ValueError(f"Mahalanobis, {off[0]}: shape {getattr(self, off[0]).shape} does not fit axes of shape {self.axes.shape}")
         if not (self.scale > 0).all() or not self.rest >= 0: raise ValueError("Mahalanobis: scale must be above 0 everywhere, and rest at least 0")
 
-    def score(self,
-        features:np.ndarray, # (N,D) as in the fit
-    ) -> np.ndarray: # (N,) distance to the nearest centre, at least 0; higher is stranger
-        "How far each picture lies from the nearest class."
-        features = np.asarray(features, np.float64)
-        if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"features have shape {features.shape}; this detector reads (N, {len(self.mean)}), what the head of its member reads")
-        steps = ((_unit(features) if self.normalised else features) - self.mean) / self.scale
-        placed = steps @ self.axes.T
-        near = ((placed @ self.whitener.T)[:, None] - self.centres) ** 2
-        outside = np.maximum((steps**2).sum(1) - (placed**2).sum(1), 0) / self.rest if self.rest else 0
-        return np.sqrt(near.sum(2).min(1) + outside)
-
     def to_dict(self) -> dict: # plain JSON values: nested lists at the digits of the fit
         "What `from_dict` reads back."
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
@@ -250,10 +245,26 @@ class Mahalanobis:
         return _read(cls, values)
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #349b7791
+@patch
+def score(self:Mahalanobis,
+    features:np.ndarray, # (N,D) as in the fit
+) -> np.ndarray: # (N,) distance to the nearest centre, at least 0; higher is stranger
+    "How far each picture lies from the nearest class."
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or features.shape[1] != len(self.mean):
+        raise ValueError(f"features have shape {features.shape}; this detector reads (N, {len(self.mean)}), what the head of its member reads")
+    steps = ((_unit(features) if self.normalised else features) - self.mean) / self.scale
+    placed = steps @ self.axes.T
+    near = ((placed @ self.whitener.T)[:, None] - self.centres) ** 2
+    outside = np.maximum((steps**2).sum(1) - (placed**2).sum(1), 0) / self.rest if self.rest else 0
+    return np.sqrt(near.sum(2).min(1) + outside)
+
+# %% ../../nbs/evaluate/36_abstention.ipynb #02c60a81
 def _unit(features):
     "Features at length 1; a vector of zeros stays."
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #a2ba662f
 def _standardiser(features):
     "Mean and deviation of each feature; a deviation is at least a hundredth of the mean one, so that a dead feature does not shout."
     scale = features.std(0)
@@ -271,7 +282,7 @@ def _seven(values):
     "Numbers at seven significant digits, as float32 has them; what is stored is what is applied."
     return np.array([float(f'{x:.7g}') for x in np.ravel(values)]).reshape(np.shape(values))
 
-# %% ../../nbs/evaluate/36_abstention.ipynb #02c60a81
+# %% ../../nbs/evaluate/36_abstention.ipynb #a7a23943
 def _check_fit(features, targets, dims):
     "Features, classes in order and the class of each picture; an error where no spread can be told."
     features, targets = np.asarray(features, np.float64), np.asarray(targets)
@@ -282,6 +293,7 @@ def _check_fit(features, targets, dims):
     if len(features) < len(classes) + 2: raise ValueError(f"{len(features)} pictures of {len(classes)} class(es) say nothing of the spread within a class; give at least {len(classes) + 2}")
     return features, classes, member
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #ac7acf45
 def fit_mahalanobis(
     features:np.ndarray, # (N,D) of pictures with a known class: what the primary head of one member reads
     targets:np.ndarray, # (N,) int, their class
@@ -343,6 +355,7 @@ class LockedOod:
         "A rule from plain values; an error names what does not fit."
         return _read(cls, values)
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #d330a243
 def lock_ood(
     scores:np.ndarray, # (N,) of validation pictures, by a detector that was not fitted on them
     lesion_ids:np.ndarray=None, # (N,) lesion of each; None where each is its own
@@ -375,6 +388,7 @@ def _text(rng, size):
         cv2.putText(page, line, (int(step // 3), row), cv2.FONT_HERSHEY_SIMPLEX, step / 32, (int(rng.integers(0, 70)),) * 3, 1, cv2.LINE_AA)
     return page
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #617821a2
 def _stripes(rng, size):
     "A regular texture of two colours: stripes, or two crossing sets of them."
     y, x = np.mgrid[:size, :size] / size
@@ -388,6 +402,7 @@ def _sky(rng, size):
     clouds = cv2.GaussianBlur(rng.normal(size=(size, size)), (0, 0), size / 10)
     return top * (1 - y) + foot * y + 25 * (clouds / clouds.std())[..., None]
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #7074815a
 def _shapes(rng, size):
     "Boxes, discs and lines in many colours, blurred and grainy: things seen by a camera."
     scene, at = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8), lambda: tuple(int(v) for v in rng.integers(0, size, 2))
@@ -423,6 +438,7 @@ def _passed(inside, outside, blocks, share=.95):
     counts = np.concatenate([np.zeros((1, blocks[1].shape[1])), np.cumsum(blocks[1][out], axis=0)])
     return counts[below, np.arange(len(edge))] / counts[-1]
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #8fb43910
 def ood_scorecard(
     inside:np.ndarray, # (N,) scores of lesions that nothing was fitted on, such as the test pictures
     outside:dict, # kind -> (n,) scores of pictures of that kind
@@ -445,6 +461,7 @@ def ood_scorecard(
         if locked: card[kind]['flagged'] = flagged(scores, own, np.arange(len(scores)))
     return card
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #986063f7
 def _kind_leaves(inside, outside, drawn, own, lesion_ids):
     "AUROC and false positive rate of one kind."
     n, lesions = len(outside), len(np.unique(lesion_ids))

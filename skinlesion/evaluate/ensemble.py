@@ -36,6 +36,7 @@ def _stack(
                              f"member {i}, row {bad[0]}: {m[bad[0]].min():.4g} is no probability; give softmax outputs, not logits")
     return np.stack(members)
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #0a9f7c53
 def _by_member(members):
     "Names (None for a list or an array) and probabilities (M,N,C), the fits of a member averaged."
     if not isinstance(members, dict): return None, _stack(members)
@@ -57,6 +58,7 @@ COMBINATIONS = ('mean', 'logit_mean', 'best_member', 'best_subset', 'convex', 'r
 _PARAMETERS = dict(mean=(), logit_mean=(), best_member=('weights',), best_subset=('weights',), convex=('weights', 'temperatures'),
                    rank_mean=('quantiles', 'mean_quantiles'), stacking=('weights', 'bias')) # of each kind
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #47400ea5
 @dataclass(frozen=True)
 class Combiner:
     "One way to join members, fitted; call it with their probabilities."
@@ -87,10 +89,16 @@ class Combiner:
         if not isinstance(values['members'], (list, tuple)): raise ValueError(f"combiner, members: {values['members']!r} is no list of names")
         return cls(values['kind'], tuple(values['members']), values['num_classes'], values['parameters'])
 
-# %% ../../nbs/evaluate/33_ensemble.ipynb #47400ea5
+# %% ../../nbs/evaluate/33_ensemble.ipynb #ac0f0e82
 def _check_kind(kind, allowed=COMBINATIONS):
     "Stop at a kind that is none."
     if kind not in allowed: raise ValueError(f"combination {kind!r} is not one of {', '.join(allowed)}.{nearest(str(kind), allowed)}")
+
+# %% ../../nbs/evaluate/33_ensemble.ipynb #e22a6e45
+def _shapes(one):
+    "The shape of each parameter of a combiner."
+    M, C, Q = len(one.members), one.num_classes, len(_LEVELS)
+    return dict(weights=(M, C, C) if one.kind == 'stacking' else (M,), temperatures=(M,), bias=(C,), quantiles=(M, C, Q), mean_quantiles=(C, Q))
 
 def _check_combiner(one):
     "Stop where the parts of a combiner do not fit together."
@@ -99,9 +107,7 @@ def _check_combiner(one):
     if type(one.num_classes) is not int or one.num_classes < 2: raise ValueError(f"combiner, num_classes is {one.num_classes!r}; give a whole number, at least 2")
     where = f"combiner '{one.kind}', parameters"
     check_keys(one.parameters, _PARAMETERS[one.kind], where)
-    M, C = len(one.members), one.num_classes
-    shapes = dict(weights=(M, C, C) if one.kind == 'stacking' else (M,), temperatures=(M,), bias=(C,),
-                  quantiles=(M, C, len(_LEVELS)), mean_quantiles=(C, len(_LEVELS)))
+    M, C, shapes = len(one.members), one.num_classes, _shapes(one)
     for name, values in one.parameters.items():
         try: array = np.asarray(values, np.float64)
         except (ValueError, TypeError): raise ValueError(f"{where}, {name}: not a list of numbers of one shape") from None
@@ -111,6 +117,7 @@ def _check_combiner(one):
         if name == 'weights' and one.kind != 'stacking' and ((array < 0).any() or abs(array.sum() - 1) > 1e-6):
             raise ValueError(f"{where}, weights: {array.tolist()}; all must be at least 0 and sum to 1")
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #520f1f73
 def _ordered(one, members):
     "Probabilities (M,N,C) in the order in which a combiner knows its members."
     names, stack = _by_member(members)
@@ -139,6 +146,7 @@ def _curve(quantiles):
     values, first, counts = np.unique(quantiles, return_index=True, return_counts=True)
     return values, _LEVELS[first] / 2 + _LEVELS[first + counts - 1] / 2
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #76058cc6
 def _rank_mean(stack, fitted):
     "Mean rank among the validation pictures, read back through the quantiles of the mean."
     answer = np.empty(stack.shape[1:])
@@ -151,6 +159,7 @@ def _weighted(stack, fitted):
     "Weighted mean of the members."
     return np.einsum('m,mnc->nc', fitted['weights'], stack)
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #bcf2d4c2
 _ANSWERS = dict(
     mean=lambda stack, fitted: stack.mean(0),
     logit_mean=lambda stack, fitted: softmax(_logs(stack).mean(0), axis=1),
@@ -159,7 +168,7 @@ _ANSWERS = dict(
     rank_mean=_rank_mean,
     stacking=lambda stack, fitted: softmax(np.einsum('mnd,mcd->nc', _logs(stack), fitted['weights']) + fitted['bias'], axis=1))
 
-# %% ../../nbs/evaluate/33_ensemble.ipynb #b2fd8f0d
+# %% ../../nbs/evaluate/33_ensemble.ipynb #5951d8d6
 def _true_class(stack, targets):
     "What each member gave the true class, (N,M), at least the floor."
     return np.maximum(stack[:, np.arange(len(targets)), targets].T, PROBABILITY_FLOOR)
@@ -177,11 +186,12 @@ def _fit_convex(stack, targets, weights, temperatures=True):
     w = np.where(found.x < 1e-6, 0, found.x)
     return dict(weights=_short(w / w.sum()), temperatures=warm)
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #ba20d123
 def _short(values):
     "Numbers at eight significant digits: what is stored is what is applied."
     return np.vectorize(lambda x: float(f'{x:.8g}'), otypes=[np.float64])(np.asarray(values, np.float64))
 
-# %% ../../nbs/evaluate/33_ensemble.ipynb #bcf2d4c2
+# %% ../../nbs/evaluate/33_ensemble.ipynb #2c034a60
 MAX_SUBSET_MEMBERS = 12 # 4,095 subsets
 
 def _fit_best_subset(stack, targets, weights):
@@ -193,18 +203,20 @@ def _fit_best_subset(stack, targets, weights):
     subsets = subsets[np.argsort(subsets.sum(1), kind='stable')]
     return _best_of(subsets / subsets.sum(1, keepdims=True), stack, targets, weights)
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #b0d6fb66
 def _best_of(rows, stack, targets, weights):
     "The row of member weights (K,M) of the lowest log loss; of several alike the first."
     given, share = _true_class(stack, targets), weights / weights.sum()
     losses = np.array([-share @ np.log(given @ row) for row in rows])
     return dict(weights=_short(rows[np.flatnonzero(losses <= losses.min() + 1e-12)[0]]))
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #c71096ea
 def _fit_rank_mean(stack, targets, weights):
     "Quantiles of each member and of their mean, class by class."
     of = lambda probs: np.stack([np.quantile(probs[:, c], _LEVELS, method='inverted_cdf', weights=weights) for c in range(probs.shape[1])])
     return dict(quantiles=_short([of(member) for member in stack]), mean_quantiles=_short(of(stack.mean(0))))
 
-# %% ../../nbs/evaluate/33_ensemble.ipynb #2bb80ce9
+# %% ../../nbs/evaluate/33_ensemble.ipynb #513bd604
 STACKING_DEVIATION = .1 # of the prior around the weights of the logit mean at its temperature
 BIAS_DEVIATION = 1. # of the prior around a bias of 0
 
@@ -225,6 +237,7 @@ def _fit_stacking(stack, targets, weights, deviation=STACKING_DEVIATION):
     found = minimize(loss, centre, jac=True, method='L-BFGS-B', options=dict(maxiter=2000, maxfun=4000, ftol=1e-12, gtol=1e-5))
     return dict(weights=_short(found.x[:-C].reshape(C, M, C).transpose(1, 0, 2)), bias=_short(found.x[-C:]))
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #d230e1aa
 _FITS = dict(mean=lambda *_: {}, logit_mean=lambda *_: {}, convex=_fit_convex, stacking=_fit_stacking, rank_mean=_fit_rank_mean,
              best_subset=_fit_best_subset, best_member=lambda stack, *rest: _best_of(np.eye(len(stack)), stack, *rest))
 
@@ -257,6 +270,7 @@ class CombinationChoice:
     crossfitted:np.ndarray # (N,C) what the kind taken says of each row, fitted without its lesion: fit calibration and thresholds on these
     combiners:dict # kind -> Combiner fitted on all rows, to show what each would have brought
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #5c99901f
 def _possible(kinds, n_members):
     "The kinds that can be asked of so many members: of one member the first alone."
     for kind in kinds: _check_kind(kind)
@@ -272,6 +286,7 @@ def _dealt(targets, lesion_ids, folds, seed):
     if min(len(np.unique(targets[dealt != fold])) for fold in range(folds)) < 2: return None, "without one of the folds only one class is left to fit on"
     return dealt, ''
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #88a16cea
 def choose_combination(
     members, # dict name -> (N,C) probabilities of validation or out-of-fold pictures, or array (M,N,C)
     targets:np.ndarray, # (N,) int, true class
@@ -324,6 +339,7 @@ def _mid_ranks(values, block):
     counts = np.add.reduceat(block[order], np.flatnonzero(np.diff(group[order], prepend=-1)), axis=0)
     return (np.cumsum(counts, axis=0) - counts / 2)[group]
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #98e9f615
 def weighted_spearman(
     x:np.ndarray, # (N,) float
     y:np.ndarray, # (N,) float
