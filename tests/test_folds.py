@@ -1,6 +1,7 @@
 """A member of several folds, from its training to the answer for a picture: no lesion is judged by a fit that has learnt from it, and what is
 new to all fits is judged by their mean, the same in evaluation and in use."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,9 +10,11 @@ import torch
 
 from skinlesion.data.datasets import LesionDataset
 from skinlesion.data.metadata import MetadataEncoder
+from skinlesion.evaluate.policy import Answered, choose_policy, fit_ood
 from skinlesion.files import write_json
 from skinlesion.images import save_png
-from skinlesion.model.bundle import BundleError, load_fits, predict_heads, predict_member, read_out_of_fold, save_bundle, save_member
+from skinlesion.model.bundle import (BundleError, Outputs, fold_of, load_fits, member_views, predict_heads, predict_member, predict_outputs, read_out_of_fold,
+                                     save_bundle, save_member, views_table)
 from skinlesion.model.member import member_spec, train_folds
 from skinlesion.taxonomy import LabelSet
 from skinlesion.use.predict import Predictor
@@ -110,6 +113,34 @@ def test_use_answers_as_evaluation_does(trained, tmp_path):
     one = predictor.predict(paths[0], 50, "", "back")
     assert set(one.heads) == {"grade", "malignant"} and abs(sum(one.heads["grade"].values()) - 1) < 1e-9
     assert json.loads(json.dumps(one.to_dict()))["heads"] == one.heads
+
+
+def test_a_policy_serves_what_evaluation_measured(trained, tmp_path):
+    "From the folder of a member to the answer for a file: chosen out of fold, one way to every number, decisions the same."
+    rows, store, _, folder = trained
+    fits, outside, learnt = load_fits(folder), read_out_of_fold(folder), rows.split.isin(["train", "valid"]).to_numpy()
+    dataset, columns = LesionDataset(store, rows, LABELS, ENCODER), ["p_a", "p_b", "p_c"]
+    by_view = member_views(fits, dataset, learnt, outside, views="flips")
+    said = Answered({view: {"squares": t.loc[learnt, columns].to_numpy()} for view, t in by_view.items()},
+                    rows.diagnosis[learnt].map(LABELS.index).to_numpy(), rows.lesion_id[learnt].to_numpy())
+    policy = choose_policy(said, LABELS, views=("flips",), calibration="temperature", target_sensitivity=.8, n_resamples=20).policy
+    fold = fold_of(outside, rows.image_id, "squares")
+    outputs = predict_outputs(fits[0].model, dataset)
+    part = lambda keep: Outputs({}, outputs.logits[keep], outputs.features[keep])
+    seen = learnt & (fold != 0)
+    ood = fit_ood("mahalanobis", "squares.fold_0", part(seen), rows.diagnosis[seen].map(LABELS.index).to_numpy(), part(fold == 0), rows.lesion_id[fold == 0], .8)
+    policy = replace(policy, ood=ood)
+    new = ~learnt
+    evaluated = policy.answer({"squares": views_table(by_view, "flips").loc[new, columns].to_numpy()}, LABELS, ood.score(part(new)))
+    save_bundle(tmp_path / "bundle", fits, LABELS, ENCODER, 32, {}, views=policy.views, policy=policy.to_dict())
+    predictor, test = Predictor(tmp_path / "bundle"), rows[new]
+    served = predictor.predict_many([save_png(store.image(i), tmp_path / f"{i}.png") for i in test.image_id], test[["image_id", "age", "sex", "site"]])
+    assert np.allclose(served[[*columns, "confidence", "malignancy"]], evaluated[[*columns, "confidence", "malignancy"]], atol=1e-6)
+    assert (served.disagreement == 0).all(), "one member, however many fits it has"
+    for column in ("predicted", "prediction_set", "abstain", "flagged"): assert served[column].tolist() == evaluated[column].tolist()
+    noise = save_png(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), tmp_path / "noise.png")
+    strange = predictor.predict(noise)
+    assert strange.abstain and strange.abstain_reason.startswith("the picture is unlike those of validation: its mahalanobis score")
 
 
 def test_a_new_split_without_new_training_is_refused(trained):

@@ -6,12 +6,17 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 
 import pytest
 
-from skinlesion.apps.panels import open_explorer
+from skinlesion.apps.panels import CamExplorer, open_explorer
+from skinlesion.evaluate.abstention import LockedAbstention
+from skinlesion.evaluate.policy import Policy
+from skinlesion.files import read_json, write_json, write_sums
 from skinlesion.images import MAX_BYTES
-from tiny import build_bundle, wait_for_address
+from skinlesion.use.predict import Predictor
+from tiny import build_bundle, build_pictures, wait_for_address
 
 
 def serve(root, log):
@@ -56,6 +61,17 @@ def test_with_a_bundle_it_has_its_controls_and_says_what_it_is_not_for(tmp_path)
     shown = " ".join(texts(open_explorer(tmp_path)))
     for word in ("Picture", "Upload", "Age", "Sex", "Site", "Member", "Method", "Layer", "Class", "Opacity", "Probabilities", "never for diagnosis"):
         assert word in shown, word
+
+
+def test_a_bundle_that_abstains_says_so_before_what_it_would_have_said(tmp_path):
+    bundle, pictures = build_bundle(tmp_path / "bundle"), build_pictures(tmp_path)
+    policy = replace(Policy.plain(["image", "fused"], 7), abstention=LockedAbstention(.99, .1, .1, 60, 50))
+    write_json(bundle / "bundle.json", read_json(bundle / "bundle.json") | dict(policy=policy.to_dict()))
+    write_sums(bundle)
+    explorer = CamExplorer(Predictor(bundle), pictures)
+    shown = " ".join(texts(explorer.view()))
+    assert explorer.prediction.abstain and explorer.prediction.abstain_reason.startswith("the answer is unsure")
+    assert 0 < shown.index("No answer for this picture:") < shown.index("the answer is unsure") < shown.index("It would have said") and "The model says" not in shown
 
 
 def test_voila_serves_the_page(project):

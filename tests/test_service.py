@@ -8,11 +8,16 @@ import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from fastapi.testclient import TestClient
 
 from skinlesion.apps.service import create_app
+from skinlesion.evaluate.abstention import LockedOod
+from skinlesion.evaluate.decisions import ConformalSets, LockedThreshold
+from skinlesion.evaluate.policy import OutOfDistribution, Policy
+from skinlesion.files import read_json, write_json, write_sums
 from skinlesion.images import read_image
 from skinlesion.model.bundle import Member, save_bundle
 from skinlesion.model.fusion import create_model
@@ -82,6 +87,23 @@ def test_further_heads_and_folds_answer_over_http(tmp_path, made):
     with client: answer = client.post("/predict", files={"file": ("a.png", made[1]["a"].read_bytes())}).json()
     assert answer["heads"] == direct.heads and list(answer["heads"]["urgent"]) == ["can wait", "today"]
     assert answer["probabilities"] == direct.probabilities and abs(sum(answer["heads"]["urgent"].values()) - 1) < 1e-9
+
+
+@pytest.mark.parametrize("bound, abstains", [(-1e9, True), (1e9, False)], ids=["strange", "familiar"])
+def test_an_abstention_stands_before_everything_else(tmp_path, made, bound, abstains):
+    "Nothing that reads the answer from its beginning can miss it; the numbers are those of the predictor."
+    plain = Policy.plain(["image", "fused"], 7)
+    policy = replace(plain, ood=OutOfDistribution("energy", "image", LockedOod(bound, .95, 60, 50)), threshold=LockedThreshold(.2, .95, {}, 50, 40),
+                     conformal=ConformalSets("split", "lac", .9, (.86,) * 7, (40,) * 7))
+    bundle = build_bundle(tmp_path / "bundle")
+    write_json(bundle / "bundle.json", read_json(bundle / "bundle.json") | dict(policy=policy.to_dict()))
+    write_sums(bundle)
+    direct, client = Predictor(bundle).predict(made[1]["a"]).to_dict(), TestClient(create_app(bundle))
+    pair, answer = (client.post(path, files={"file": ("a.png", made[1]["a"].read_bytes())}).json() for path in ("/infer", "/predict"))
+    assert list(pair) == [*(["abstain", "abstain_reason"] if abstains else []), "probs", "camPngUrl"]
+    assert list(answer)[:2] == ["abstain", "abstain_reason"] and answer["abstain"] is abstains and bool(answer["abstain_reason"]) is abstains
+    assert answer["class"] == direct["predicted"] and all(answer[name] == direct[name] for name in set(direct) - {"image_id", "predicted"})
+    assert answer["flagged"] is True and answer["threshold"] == .2 and answer["coverage"] == .9 and set(answer["prediction_set"]) < set(answer["probabilities"])
 
 
 def test_many_at_once_get_each_their_own_answer(served, made):

@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .abstention import LockedAbstention, LockedOod, Mahalanobis, energy, fit_mahalanobis, lock_abstention, lock_ood
-from .calibration import CALIBRATIONS, CalibrationChoice, Calibrator, check_keys, choose_calibration, fit_calibrator
+from .calibration import CALIBRATIONS, CalibrationChoice, Calibrator, check_keys, choose_calibration, crossfit, fit_calibrator, lesion_folds
 from .decisions import ConformalSets, LockedThreshold, fit_conformal, lock_threshold
 from .ensemble import (COMBINATIONS, CombinationChoice, Combiner, choose_combination, choose_views, fit_combiner, mean_ensemble,
                                           member_disagreement)
@@ -308,16 +308,24 @@ def choose_policy(
 # %% ../../nbs/evaluate/37_policy.ipynb #54f15975
 _SHOWN = ('log_loss', 'auroc_macro', 'balanced_accuracy', 'ece')
 
+def _warmed(choice, fit, members):
+    "What each kind of combination says of `members`, at the temperature that its cross-fitted answers on validation ask for: as it was judged there."
+    combiners, seen, names = choice.combination.combiners, mean_views(fit.by_view, choice.policy.views), choice.policy.members
+    if len(combiners) == 1: return {kind: one(members) for kind, one in combiners.items()}
+    stack, dealt = np.stack([seen[name] for name in names]), lesion_folds(fit.targets, fit.lesion_ids)
+    again = lambda kind: lambda values, targets: fit_combiner(kind, dict(zip(names, values)), targets)
+    return {kind: fit_calibrator('temperature', crossfit(again(kind), stack, fit.targets, dealt), fit.targets)(one(members)) for kind, one in combiners.items()}
+
 def _candidates(choice, fit, test):
     "For each step: its selection and candidate -> (n,C) on test, each fitted on all of `fit`."
     pooled = {name: mean_views(test.by_view, name) for name in choice.views.table.candidate}
     members, combined, calibrated = pooled[choice.policy.views], choice.combination, choice.calibration
-    warmed = lambda kind, probs: fit_calibrator('temperature', combined.candidates[kind], fit.targets)(probs)
     yield 'views', choice.views, {name: mean_ensemble(shown) for name, shown in pooled.items()}
-    yield 'combination', combined.selection, {kind: warmed(kind, combiner(members)) for kind, combiner in combined.combiners.items()}
+    yield 'combination', combined.selection, _warmed(choice, fit, members)
     yield 'calibration', calibrated.selection, {kind: fit_calibrator(kind, combined.crossfitted, fit.targets)(combined.combiner(members))
                                                 for kind in calibrated.selection.table.candidate}
 
+# %% ../../nbs/evaluate/37_policy.ipynb #81fa2b11
 def choices_table(
     choice:PolicyChoice, # of `choose_policy`
     fit:Answered, # what it was chosen on

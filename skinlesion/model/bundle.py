@@ -437,7 +437,7 @@ def save_bundle(
     colour:str='none', # correction of colour.COLOURS that the images of training and evaluation went through
     views:str='none', # one of views.VIEW_SETS, over which a prediction is averaged
     policy:dict|None=None, # how the members' answers become one and when to abstain: `Policy.to_dict()` of evaluate.policy; None is the plain mean
-    card_text:str='', # Markdown for the model card's part on performance; '' makes a table of `metrics`
+    card_text:str='', # sections of the model card on performance, Markdown with headings of level 2; '' makes a table of `metrics`
 ) -> Path: # `out`
     "Write an ensemble as bundle.json, weights, MODEL_CARD.md and SHA256SUMS."
     _check_members(members, label_set, encoder, image_size)
@@ -516,7 +516,7 @@ def _model_card(facts, card_text):
     lines = ['# Model card', '', f"**{facts['disclaimer']}**", '', '## What it is', '', *_card_members(facts)]
     lines += ['', '## How it decides', '', *_card_policy(facts['policy'])]
     lines += ['', '## Classes', '', *_card_classes(LabelSet.from_dict(facts['label_set']))]
-    lines += ['', '## How well it did', '', card_text.strip() or '\n'.join(_metric_rows(facts['metrics'])) or 'No metrics were stored with this bundle.']
+    lines += ['', card_text.strip() or '\n'.join(['## How well it did', '', *(_metric_rows(facts['metrics']) or ['No metrics were stored with this bundle.'])])]
     lines += ['', '## Limits', '', 'It knows only the classes above and gives probabilities for them whatever the image shows. It was measured on images like those it was',
               f'trained on; other cameras, skin tones, ages and clinics can differ. {_card_calibration(facts["policy"])}',
               '', '## Made from', '', *(_facts_rows(facts['provenance']) or ['- see bundle.json']),
