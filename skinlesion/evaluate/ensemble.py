@@ -299,7 +299,8 @@ def choose_combination(
 ) -> CombinationChoice:
     "Choose on lesions that were not fitted on, then fit on all."
     names, stack = _by_member(members)
-    names, targets, kinds = names or tuple(str(m) for m in range(len(stack))), np.asarray(targets, np.int64), _possible(kinds, len(stack))
+    names, targets, asked, kinds = names or tuple(str(m) for m in range(len(stack))), np.asarray(targets, np.int64), kinds, _possible(kinds, len(stack))
+    untried = len(stack) > MAX_SUBSET_MEMBERS and 'best_subset' in asked
     dealt, why_not = _dealt(targets, lesion_ids, folds, seed)
     if why_not: kinds = kinds[:1]
     if why_not and _PARAMETERS[kinds[0]]: raise ValueError(f"{why_not}, so {kinds[0]} cannot be judged; give more lesions, or put mean first")
@@ -309,6 +310,7 @@ def choose_combination(
     candidates = {kind: crossfit(fit(kind), stack, targets, dealt) if _PARAMETERS[kind] else one(stack) for kind, one in combiners.items()}
     selection = choose_candidate({kind: temper(probs) for kind, probs in candidates.items()}, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
     if why_not: selection = replace(selection, reasons=(f"{kinds[0]} stays: {why_not}",))
+    if untried: selection = replace(selection, reasons=(*selection.reasons, f"not tried: best_subset, which takes up to {MAX_SUBSET_MEMBERS} members; these are {len(stack)}"))
     return CombinationChoice(combiners[selection.name], selection, candidates[selection.name], combiners)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #90497685
