@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tiny import copy_repository, edit_params, hashes, run, trained_repository  # noqa: F401  other tests take copy_repository from here
@@ -31,13 +32,19 @@ def leaves(tree, path=()):
 
 def is_count(path):
     "Whether a leaf counts things: there is nothing to be unsure about."
-    return path[0] in ("images", "audit", "explained", "best_epoch") or path[-1] in ("n", "undefined")
+    return path[0] in ("images", "audit", "explained", "best_epoch") or path[-1] in ("n", "undefined", "n_members")
+
+
+def is_set(path):
+    "Whether a leaf was asked for or locked, and not measured."
+    return path[-1] in ("threshold", "target_sensitivity", "target_coverage")
 
 
 def leaf_problem(path, leaf):
     "What is wrong with a leaf of a metrics file, or ''. A metric has an interval around it, or a reason why there is none."
     if not (isinstance(leaf, dict) and {"value", "n"} <= set(leaf)): return "has no value or no n"
     if is_count(path): return "" if isinstance(leaf["value"], int) else "is no whole number"
+    if is_set(path): return ""
     low, high = leaf.get("low"), leaf.get("high")
     if None in (leaf["value"], low, high): return "" if leaf.get("reason") and low is None and high is None else "lacks its interval and a reason"
     if not leaf.get("method"): return "does not say how its interval was made"
@@ -57,6 +64,8 @@ def test_a_faulty_leaf_is_told_from_a_sound_one(changes, words):
 def test_every_stage_leaves_its_metrics_and_its_report(repo):
     for folder in ("prepare", "train/image", "train/fused", "evaluate", "explain"):
         metrics = json.loads((repo / "reports" / folder / "metrics.json").read_text())
+        assert ("benchmark" in metrics) == (folder == "evaluate"), folder
+        metrics.pop("benchmark", None)  # words: on what it was measured
         found = list(leaves(metrics))
         assert found, folder
         assert [(path, leaf, problem) for path, leaf in found if (problem := leaf_problem(path, leaf))] == [], folder
@@ -83,7 +92,8 @@ def test_metrics_and_plots_show(repo):
     assert "auroc_macro" in shown and "ensemble" in shown
     run(repo, "dvc", "plots", "show", "-o", repo / ".work/plots")
     page = (repo / ".work/plots/index.html").read_text()
-    assert all(f"{name}_of_the_ensemble" in page for name in ("ROC", "Confusion", "Reliability")) and "history_csv" in page
+    drawn = ("ROC", "Precision_and_recall", "Confusion", "Reliability", "Risk_and_coverage", "Decision_curve")
+    assert all(f"{name}_of_the_ensemble" in page for name in drawn) and "history_csv" in page
     assert "valid_auroc_macro_tsv" in page, "the curves of DVCLive"
 
 
@@ -129,6 +139,47 @@ def test_a_stage_runs_the_code_of_the_tree_it_is_called_in(repo, tmp_path):
     executed = (copy / "reports/prepare/executed.ipynb").read_text()
     assert "this is pipeline/stages.py of the copy" in shown, shown
     assert "this is data/splits.py of the copy" in executed
+
+
+def test_the_page_answers_what_a_reviewer_asks(repo):
+    "Every part of the page is there, and the metrics hold what it shows."
+    page = (repo / "reports/evaluate/report.html").read_text()
+    for heading in ("Summary", "Data", "Reference standard", "Model", "Performance", "Discrimination", "Calibration", "Decisions", "Abstention",
+                    "Groups of patients", "Robustness", "Failures", "Limits", "Checklist"):
+        assert re.search(rf"<h2[^>]*>{heading}", page), heading
+    test = json.loads((repo / "reports/evaluate/metrics.json").read_text())["test"]
+    assert {"decisions", "conformal", "abstention", "ood", "disagreement", "calibration", "cost"} <= set(test["ensemble"])
+    assert {"images", "metadata"} <= set(test["robustness"]) and "sex" in test["subgroups"] and set(test["members"]) == {"fused", "image"}
+    table = pd.read_csv(repo / "artifacts/predictions/ensemble.csv")
+    assert {"predicted", "abstain", "abstain_reason", "prediction_set", "flagged"} <= set(table)
+    assert json.loads((repo / "artifacts/ensemble/bundle.json").read_text())["policy"]["combiner"]["members"] == ["fused", "image"]
+
+
+def test_each_candidate_stands_beside_what_it_brought(repo):
+    "One taken at each step; what chose and what is only shown, side by side."
+    table = pd.read_csv(repo / "reports/evaluate/choices.csv")
+    assert table.groupby("step").taken.sum().to_dict() == {"views": 1, "combination": 1, "calibration": 1}
+    assert table.validation_log_loss.notna().all() and table.test_log_loss.notna().all()
+
+
+@pytest.mark.slow
+def test_no_test_lesion_has_a_say(repo, tmp_path):
+    "With other diagnoses of the test images nothing that was chosen, fitted or locked changes, and no answer does."
+    copy = tmp_path / "copy"
+    shutil.copytree(repo, copy, symlinks=True)
+    path = copy / "artifacts/prepared/splits.csv"
+    path.chmod(0o644)
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    test = rows.split == "test"
+    codes = sorted(rows.diagnosis.unique())
+    rows.loc[test, "diagnosis"] = rows.loc[test, "diagnosis"].map(dict(zip(codes, codes[1:] + codes[:1])))
+    path.unlink()
+    rows.to_csv(path, index=False)
+    policy = lambda root: json.loads((root / "artifacts/ensemble/bundle.json").read_text())["policy"]
+    before = policy(copy), hashes(copy, "artifacts/predictions"), (copy / "reports/evaluate/metrics.json").read_text()
+    run(copy, sys.executable, "-m", "skinlesion.pipeline.cli", "run", "evaluate")
+    assert (policy(copy), hashes(copy, "artifacts/predictions")) == before[:2]
+    assert (copy / "reports/evaluate/metrics.json").read_text() != before[2]
 
 
 @pytest.mark.slow

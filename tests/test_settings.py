@@ -19,7 +19,8 @@ from skinlesion.model.losses import LOSSES
 from skinlesion.model.member import SPEC_KEYS, MemberSpec, member_spec
 from skinlesion.model.training import METRICS, PRECISIONS, TrainConfig
 from skinlesion.pipeline.closure import expected_params
-from skinlesion.pipeline.params import Evaluate, Head, Member, MemberKeys, ParamsError, Recipe, load_params, parse_params, stage_defaults, stage_parameters
+from skinlesion.pipeline.params import (Evaluate, Head, Member, MemberKeys, ParamsError, Recipe, load_params, parse_params, stage_defaults,
+                                         stage_parameters)
 from skinlesion.views import VIEW_SETS
 
 SETTINGS = sorted((ROOT / "nbs/settings").glob("*.yaml"))

@@ -83,7 +83,7 @@ def make_tiny(params):
     params["train"].update(epochs=2, warmup_epochs=1, augment="none")
     params["train"]["members"]["image"].update(backbone="small_cnn_3", checkpoint_minutes=0.)
     params["base"]["image_size"] = 32
-    params["evaluate"]["resamples"] = 100
+    params["evaluate"].update(resamples=100, views=["none", "flips"], stress=["blur", "ink"], stress_images=20)
     params["explain"].update(images_per_class=1, scorecam_images_per_class=1, methods=["gradcam", "eigencam"])
 
 
