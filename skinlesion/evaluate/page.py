@@ -75,7 +75,10 @@ FACTS = dict( # name -> (section, question, items it answers)
     deidentification=('data', 'How identity was removed', 'CLAIM 11'),
     missing_data=('data', 'What was done about missing values', 'CLAIM 12, TRIPOD+AI 11'),
     partitions=('data', 'How lesions were assigned to training, validation and test', 'CLAIM 19, TRIPOD+AI 12a'),
-    sample_size=('data', 'How the number of lesions was arrived at', 'CLAIM 21, TRIPOD+AI 10'),
+    sample_size=('data', 'How the number of lesions was arrived at', 'CLAIM 21, TRIPOD+AI 10'))
+
+# %% ../../nbs/evaluate/45_page.ipynb #e8d15840
+FACTS |= dict(
     reference_standard=('reference', 'How the diagnosis was established', 'CLAIM 14, TRIPOD+AI 8a'),
     reference_rationale=('reference', 'Why by this standard', 'CLAIM 15'),
     annotators=('reference', 'Who established it', 'CLAIM 16, TRIPOD+AI 8b'),
@@ -274,6 +277,7 @@ def _signed(leaf, digits=2):
     if leaf['value'] is None: return 'undefined'
     return f"{'+' if leaf['value'] >= 0 else ''}{format_leaf(leaf, digits)}"
 
+# %% ../../nbs/evaluate/45_page.ipynb #6b1df9d1
 def _title(name):
     "A measure's name for people."
     return METRICS[name].title if name in METRICS else _TITLES.get(name, name.replace('_', ' '))
@@ -287,6 +291,7 @@ _TITLES = dict( # of measures that `METRICS` does not know
     answered='answered, by the rule locked on validation', answered_risk='wrong among those answered', abstained_risk='wrong among those passed on',
     fpr_at_95_tpr='lesions let through with 95 % of the strange pictures caught', error_auroc='tells wrong answers from right ones (AUROC)', error_spearman='rank correlation with the error')
 
+# %% ../../nbs/evaluate/45_page.ipynb #b85afc44
 _MALIGNANT = dict( # what measures of malignant against benign are
     sensitivity='Of the malignant images, the share that is flagged.', specificity='Of the benign images, the share that is not.',
     ppv='Of the flagged images, the share that is malignant; with fewer malignant images it falls.', npv='Of those not flagged, the share that is benign.',
@@ -422,6 +427,7 @@ def _sure_verdict(excess):
     if excess['low'] is None: return 'too few lesions to say whether that is too sure'
     return 'too sure' if excess['low'] > 0 else 'not sure enough' if excess['high'] < 0 else 'no clear difference'
 
+# %% ../../nbs/evaluate/45_page.ipynb #91d27276
 def calibration_words(
     result:Evaluation,
 ) -> str: # a sentence
@@ -497,11 +503,19 @@ def _shares(values):
     said = ', '.join(f'{word} {n / len(values):.0%}' for word, n in known.iloc[:3].items())
     return ', '.join(filter(None, [said + rest, f"unknown {counts.get('unknown', 0) / len(values):.0%}"]))
 
+_ORDER = ('train', 'valid', 'out_of_fold', 'test', 'external')
+
+def _by_split(labels):
+    "The rows of each split, train first; all of them where none is named."
+    if 'split' not in labels: return {'all': labels}
+    found = dict(tuple(labels.groupby('split', sort=False)))
+    return {name: found[name] for name in sorted(found, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), str(n)))}
+
 def characteristics(
     labels:pd.DataFrame, # one row per image: lesion_id, optional split, patient_id, age, sex, site
 ) -> pd.DataFrame: # a row per characteristic, a column per split
     "Who is in each part of the data."
-    parts = dict(tuple(labels.groupby('split', sort=False))) if 'split' in labels else {'all': labels}
+    parts = _by_split(labels)
     def one(rows):
         out = {'images': f'{len(rows):,}', 'lesions': f"{rows['lesion_id'].replace('', np.nan).nunique():,}" if 'lesion_id' in rows else 'unknown'}
         patients = rows['patient_id'].replace('', np.nan).nunique() if 'patient_id' in rows else 0
@@ -516,7 +530,7 @@ def class_counts(
     label_set:LabelSet, # classes
 ) -> pd.DataFrame: # a row per class, for each split the images and lesions as '45 of 30 lesions'
     "How many images and lesions of each class each part holds."
-    parts = dict(tuple(labels.groupby('split', sort=False))) if 'split' in labels else {'all': labels}
+    parts = _by_split(labels)
     count = lambda rows: f"{len(rows):,} of {rows['lesion_id'].nunique():,} lesions" if len(rows) else '0'
     table = {name: [count(rows[rows['diagnosis'] == code]) for code in label_set.codes] for name, rows in parts.items()}
     bad = {True: 'yes', False: 'no', None: 'not said'}
@@ -568,7 +582,7 @@ def _method(card):
     leaf = find_leaf(card, 'balanced_accuracy') or find_leaf(card, 'accuracy') or {}
     return leaf.get('method', 'not reported')
 
-def _parts_table(cards, names=('balanced_accuracy', 'auroc_macro', 'malignant.auroc', 'log_loss', 'ece_debiased')):
+def _parts_table(cards, names=('balanced_accuracy', 'auroc_macro', 'malignant.auroc', 'log_loss')):
     "Headline metrics of several cards, a row each."
     rows = {key: {'images': find_leaf(card, 'accuracy.n')} | {metric_words(n): _text(find_leaf(card, n), n) for n in names if find_leaf(card, n)}
             for key, card in cards.items() if find_leaf(card, 'accuracy')}
@@ -732,18 +746,26 @@ def robustness_section(
     found = {name: result.curves[name] for name in ('stress_images', 'stress_metadata') if result.curves.get(name) is not None and len(result.curves[name])}
     if not found: return Section('Robustness', (), NOT_REPORTED)
     words = dict(stress_images='Spoilt images', stress_metadata='Spoilt metadata')
+    captions = dict(stress_images='Spoilt images as a table: AUROC lost by grade', stress_metadata='Spoilt metadata as a table')
     body = [part for name, table in found.items() for part in (
-        picture(lambda: plot_stress(table), f'{words[name]}: what is lost, with intervals'), (f'{words[name]} as a table', _stress_rows(table), True))]
+        picture(lambda: plot_stress(table), f'{words[name]}: what is lost, with intervals'), (captions[name], _stress_rows(table), True))]
     return Section('Robustness', ('CLAIM 30', 'TRIPOD+AI 27a'), _stress_words(found), tuple(body))
 
 # %% ../../nbs/evaluate/45_page.ipynb #01714d04
+def _change_texts(table, column, limits):
+    "Differences of a stress table with their limits, as texts."
+    numbers = table[[column, f'{limits}_low', f'{limits}_high']].astype(float).itertuples(index=False, name=None)
+    return [_signed({k: None if np.isnan(v) else v for k, v in zip(('value', 'low', 'high'), row)}) for row in numbers]
+
 def _stress_rows(table):
-    "A stress table for people: of images a row per kind and a column per grade with the AUROC lost; of metadata a row per change."
-    if 'kind' not in table: return _readable(table.drop(columns=['metric', 'method'], errors='ignore').rename(columns=dict(ece_low='ece_change_low', ece_high='ece_change_high')))
-    rows = table[table['kind'] != 'none']
-    text = [_signed(dict(value=None if np.isnan(v) else v, low=low, high=high)) for v, low, high in rows[['drop', 'drop_low', 'drop_high']].astype(float).itertuples(index=False, name=None)]
-    wide = rows.assign(text=text, grade='AUROC lost, grade ' + rows['grade'].astype(str)).pivot(index='kind', columns='grade', values='text')
-    return wide.reindex(rows['kind'].unique()).rename(index=lambda kind: kind.replace('_', ' '))
+    "A stress table for people: the AUROC lost by kind and grade; of metadata a row per change."
+    table = table[table['kind' if 'kind' in table else 'field'] != 'none']
+    if 'kind' not in table:
+        refused = table['reason'].fillna('').str.startswith('refused')
+        words = {name: np.where(refused, 'refused at the gate', _change_texts(table, *columns)) for name, columns in (('AUROC lost', ('drop', 'drop')), ('ECE gained', ('ece_change', 'ece')))}
+        return pd.DataFrame({'field': table['field'], 'change': table['change'], **words})
+    wide = table.assign(text=_change_texts(table, 'drop', 'drop'), grade='grade ' + table['grade'].astype(str)).pivot(index='kind', columns='grade', values='text')
+    return wide.reindex(table['kind'].unique()).rename(index=lambda kind: kind.replace('_', ' ')).rename_axis(columns=None)
 
 def _stress_words(found):
     "What costs most."
@@ -778,7 +800,7 @@ def confused_pairs(
     table = pd.DataFrame(dict(diagnosis=codes[data.targets], predicted=codes[best], lesion=data.lesion_ids))
     of = table['diagnosis'].value_counts()
     pairs = table[best != data.targets].groupby(['diagnosis', 'predicted'])['lesion'].agg(images='size', lesions='nunique').reset_index()
-    pairs = pairs.assign(of=pairs['diagnosis'].map(of), share=lambda t: t['images'] / t['of']).sort_values(['images', 'diagnosis', 'predicted'], ascending=[False, True, True])
+    pairs = pairs.assign(of=pairs['diagnosis'].map(of).astype(int), share=lambda t: t['images'] / t['of']).sort_values(['images', 'diagnosis', 'predicted'], ascending=[False, True, True])
     return pairs.head(n).reset_index(drop=True)
 
 # %% ../../nbs/evaluate/45_page.ipynb #043f76cb
@@ -930,6 +952,7 @@ class _Tables:
         "The same as arrays."
         return align_tables(*self.of(rows), self.label_set)
 
+# %% ../../nbs/evaluate/45_page.ipynb #a83c9b43
 def malignancy_of(
     data:Aligned, # images
     label_set:LabelSet, # classes, and which are malignant
@@ -949,6 +972,13 @@ def _threshold_card(data, label_set, threshold, options):
     if threshold.value is None or not 0 < threshold.value < 1 or not len(score): return card
     return card | net_benefit_scorecard(malignant, score, threshold.value, lesions, **options)
 
+def _recalibrate(valid, data, options):
+    "The kind of calibration that validation chooses, what it would make of the test images, how that changes them, and the choice."
+    choice = choose_calibration(valid.probs, valid.targets, valid.lesion_ids, **options)
+    if choice.selection.name == 'none': return 'none', None, {}, choice.selection.table
+    other = choice.calibrator(data.probs)
+    return choice.selection.name, other, calibration_card(data.probs, other, data.targets, data.lesion_ids, **options), choice.selection.table
+
 def _lock(valid, label_set, target_sensitivity, coverage, abstain_share, options):
     "Threshold, prediction sets and abstention, locked on validation images."
     malignant = malignancy_of(valid, label_set)
@@ -956,6 +986,7 @@ def _lock(valid, label_set, target_sensitivity, coverage, abstain_share, options
                 conformal=fit_conformal('class_conditional', valid.probs, valid.targets, valid.lesion_ids, coverage),
                 abstention=lock_abstention(valid.probs.max(1), valid.lesion_ids, abstain_share))
 
+# %% ../../nbs/evaluate/45_page.ipynb #e6fd9bb4
 def decision_cards(
     data:Aligned, # images that nothing was fitted on
     label_set:LabelSet, # classes and their order
@@ -977,6 +1008,7 @@ def decision_cards(
     if costs is not None: cards['cost'] = cost_scorecard(data.targets, data.probs, costs, data.lesion_ids, **options)
     return cards
 
+# %% ../../nbs/evaluate/45_page.ipynb #56850cff
 def page_curves(
     data:Aligned, # images that were measured
     label_set:LabelSet, # classes and their order
@@ -992,6 +1024,7 @@ def page_curves(
                 confusion=confusion_points(data.targets, data.probs, label_set), reliability=reliability_points(data.targets, data.probs, data.lesion_ids, **options),
                 risk_coverage=risk_coverage(data.probs.max(1), data.probs.argmax(1) == data.targets, data.lesion_ids, **options))
 
+# %% ../../nbs/evaluate/45_page.ipynb #9fb66a63
 def evaluate_tables(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
     labels:pd.DataFrame, # image_id, diagnosis, optional lesion_id, split, age, sex, site, skin_tone, source; the same images
@@ -1019,12 +1052,7 @@ def evaluate_tables(
     data, curves = tables.aligned(test), {}
     valid = tables.aligned(parts['valid']) if part and 'valid' in parts else None
     kind, other = '', None
-    if valid is not None:
-        choice = choose_calibration(valid.probs, valid.targets, valid.lesion_ids, **options)
-        kind, curves['calibration_choice'] = choice.selection.name, choice.selection.table
-        if kind != 'none':
-            other = choice.calibrator(data.probs)
-            measured['calibration'] = calibration_card(data.probs, other, data.targets, data.lesion_ids, **options)
+    if valid is not None: kind, other, measured['calibration'], curves['calibration_choice'] = _recalibrate(valid, data, options)
     locked = _lock(valid, label_set, target_sensitivity, coverage, abstain_share, options) if valid is not None else {}
     measured |= decision_cards(data, label_set, **locked, costs=costs, **options)
     at = find_leaf(measured, 'decisions.threshold.value')
