@@ -158,7 +158,8 @@ def test_what_is_too_few_is_counted_where_it_counts():
     "Two hundred lesions of which three are malignant say much about specificity and nothing about sensitivity."
     rng = np.random.default_rng(2)
     ill, score = np.arange(200) < 3, rng.random(200)
-    cell = subgroup_scorecard(*tables(ill, score, np.where(np.arange(200) < 100, "A", "B"), np.arange(200)), TWO, ["ward"], n_resamples=50)["ward"]["A"]
+    drawn = tables(ill, score, np.where(np.arange(200) < 100, "A", "B"), np.arange(200))
+    cell = subgroup_scorecard(*drawn, TWO, ["ward"], n_resamples=50)["ward"]["A"]
     assert cell["malignant"]["specificity"]["value"] is not None and cell["accuracy"]["value"] is not None
     for name in ("sensitivity", "auroc"): assert cell["malignant"][name]["reason"] == "too few to say: 3 malignant lesions, at least 20 are asked for"
     assert cell["gap"]["malignant"]["auroc"]["verdict"] == "too few to say"

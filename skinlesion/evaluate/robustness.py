@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from ..data.metadata import MetadataEncoder
-from ..data.synthetic import aperture, hairs, ink
+from ..data.synthetic import hairs, ink
 from .intervals import format_leaf, interval_leaf, lesion_weights
 from .metrics import weighted_auroc, weighted_metrics
 from .scorecard import malignancy_probability
