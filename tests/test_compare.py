@@ -1,4 +1,4 @@
-"The comparison notebook: it says what is missing, compares the members of a run, and finds finished experiments."
+"The comparison notebook: what is missing, the members of a run, finished experiments; and the command that compares two revisions."
 import json
 import os
 import shutil
@@ -10,12 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from madeup import PLAIN_GIT
-from skinlesion.evaluate.scorecard import probability_columns, write_predictions
+from skinlesion.evaluate.scorecard import compare_predictions, probability_columns, write_predictions
 from skinlesion.files import write_json
 from skinlesion.model.bundle import save_member
 from skinlesion.model.fusion import create_model
+from skinlesion.pipeline.cli import app
+from skinlesion.pipeline.revisions import read_evaluation
 from skinlesion.taxonomy import get_label_set
 
 HAM = get_label_set("ham10000")
@@ -127,3 +130,82 @@ def test_finished_experiments_stand_beside_the_members(tmp_path, notebook):
     table = lesions().assign(split=["test", "valid"] * 60)
     table.to_csv(tmp_path / "artifacts/prepared/splits.csv", index=False)
     assert "better/image (its split is another one)" in notebook(tmp_path)["said"]
+
+
+@pytest.fixture(scope="module")
+def revisions(tmp_path_factory):
+    "A DVC repository with a tag `low`, an experiment `better`, and a tag `other` whose split is another one."
+    tree = tmp_path_factory.mktemp("revisions")
+    def run(*args):
+        env = {**os.environ, **PLAIN_GIT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = subprocess.run(args, cwd=tree, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, done.stdout[-3000:]
+    (tree / "artifacts/prepared").mkdir(parents=True)
+    shutil.copy(Path(__file__).parents[1] / "settings.ini", tree)
+    lesions().to_csv(tree / "artifacts/prepared/splits.csv", index=False)
+    for name, content in {"prepared/labels.json": HAM.to_dict(), "prepared/dataset.json": dict(name="Made up")}.items():
+        write_json(tree / "artifacts" / name, content)
+    write_json(tree / "reports/evaluate/metrics.json", dict(test={}))
+    for skill, share in dict(low=1, high=4).items(): predictions(tree / "made" / skill, dict(fused=2, image=share))
+    (tree / "dvc.yaml").write_text(DVC_YAML)
+    (tree / "params.yaml").write_text("skill: low\n")
+    run("git", "init", "-q")
+    for words in (["user.email", "test@example.org"], ["user.name", "test"]): run("git", "config", *words)
+    for words in (["init", "-q"], ["config", "core.analytics", "false"], ["add", "-q", "artifacts/prepared"], ["repro", "-q"]): run("dvc", *words)
+    run("git", "add", "-A")
+    run("git", "commit", "-qm", "low")
+    run("git", "tag", "low")
+    run("dvc", "exp", "run", "-q", "--name", "better", "-S", "skill=high")
+    for tool in ("git", "dvc"): run(tool, "checkout", "-q", *(["."] if tool == "git" else []))
+    table = lesions().assign(split=["test", "valid"] * 60)
+    table.to_csv(tree / "artifacts/prepared/splits.csv", index=False)
+    run("dvc", "add", "-q", "artifacts/prepared")
+    run("git", "commit", "-qam", "other")
+    run("git", "tag", "other")
+    return tree
+
+
+def compare(tree, *words, monkeypatch):
+    "The command, called in the tree: (exit code, what it printed, what it complained of)."
+    monkeypatch.chdir(tree)
+    ended = CliRunner().invoke(app, ["compare", *words])
+    if ended.exception and not isinstance(ended.exception, SystemExit): raise ended.exception
+    return ended.exit_code, ended.stdout, ended.stderr
+
+
+def test_an_experiment_is_held_against_a_tag(revisions, monkeypatch):
+    code, out, err = compare(revisions, "low", "better", "--resamples", "300", monkeypatch=monkeypatch)
+    assert code == 0, err
+    a, b = (read_evaluation(rev, revisions) for rev in ("low", "better"))
+    rows = {line.split()[0]: line for line in out.partition("better against")[0].splitlines()[1:]}
+    leaf = compare_predictions(b.predictions(), a.predictions(), a.labels(), HAM, 300)["accuracy"]
+    assert rows["accuracy"].split()[1:4] == [f"{leaf[k]:.3f}" for k in ("second", "first", "value")] and rows["auroc_macro"].endswith("  better")
+    assert "better against low (ensemble, 60 test images of 60 lesions): better in accuracy" in out
+    assert "not known: low (made-up): unknown kind of images, leak between its parts" in out  # no training images stand in this split table
+    code, out, _ = compare(revisions, "better", "low", "--member", "image", "--split", "valid", "--resamples", "300", monkeypatch=monkeypatch)
+    assert code == 0 and "low against better (image, 60 valid images of 60 lesions): worse in accuracy" in out
+    # The member that the experiment left alone is the same in both.
+    code, out, _ = compare(revisions, "low", "better", "--member", "fused", "--resamples", "50", monkeypatch=monkeypatch)
+    assert code == 0 and out.count("  not distinguishable\n") == len(rows) and "better against low (fused" in out
+
+
+@pytest.mark.parametrize("words, said", [
+    (("low", "other"), "low and other may not be compared; split_sha256: low '"), (("low", "nowhere"), "revision 'nowhere': unknown Git revision"),
+    (("low", "bettr"), "experiments: better. Did you mean 'better'?"), (("low", "better", "--member", "imag"), "Did you mean 'image'?"),
+    (("low", "better", "--split", "train"), "revision 'better': no image in split 'train'; it has test, valid")])
+def test_revisions_that_cannot_be_compared(revisions, monkeypatch, words, said):
+    code, out, err = compare(revisions, *words, monkeypatch=monkeypatch)
+    assert code == 1 and out == "" and said in err and err.startswith("error: ") and "Traceback" not in err
+
+
+def test_predictions_that_nobody_kept(revisions, tmp_path, monkeypatch):
+    shutil.copytree(revisions, tmp_path / "tree", symlinks=True)
+    shutil.rmtree(tmp_path / "tree/.dvc/cache")
+    for rev in ("low", "better"):
+        code, out, err = compare(tmp_path / "tree", "workspace", rev, monkeypatch=monkeypatch)
+        assert code == 1 and f"revision '{rev}': " in err and "neither in git nor in a cache that can be read here; bring them from a remote" in err
+
+
+def test_a_folder_that_is_no_repository(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
+    assert "not a git repository" in compare(tmp_path, "HEAD", "workspace", monkeypatch=monkeypatch)[2]
