@@ -431,7 +431,7 @@ def _plot_image_stress(table):
     for ax in axes.flat[max(0, len(kinds) - columns):len(kinds)]: ax.tick_params(labelbottom=True)
     axes[0, 0].set_xticks(sorted(set(table['grade']) - {0}))
     clean = table[table['kind'] == 'none'].iloc[0]
-    fig.supxlabel(f"grade of the disturbance (undisturbed: AUROC {clean['auroc']:.2f}, ECE {clean['ece']:.3f}; "
+    fig.supxlabel(f"grade of the disturbance (undisturbed: AUROC {clean['auroc']:.2f}, ECE {clean['ece']:.2f}; "
                   f"n = {clean['n']} images of {clean['n_lesions']} lesions)", fontsize=10)
     fig.supylabel('worse by (95 % interval)', fontsize=10)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='upper center', ncols=2, frameon=False)
@@ -452,7 +452,7 @@ def _plot_metadata_stress(table):
             if str(reason).startswith('refused'): ax.text(.5, y, 'refused at the gate', transform=ax.get_yaxis_transform(), ha='center', va='center', fontsize=8, color='.4')
     axes[0].set_yticks(rows.index, names, fontsize=9); axes[0].invert_yaxis()
     clean = table[table['field'] == 'none'].iloc[0]
-    fig.suptitle(f"Metadata (as they are: AUROC {clean['auroc']:.2f}, ECE {clean['ece']:.3f}; n = {clean['n']} images of {clean['n_lesions']} lesions)", fontsize=10)
+    fig.suptitle(f"Metadata (as they are: AUROC {clean['auroc']:.2f}, ECE {clean['ece']:.2f}; n = {clean['n']} images of {clean['n_lesions']} lesions)", fontsize=10)
     fig.tight_layout()
     return axes
 
