@@ -13,8 +13,8 @@ from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.evaluate.policy import Answered, choose_policy, fit_ood
 from skinlesion.files import write_json
 from skinlesion.images import save_png
-from skinlesion.model.bundle import (BundleError, Outputs, fold_of, load_fits, member_views, predict_heads, predict_member, predict_outputs, read_out_of_fold,
-                                     save_bundle, save_member, views_table)
+from skinlesion.model.bundle import (BundleError, Outputs, fold_of, load_fits, member_views, predict_heads, predict_member, predict_outputs,
+                                     read_out_of_fold, save_bundle, save_member, views_table)
 from skinlesion.model.member import member_spec, train_folds
 from skinlesion.taxonomy import LabelSet
 from skinlesion.use.predict import Predictor
@@ -127,14 +127,16 @@ def test_a_policy_serves_what_evaluation_measured(trained, tmp_path):
     fold = fold_of(outside, rows.image_id, "squares")
     outputs = predict_outputs(fits[0].model, dataset)
     part = lambda keep: Outputs({}, outputs.logits[keep], outputs.features[keep])
-    seen = learnt & (fold != 0)
-    ood = fit_ood("mahalanobis", "squares.fold_0", part(seen), rows.diagnosis[seen].map(LABELS.index).to_numpy(), part(fold == 0), rows.lesion_id[fold == 0], .8)
+    seen, fresh = learnt & (fold != 0), fold == 0
+    seen_targets = rows.diagnosis[seen].map(LABELS.index).to_numpy()
+    ood = fit_ood("mahalanobis", "squares.fold_0", part(seen), seen_targets, part(fresh), rows.lesion_id[fresh], .8)
     policy = replace(policy, ood=ood)
     new = ~learnt
     evaluated = policy.answer({"squares": views_table(by_view, "flips").loc[new, columns].to_numpy()}, LABELS, ood.score(part(new)))
     save_bundle(tmp_path / "bundle", fits, LABELS, ENCODER, 32, {}, views=policy.views, policy=policy.to_dict())
     predictor, test = Predictor(tmp_path / "bundle"), rows[new]
-    served = predictor.predict_many([save_png(store.image(i), tmp_path / f"{i}.png") for i in test.image_id], test[["image_id", "age", "sex", "site"]])
+    paths = [save_png(store.image(i), tmp_path / f"{i}.png") for i in test.image_id]
+    served = predictor.predict_many(paths, test[["image_id", "age", "sex", "site"]])
     assert np.allclose(served[[*columns, "confidence", "malignancy"]], evaluated[[*columns, "confidence", "malignancy"]], atol=1e-6)
     assert (served.disagreement == 0).all(), "one member, however many fits it has"
     for column in ("predicted", "prediction_set", "abstain", "flagged"): assert served[column].tolist() == evaluated[column].tolist()

@@ -56,7 +56,8 @@ def numbers(values):
 
 
 def test_choosing_twice_gives_the_same_bytes_and_eight_digits():
-    first, second = (choose_policy(answered(120), HAM, combination="stacking", calibration="dirichlet", n_resamples=10).policy.to_dict() for _ in range(2))
+    kinds = dict(combination="stacking", calibration="dirichlet")
+    first, second = (choose_policy(answered(120), HAM, **kinds, n_resamples=10).policy.to_dict() for _ in range(2))
     assert json.dumps(first) == json.dumps(second)
     fitted = numbers([first["combiner"], first["calibrator"], first["conformal"], first["threshold"]["value"], first["abstention"]["value"]])
     assert len(fitted) > 3 * 49 and all(float(f"{n:.8g}") == n for n in fitted)
@@ -65,8 +66,8 @@ def test_choosing_twice_gives_the_same_bytes_and_eight_digits():
 def test_what_is_locked_holds_on_the_lesions_it_was_locked_on():
     "On cross-fitted answers: the target sensitivity, the coverage, the share of abstentions."
     fit = answered(600)
-    choice = choose_policy(fit, HAM, combination="convex", calibration="vector", target_sensitivity=.9, coverage=.8, conformal="split", abstain_share=.2,
-                           n_resamples=10)
+    choice = choose_policy(fit, HAM, combination="convex", calibration="vector", target_sensitivity=.9, coverage=.8, conformal="split",
+                           abstain_share=.2, n_resamples=10)
     decided = choice.policy.decide(choice.answers, HAM)
     malignant = np.isin(fit.targets, [HAM.index(code) for code in ("akiec", "bcc", "mel")])
     assert .9 <= decided.flagged[malignant].mean() < .92
@@ -96,11 +97,13 @@ def written():
 
 
 @pytest.mark.parametrize("part, change, words", [
-    ("views", "flip", "Did you mean 'flips'?"), ("combiner", dict(kind="maen"), "policy, combiner: "), ("combiner", dict(members=["a", "a", "b"]), "policy, combiner: "),
+    ("views", "flip", "Did you mean 'flips'?"), ("combiner", dict(kind="maen"), "policy, combiner: "),
+    ("combiner", dict(members=["a", "a", "b"]), "policy, combiner: "),
     ("calibrator", dict(kind="temprature"), "policy, calibrator: calibration 'temprature'"), ("calibrator", dict(num_classes=3), "policy"),
     ("threshold", dict(value=2), "policy, threshold: threshold is 2"), ("threshold", dict(vaule=.1), "unknown key 'vaule'"),
     ("conformal", dict(kind="mondrian"), "policy, conformal: kind 'mondrian'"), ("conformal", dict(quantiles=[.5]), "policy, conformal: "),
-    ("abstention", dict(value="low"), "policy, abstention: "), ("abstention", 3, "policy, abstention: "), ("ood", dict(kind="energy"), "policy, ood: ")])
+    ("abstention", dict(value="low"), "policy, abstention: "), ("abstention", 3, "policy, abstention: "),
+    ("ood", dict(kind="energy"), "policy, ood: ")])
 def test_a_policy_that_does_not_hold_together_is_refused_with_its_place(written, part, change, words):
     values = copy.deepcopy(written)
     values[part] = (values[part] or {}) | change if isinstance(change, dict) else change
@@ -121,7 +124,8 @@ def test_a_bundle_from_before_policies_answers_as_it_did(tmp_path):
 def test_the_table_of_use_goes_through_the_file_of_evaluation(tmp_path):
     "Decisions are columns of their own; a policy for other members is refused."
     names = ("image", "fused", "another")
-    two, three = (choose_policy(answered(members=names[:k]), HAM, combination="logit_mean", calibration="vector", n_resamples=10).policy for k in (2, 3))
+    kinds = dict(combination="logit_mean", calibration="vector", n_resamples=10)
+    two, three = (choose_policy(answered(members=names[:k]), HAM, **kinds).policy for k in (2, 3))
     bundle, pictures = build_bundle(tmp_path / "bundle"), build_pictures(tmp_path)
     def with_policy(policy):
         write_json(bundle / "bundle.json", read_json(bundle / "bundle.json") | dict(policy=policy.to_dict()))
