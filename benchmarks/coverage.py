@@ -6,7 +6,7 @@ Simulated tables in which lesions repeat: seven classes as common as in HAM10000
 their noise, so images of a lesion are right or wrong together. The right probabilities are known; the predictor states them with logits `sharpness`
 times as large, which is a planted, non-zero miscalibration (1 plants none, below 1 the predictor is too modest). The truth comes from `draws` images
 of the same kind. Each table is scored as `scorecard` scores it. A share comes with Wilson's interval over the tables, a bias with twice its standard
-error; `ece, unshifted` is what percentiles would do.
+error, that of the truth included; `ece, unshifted` is what percentiles that are not shifted would do.
 """
 import argparse
 import os
@@ -49,11 +49,13 @@ def leaves(table, n_resamples, seed):
     targets, probs, lesions = table
     columns = values(*table, np.concatenate([np.ones((1, len(targets)), np.int16), lesion_weights(lesions, n_resamples, seed)]))
     positive, made = MALIGNANT[targets], {}
+    rarer = min(len(np.unique(lesions[rows])) for rows in (positive, ~positive))
     over = {name: positive if name == "sensitivity" else np.ones(len(targets), bool) for name in columns}
     for name, column in columns.items():
         size = int(over[name].sum()), len(np.unique(lesions[over[name]]))
+        fewest = rarer if name == "auroc" else None
         if name in ("accuracy", "sensitivity"): made[name] = share_leaf(column[0], column[1:], *size)
-        else: made[name] = interval_leaf(column[0], column[1:], *size, kind=METRICS[name].interval)
+        else: made[name] = interval_leaf(column[0], column[1:], *size, kind=METRICS[name].interval, fewest=fewest)
     made["auroc, DeLong"] = delong_interval(positive, probs[:, MALIGNANT].sum(1), lesions)
     made["ece, unshifted"] = interval_leaf(columns["ece"][0], columns["ece"][1:], len(targets), len(np.unique(lesions)))
     return made
@@ -71,7 +73,7 @@ def coverage(tables=1000, n_lesions=300, n_resamples=1000, sharpness=1.6, seed=0
         held = np.mean([leaf["low"] <= truth[row] <= leaf["high"] for leaf in found]) if found else np.nan
         low, high = wilson_interval(held, len(found)) if found else (np.nan, np.nan)
         rows.append(dict(metric=row, lesions=n_lesions, truth=truth[row], mean=stated.mean(), bias=stated.mean() - truth[row],
-                         two_se=2 * stated.std() / np.sqrt(len(stated)), holds=held, low=low, high=high,
+                         two_se=2 * stated.std() * np.sqrt(1 / len(stated) + n_lesions / (draws // 2)), holds=held, low=low, high=high,
                          width=np.mean([leaf["high"] - leaf["low"] for leaf in found]) if found else np.nan, no_interval=len(cards) - len(found)))
     return pd.DataFrame(rows)
 
