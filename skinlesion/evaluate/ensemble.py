@@ -286,6 +286,11 @@ def _dealt(targets, lesion_ids, folds, seed):
     if min(len(np.unique(targets[dealt != fold])) for fold in range(folds)) < 2: return None, "without one of the folds only one class is left to fit on"
     return dealt, ''
 
+def _tempered(candidates, targets, dealt):
+    "Each candidate at a temperature of its own, cross-fitted; as it is where there are no folds."
+    if dealt is None: return candidates
+    return {name: crossfit(lambda *seen: fit_calibrator('temperature', *seen), probs, targets, dealt) for name, probs in candidates.items()}
+
 # %% ../../nbs/evaluate/33_ensemble.ipynb #88a16cea
 def choose_combination(
     members, # dict name -> (N,C) probabilities of validation or out-of-fold pictures, or array (M,N,C)
@@ -305,10 +310,9 @@ def choose_combination(
     if why_not: kinds = kinds[:1]
     if why_not and _PARAMETERS[kinds[0]]: raise ValueError(f"{why_not}, so {kinds[0]} cannot be judged; give more lesions, or put mean first")
     fit = lambda kind: lambda values, given: fit_combiner(kind, dict(zip(names, values)), given)
-    temper = lambda probs: crossfit(lambda *seen: fit_calibrator('temperature', *seen), probs, targets, dealt) if recalibrate and not why_not else probs
     combiners = {kind: fit(kind)(stack, targets) for kind in kinds}
     candidates = {kind: crossfit(fit(kind), stack, targets, dealt) if _PARAMETERS[kind] else one(stack) for kind, one in combiners.items()}
-    selection = choose_candidate({kind: temper(probs) for kind, probs in candidates.items()}, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
+    selection = choose_candidate(_tempered(candidates, targets, dealt) if recalibrate else candidates, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
     if why_not: selection = replace(selection, reasons=(f"{kinds[0]} stays: {why_not}",))
     if untried: selection = replace(selection, reasons=(*selection.reasons, f"not tried: best_subset, which takes up to {MAX_SUBSET_MEMBERS} members; these are {len(stack)}"))
     return CombinationChoice(combiners[selection.name], selection, candidates[selection.name], combiners)
@@ -319,11 +323,15 @@ def choose_views(
     targets:np.ndarray, # (N,) int, true class
     lesion_ids:np.ndarray, # (N,) str or int, lesion of each picture
     n_resamples:int=1000, # of the lesions
-    seed:int=0, # of the resamples
+    seed:int=0, # of folds and resamples
+    folds:int=5, # of the cross-fit
+    recalibrate:bool=True, # judge each set at a temperature of its own, as combinations are
 ) -> Selection: # `.name` is the set; the one of the fewest views stays unless another is clearly better
     "The set of views that the validation lesions justify."
-    passes = {name: len(view_names(name)) for name in by_views}
-    return choose_candidate({name: by_views[name] for name in sorted(passes, key=passes.get)}, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
+    passes, targets = {name: len(view_names(name)) for name in by_views}, np.asarray(targets, np.int64)
+    candidates = {name: check_probs(by_views[name], targets, f"views '{name}'") for name in sorted(passes, key=passes.get)}
+    if recalibrate: candidates = _tempered(candidates, targets, _dealt(targets, lesion_ids, folds, seed)[0])
+    return choose_candidate(candidates, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #32f427ba
 def member_disagreement(
