@@ -284,7 +284,7 @@ def plot_class_reliability(
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of the resamples
 ) -> np.ndarray: # of axes, one for each class
-    "A small reliability diagram for every class, the images of each bin written at its foot."
+    "A small reliability diagram for every class, the images of each bin at its foot; a bin of one lesion is hollow."
     points = class_reliability_points(targets, probs, label_set, lesion_ids, n_bins, n_resamples, seed)
     codes, titles, rows = label_set.codes, class_titles(label_set), -(-len(label_set.codes) // 3)
     fig, axes = plt.subplots(rows, 3, figsize=(9.4, .5 + 2.9 * rows), sharex=True, sharey=True, squeeze=False)
@@ -293,6 +293,8 @@ def plot_class_reliability(
         ax.plot([0, 1], [0, 1], color='.5', lw=1, ls='--')
         ax.plot(bins['predicted'], bins['observed'], color=BLUE, lw=1, alpha=.35)
         ax.errorbar(bins['predicted'], bins['observed'], yerr=_whiskers(bins['observed'], bins['low'], bins['high']), fmt='o', color=BLUE, ms=4, lw=1.1, capsize=2)
+        alone = bins[bins['low'].isna()] # one lesion: a point that nothing is known of
+        ax.plot(alone['predicted'], alone['observed'], ls='', marker='o', mfc='w', mec=BLUE, ms=4)
         for x, count in zip(bins['bin'], bins['n']): ax.text(x, -.15, count, ha='center', va='bottom', fontsize=7, color='.35')
         ax.set_title(f'{titles[c]}\n{n} of {len(targets)} images', fontsize=9)
         ax.set(xlim=(-.02, 1.02), ylim=(-.17, 1.04), yticks=np.arange(0, 1.01, .25))
@@ -327,6 +329,7 @@ def plot_risk_coverage(
 def plot_decision_curve(
     curve:pd.DataFrame, # threshold, model, low, high, treat_all, treat_none
     name:str='model', # what the curve is called
+    n:int|None=None, # images it is over, for the title
     ax:plt.Axes=None, # where to draw; None makes a figure
 ) -> plt.Axes: # the axes drawn on
     "Decision curve with its interval, beside acting on all and on none."
@@ -338,7 +341,7 @@ def plot_decision_curve(
     ax.plot(at, curve['treat_none'], color='.3', lw=1.2, ls=':', label='act on none')
     ax.set(xlim=(at.min(), at.max()), ylim=(-.25 * best, 1.1 * best), xlabel='threshold: probability of malignancy at which one would act',
            ylabel='net benefit (malignant lesions found\nper image, less needless ones weighed)')
-    ax.set_title('Decision curve', pad=12)
+    ax.set_title('Decision curve' + (f', n = {n}' if n else ''), pad=12)
     costs = ax.secondary_xaxis('top')
     marks = [t for t in (.02, .05, .1, .2, .3, .5, .7) if at.min() <= t <= at.max()]
     costs.set_xticks(marks, [f'{1 / t:.2g}' for t in marks], fontsize=8)
@@ -355,10 +358,10 @@ def _named_leaf(cell, name):
     return cell
 
 def _forest_rows(card, metric):
-    "Heading or group, its leaf and its gap, from top to bottom."
+    "Text, whether it is a heading, leaf and gap, from top to bottom."
     for column, groups in card.items():
-        yield column.replace('_', ' '), None, None
-        for group, cell in groups.items(): yield group, _named_leaf(cell, metric), _named_leaf(cell.get('gap'), metric)
+        yield column.replace('_', ' '), True, None, None
+        for group, cell in groups.items(): yield group, False, _named_leaf(cell, metric), _named_leaf(cell.get('gap'), metric)
 
 def _forest_words(leaf, gap):
     "What stands to the right of a row."
@@ -385,8 +388,8 @@ def plot_subgroups(
     "Forest plot of one metric by group, with n, interval and gap to everyone else."
     rows = list(_forest_rows(card, metric))
     ax = _axes(ax, 5, .9 + .27 * len(rows))
-    for y, (name, leaf, gap) in enumerate(rows):
-        heading, said = leaf is None and gap is None and name.replace(' ', '_') in card, bool(leaf) and leaf['value'] is not None
+    for y, (name, heading, leaf, gap) in enumerate(rows):
+        said = bool(leaf) and leaf['value'] is not None
         ax.text(-.02, y, name if heading else f'   {name}', transform=ax.get_yaxis_transform(), ha='right', va='center', fontsize=9,
                 weight='bold' if heading else 'normal', color='k' if heading or said else GREY)
         if heading: continue
@@ -415,11 +418,16 @@ def _row_texts(ax, y, texts, colour):
 # %% ../../nbs/evaluate/38_figures.ipynb #2e25519f
 def _stress_panel(ax, rows, kind):
     "Drop and change of one disturbance by grade."
-    for name, colour, mark, style, words, shift in (('drop', BLUE, 'o', '-', 'AUROC lost', -.06), ('ece_change', ORANGE, 's', '--', 'ECE gained', .06)):
+    for name, colour, mark, style, words, shift in (('drop', BLUE, 'o', '-', 'AUROC lost', -.06), ('ece_change', ORANGE, 's', '--', 'de-biased ECE gained', .06)):
         low, high = (('drop_low', 'drop_high') if name == 'drop' else ('ece_low', 'ece_high'))
         ax.errorbar(rows['grade'] + shift, rows[name], yerr=_whiskers(rows[name], rows[low], rows[high]), color=colour, marker=mark, ls=style, ms=4, lw=1.3, capsize=2, label=words)
     ax.axhline(0, color='.4', lw=1); ax.set_title(kind.replace('_', ' '), fontsize=10)
     ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
+
+def _clean_words(row):
+    "The undisturbed figures in words."
+    auroc, ece = (f'{row[name]:.2f}' if row[name] == row[name] else 'undefined' for name in ('auroc', 'ece'))
+    return f"AUROC {auroc}, ECE {ece}; n = {row['n']} images of {row['n_lesions']} lesions"
 
 def _plot_image_stress(table):
     "A panel for each disturbance, on one scale."
@@ -431,8 +439,7 @@ def _plot_image_stress(table):
     for ax in axes.flat[max(0, len(kinds) - columns):len(kinds)]: ax.tick_params(labelbottom=True)
     axes[0, 0].set_xticks(sorted(set(table['grade']) - {0}))
     clean = table[table['kind'] == 'none'].iloc[0]
-    fig.supxlabel(f"grade of the disturbance (undisturbed: AUROC {clean['auroc']:.2f}, ECE {clean['ece']:.2f}; "
-                  f"n = {clean['n']} images of {clean['n_lesions']} lesions)", fontsize=10)
+    fig.supxlabel(f'grade of the disturbance (undisturbed: {_clean_words(clean)})', fontsize=10)
     fig.supylabel('worse by (95 % interval)', fontsize=10)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='upper center', ncols=2, frameon=False)
     fig.tight_layout(rect=(0, 0, 1, .95))
@@ -444,7 +451,7 @@ def _plot_metadata_stress(table):
     rows = table[table['field'] != 'none'].reset_index(drop=True)
     names = [f"{field}: {change}" if field != 'all' else f'all fields: {change}' for field, change in zip(rows['field'], rows['change'])]
     fig, axes = plt.subplots(1, 2, figsize=(9, 1.2 + .28 * len(rows)), sharey=True)
-    for ax, name, limits, colour, mark, words in ((axes[0], 'drop', 'drop', BLUE, 'o', 'AUROC lost'), (axes[1], 'ece_change', 'ece', ORANGE, 's', 'ECE gained')):
+    for ax, name, limits, colour, mark, words in ((axes[0], 'drop', 'drop', BLUE, 'o', 'AUROC lost'), (axes[1], 'ece_change', 'ece', ORANGE, 's', 'de-biased ECE gained')):
         ax.axvline(0, color='.4', lw=1)
         ax.errorbar(rows[name], rows.index, xerr=_whiskers(rows[name], rows[f'{limits}_low'], rows[f'{limits}_high']), fmt=mark, color=colour, ms=5, lw=1.3, capsize=3)
         ax.set(xlabel=f'{words} (95 % interval)'); ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
@@ -452,7 +459,7 @@ def _plot_metadata_stress(table):
             if str(reason).startswith('refused'): ax.text(.5, y, 'refused at the gate', transform=ax.get_yaxis_transform(), ha='center', va='center', fontsize=8, color='.4')
     axes[0].set_yticks(rows.index, names, fontsize=9); axes[0].invert_yaxis()
     clean = table[table['field'] == 'none'].iloc[0]
-    fig.suptitle(f"Metadata (as they are: AUROC {clean['auroc']:.2f}, ECE {clean['ece']:.2f}; n = {clean['n']} images of {clean['n_lesions']} lesions)", fontsize=10)
+    fig.suptitle(f'Metadata (as they are: {_clean_words(clean)})', fontsize=10)
     fig.tight_layout()
     return axes
 
