@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import norm
 from sklearn import metrics as sk
 from torchmetrics.functional import classification as tm
 
-from skinlesion.evaluate.intervals import lesion_weights
+from skinlesion.evaluate.intervals import delong, lesion_weights
 from skinlesion.evaluate.metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, weighted_metrics
 
 C = 5
@@ -242,6 +243,37 @@ def test_a_resample_without_a_class_is_undefined_alone():
     lost = weights[:, targets == 4].sum(1) == 0
     macro = weighted_metrics(targets, probs, weights, names=("auroc_macro", "auroc_weighted"))
     assert 0 < lost.sum() < 60 and (np.isnan(macro["auroc_macro"]) == lost).all() and not np.isnan(macro["auroc_weighted"]).any()
+
+
+# ---- DeLong
+
+def delong_by_loops(positive, scores, lesions):
+    "Difference of two AUROCs and its standard error, kernel by kernel, lesion by lesion, as Obuchowski 1997 writes them."
+    kernel = lambda score: np.array([[float(p > n) + .5 * (p == n) for n in score[~positive]] for p in score[positive]])
+    gap = kernel(scores[0]) - kernel(scores[1])
+    won, beaten, theta = gap.mean(1), gap.mean(0), gap.mean()
+    own, other, every = lesions[positive], lesions[~positive], np.unique(lesions)
+    ten = np.array([(won[own == c] - theta).sum() for c in every])
+    one = np.array([(beaten[other == c] - theta).sum() for c in every])
+    m, n, k10, k01, k = len(won), len(beaten), len(np.unique(own)), len(np.unique(other)), len(every)
+    s10, s01 = k10 / ((k10 - 1) * m) * (ten**2).sum(), k01 / ((k01 - 1) * n) * (one**2).sum()
+    return theta, np.sqrt(s10 / m + s01 / n + 2 * k / (k - 1) * (ten * one).sum() / (m * n))
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+@pytest.mark.parametrize("digits", [1, 9])
+def test_delong_agrees_with_its_paper(repeat, digits):
+    "With lesions of one class only, and with lesions whose images differ in class (units may be patients), ties or none."
+    rng = np.random.default_rng(digits)
+    positive, lesions = rng.random(90) < .4, rng.permutation(90) // repeat
+    core = positive + rng.normal(size=90)
+    a, b = ((core + s * rng.normal(size=90)).round(digits) for s in (.5, 1.))
+    leaf, (gap, error) = delong(positive, a, b, lesions), delong_by_loops(positive, (a, b), lesions)
+    half = 1.959963984540054 * error
+    print(f"DeLong, {repeat} image(s) each, {digits} digits: largest difference "
+          f"{max(abs(leaf['value'] - gap), abs(leaf['low'] - gap + half), abs(leaf['high'] - gap - half)):.0e}")
+    assert np.allclose([leaf["value"], leaf["low"], leaf["high"]], [gap, gap - half, gap + half], rtol=0, atol=1e-12)
+    assert np.isclose(leaf["p"], 2 * norm.sf(abs(gap) / error)) and ("Obuchowski" in leaf["method"]) == (repeat > 1)
 
 
 # ---- how often an interval holds the truth
