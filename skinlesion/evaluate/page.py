@@ -178,7 +178,7 @@ def _cell(value, digits):
     return str(value)
 
 def table_html(
-    table:pd.DataFrame, # what is shown; a named index is its first column
+    table:pd.DataFrame, # what is shown; a named index is its first column; what follows a line break in a cell stands small below
     caption:str='', # what it is
     digits:int=3, # decimals
 ) -> str: # <table> with its alignment, nothing that runs
@@ -189,7 +189,7 @@ def table_html(
     wide = [max(map(len, column), default=0) > 44 for column in cells]
     style = [f"text-align: {'left' if w else 'right'}; white-space: {'normal' if l else 'nowrap'}" for w, l in zip(words, wide)]
     head = ''.join(f'<th scope="col" style="text-align: {"left" if w else "right"}">{escape(str(c))}</th>' for c, w in zip(table, words))
-    mark = lambda v: f'<em>{v}</em>' if v == 'not reported' else escape(v)
+    mark = lambda v: f'<em>{v}</em>' if v == 'not reported' else '<br><small>'.join(escape(v).split('\n', 1)) + ('</small>' if '\n' in v else '')
     rows = ''.join('<tr>' + ''.join(f'<td style="{s}">{mark(v)}</td>' for v, s in zip(row, style)) + '</tr>' for row in zip(*cells))
     return f"<table>{f'<caption>{escape(caption)}</caption>' if caption else ''}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
@@ -302,15 +302,15 @@ _MALIGNANT = dict( # what measures of malignant against benign are
     gain='What it adds to the better of flagging all and flagging none.')
 
 def _leaf_table(block, one_class=False):
-    "Leaves as rows: measure, value with interval, images, lesions, and what it is where that is on record."
+    "Leaves as rows: measure (and what it is), value with interval, images, lesions."
     rows = []
     for name, leaf in block.items():
         if not isinstance(leaf, dict) or 'value' not in leaf: continue
         metric = METRICS.get(PER_CLASS.get(name, name) if one_class else name)
-        rows.append({'measure': metric.title if metric else _title(name), 'value (95 % interval)': _text(leaf, name), 'images': leaf.get('n'), 'lesions': leaf.get('n_lesions'),
-                     'what it is': (_MALIGNANT.get(name, '') if one_class else '') or (metric.definition if metric else '')})
-    table = pd.DataFrame(rows)
-    return table.drop(columns='what it is') if len(table) and not table['what it is'].any() else table
+        meaning = (_MALIGNANT.get(name, '') if one_class else '') or (metric.definition if metric else '')
+        rows.append({'measure': (metric.title if metric else _title(name)) + (f'\n{meaning}' if meaning else ''), 'value (95 % interval)': _text(leaf, name),
+                     'images': leaf.get('n'), 'lesions': leaf.get('n_lesions')})
+    return pd.DataFrame(rows)
 
 def _captioned(words, table):
     "A caption that says once how many images and lesions all rows are over, where that is so."
@@ -437,8 +437,8 @@ def calibration_words(
     fitted = {'': 'no calibration is on record', 'none': 'validation found no calibration that makes it clearly better'}.get(kind, f'calibrated on validation ({kind})')
     if kind not in ('', 'none') and not result.calibrated:
         fitted = f'not calibrated; {kind}, fitted on validation, would change its log loss by {_signed(gain, 3)}' if gain else f'not calibrated; validation speaks for {kind}'
-    return (f"**Calibration:** on average it claims {sure['claimed']['value']:.0%} and is right in {sure['right']['value']:.0%} "
-            f"({_sure_verdict(sure['excess'])}: {_signed(sure['excess'])}); {fitted}.")
+    return (f"**Calibration:** on average it claims {sure['claimed']['value']:.0%} and is right in {sure['right']['value']:.0%}: "
+            f"{_sure_verdict(sure['excess'])}, {_signed(sure['excess'])}; {fitted}.")
 
 def _doubt(reason, short):
     "Why a threshold promises less than it was set for."
@@ -462,6 +462,10 @@ def _gaps(subgroups):
              for group, cell in groups.items() for name in gap_metrics(subgroups)]
     return [gap for gap in found if gap[3]['low'] is not None]
 
+_GAP_WORDS = {'accuracy': 'share of first guesses that are right', 'malignant.auroc': 'ranking of malignant above benign (AUROC)',
+              'malignant.sensitivity': 'share of malignant lesions found', 'malignant.specificity': 'share of benign lesions left in peace',
+              'malignant.calibration_in_the_large': 'malignancy claimed beyond what is true'}
+
 def gap_words(
     result:Evaluation,
 ) -> str: # a sentence
@@ -472,7 +476,7 @@ def gap_words(
     of = f"{len(clear)} of {len(gaps)} gaps stand out after correcting for having looked at so many" if clear else f'{len(gaps)} were looked at, and that is corrected for'
     if not clear: return f"**Groups:** no gap between groups is clear ({of})."
     column, group, name, leaf = max(clear, key=lambda g: abs(g[3]['value']))
-    return f"**Groups:** largest clear gap: {metric_words(name)}, where {column.replace('_', ' ')} is *{group}*: {_signed(leaf)} against everyone else; {of}."
+    return f"**Groups:** largest clear gap: {_GAP_WORDS.get(name, metric_words(name))}, where {column.replace('_', ' ')} is *{group}*: {_signed(leaf)} against everyone else; {of}."
 
 def summary_section(
     result:Evaluation,

@@ -192,8 +192,9 @@ h1 { font-size: 2rem; line-height: 1.2; margin: 1.2rem 0 .4rem } h2 { font-size:
 p, ul, ol { max-width: 46rem } a { color: var(--link) } a:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 blockquote { margin: .4rem 0 1rem; padding: 0; color: var(--soft); font-size: 1.1rem }
 .notice { margin: 0; padding: .55rem .9rem; max-width: none; color: var(--warn); background: var(--warn-wash); border-left: 4px solid currentColor; font-weight: 600 }
-p > small:only-child { display: block; margin-top: -.7rem; color: var(--soft) } .lead h2 { margin-top: .4rem; border: 0; padding: 0 } .lead p, .lead ul { max-width: none } .lead ul { padding-left: 1.2rem } .lead td, .lead th { padding-top: .2rem; padding-bottom: .2rem }
-.skip { position: absolute; left: -99rem } .skip:focus { position: static }
+p > small:only-child { display: block; margin-top: -.7rem; color: var(--soft) } .tight h1 { margin: .7rem 0 .1rem; font-size: 1.7rem } .tight blockquote { font-size: 1rem; margin: 0 }
+.tight blockquote p { max-width: none; margin: .2rem 0 } .lead { line-height: 1.45 } .lead h2 { margin-top: .4rem; border: 0; padding: 0 } .lead p, .lead ul { max-width: none } .lead ul { padding-left: 1.2rem } .lead td, .lead th { padding-top: .2rem; padding-bottom: .2rem }
+td small { color: var(--soft); font-size: .84rem; line-height: 1.35 } .skip { position: absolute; left: -99rem } .skip:focus { position: static }
 nav ol { list-style: none; padding: 0; margin: .4rem 0; columns: 2 16rem } nav li.l3 { padding-left: 1.2rem; font-size: .93em }
 code, pre { font: .86rem/1.5 ui-monospace, "SFMono-Regular", Consolas, "DejaVu Sans Mono", monospace }
 pre { overflow-x: auto; margin: .5rem 0; padding: .6rem .8rem; background: var(--wash); border-radius: 6px } pre.text { background: none; padding: 0; white-space: pre-wrap }
@@ -284,7 +285,8 @@ def render_report(
     order = {name: i for i, name in enumerate(parameter_notes(source))}
     parameters = dict(sorted(parameters.items(), key=lambda p: order.get(p[0], len(order))))
     lead, body = _lift_summary(body)
-    head = f'<header><h1>{escape(title)}</h1>{subtitle[1] if subtitle else ""}</header>\n{lead}'
+    tight = ' class="tight"' if lead else '' # so that the summary fits on one screen
+    head = f'<header{tight}><h1>{escape(title)}</h1>{subtitle[1] if subtitle else ""}</header>\n{lead}'
     keys = f"{_parameters_html(parameters, parameter_notes(source), folded=bool(lead))}{_provenance_html(provenance)}{_contents_html(contents)}"
     atomic_write(out_html, page_html(title, f'{head}{keys}<main id="main">\n{body}</main>\n'))
     return Path(out_html)
