@@ -308,20 +308,24 @@ def choose_policy(
 # %% ../../nbs/evaluate/37_policy.ipynb #54f15975
 _SHOWN = ('log_loss', 'auroc_macro', 'balanced_accuracy', 'ece')
 
-def _warmed(choice, fit, members):
-    "What each kind of combination says of `members`, at the temperature that its cross-fitted answers on validation ask for: as it was judged there."
-    combiners, seen, names = choice.combination.combiners, mean_views(fit.by_view, choice.policy.views), choice.policy.members
-    if len(combiners) == 1: return {kind: one(members) for kind, one in combiners.items()}
-    stack, dealt = np.stack([seen[name] for name in names]), lesion_folds(fit.targets, fit.lesion_ids)
-    again = lambda kind: lambda values, targets: fit_combiner(kind, dict(zip(names, values)), targets)
-    return {kind: fit_calibrator('temperature', crossfit(again(kind), stack, fit.targets, dealt), fit.targets)(one(members)) for kind, one in combiners.items()}
+def _warm(seen, fit, probs):
+    "Test answers at the temperature that answers on validation ask for, as they were judged there."
+    return fit_calibrator('temperature', seen, fit.targets)(probs)
 
-def _candidates(choice, fit, test):
+def _warmed(choice, fit, members, seed):
+    "What each kind of combination says of `members`, at the temperature of its cross-fitted answers on validation."
+    seen, names = mean_views(fit.by_view, choice.policy.views), choice.policy.members
+    stack = np.stack([seen[name] for name in names])
+    again = lambda kind: lambda values, targets: fit_combiner(kind, dict(zip(names, values)), targets)
+    crossed = lambda one: crossfit(again(one.kind), stack, fit.targets, lesion_folds(fit.targets, fit.lesion_ids, seed=seed)) if one.parameters else one(seen)
+    return {kind: _warm(crossed(one), fit, one(members)) for kind, one in choice.combination.combiners.items()}
+
+def _candidates(choice, fit, test, seed):
     "For each step: its selection and candidate -> (n,C) on test, each fitted on all of `fit`."
     pooled = {name: mean_views(test.by_view, name) for name in choice.views.table.candidate}
     members, combined, calibrated = pooled[choice.policy.views], choice.combination, choice.calibration
-    yield 'views', choice.views, {name: mean_ensemble(shown) for name, shown in pooled.items()}
-    yield 'combination', combined.selection, _warmed(choice, fit, members)
+    yield 'views', choice.views, {name: _warm(mean_ensemble(mean_views(fit.by_view, name)), fit, mean_ensemble(shown)) for name, shown in pooled.items()}
+    yield 'combination', combined.selection, _warmed(choice, fit, members, seed)
     yield 'calibration', calibrated.selection, {kind: fit_calibrator(kind, combined.crossfitted, fit.targets)(combined.combiner(members))
                                                 for kind in calibrated.selection.table.candidate}
 
@@ -331,11 +335,11 @@ def choices_table(
     fit:Answered, # what it was chosen on
     test:Answered, # shown, never used
     n_resamples:int=1000, # of the test lesions
-    seed:int=0, # of the resamples
+    seed:int=0, # of the resamples, and of the folds of `choose_policy`
 ) -> pd.DataFrame: # step, candidate, taken, validation_log_loss and its difference, low, high; of test each metric, and its difference, low, high
     "What each candidate would have brought, on validation (which chose) and on test (which did not)."
     weights, rows = lesion_weights(test.lesion_ids, n_resamples, seed), []
-    for step, selection, probs in _candidates(choice, fit, test):
+    for step, selection, probs in _candidates(choice, fit, test, seed):
         points = {name: weighted_metrics(test.targets, p, names=_SHOWN) for name, p in probs.items()}
         spread = {name: weighted_metrics(test.targets, p, weights, names=_SHOWN) for name, p in probs.items()}
         base = next(iter(probs))
