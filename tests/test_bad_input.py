@@ -437,3 +437,68 @@ def test_a_model_that_cannot_be_made(backbone, pretrained, said):
     from skinlesion.model.fusion import create_model
     with pytest.raises((ValueError, FileNotFoundError)) as caught: create_model(backbone, 7, pretrained=pretrained)
     assert said in str(caught.value)
+
+
+CLINIC = ["image_id,p_benign,p_mel,split", *(f"i{k},.{k % 9 + 1},.{9 - k % 9},{'valid' if k % 2 else 'test'}" for k in range(12))]
+TRUTH = ["image_id,lesion_id,diagnosis", *(f"i{k},l{k},{'mel' if k % 3 else 'benign'}" for k in range(12))]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    "Two tables that fit, and an earlier evaluation in `keep` that no bad one may touch."
+    folder = tmp_path_factory.mktemp("evaluated")
+    for name, rows in {"p.csv": CLINIC, "l.csv": TRUTH}.items(): (folder / name).write_text("\n".join([*rows, ""]))
+    (folder / "keep").mkdir()
+    for name in ("metrics.json", "report.html"): (folder / "keep" / name).write_text("of an earlier run")
+    return folder
+
+
+def rescored(rows, old, new):
+    "The lines of a table, one thing changed."
+    text = "\n".join([*rows, ""])
+    assert old in text
+    return text.replace(old, new, 1)
+
+
+@pytest.mark.parametrize("name, old, new, said", [
+    ("p.csv", "i3,.4,.6", "i3,.4,.7", "p.csv row 5 (image_id 'i3'): the probabilities sum to 1.1 (1 such row(s)); allowed is 1 within 0.001."),
+    ("p.csv", "i3,.4,.6", "i3,nan,.6", "p.csv row 5 (image_id 'i3'): p_benign is NaN"), ("p.csv", "i3,.4,.6", "i3,,.6", "p_benign is NaN"),
+    ("p.csv", "i3,.4,.6", "i3,-.4,1.4", "p_benign is -0.4 (1 such row(s)); give a probability in [0, 1] (softmax outputs, not logits)"),
+    ("p.csv", "i3,.4,.6", "i3,40,60", "p_benign is 40 (1 such row(s)); give a probability in [0, 1] (divide percent by 100)"),
+    ("p.csv", "i3,.4,.6", "i3,40%,60%", "p_benign is '40%'; give a probability in [0, 1] (divide percent by 100)"),
+    ("p.csv", "i3,.4,.6", 'i3,"0,4","0,6"', "p_benign is '0,4'; give a probability in [0, 1] (write a decimal point, not a comma)"),
+    ("p.csv", "i3,.4", "i2,.4", "p.csv row 5 (image_id 'i2'): the id stands in row 4 already (1 repeated in all); keep one row per image"),
+    ("p.csv", "i3,.4", ",.4", "p.csv row 5: image_id is empty"), ("p.csv", "i3,.4,.6,valid", "i3,.4,.6", "row 5: 3 cells where the header has 4"),
+    ("p.csv", "p_mel", "p_melanoma", "row 5 (image_id 'i3'): diagnosis"), ("p.csv", "p_benign,p_mel", "benign,mel", "no p_<code> column among"),
+    ("p.csv", "image_id", "image", "p.csv: no column image_id; found image, p_benign"), ("p.csv", "i3,.4", '"i3,.4', "close every quote"),
+    ("l.csv", "i3,l3,benign", "i3,l3,bening", "l.csv row 5 (image_id 'i3'): diagnosis 'bening' is not in label set melanoma (benign, mel). Did you"),
+    ("l.csv", "i3,l3,benign", "i3,l3,", "l.csv row 5 (image_id 'i3'): the diagnosis is empty"), ("l.csv", "diagnosis", "dx", "no column diagnosis"),
+    ("l.csv", "i3,l3", "i2,l3", "l.csv row 5 (image_id 'i2'): the id stands in row 4 already"),
+    ("l.csv", "i3,l3", "j3,l3", "1 image(s) of the labels have no prediction, 1 prediction(s) have no label, such as 'j3', 'i3'; give both")])
+def test_tables_that_cannot_be_scored(evaluated, tmp_path, name, old, new, said):
+    for other, rows in {"p.csv": CLINIC, "l.csv": TRUTH}.items():
+        (tmp_path / other).write_text(rescored(rows, old, new) if other == name else "\n".join([*rows, ""]))
+    if new == "p_melanoma": said = "diagnosis 'mel' is not in label set columns (benign, melanoma)"
+    refused(evaluated / "keep", said, "evaluate", tmp_path / "p.csv", tmp_path / "l.csv", "--out", evaluated / "keep")
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--split", "tset"), "--split 'tset': there are test, valid. Did you mean 'test'?"),
+    (("--label-set", "melanom"), "label set 'melanom' is not built in; choose one of ham10000, isic2019, melanoma. Did you mean 'melanoma'?"),
+    (("--label-set", "ham10000"), "column 'p_benign' belongs to no class of label set ham10000"), (("--label-set", "gone.json"), "gone.json"),
+    (("--benchmark", "dermamnist@224"), "dermamnist: resolution '224' is none of '', '28', '224-upsampled-from-28', '224-true'"),
+    (("--target-sensitivity", "1.5"), "1.5"), (("--coverage", "0"), "coverage"), (("--facts", "gone.json"), "gone.json"),
+    (("--images", "gone"), "gone")])
+def test_an_evaluation_that_cannot_be_asked_for(evaluated, words, said):
+    refused(evaluated / "keep", said, "evaluate", evaluated / "p.csv", evaluated / "l.csv", "--out", evaluated / "keep", "--resamples", 20, *words)
+
+
+def test_an_evaluation_that_cannot_be_written(evaluated, tmp_path):
+    tables = (evaluated / "p.csv", evaluated / "l.csv")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    refused(tmp_path, "the folder is not empty and holds no earlier evaluation", "evaluate", *tables, "--out", tmp_path / "mine")
+    refused(tmp_path, "is a file, so nothing can be written below it", "evaluate", *tables, "--out", tmp_path / "mine" / "notes.txt")
+    refused(tmp_path, "none.csv: no such table; check the path", "evaluate", tmp_path / "none.csv", tables[1], "--out", tmp_path / "new")
+    refused(tmp_path, "miss-cost", "evaluate", *tables, "--out", tmp_path / "new", "--miss-cost", "-1", code=2)
+    refused(tmp_path, "Missing option '--out'", "evaluate", *tables, code=2)

@@ -1,4 +1,5 @@
 """The commands in processes of their own: what they print, what they write, how they end."""
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 
 from skinlesion.audit.findings import Finding
 from skinlesion.data.schema import DatasetInfo, write_dataset
-from skinlesion.evaluate.scorecard import read_predictions
+from skinlesion.evaluate.benchmarks import split_digest
+from skinlesion.evaluate.scorecard import read_predictions, scorecard, write_predictions
 from skinlesion.images import encode_png, read_image
 from skinlesion.pipeline.cli import app
 from skinlesion.taxonomy import get_label_set
@@ -218,3 +220,73 @@ def test_run_belongs_to_the_tree_it_is_called_in(tmp_path):
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "deep", env={**os.environ, "PYTHONPATH": here})
     assert done.stdout.strip() == "the other tree runs ['run', 'prepare']", done.stderr
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    "Predictions of two splits by a made-up reader, and labels of more images than that."
+    folder, rng, codes = tmp_path_factory.mktemp("tables"), np.random.default_rng(0), get_label_set("melanoma").codes
+    truth = pd.DataFrame(dict(image_id=[f"i{k}" for k in range(160)], lesion_id=[f"l{k // 2}" for k in range(160)],
+                              diagnosis=[codes[k // 2 % 2] for k in range(160)], age=rng.integers(20, 80, 160), sex=["female", "male"] * 80))
+    score = (.3 + .4 * (truth.diagnosis == "mel") + rng.normal(0, .2, 160)).clip(.01, .99).round(4)
+    split = np.where(np.arange(160) // 2 % 4 < 2, "test", "valid")
+    said = truth[["image_id"]].assign(p_benign=1 - score, p_mel=score, split=split)[:150]
+    write_predictions(said, folder / "p.csv")
+    truth.to_csv(folder / "l.csv", index=False)
+    return folder, said, truth
+
+
+def evaluate(folder, *words):
+    "The command on the two tables, few resamples."
+    return CliRunner().invoke(app, ["evaluate", str(folder / "p.csv"), str(folder / "l.csv"), "--resamples", "40", *map(str, words)])
+
+
+def test_evaluate_scores_a_split_of_two_tables(tables, tmp_path):
+    folder, said, truth = tables
+    ended = evaluate(folder, "--split", "test", "--out", tmp_path / "out", "--benchmark", "our-clinic@224")
+    assert ended.exit_code == 0, ended.output
+    test = said[said.split == "test"]
+    card = scorecard(test, truth[truth.image_id.isin(test.image_id)], get_label_set("melanoma"), 40)
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for name in ("accuracy", "balanced_accuracy", "auroc_macro", "ece_debiased", "log_loss"): assert written["all"][name] == card[name]
+    assert written["all"]["malignant"]["sensitivity"] == card["malignant"]["sensitivity"]
+    assert f"{len(test)} images of {card['accuracy']['n_lesions']} lesions" in ended.stdout and "metrics.json, report.html" in ended.stdout
+    rows = truth[truth.image_id.isin(test.image_id)].assign(split="test")
+    assert written["benchmark"] == dict(name="our-clinic", variant="", resolution="224", split_sha256=split_digest(rows), leak=None)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "not reported" in page and "<script" not in page and "img-src data:" in page
+
+
+def test_evaluate_leaves_out_only_when_asked_and_says_so(tables, tmp_path):
+    folder, _, _ = tables
+    ended = evaluate(folder, "--out", tmp_path / "out")
+    assert ended.exit_code == 1 and "10 image(s) of the labels have no prediction, 0 prediction(s) have no label, such as 'i150', 'i151'" in ended.stderr
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "facts.json").write_text('{"setting": "one made-up clinic"}')
+    ended = evaluate(folder, "--partial", "--facts", tmp_path / "facts.json", "--out", tmp_path / "out")
+    assert ended.exit_code == 0 and "10 image(s) of the labels have no prediction, 0 prediction(s) have no label; they were left out" in ended.stderr
+    written, page = json.loads((tmp_path / "out" / "metrics.json").read_text()), (tmp_path / "out" / "report.html").read_text()
+    assert written["all"]["accuracy"]["n"] == 150
+    assert {*written["splits"]} == {"valid", "test"} and {*written["subgroups"]} >= {"age_band", "sex"}
+    assert "they were left out" in page and "one made-up clinic" in page
+
+
+@pytest.mark.slow
+def test_evaluate_gives_the_same_bytes_in_another_process(tables, tmp_path):
+    folder, _, _ = tables
+    for name in ("one", "two"):
+        words = ("evaluate", folder / "p.csv", folder / "l.csv", "--partial", "--resamples", 40, "--out", tmp_path / name)
+        assert cli(*words)[0] == 0
+    one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two and {"metrics.json", "report.html", "roc.csv"} <= {*one}
+
+
+def test_evaluate_says_that_nobody_knows_what_is_malignant(tables, tmp_path, monkeypatch):
+    folder, said, truth = tables
+    monkeypatch.setattr("skinlesion.pipeline.reports.write_evaluation", lambda result, *_, **__: kept.update(result.metrics))
+    kept = {}
+    write_predictions(said[["image_id"]].assign(p_mole=said.p_benign, p_wart=said.p_mel), tmp_path / "p.csv")
+    truth[:150].assign(diagnosis=truth.diagnosis.map(dict(benign="mole", mel="wart"))).to_csv(tmp_path / "l.csv", index=False)
+    ended = evaluate(tmp_path, "--out", tmp_path / "out")
+    assert ended.exit_code == 0 and "classes mole, wart: nobody has said which are malignant" in ended.stderr and "does not say which" in ended.stdout
+    assert kept["all"]["accuracy"]["value"] is not None and kept["all"]["malignant"]["auroc"]["value"] is None

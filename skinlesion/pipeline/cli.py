@@ -663,9 +663,10 @@ def evaluate(
       skinlesion evaluate artifacts/predictions/ensemble.csv data/metadata.csv --partial --images data/images --out evaluation
     """
     check_out(out)
-    result, read, left = _evaluated(**{k: v for k, v in ctx.params.items() if k not in ('out', 'images')})
     from skinlesion.pipeline.reports import folder_images, write_evaluation
-    write_evaluation(result, out, None if images is None else folder_images(images), provenance=read)
+    pictures = None if images is None else folder_images(images)
+    result, read, left = _evaluated(**{k: v for k, v in ctx.params.items() if k not in ('out', 'images')})
+    write_evaluation(result, out, pictures, provenance=read)
     for sentence in filter(None, [left, _about_malignancy(result.label_set)]): _say(sentence, err=True)
     _say(f'{evaluation_text(result.card)}\n{out}: metrics.json, report.html')
 
