@@ -260,7 +260,8 @@ def test_evaluate_scores_a_split_of_two_tables(tables, tmp_path):
 def test_evaluate_leaves_out_only_when_asked_and_says_so(tables, tmp_path):
     folder, _, _ = tables
     ended = evaluate(folder, "--out", tmp_path / "out")
-    assert ended.exit_code == 1 and "10 image(s) of the labels have no prediction, 0 prediction(s) have no label, such as 'i150', 'i151'" in ended.stderr
+    assert ended.exit_code == 1
+    assert "10 image(s) of the labels have no prediction, 0 prediction(s) have no label, such as 'i150', 'i151'" in ended.stderr
     assert not any(tmp_path.iterdir())
     (tmp_path / "facts.json").write_text('{"setting": "one made-up clinic"}')
     ended = evaluate(folder, "--partial", "--facts", tmp_path / "facts.json", "--out", tmp_path / "out")

@@ -13,6 +13,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 
 import pandas as pd
+from fastcore.basics import patch
 
 from ..data.splits import SPLITS
 from ..taxonomy import nearest
@@ -56,21 +57,23 @@ class BenchmarkId:
     def __str__(self):
         return f"{self.name or 'unnamed'}{f'-{self.variant}' if self.variant else ''}{f'@{self.resolution}' if self.resolution else ''}"
 
-    def to_dict(self) -> dict: # of plain JSON values
-        "The identity as a metrics file holds it."
-        return asdict(self)
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #4944acce
+@patch
+def to_dict(self:BenchmarkId) -> dict: # of plain JSON values
+    "The identity as a metrics file holds it."
+    return asdict(self)
 
-    @classmethod
-    def from_dict(cls,
-        values:dict, # what `to_dict` gave
-    ): # -> BenchmarkId
-        "Read an identity back; an unknown or missing key is an error."
-        allowed = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in allowed: raise BenchmarkError(f"benchmark: unknown key '{key}'; allowed are {', '.join(allowed)}.{nearest(str(key), allowed)}")
-        for key in allowed:
-            if key not in values: raise BenchmarkError(f"benchmark: the key '{key}' is missing; it needs {', '.join(allowed)}")
-        return cls(**values)
+@patch(cls_method=True)
+def from_dict(cls:BenchmarkId,
+    values:dict, # what `to_dict` gave
+) -> BenchmarkId: # equal to the first
+    "Read an identity back; an unknown or missing key is an error."
+    allowed = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in allowed: raise BenchmarkError(f"benchmark: unknown key '{key}'; allowed are {', '.join(allowed)}.{nearest(str(key), allowed)}")
+    for key in allowed:
+        if key not in values: raise BenchmarkError(f"benchmark: the key '{key}' is missing; it needs {', '.join(allowed)}")
+    return cls(**values)
 
 # %% ../../nbs/evaluate/42_benchmarks.ipynb #c8837f4a
 def parse_benchmark(

@@ -38,6 +38,7 @@ def _place(table, where, i):
     "Row and image of the `i`th row, as an error says it."
     return f"{where} row {_row(table, i)} (image_id '{table['image_id'].iloc[i]}')"
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #4463b18e
 def _check_ids(table, where):
     "Refuse a table without ids, without rows, or with an empty or repeated id."
     if 'image_id' not in table:
@@ -92,6 +93,7 @@ def _check_probabilities(table, columns, where):
         raise ValueError(f"{_place(table, where, off[0])}: the probabilities sum to {probs[off[0]].sum():.6g} ({len(off)} such row(s)); "
                          f"allowed is 1 within {SUM_TOLERANCE:g}. Give softmax outputs over exactly these classes")
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #23057516
 def check_predictions(
     predictions:pd.DataFrame, # image_id, one p_<code> per class; other columns are kept
     label_set:LabelSet, # classes and their order
@@ -143,6 +145,7 @@ def _read_table(source, where=None):
     if len(lines) and (lines != np.arange(2, len(lines) + 2)).any(): found.attrs['lines'] = lines.tolist()
     return found
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #b967d150
 def _check_predicted(table, label_set, where):
     "Refuse a `predicted` that is not the class of largest probability."
     if 'predicted' not in table: return
@@ -153,6 +156,7 @@ def _check_predicted(table, label_set, where):
             raise ValueError(f"{_place(table, where, i)}: predicted is '{code}', but '{codes[probs[i].argmax()]}' has the largest "
                              f"probability; drop the column or correct it (a decision by thresholds is a column of its own)")
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #d5aed3bc
 def read_predictions(
     source:Path|str|bytes, # of the CSV, or its bytes; semicolons, tabs and a byte order mark are understood
     label_set:LabelSet|None=None, # classes and their order; None for the set that `infer_label_set` finds in the columns
@@ -186,6 +190,7 @@ def check_labels(
     own = dict(image_id=table['image_id'], diagnosis=words.map(codes), lesion_id=lesions)
     return _without_lines(pd.DataFrame(own).join(table.drop(columns=[c for c in own if c in table])))
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #fc470156
 def read_labels(
     path:Path|str, # of the CSV; semicolons, tabs and a byte order mark are understood
     label_set:LabelSet, # classes; full names and aliases of them are understood
@@ -203,6 +208,7 @@ def _named_label_set(name):
     try: return get_label_set(found) if isinstance(found, str) else LabelSet.from_dict(found)
     except (ValueError, TypeError) as error: raise ValueError(f"{name}: {error}") from None
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #5d1dd2a3
 def infer_label_set(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
     name_or_file:str|Path|None=None, # a built-in set, or a JSON file with a set or a dataset.json; None goes by the columns
@@ -233,6 +239,7 @@ def _missing_ids(missing, others, has, lacks):
     raise ValueError(f"{len(missing)} image_id(s) of the {has} are not in the {lacks}, such as {', '.join(repr(m) for m in sorted(missing)[:3])}."
                      f"{nearest(min(missing), list(others[:2000]))} Give both tables exactly the same images (for one split, filter both)")
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #891ddd83
 def align_tables(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
     labels:pd.DataFrame, # image_id, diagnosis, optional lesion_id
@@ -324,6 +331,7 @@ def _class_leaves(scorer, c, code, metrics):
     return _binary_leaves(scorer, columns, data.targets == c, data.probs.argmax(1) == c, every,
                           f"no image of class {code}", f"every image is of class {code}", code)
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #e43f2968
 def _malignant_leaves(scorer, label_set):
     "Malignant against benign, from the label set's malignancy; images of an undecided class stand aside."
     data, said = scorer.data, np.array([label_set.is_malignant(code) for code in label_set.codes], object)
@@ -336,7 +344,7 @@ def _malignant_leaves(scorer, label_set):
     columns = malignancy_metrics(positive[units], score[units], scorer.weights if units.all() else scorer.weights[:, units])
     return _binary_leaves(scorer, columns, positive, score >= .5, units, "no image is malignant", "every image is malignant", 'malignant')
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #e43f2968
+# %% ../../nbs/evaluate/39_scorecard.ipynb #0c220e63
 def _whole_leaves(scorer, metrics, label_set):
     "Every metric over all classes."
     counts, every = np.bincount(scorer.data.targets, minlength=label_set.num_classes), scorer.units(np.ones(len(scorer.data.targets), bool))
@@ -345,6 +353,7 @@ def _whole_leaves(scorer, metrics, label_set):
     if (counts > 0).sum() == 1: reason = f"every image is of class {label_set.codes[counts.argmax()]}"
     return {name: scorer.share(metrics[name], every) if name in SHARES else scorer.leaf(metrics[name], every, reason, kind=METRICS[name].interval) for name in WHOLE}
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #a3690e1c
 def scorecard(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
     labels:pd.DataFrame, # image_id, diagnosis, optional lesion_id; exactly the same images
@@ -371,6 +380,7 @@ def _leaves(card, path=()):
     else:
         for key, child in card.items(): yield from _leaves(child, (*path, key))
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #2ec07537
 def scorecard_table(
     card:dict, # what `scorecard` gave
     digits:int=2, # decimals of the column `text`
@@ -431,6 +441,7 @@ def _delong_leaf(a, b, label_set):
     areas = [float(malignancy_metrics(positive[known], s, names=('auroc',))['auroc'][0]) for s in scores]
     return delong(positive[known], *scores, ids) | dict(first=areas[0], second=areas[1])
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #07b6c700
 def compare_predictions(
     first:pd.DataFrame, # predictions of one system
     second:pd.DataFrame, # predictions of another on the same images
