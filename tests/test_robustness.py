@@ -19,8 +19,8 @@ from skinlesion.audit.findings import working_image
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.synthetic import synthesise
 from skinlesion.evaluate.figures import plot_stress
-from skinlesion.evaluate.intervals import wilson_interval
-from skinlesion.evaluate.metrics import weighted_auroc, weighted_metrics
+from skinlesion.evaluate.intervals import lesion_weights, percentile_interval, wilson_interval
+from skinlesion.evaluate.metrics import weighted_auroc, weighted_ece, weighted_metrics
 from skinlesion.evaluate.robustness import CORRUPTIONS, GRADES, corrupt, corrupt_images, permuted_fields, stress_card, stress_images, stress_metadata
 from skinlesion.images import read_image, resize_image
 from skinlesion.model.bundle import predict_probs
@@ -192,11 +192,28 @@ def test_limits_of_a_planted_drop_hold_the_truth_subset(truth):
     assert np.abs(mean - list(truth.values())).max() < .03
 
 
+def plain_ece(runs, seed):
+    "What plain ECE would say of the same disturbance: truth, mean of the estimates, and how often percentile limits hold the truth."
+    ece = lambda p, targets, weights=None: weighted_ece(p.argmax(1) == targets, p.max(1), weights)
+    targets, _, before, after = draw(300_000, np.random.default_rng(99), .4)
+    truth, held, values = ece(after, targets)[0] - ece(before, targets)[0], 0, []
+    for k in range(runs):
+        targets, lesion, before, after = draw(200, np.random.default_rng([seed, k]), .4)
+        weights = lesion_weights(lesion, 400, k)
+        low, high = percentile_interval(ece(after, targets, weights) - ece(before, targets, weights))
+        held += low <= truth <= high
+        values.append(ece(after, targets)[0] - ece(before, targets)[0])
+    return truth, np.mean(values), held
+
+
 @pytest.mark.slow
 def test_limits_of_a_planted_drop_hold_the_truth(truth):
     held, mean = coverage(truth, 1000, seed=6)
     for (name, value), found in zip(truth.items(), mean): print(f"{name}: truth {value:.4f}, mean {found:.4f}")
     for name, hits in held.items(): assert report(name, hits, 1000)[0] >= .91, (name, hits)
+    plain, found, hits = plain_ece(400, seed=6)
+    print(f"plain ece: truth {plain:.4f}, mean {found:.4f}")
+    assert report("plain ece", hits, 400)[1] < .93  # were it as good, there would be no need for another
 
 
 def test_a_model_of_the_library_under_stress(one_thread):

@@ -294,7 +294,7 @@ def plot_class_reliability(
         ax.plot(bins['predicted'], bins['observed'], color=BLUE, lw=1, alpha=.35)
         ax.errorbar(bins['predicted'], bins['observed'], yerr=_whiskers(bins['observed'], bins['low'], bins['high']), fmt='o', color=BLUE, ms=4, lw=1.1, capsize=2)
         alone = bins[bins['low'].isna()] # one lesion: a point that nothing is known of
-        ax.plot(alone['predicted'], alone['observed'], ls='', marker='o', mfc='w', mec=BLUE, ms=4)
+        ax.plot(alone['predicted'], alone['observed'], ls='', marker='o', mfc='w', mec=BLUE, ms=4, zorder=3)
         for x, count in zip(bins['bin'], bins['n']): ax.text(x, -.15, count, ha='center', va='bottom', fontsize=7, color='.35')
         ax.set_title(f'{titles[c]}\n{n} of {len(targets)} images', fontsize=9)
         ax.set(xlim=(-.02, 1.02), ylim=(-.17, 1.04), yticks=np.arange(0, 1.01, .25))

@@ -10,7 +10,7 @@ __all__ = ['SUBGROUPS', 'UNKNOWN', 'MOST_GROUPS', 'group_words', 'ordered_groups
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri
+from scipy.special import stdtrit
 from ..data.metadata import parse_age
 from .intervals import MAX_UNDEFINED, format_leaf, interval_leaf, lesion_weights, newcombe_interval, wilson_interval
 from .metrics import group_sums, weighted_auroc
@@ -161,7 +161,8 @@ class _Side:
     def limits(self, level):
         "Value and limits at any level."
         error = np.nanstd(self.samples) * np.sqrt(self.n_lesions / (self.n_lesions - 1))
-        if self.measure.kind == 'mean': found = self.value - error * ndtri((1 + level) / 2), self.value + error * ndtri((1 + level) / 2)
+        reach = error * stdtrit(self.n_lesions - 1, (1 + level) / 2) # Student's t
+        if self.measure.kind == 'mean': found = self.value - reach, self.value + reach
         elif self.measure.kind == 'area' and self.value in (0., 1.): found = newcombe_interval(self.value, *(self.lesions(rows) for rows, _ in self.measure.counted), level)
         else: found = effective_limits(self.value, error, self.n_lesions, level)
         return dict(value=float(self.value), low=float(found[0]), high=float(found[1]))
