@@ -27,6 +27,7 @@ def _lesion_members(lesion_ids):
     _, first, member = np.unique(lesion_ids, return_index=True, return_inverse=True)
     return member, first
 
+# %% ../../nbs/evaluate/31_intervals.ipynb #2b1cadd0
 def lesion_weights(
     lesion_ids:np.ndarray, # (N,) str or int, lesion (or patient) of each image; none empty
     n_resamples:int=1000, # R, at least 0
@@ -48,6 +49,7 @@ def lesion_weights(
 # %% ../../nbs/evaluate/31_intervals.ipynb #2751cec8
 MAX_UNDEFINED = .05 # share of resamples without a value above which there is no interval
 
+# %% ../../nbs/evaluate/31_intervals.ipynb #93e27bfb
 def percentile_interval(
     samples:np.ndarray, # (R,) a metric in each resample; NaN where it is undefined
     level:float=.95, # share of the resamples inside, in (0, 1)
@@ -71,6 +73,7 @@ def expanded_level(
 # %% ../../nbs/evaluate/31_intervals.ipynb #69c9cd58
 LIFT = 2 + 2**.5 # of the resamples above the truth, at most, in units of their lift above the value
 
+# %% ../../nbs/evaluate/31_intervals.ipynb #f04f0916
 def shifted_interval(
     value:float, # an error on the data themselves, at least 0
     samples:np.ndarray, # (R,) the error in each resample; NaN where it is undefined
@@ -113,6 +116,7 @@ def newcombe_interval(
 INTERVALS = ('percentile', 'shifted') # kinds of bootstrap interval
 FEW_LESIONS = 100 # lesions below which the method says that percentiles are expanded
 
+# %% ../../nbs/evaluate/31_intervals.ipynb #027d552d
 def _missing_reason(
     samples:np.ndarray, # (R,) a metric in each resample
     n_lesions:int, # lesions it hangs on
@@ -125,6 +129,7 @@ def _missing_reason(
         return f"no interval: undefined in {lost:.0%} of the resamples, at most {MAX_UNDEFINED:.0%} may be"
     return ""
 
+# %% ../../nbs/evaluate/31_intervals.ipynb #38028b25
 def _hold_value(leaf, low, high):
     "The leaf with its interval, widened to the value where a biased metric such as ECE lies outside it."
     leaf |= dict(low=min(low, leaf['value']), high=max(high, leaf['value']))
@@ -208,6 +213,7 @@ def _placements(positive, score):
     won = (ranks[positive] - rankdata(score[positive])) / (len(score) - up)
     return won, 1 - (ranks[~positive] - rankdata(score[~positive])) / up
 
+# %% ../../nbs/evaluate/31_intervals.ipynb #9bc8b7a4
 def _clustered_error(positive, won, beaten, member):
     "Standard error of the mean of `won` (positives) and `beaten` (negatives), whose lesions are `member`."
     m, n, L = len(won), len(beaten), member.max() + 1
@@ -217,6 +223,7 @@ def _clustered_error(positive, won, beaten, member):
     both = L / (L - 1) * (sums[0] * sums[1]).sum() / (m * n)
     return float(np.sqrt(max(0, sum(within) + 2 * both)))
 
+# %% ../../nbs/evaluate/31_intervals.ipynb #62a1852f
 def _ranked(positive, scores, lesion_ids):
     "The arrays checked, each lesion as a number, how many lesions there are, and why there may be no interval."
     positive = np.asarray(positive, bool)
@@ -229,7 +236,7 @@ def _ranked(positive, scores, lesion_ids):
     sides = [len(np.unique(member[rows])) for rows in (positive, ~positive)]
     return positive, scores, member, sides
 
-# %% ../../nbs/evaluate/31_intervals.ipynb #9bc8b7a4
+# %% ../../nbs/evaluate/31_intervals.ipynb #22359514
 def _delong_leaf(sides, member, lesion_ids):
     "A leaf without a value, and the reason where there can be none or no interval."
     named = 'DeLong' if lesion_ids is None or len(np.unique(member)) == len(member) else 'DeLong, lesions clustered by Obuchowski'
@@ -238,6 +245,7 @@ def _delong_leaf(sides, member, lesion_ids):
     elif min(sides) < 2: leaf['reason'] = f"no interval: {sides[0]} positive and {sides[1]} negative lesion(s), at least 2 of each are needed"
     return leaf
 
+# %% ../../nbs/evaluate/31_intervals.ipynb #12751bf1
 def delong_interval(
     positive:np.ndarray, # (N,) bool
     score:np.ndarray, # (N,) higher means more likely positive

@@ -28,6 +28,7 @@ def weight_blocks(
         rows = slice(start, start + step)
         yield rows, weights[rows].T.astype(np.float64, order='C')
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #f6aaf010
 def row_chunks(
     weights:np.ndarray, # (R,N) multiplicities
 ): # yields a slice of resamples and their weights, (S,N) float64
@@ -40,6 +41,7 @@ def _group_matrix(groups, n_groups, values=None):
     values = np.ones(len(groups)) if values is None else np.asarray(values, np.float64)
     return sparse.csr_array((values, (groups, np.arange(len(groups)))), shape=(n_groups, len(groups)))
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #90b72b14
 def group_sums(
     weights:np.ndarray, # (R,N) multiplicities, at least 0
     groups:np.ndarray, # (N,) int, the group of each image, in [0, n_groups)
@@ -54,6 +56,7 @@ def group_sums(
 # %% ../../nbs/evaluate/30_metrics.ipynb #5b42b945
 def _once(n): return np.ones((1, n), np.int16)
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #27d85839
 def confusion_counts(
     targets:np.ndarray, # (N,) int, true class
     predicted:np.ndarray, # (N,) int, predicted class
@@ -71,6 +74,7 @@ def _ratio(top, bottom):
     top, bottom = np.broadcast_arrays(np.asarray(top, np.float64), np.asarray(bottom, np.float64))
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 0)
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #51eb7e8d
 def class_rates(
     confusion:np.ndarray, # (R,C,C) counts: resample, true class, predicted class
 ) -> dict: # name -> (R,C) float64
@@ -95,6 +99,7 @@ def _class_means(
     hidden = ((actual > 0) & np.isnan(values)).any(1) # a class has images but no value
     return {f'{name}_macro': values.mean(1), f'{name}_weighted': np.where(hidden, np.nan, _ratio(weighed, actual.sum(1)))}
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #4a43f30f
 def agreement(
     confusion:np.ndarray, # (R,C,C) counts: resample, true class, predicted class
 ) -> dict: # name -> (R,) float64
@@ -119,6 +124,7 @@ class RankCounts:
     positives:np.ndarray # (S,) all positives
     negatives:np.ndarray # (S,) all negatives
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #f0a8d5de
 def _tie_groups(score):
     "Order by falling score, and start and end of each run of equal scores in that order."
     order = np.argsort(-score)
@@ -130,6 +136,7 @@ def _row_sums(sums, rows, n_sums, N):
     starts = np.searchsorted(sums, np.arange(n_sums + 1))
     return sparse.csr_array((np.ones(len(rows)), rows, starts), shape=(n_sums, N))
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #f187f2bb
 def rank_counter(
     positive:np.ndarray, # (N,) bool
     score:np.ndarray, # (N,) higher means more likely positive
@@ -165,12 +172,14 @@ def _average_precision(counts):
     ppv = np.divide(counts.found, called, out=np.zeros_like(called), where=called > 0)
     return _ratio((counts.hits * ppv).sum(0), counts.positives)
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #2e62fd22
 def _over_blocks(measure, positive, score, weights):
     "A measure of ranking in every resample."
     positive, score = np.asarray(positive, bool), np.asarray(score, np.float64)
     weights, counter = _once(len(score)) if weights is None else np.asarray(weights), rank_counter(positive, score)
     return np.concatenate([np.empty(0), *(measure(counter(block)) for _, block in weight_blocks(weights))])
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #5808ab0a
 def weighted_auroc(
     positive:np.ndarray, # (N,) bool or 0/1
     score:np.ndarray, # (N,) higher means more likely positive
@@ -179,6 +188,7 @@ def weighted_auroc(
     "Area under the ROC curve in each resample, ties by midranks."
     return _over_blocks(_auroc, positive, score, weights)
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #be8517fb
 def weighted_average_precision(
     positive:np.ndarray, # (N,) bool or 0/1
     score:np.ndarray, # (N,) higher means more likely positive
@@ -208,6 +218,7 @@ def _sensitivity_at(counts, specificity):
     best = (counts.hits * (counts.wrong <= allowed)).sum(0)
     return np.where(counts.negatives > 0, _ratio(best, counts.positives), np.nan)
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #dee8c229
 def _specificity_at(counts, sensitivity):
     "Best specificity of a threshold that keeps `sensitivity`, (S,)."
     short = counts.found - counts.hits < sensitivity * counts.positives - _EPS # steps that must be taken
@@ -225,6 +236,7 @@ def confidence_bins(
     edges = np.linspace(0, 1, n_bins + 1)
     return np.clip(np.searchsorted(edges, confidence, side='right') - 1, 0, n_bins - 1)
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #87de40be
 def weighted_ece(
     correct:np.ndarray, # (N,) bool, whether the predicted class was right
     confidence:np.ndarray, # (N,) probability of the predicted class
@@ -261,6 +273,7 @@ def _lesion_cells(bins, n_bins, lesion_ids):
     cells, cell = np.unique(lesion.astype(np.int64) * n_bins + bins, return_inverse=True)
     return cell, cells % n_bins
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #d7bffdae
 def _debiased_plan(correct, confidence, lesion_ids=None, n_bins=ECE_BINS):
     "A function: weights (N,S) -> root-mean-square calibration error from pairs of different lesions, (S,)."
     cell, owner = _lesion_cells(confidence_bins(confidence, n_bins), n_bins, lesion_ids)
@@ -291,6 +304,7 @@ def _binned_plan(correct, confidence, n_bins=ECE_BINS):
         return dict(ece=_ratio(gaps.sum(0), total), mce=np.where(total > 0, largest, np.nan))
     return measure
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #da16cc1d
 def _classwise_plan(targets, probs, n_bins=ECE_BINS):
     "A function: weights (N,S) -> class_ece (S,C) and ece_classwise (S,)."
     C = probs.shape[1]
@@ -305,6 +319,7 @@ def _classwise_plan(targets, probs, n_bins=ECE_BINS):
 # %% ../../nbs/evaluate/30_metrics.ipynb #375ead83
 LOG_FLOOR = float(np.finfo(np.float64).eps) # the least probability that log loss believes
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #9799a592
 def _score_plan(targets, probs):
     "A function: weights (N,S) -> top2_accuracy, log_loss, brier (S,) and class_brier (S,C)."
     own = np.take_along_axis(probs, targets[:, None], 1)
@@ -330,6 +345,7 @@ class Metric:
     source:str='' # paper or implementation
     interval:str='percentile' # kind of bootstrap interval: percentile or shifted
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #57a90843
 def _share(title, definition, source=''): return Metric(title, 'higher', 0., 1., definition, source)
 def _error(title, definition, source='', high=1., interval='percentile'): return Metric(title, 'lower', 0., high, definition, source, interval)
 
@@ -399,6 +415,7 @@ def _check_shapes(
         place = np.argwhere((probs < 0) | (probs > 1 + 1e-6))[0]
         raise ValueError(f"probs{place.tolist()} is {probs[tuple(place)]:g}; allowed are probabilities in [0, 1]; turn logits into them by a softmax")
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #6547a437
 def _check_names(names, known):
     "The names asked for, all of them by default."
     names = tuple(known) if names is None else (names,) if isinstance(names, str) else tuple(names)
@@ -406,7 +423,7 @@ def _check_names(names, known):
         if name not in known: raise ValueError(f"metric '{name}' is not known here; there are {', '.join(known)}.{nearest(name, known)}")
     return names
 
-# %% ../../nbs/evaluate/30_metrics.ipynb #6547a437
+# %% ../../nbs/evaluate/30_metrics.ipynb #f0c2c36d
 def _confusion_plan(targets, predicted, C):
     "A function: weights (N,S) -> what the confusion matrix tells."
     cells = _group_matrix(targets * C + predicted, C * C)
@@ -415,6 +432,7 @@ def _confusion_plan(targets, predicted, C):
         return class_rates(confusion) | agreement(confusion)
     return measure
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #22d12452
 def _ranking_plan(targets, probs):
     "A function: weights (N,S) -> AUROC and average precision of each class and over classes."
     counters = [rank_counter(targets == c, p) for c, p in enumerate(probs.T)]
@@ -428,6 +446,7 @@ def _ranking_plan(targets, probs):
                     **_class_means('average_precision', precision, actual))
     return measure
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #984adc22
 def _run_plans(makers, weights, names):
     "The metrics named, from the plans that `makers` make."
     kept, parts = None if len(weights) == 1 else [make() for make in makers], []
@@ -436,7 +455,7 @@ def _run_plans(makers, weights, names):
         parts.append({name: value for plan in plans for name, value in plan(block).items() if name in names})
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
-# %% ../../nbs/evaluate/30_metrics.ipynb #f0c2c36d
+# %% ../../nbs/evaluate/30_metrics.ipynb #a01f1462
 def _plans(targets, probs, lesion_ids, names):
     "Makers of the plans that give the metrics named."
     predicted, confidence, C = probs.argmax(1), probs.max(1), probs.shape[1]
@@ -452,8 +471,10 @@ def _plans(targets, probs, lesion_ids, names):
         (('ece_debiased',), lambda: _named('ece_debiased', _debiased_plan(correct, confidence, lesion_ids))))
     return [make for members, make in families if set(members) & set(names)]
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #c1784dc9
 def _named(name, measure): return lambda block: {name: measure(block)}
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #43498526
 def weighted_metrics(
     targets:np.ndarray, # (N,) int, true class
     probs:np.ndarray, # (N,C) probabilities, rows sum to 1
@@ -477,6 +498,7 @@ def _check_binary(malignant, score):
     bad = np.flatnonzero(~((score >= 0) & (score <= 1 + 1e-6)))
     if len(bad): raise ValueError(f"score[{bad[0]}] is {score[bad[0]]}; allowed are probabilities in [0, 1]")
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #4439bf4a
 def _called_plan(malignant, called):
     "A function: weights (N,S) -> what a threshold does."
     both = _confusion_plan(malignant.astype(np.int64), called.astype(np.int64), 2)
@@ -485,6 +507,7 @@ def _called_plan(malignant, called):
         return {name: table[name][:, 1] for name in ('sensitivity', 'specificity', 'ppv', 'npv', 'f1')} | dict(mcc=table['mcc'])
     return measure
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #8026a7ef
 def _curve_plan(malignant, score):
     "A function: weights (N,S) -> what the ROC curve tells."
     counter = rank_counter(malignant, score)
@@ -495,7 +518,7 @@ def _curve_plan(malignant, score):
                     **{f'specificity_at_{level}_sensitivity': _specificity_at(counts, level / 100) for level in (90, 95)})
     return measure
 
-# %% ../../nbs/evaluate/30_metrics.ipynb #4439bf4a
+# %% ../../nbs/evaluate/30_metrics.ipynb #cf7073e0
 def _probability_plan(malignant, score):
     "A function: weights (N,S) -> brier, log_loss and ece of one probability."
     own = np.where(malignant, score, 1 - score).clip(LOG_FLOOR, 1 - LOG_FLOOR)
@@ -505,6 +528,7 @@ def _probability_plan(malignant, score):
         return dict(brier=brier, log_loss=loss, ece=binned(block)['ece'])
     return measure
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #da24ca9c
 def malignancy_metrics(
     malignant:np.ndarray, # (N,) bool, whether the true class is malignant
     score:np.ndarray, # (N,) malignancy probability, in [0, 1]
