@@ -147,11 +147,11 @@ def from_dict(cls:OutOfDistribution,
 def _reasons(policy, confidence, strangeness):
     "Why each picture gets no answer; '' where it gets one."
     reasons = [[] for _ in confidence]
-    if policy.ood is not None:
+    if policy.ood is not None and len(confidence):
         bound, share = policy.ood.threshold.value, policy.ood.threshold.share
         for i in np.flatnonzero(policy.ood.threshold.strange(strangeness)):
             reasons[i].append(f"the picture is unlike those of validation: its {policy.ood.kind} score {strangeness[i]:.4g} is above {bound:.4g}, below which {share:.0%} of them lie")
-    if policy.abstention is not None:
+    if policy.abstention is not None and len(confidence):
         bound, share = policy.abstention.value, policy.abstention.share
         for i in np.flatnonzero(policy.abstention.abstains(confidence)):
             reasons[i].append(f"the answer is unsure: its highest probability {confidence[i]:.3f} is below {bound:.3f}, as for the least sure {share:.0%} of validation")
