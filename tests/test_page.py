@@ -84,8 +84,9 @@ def test_same_tables_give_the_same_bytes(written, tmp_path):
 def test_the_folder_holds_what_dvc_draws(written):
     names = {p.name for p in written.iterdir()}
     assert names >= {"metrics.json", "report.html"}
-    wanted = dict(roc={"class", "fpr", "tpr"}, pr={"class", "recall", "precision"}, confusion={"actual", "predicted"}, reliability={"confidence", "accuracy"},
-                  risk_coverage={"coverage", "risk"}, decision_curve={"threshold", "model", "treat_all", "treat_none"})
+    wanted = dict(roc={"class", "fpr", "tpr"}, pr={"class", "recall", "precision"}, confusion={"actual", "predicted"},
+                  reliability={"confidence", "accuracy"}, risk_coverage={"coverage", "risk"},
+                  decision_curve={"threshold", "model", "treat_all", "treat_none"})
     for name, columns in wanted.items(): assert set(pd.read_csv(written / f"{name}.csv")) >= columns, name
 
 
@@ -136,7 +137,8 @@ def test_nothing_that_is_locked_has_seen_the_test_split():
     wrong = labels.assign(diagnosis=labels["diagnosis"].where(~test, others))
     first, second = evaluated(predictions, labels), evaluated(predictions, wrong)
     assert first.metrics["splits"]["test"]["accuracy"]["value"] > .5 > second.metrics["splits"]["test"]["accuracy"]["value"]
-    for path in ("decisions.threshold", "decisions.validation_sensitivity", "splits.valid.accuracy", "abstention.answered", "conformal.mean_set_size"):
+    same = "decisions.threshold decisions.validation_sensitivity splits.valid.accuracy abstention.answered conformal.mean_set_size"
+    for path in same.split():
         assert find_leaf(first.metrics, path) == find_leaf(second.metrics, path), path
     assert first.calibration == second.calibration and first.curves["calibration_choice"].equals(second.curves["calibration_choice"])
 

@@ -365,6 +365,7 @@ def find_limits(
     "What these data cannot say."
     out, n, lesions = [], *_sizes(result.data)
     if not result.part: out.append('The tables do not say which images the model has learnt from; nothing here shows that these were new to it.')
+    if leak := find_leaf(result.metrics, 'benchmark.leak'): out.append(f'{leak:,} lesions stand in more than one of training, validation and test: the figures are too good.')
     if 'external' not in result.facts and 'external' not in result.metrics.get('splits', {}):
         out.append('Not tested on lesions from elsewhere: another camera, clinic or population may give other figures.')
     out += _class_limits(result)
@@ -397,8 +398,8 @@ def _decision_rows(result):
     "Sensitivity and specificity where a decision would be made: at the locked threshold, else at one half."
     block, at = result.metrics.get('decisions') or {}, 'at the locked threshold'
     if find_leaf(block, 'sensitivity.value') is None: block, at = result.card.get('malignant', {}), 'at a probability of one half'
-    return [(f'Malignant lesions found, {at} (sensitivity)', block.get('sensitivity'), 'sensitivity'),
-            (f'Benign lesions left in peace, {at} (specificity)', block.get('specificity'), 'specificity')]
+    return [(f'Malignant images flagged, {at} (sensitivity)', block.get('sensitivity'), 'sensitivity'),
+            (f'Benign images left in peace, {at} (specificity)', block.get('specificity'), 'specificity')]
 
 def headline_table(
     result:Evaluation,
@@ -463,7 +464,7 @@ def _gaps(subgroups):
     return [gap for gap in found if gap[3]['low'] is not None]
 
 _GAP_WORDS = {'accuracy': 'share of first guesses that are right', 'malignant.auroc': 'ranking of malignant above benign (AUROC)',
-              'malignant.sensitivity': 'share of malignant lesions found', 'malignant.specificity': 'share of benign lesions left in peace',
+              'malignant.sensitivity': 'share of malignant images flagged', 'malignant.specificity': 'share of benign images left in peace',
               'malignant.calibration_in_the_large': 'malignancy claimed beyond what is true'}
 
 def gap_words(
@@ -541,6 +542,12 @@ def class_counts(
     return pd.DataFrame(dict(malignant=[bad[label_set.is_malignant(c)] for c in label_set.codes], **table),
                         index=pd.Index(class_titles(label_set), name='images of'))
 
+def _benchmark_words(identity):
+    "What the figures may be compared with."
+    known = ', '.join(f"{word} {identity[key]}" for key, word in (('variant', 'variant'), ('resolution', 'images'), ('split_sha256', 'split')) if identity.get(key))
+    leak = {None: 'whether lesions leak between its parts is unknown', 0: 'no lesion leaks between its parts'}.get(identity.get('leak'), f"**{identity.get('leak')} lesions leak between its parts**")
+    return f"Measured on `{identity.get('name') or 'a benchmark without a name'}`{f' ({known})' if known else ''}; {leak}. Compare only with results on the same."
+
 def data_section(
     result:Evaluation,
 ) -> Section:
@@ -554,6 +561,7 @@ def data_section(
     else: crossing = 'The tables name no split: whether any of these lesions was learnt from cannot be checked here.'
     if {'age', 'sex'} & set(result.labels): items += ['CLAIM 36', 'TRIPOD+AI 20b']
     tables = (('Who is in the tables', characteristics(result.labels)), ('Classes', class_counts(result.labels, result.label_set)))
+    if benchmark := result.metrics.get('benchmark'): crossing = f"{_benchmark_words(benchmark)} {crossing}"
     return Section('Data', tuple(items), crossing, tables + said, missing)
 
 # %% ../../nbs/evaluate/45_page.ipynb #7fa2ce19
@@ -603,7 +611,7 @@ def metrics_section(
     card = result.card
     items = ['CLAIM 28', 'CLAIM 29', 'CLAIM 37', 'CLAIM 38', 'TRIPOD+AI 12e', 'TRIPOD+AI 23a'] + (['CLAIM 32'] if result.part else [])
     text = (f"Values with 95 % intervals: {_method(card)}. Whole lesions are redrawn, since two pictures of one lesion are not two patients. An interval says what other lesions "
-            "*from the same source* would change, and nothing about lesions from elsewhere.")
+            "*from the same source* would change, and nothing about lesions from elsewhere. Where another method gave an interval, `metrics.json` names it beside the figure.")
     tables = [_captioned('All classes together', _leaf_table(card)), ('Class by class, each against the rest', _class_table(result)),
               ('Malignant against benign; called malignant at a probability of one half', _leaf_table({k: v for k, v in card.get('malignant', {}).items() if k != 'n'}, one_class=True))]
     others = {k: c for k, c in result.metrics.get('splits', {}).items() if isinstance(c, dict)}
