@@ -275,6 +275,7 @@ def class_reliability_points(
     tables = [_binned(np.asarray(targets) == c, probs[:, c], lesion_ids, weights, n_bins) for c in range(len(label_set.codes))]
     return pd.concat(tables, keys=label_set.codes, names=['class', None]).reset_index(level=0).reset_index(drop=True)
 
+# %% ../../nbs/evaluate/38_figures.ipynb #bf4e5cb7
 def plot_class_reliability(
     targets:np.ndarray, # (N,) int, true class
     probs:np.ndarray, # (N,C) probabilities
@@ -292,7 +293,8 @@ def plot_class_reliability(
         bins, n = points[points['class'] == code], int((np.asarray(targets) == c).sum())
         ax.plot([0, 1], [0, 1], color='.5', lw=1, ls='--')
         ax.plot(bins['predicted'], bins['observed'], color=BLUE, lw=1, alpha=.35)
-        ax.errorbar(bins['predicted'], bins['observed'], yerr=_whiskers(bins['observed'], bins['low'], bins['high']), fmt='o', color=BLUE, ms=4, lw=1.1, capsize=2)
+        reach = _whiskers(bins['observed'], bins['low'], bins['high'])
+        ax.errorbar(bins['predicted'], bins['observed'], yerr=reach, fmt='o', color=BLUE, ms=4, lw=1.1, capsize=2)
         alone = bins[bins['low'].isna()] # one lesion: a point that nothing is known of
         ax.plot(alone['predicted'], alone['observed'], ls='', marker='o', mfc='w', mec=BLUE, ms=4, zorder=3)
         for x, count in zip(bins['bin'], bins['n']): ax.text(x, -.15, count, ha='center', va='bottom', fontsize=7, color='.35')
@@ -368,8 +370,17 @@ def _forest_words(leaf, gap):
     if not leaf or leaf['value'] is None: return (leaf or {}).get('reason', 'not measured').split(',')[0], '', ''
     found = gap and gap['value'] is not None
     mark = ' *' if found and gap.get('verdict') in ('higher', 'lower') else ''
-    return format_leaf(leaf), (f"{gap['value']:+.2f}" if found else ''), (f"({gap['low']:+.2f} to {gap['high']:+.2f}){mark}" if found and gap['low'] is not None else '')
+    limits = f"({gap['low']:+.2f} to {gap['high']:+.2f}){mark}" if found and gap['low'] is not None else ''
+    return format_leaf(leaf), (f"{gap['value']:+.2f}" if found else ''), limits
 
+_FOREST_COLUMNS = (1.10, 1.14, 1.63, 1.67) # where the texts stand, in widths of the axes
+
+def _row_texts(ax, y, texts, colour):
+    "The figures to the right of one row."
+    for x, text, side in zip(_FOREST_COLUMNS, texts, ('right', 'left', 'right', 'left')):
+        ax.text(x, y, text, transform=ax.get_yaxis_transform(), ha=side, va='center', fontsize=8.5, color=colour)
+
+# %% ../../nbs/evaluate/38_figures.ipynb #7dc2aaba
 def metric_words(
     name:str, # dotted, such as 'malignant.auroc'
 ) -> str: # such as 'AUROC, malignant against benign'
@@ -408,19 +419,14 @@ def plot_subgroups(
     ax.grid(axis='x', color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax, left=True)
     return ax
 
-_FOREST_COLUMNS = (1.10, 1.14, 1.63, 1.67) # where the texts stand, in widths of the axes
-
-def _row_texts(ax, y, texts, colour):
-    "The figures to the right of one row."
-    for x, text, side in zip(_FOREST_COLUMNS, texts, ('right', 'left', 'right', 'left')):
-        ax.text(x, y, text, transform=ax.get_yaxis_transform(), ha=side, va='center', fontsize=8.5, color=colour)
-
 # %% ../../nbs/evaluate/38_figures.ipynb #2e25519f
+_STRESS = (('drop', 'drop', BLUE, 'o', '-', 'AUROC lost', -.06), ('ece_change', 'ece', ORANGE, 's', '--', 'de-biased ECE gained', .06))
+
 def _stress_panel(ax, rows, kind):
     "Drop and change of one disturbance by grade."
-    for name, colour, mark, style, words, shift in (('drop', BLUE, 'o', '-', 'AUROC lost', -.06), ('ece_change', ORANGE, 's', '--', 'de-biased ECE gained', .06)):
-        low, high = (('drop_low', 'drop_high') if name == 'drop' else ('ece_low', 'ece_high'))
-        ax.errorbar(rows['grade'] + shift, rows[name], yerr=_whiskers(rows[name], rows[low], rows[high]), color=colour, marker=mark, ls=style, ms=4, lw=1.3, capsize=2, label=words)
+    for name, limits, colour, mark, style, words, shift in _STRESS:
+        reach = _whiskers(rows[name], rows[f'{limits}_low'], rows[f'{limits}_high'])
+        ax.errorbar(rows['grade'] + shift, rows[name], yerr=reach, color=colour, marker=mark, ls=style, ms=4, lw=1.3, capsize=2, label=words)
     ax.axhline(0, color='.4', lw=1); ax.set_title(kind.replace('_', ' '), fontsize=10)
     ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
 
@@ -451,12 +457,14 @@ def _plot_metadata_stress(table):
     rows = table[table['field'] != 'none'].reset_index(drop=True)
     names = [f"{field}: {change}" if field != 'all' else f'all fields: {change}' for field, change in zip(rows['field'], rows['change'])]
     fig, axes = plt.subplots(1, 2, figsize=(9, 1.2 + .28 * len(rows)), sharey=True)
-    for ax, name, limits, colour, mark, words in ((axes[0], 'drop', 'drop', BLUE, 'o', 'AUROC lost'), (axes[1], 'ece_change', 'ece', ORANGE, 's', 'de-biased ECE gained')):
+    for ax, (name, limits, colour, mark, _, words, _) in zip(axes, _STRESS):
+        reach = _whiskers(rows[name], rows[f'{limits}_low'], rows[f'{limits}_high'])
         ax.axvline(0, color='.4', lw=1)
-        ax.errorbar(rows[name], rows.index, xerr=_whiskers(rows[name], rows[f'{limits}_low'], rows[f'{limits}_high']), fmt=mark, color=colour, ms=5, lw=1.3, capsize=3)
+        ax.errorbar(rows[name], rows.index, xerr=reach, fmt=mark, color=colour, ms=5, lw=1.3, capsize=3)
         ax.set(xlabel=f'{words} (95 % interval)'); ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
         for y, reason in enumerate(rows['reason']):
-            if str(reason).startswith('refused'): ax.text(.5, y, 'refused at the gate', transform=ax.get_yaxis_transform(), ha='center', va='center', fontsize=8, color='.4')
+            if not str(reason).startswith('refused'): continue
+            ax.text(.5, y, 'refused at the gate', transform=ax.get_yaxis_transform(), ha='center', va='center', fontsize=8, color='.4')
     axes[0].set_yticks(rows.index, names, fontsize=9); axes[0].invert_yaxis()
     clean = table[table['field'] == 'none'].iloc[0]
     fig.suptitle(f'Metadata (as they are: {_clean_words(clean)})', fontsize=10)

@@ -197,7 +197,8 @@ def _row(what, clean, answers):
     leaves = _differences(clean, answers)
     for name, (value, leaf) in leaves.items():
         prefix = 'drop' if name == 'auroc' else name
-        row |= {name: value, 'drop' if name == 'auroc' else f'{name}_change': leaf['value'], f'{prefix}_low': leaf['low'], f'{prefix}_high': leaf['high']}
+        change = 'drop' if name == 'auroc' else f'{name}_change'
+        row |= {name: value, change: leaf['value'], f'{prefix}_low': leaf['low'], f'{prefix}_high': leaf['high']}
     other = np.mean([(probs.argmax(1) != clean.probs.argmax(1)).mean() for probs in answers])
     drop = leaves['auroc'][1]
     return row | dict(changed=float(other), n=clean.n, n_lesions=clean.n_lesions, method=drop['method'], reason=drop.get('reason', ''))
@@ -220,7 +221,7 @@ def stress_images(
     image_ids=None, # N of str, which decide where hairs lie; None numbers them
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of disturbances and resamples
-) -> pd.DataFrame: # kind, grade, metric ('malignant' or 'macro'), then auroc, drop, drop_low, drop_high, and ece (de-biased) and over(confidence) each with _change, _low, _high, changed, n, n_lesions, method, reason
+) -> pd.DataFrame: # kind, grade, metric (AUROC 'malignant' or 'macro'), auroc, drop, ece, ece_change, over, over_change, changed, n, n_lesions; limits in *_low, *_high
     "What each disturbance takes, with paired intervals, the first row undisturbed; `changed` is the share of images that get another class."
     for kind in kinds:
         for grade in grades: check_corruption(kind, grade)
