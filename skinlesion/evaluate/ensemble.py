@@ -269,6 +269,7 @@ class CombinationChoice:
     selection:Selection # every kind, its cross-fitted log loss, and why this one
     crossfitted:np.ndarray # (N,C) what the kind taken says of each row, fitted without its lesion: fit calibration and thresholds on these
     combiners:dict # kind -> Combiner fitted on all rows, to show what each would have brought
+    candidates:dict # kind -> (N,C) what it says of each row, fitted without its lesion; before the temperature at which it was judged
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #5c99901f
 def _possible(kinds, n_members):
@@ -315,7 +316,7 @@ def choose_combination(
     selection = choose_candidate(_tempered(candidates, targets, dealt) if recalibrate else candidates, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
     if why_not: selection = replace(selection, reasons=(f"{kinds[0]} stays: {why_not}",))
     if untried: selection = replace(selection, reasons=(*selection.reasons, f"not tried: best_subset, which takes up to {MAX_SUBSET_MEMBERS} members; these are {len(stack)}"))
-    return CombinationChoice(combiners[selection.name], selection, candidates[selection.name], combiners)
+    return CombinationChoice(combiners[selection.name], selection, candidates[selection.name], combiners, candidates)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #90497685
 def choose_views(
