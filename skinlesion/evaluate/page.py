@@ -1006,13 +1006,15 @@ def decision_cards(
     conformal:ConformalSets|None=None, # from validation
     abstention:LockedAbstention|None=None, # rule on the largest probability, from validation
     costs=None, # (C,C) cost of calling the row's class the column's
+    abstained:np.ndarray|None=None, # (N,) bool, who gets no answer where more than `abstention` decides, such as strange pictures; None asks `abstention`
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of the resamples
 ) -> dict: # sureness, abstention, and where there is a rule decisions, conformal, cost: nested leaves, as the page reads them
     "What locked rules do on images that they were not made from."
     options = dict(n_resamples=n_resamples, seed=seed)
     sure, right = data.probs.max(1), data.probs.argmax(1) == data.targets
-    cards = dict(sureness=sureness(data, **options), abstention=abstention_scorecard(sure, right, data.lesion_ids, abstention.abstains(sure) if abstention else None, **options))
+    if abstained is None and abstention is not None: abstained = abstention.abstains(sure)
+    cards = dict(sureness=sureness(data, **options), abstention=abstention_scorecard(sure, right, data.lesion_ids, abstained, **options))
     if threshold is not None: cards['decisions'] = _threshold_card(data, label_set, threshold, options)
     if conformal is not None:
         promised = dict(value=conformal.coverage, n=len(data.targets))

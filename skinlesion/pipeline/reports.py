@@ -146,13 +146,24 @@ def _skipped(cell):
     tags = set(cell.metadata.get('tags', []))
     return bool(tags & {'parameters', 'injected-parameters', 'remove-cell'}) or cell.source.lstrip().startswith('#| hide')
 
+def _details_last(cells):
+    "The cells in the order of the page: those tagged `details`, each with the markdown right above it, behind all others."
+    moved = set()
+    for k, cell in enumerate(cells):
+        if 'details' not in cell.metadata.get('tags', []): continue
+        moved.add(k)
+        while k and cells[k - 1].cell_type == 'markdown' and not cells[k - 1].source.startswith('# '): moved.add(k := k - 1)
+    return [c for k, c in enumerate(cells) if k not in moved] + [c for k, c in enumerate(cells) if k in moved]
+
 # %% ../../nbs/pipeline/72_reports.ipynb #d13faa79
+_LEAD = '<!-- lead -->' # stands before the cell that a page begins with
+
 def notebook_html(
     nb:nbformat.NotebookNode, # executed
 ) -> tuple[str, list[tuple[int, str, str]]]: # markup of the cells; headings as (level, id, text), without the title
     "Render the cells of a notebook in order, the first H1 left out."
     parts, seen, contents = [], {'parameters': 1, 'provenance': 1, 'main': 1}, []
-    for cell in nb.cells:
+    for cell in _details_last(nb.cells):
         if _skipped(cell) or cell.cell_type == 'raw': continue
         if cell.cell_type == 'markdown':
             parts.append(_anchor(markdown_html(cell.source, cell.get('attachments')), seen, contents))
@@ -160,8 +171,9 @@ def notebook_html(
         hide = 'hide-input' in cell.metadata.get('tags', [])
         alt = f'Figure: {contents[-1][2]}' if contents else 'Figure'
         shown = ''.join(_anchor(output_html(o, alt), seen, contents) if 'text/markdown' in o.get('data', {}) else output_html(o, alt) for o in cell.outputs)
-        parts.append(('' if hide else _code_html(cell.source)) + shown)
-    body = ''.join(f'<section class="cell">{p}</section>\n' for p in parts if p.strip())
+        lead = 'summary' in cell.metadata.get('tags', []) or '<h2 id="summary">' in shown
+        parts.append(f'{_LEAD}{shown}' if lead else ('' if hide else _code_html(cell.source)) + shown)
+    body = ''.join(f'<section class="cell{" lead" if p.startswith(_LEAD) else ""}">{p.removeprefix(_LEAD)}</section>\n' for p in parts if p.strip())
     body = re.sub(r'<h1 id="[^"]*">.*?</h1>\s*', '', body, count=1, flags=re.S)
     if contents and contents[0][0] == 1: contents = contents[1:]
     return re.sub(r'<section class="cell">\s*</section>\n', '', body), contents
@@ -254,14 +266,12 @@ def _provenance_html(provenance):
             f'<div class="scroll"><table class="keys"><tbody>{rows}</tbody></table></div></details></section>\n')
 
 # %% ../../nbs/pipeline/72_reports.ipynb #d8d172ee
-_LEAD = re.compile(r'<section class="cell">(?:(?!</section>).)*?<h2 id="summary">.*?</section>\n', re.S)
-_CODE = re.compile(r'<details class="code">.*?</details>\n?', re.S)
+_FIRST = re.compile(r'<section class="cell lead">.*?</section>\n', re.S)
 
 def _lift_summary(body):
-    "The section headed Summary without its code, and the body without that section."
-    lead = _LEAD.search(body)
-    if not lead: return '', body
-    return _CODE.sub('', lead[0]).replace('<section class="cell">', '<section class="cell lead">', 1), body.replace(lead[0], '', 1)
+    "The summary, and the body without it."
+    lead = _FIRST.search(body)
+    return (lead[0], body.replace(lead[0], '', 1)) if lead else ('', body)
 
 def _contents_html(contents):
     "Links to the headings."
