@@ -53,9 +53,10 @@ def group_words(
                          f"{nearest(column, [*map(str, labels.columns), *made])}")
     read, words = _READ.get(column) if source != column or column not in _MADE_FROM else None, {}
     for i, value in enumerate(labels[source].tolist()):
-        if value not in words and not is_missing(value):
-            words[value] = read(value, f'labels row {i + 2}') if read else str(value).strip()
-    return np.array([words.get(value) or UNKNOWN for value in labels[source].tolist()], object).astype(str)
+        if value in words: continue
+        missing = pd.isna(value) or is_missing(value)
+        words[value] = '' if missing else read(value, f'labels row {i + 2}') if read else f'{value:g}' if isinstance(value, float) else str(value).strip()
+    return np.array([words.get(value) or UNKNOWN for value in labels[source].tolist()], object).astype(str) # a NaN is no key of its own
 
 # %% ../../nbs/evaluate/41_subgroups.ipynb #c98228ae
 def ordered_groups(
