@@ -11,7 +11,6 @@ __all__ = ['MAX_UNDEFINED', 'LIFT', 'INTERVALS', 'FEW_LESIONS', 'lesion_weights'
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, logit, ndtr, ndtri, stdtrit
-from scipy.stats import rankdata
 
 from ..taxonomy import nearest
 
@@ -207,11 +206,16 @@ def paired_leaf(
     return leaf | dict(verdict={1: 'better', -1: 'worse', 0: 'not distinguishable'}[int(sign)])
 
 # %% ../../nbs/evaluate/31_intervals.ipynb #e92b9da1
+def _midranks(score):
+    "Rank of each score, from 1; equal scores share the mean of their ranks."
+    _, place, counts = np.unique(score, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
 def _placements(positive, score):
     "Share of negatives each positive beats, and of positives that beat each negative; ties count half."
-    ranks, up = rankdata(score), positive.sum()
-    won = (ranks[positive] - rankdata(score[positive])) / (len(score) - up)
-    return won, 1 - (ranks[~positive] - rankdata(score[~positive])) / up
+    ranks, up = _midranks(score), positive.sum()
+    won = (ranks[positive] - _midranks(score[positive])) / (len(score) - up)
+    return won, 1 - (ranks[~positive] - _midranks(score[~positive])) / up
 
 # %% ../../nbs/evaluate/31_intervals.ipynb #9bc8b7a4
 def _clustered_error(positive, won, beaten, member):
