@@ -16,7 +16,7 @@ import pandas as pd
 from ..data.schema import read_table
 from ..evaluate.benchmarks import RESOLUTIONS, BenchmarkId, benchmark_of, check_comparable, identify
 from ..evaluate.intervals import format_leaf
-from ..evaluate.scorecard import compare_predictions, read_predictions
+from ..evaluate.scorecard import compare_predictions, probability_columns, read_predictions
 from ..taxonomy import LabelSet, nearest
 
 # %% ../../nbs/pipeline/74_revisions.ipynb #d2e16e00
@@ -147,6 +147,7 @@ class Comparison:
     member:str # whose answers
     leaves:dict # metric -> leaf of b - a with `first` (of b), `second` (of a) and a `verdict` on b
     notes:tuple # of str: what is not known about whether they may be compared
+    same:bool=False # whether both gave the same probabilities
 
     def table(self,
         digits:int=3, # decimals
@@ -162,8 +163,8 @@ class Comparison:
         said = {v: [name for name, leaf in self.leaves.items() if leaf['verdict'] == v] for v in ('better', 'worse', 'not distinguishable')}
         size = next(iter(self.leaves.values()))
         words = '; '.join(f"{verdict} in {', '.join(names)}" for verdict, names in said.items() if names)
-        return (f"{self.revs[1]} against {self.revs[0]} ({self.member}, {size['n']} {self.split} images of {size['n_lesions']} lesions): {words}. "
-                "Each interval holds at 95 % by itself; of many metrics one may seem to differ by chance.")
+        caution = "Both gave the same predictions." if self.same else "Each interval holds at 95 % by itself; of many metrics one may seem to differ by chance."
+        return f"{self.revs[1]} against {self.revs[0]} ({self.member}, {size['n']} {self.split} images of {size['n_lesions']} lesions): {words}. {caution}"
 
 # %% ../../nbs/pipeline/74_revisions.ipynb #8ede6d72
 def _comparable(a, b):
@@ -184,8 +185,10 @@ def compare_revisions(
     notes = _comparable(a, b)
     if a.label_set.codes != b.label_set.codes:
         raise RevisionError(f"{a.rev} has the classes {', '.join(a.label_set.codes)}, {b.rev} {', '.join(b.label_set.codes)}; only results over the same classes can be compared")
-    leaves = compare_predictions(b.predictions(split, member), a.predictions(split, member), a.labels(split), a.label_set, n_resamples, seed)
-    return Comparison((a.rev, b.rev), split, member, leaves, notes)
+    own, other = b.predictions(split, member), a.predictions(split, member)
+    leaves = compare_predictions(own, other, a.labels(split), a.label_set, n_resamples, seed)
+    said = [table.set_index('image_id').sort_index()[probability_columns(a.label_set)] for table in (own, other)]
+    return Comparison((a.rev, b.rev), split, member, leaves, notes, said[0].equals(said[1]))
 
 def comparison_text(
     comparison:Comparison, # of two revisions
