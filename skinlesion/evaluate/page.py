@@ -263,7 +263,7 @@ def find_leaf(
     return metrics
 
 # %% ../../nbs/evaluate/45_page.ipynb #f3a92bd2
-_EXACT = ('ece', 'brier', 'loss', 'cost', 'aurc', 'mce', 'net_benefit')
+_EXACT = ('ece', 'brier', 'loss', 'cost', 'aurc', 'mce', 'net_benefit', 'gain')
 
 def _text(leaf, name='', digits=None):
     "A leaf as the page prints it; a measure of calibration or loss with one more digit."
@@ -359,6 +359,13 @@ def _class_limits(result):
     said = [f"Few lesions of {', '.join(few)}: read the intervals, not the values."] if few else []
     return said + ([f"No lesion of {', '.join(none)}: what is a mean over all classes is undefined."] if none else [])
 
+def _tone_limit(groups):
+    "What cannot be said about skin tones; '' where two of them have lesions enough."
+    if not groups: return 'Skin tone is unknown: nothing can be said about dark or light skin.'
+    known = [tone for tone, cell in groups.items() if find_leaf(cell, 'accuracy.value') is not None and tone != 'unknown']
+    if len(known) > 1: return ''
+    return f"Of skin tones {f'only *{known[0]}* has' if known else 'none has'} lesions enough: nothing can be said about the others."
+
 def find_limits(
     result:Evaluation,
 ) -> list: # of str, sentences; what weighs most first
@@ -372,7 +379,7 @@ def find_limits(
     if result.data.unknown_lesions:
         out.append(f"The lesion of {result.data.unknown_lesions:,} of {n:,} images is unknown; each counts as its own, so intervals may be too narrow.")
     if not result.metrics.get('subgroups'): out.append('No groups of patients were compared: nothing is known about fairness.')
-    elif 'skin_tone' not in result.metrics['subgroups']: out.append('Skin tone is unknown: nothing can be said about dark or light skin.')
+    elif said := _tone_limit(result.metrics['subgroups'].get('skin_tone')): out.append(said)
     if 'reference_standard' not in result.facts: out.append('How the diagnoses were established is not reported; a figure is no better than its reference.')
     return out
 
@@ -785,8 +792,8 @@ def _stress_words(found):
     rows = rows[rows['drop_low'].astype(float) > 0].sort_values('drop', ascending=False)
     if not len(rows): return 'Nothing that was tried takes a clear part of the AUROC.'
     worst = rows.iloc[0]
-    return (f"**Dearest:** {worst['what']}, AUROC {_signed({k: worst[c] for k, c in (('value', 'drop'), ('low', 'drop_low'), ('high', 'drop_high'))})} lost, on "
-            f"{worst['n']:,} images of {worst['n_lesions']:,} lesions; {len(rows)} of the changes tried cost clearly (intervals not corrected for their number).")
+    return (f"**Costs most:** {worst['what']}: the AUROC falls by {format_leaf({k: worst[c] for k, c in (('value', 'drop'), ('low', 'drop_low'), ('high', 'drop_high'))})}, on "
+            f"{worst['n']:,} images of {worst['n_lesions']:,} lesions; {len(rows)} of the changes tried clearly cost something (intervals not corrected for their number).")
 
 # %% ../../nbs/evaluate/45_page.ipynb #5f66d8c0
 def top_losses(
