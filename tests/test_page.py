@@ -199,3 +199,33 @@ def test_the_model_card_tells_the_same_numbers(result):
     for row in page.headline_table(result)["answer (95 % interval)"]: assert row in card
     for sentence in find_limits(result): assert sentence in card
     assert page.threshold_words(result) in card
+
+
+def stress(kind, **more):
+    "A stress table of one change that costs something and one that is refused."
+    row = dict(metric="auroc", auroc=.9, drop=.1, drop_low=.05, drop_high=.15, ece=.1, ece_change=.02, ece_low=-.01, ece_high=.05, changed=.2,
+               n=120, n_lesions=60, method="paired", reason="")
+    none = row | dict.fromkeys(("drop", "drop_low", "drop_high", "ece_change", "ece_low", "ece_high"), np.nan)
+    first, second = (dict(kind="blur"), dict(kind="none")) if kind == "images" else (dict(field="age"), dict(field="none"))
+    tried = [row | first | more, none | second | more]
+    if kind == "metadata": tried.append(none | dict(field="sex", change="out of range", reason="refused: sex 'x'"))
+    return pd.DataFrame(tried)
+
+
+def test_what_only_a_stage_knows_is_shown_too(result, undrawn):
+    leaf = dict(value=.9, low=.8, high=.95, n=120, n_lesions=60)
+    blocks = dict(ood=dict(noise=dict(auroc=leaf)), disagreement=dict(n_members=dict(value=2, n=2), error_auroc=leaf),
+                  members=dict(a=result.card, b=result.card), splits=result.metrics["splits"] | dict(external=result.card))
+    curves = dict(stress_images=stress("images", grade=3), stress_metadata=stress("metadata", change="missing"),
+                  choices=pd.DataFrame(dict(step=["views"], candidate=["none"], validation_log_loss=[.5])))
+    whole = replace(result, metrics=result.metrics | blocks, curves=result.curves | curves, calibration="temperature", calibrated=True,
+                    fitted_on=("valid",))
+    made = page_sections(whole)
+    assert {"CLAIM 30", "CLAIM 33", "TRIPOD+AI 27a"} <= answered(made)
+    robustness = text_of(made["robustness"])
+    for words in ("blur, grade 3: the AUROC falls by 0.10 (0.05-0.15)", "refused at the gate", "+0.10 (0.05-0.15)"): assert words in robustness
+    performance = text_of(made["performance"])
+    assert "valid (something was fitted here)" in performance and "The members alone" in performance and "external" in performance
+    assert "calibrated on validation (temperature)" in made["summary"].text + made["summary"].after
+    assert "noise" in text_of(made["abstention"]) and "tells wrong answers from right ones" in text_of(made["abstention"])
+    assert "What each choice brought" in text_of(made["model"]) and not any("elsewhere" in s for s in find_limits(whole))
