@@ -420,7 +420,7 @@ def plot_subgroups(
     return ax
 
 # %% ../../nbs/evaluate/38_figures.ipynb #2e25519f
-_STRESS = (('drop', 'drop', BLUE, 'o', '-', 'AUROC lost', -.06), ('ece_change', 'ece', ORANGE, 's', '--', 'de-biased ECE gained', .06))
+_STRESS = (('drop', 'drop', BLUE, 'o', '-', 'AUROC lost', -.06), ('over_change', 'over', ORANGE, 's', '--', 'overconfidence gained', .06))
 
 def _stress_panel(ax, rows, kind):
     "Drop and change of one disturbance by grade."
@@ -432,8 +432,8 @@ def _stress_panel(ax, rows, kind):
 
 def _clean_words(row):
     "The undisturbed figures in words."
-    auroc, ece = (f'{row[name]:.2f}' if row[name] == row[name] else 'undefined' for name in ('auroc', 'ece'))
-    return f"AUROC {auroc}, ECE {ece}; n = {row['n']} images of {row['n_lesions']} lesions"
+    auroc = f"{row['auroc']:.2f}" if row['auroc'] == row['auroc'] else 'undefined'
+    return f"AUROC {auroc}, confidence less accuracy {row['over']:+.2f}; n = {row['n']} images of {row['n_lesions']} lesions"
 
 def _plot_image_stress(table):
     "A panel for each disturbance, on one scale."
@@ -446,7 +446,7 @@ def _plot_image_stress(table):
     axes[0, 0].set_xticks(sorted(set(table['grade']) - {0}))
     clean = table[table['kind'] == 'none'].iloc[0]
     fig.supxlabel(f'grade of the disturbance (undisturbed: {_clean_words(clean)})', fontsize=10)
-    fig.supylabel('worse by (95 % interval)', fontsize=10)
+    fig.supylabel('change (95 % interval); up is worse', fontsize=10)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='upper center', ncols=2, frameon=False)
     fig.tight_layout(rect=(0, 0, 1, .95))
     return axes.ravel()[:len(kinds)]
