@@ -18,7 +18,7 @@ from .benchmarks import check_comparable
 from .calibration import crossfit, fit_calibrator, lesion_folds
 from .intervals import delong, format_leaf, lesion_weights, paired_leaf, percentile_interval
 from .metrics import METRICS, malignancy_metrics, weighted_metrics
-from .scorecard import align_tables, malignancy_probability
+from .scorecard import align_tables, deciding_lesions, malignancy_probability
 from ..taxonomy import LabelSet, nearest
 
 # %% ../../nbs/evaluate/43_compare.ipynb #99666a50
@@ -94,9 +94,9 @@ def _clear(samples, value, rivals):
     else: low, high = value + ndtri(1 - .025 / rivals) * np.nanstd(samples, ddof=1) * np.array([-1, 1])
     return bool(low > 0 or high < 0)
 
-def _pair(a, b, units, lesion_ids, higher_is_better, rivals):
+def _pair(a, b, units, lesion_ids, higher_is_better, rivals, fewest):
     "The difference between two runs over the images `units`, from their values on the data and in the resamples."
-    leaf = paired_leaf((a[0], b[0]), (a[1:], b[1:]), int(units.sum()), len(np.unique(lesion_ids[units])), higher_is_better)
+    leaf = paired_leaf((a[0], b[0]), (a[1:], b[1:]), int(units.sum()), len(np.unique(lesion_ids[units])), higher_is_better, fewest)
     return leaf | dict(clear=leaf['verdict'] != 'not distinguishable' and _clear(a[1:] - b[1:], leaf['value'], rivals))
 
 def _delong_pair(positive, a, b, units, lesion_ids, rivals):
@@ -129,13 +129,13 @@ def compare_runs(
     notes, aligned, rows = _check_identities(identities or {}, tables), _aligned(tables, labels, label_set), []
     data = next(iter(aligned.values()))
     weights = np.concatenate([np.ones((1, len(data.targets)), np.int16), lesion_weights(data.lesion_ids, n_resamples, seed)]) # the data, then their resamples
-    masks = _masks(data, label_set)
+    masks, fewest = _masks(data, label_set), {metric: deciding_lesions(metric, data, label_set) for metric in COMPARED}
     found = {name: _run_metrics(d, label_set, weights, masks) for name, d in aligned.items()}
     for run, against, metric in [(a, b, m) for a in tables for b in tables if a != b for m in (*COMPARED, DELONG)]:
         (own, score), (other, rival) = found[run], found[against]
         column = 'malignant_auroc' if metric == DELONG else metric
         if metric == DELONG: leaf = _delong_pair(masks['malignant_sensitivity'], score, rival, masks[metric], data.lesion_ids, rivals)
-        else: leaf = _pair(own[metric], other[metric], masks[metric], data.lesion_ids, metric not in LOWER_IS_BETTER, rivals)
+        else: leaf = _pair(own[metric], other[metric], masks[metric], data.lesion_ids, metric not in LOWER_IS_BETTER, rivals, fewest[metric])
         keep = {k: leaf[k] for k in ('low', 'high', 'verdict', 'clear', 'n', 'n_lesions')}
         rows.append(dict(run=run, against=against, metric=metric, value=own[column][0], difference=leaf['value']) | keep | costs.get(run, {}))
     table = pd.DataFrame(rows)
