@@ -10,7 +10,7 @@ from sklearn.covariance import ledoit_wolf
 
 from skinlesion.evaluate.abstention import (FOREIGN, LockedAbstention, LockedOod, Mahalanobis, abstention_scorecard, crossfit_mahalanobis, energy,
                                             fit_mahalanobis, foreign_images, lock_abstention, lock_ood, ood_scorecard, risk_coverage)
-from skinlesion.evaluate.intervals import lesion_weights
+from skinlesion.evaluate.intervals import expanded_level, lesion_weights
 
 
 def orders(confidence):
@@ -43,9 +43,10 @@ def test_intervals_against_a_loop():
     loop = [(np.repeat(confidence, w), np.repeat(correct, w)) for w in weights]
     shares = np.arange(1, 11) / 10
     risks = np.array([np.interp(shares * len(c), range(len(c) + 1), _errors(c, r)) / (shares * len(c)) for c, r in loop])
-    np.testing.assert_allclose(curve[["low", "high"]], np.quantile(risks, [.025, .975], axis=0).T)
+    tails = (1 - expanded_level(50)) / 2, (1 + expanded_level(50)) / 2
+    np.testing.assert_allclose(curve[["low", "high"]], np.quantile(risks, tails, axis=0).T)
     areas = [abstention_scorecard(c, r, n_resamples=0)["aurc"]["value"] for c, r in loop]
-    np.testing.assert_allclose([card["aurc"]["low"], card["aurc"]["high"]], np.quantile(areas, [.025, .975]))
+    np.testing.assert_allclose([card["aurc"]["low"], card["aurc"]["high"]], np.quantile(areas, tails))
     assert card["aurc"]["n"] == 150 and card["aurc"]["n_lesions"] == 50
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy.special import digamma, logsumexp
 from .calibration import check_keys, lesion_folds
-from .intervals import interval_leaf, lesion_weights, newcombe_interval, percentile_interval, wilson_interval
+from .intervals import expanded_level, interval_leaf, lesion_weights, newcombe_interval, percentile_interval, wilson_interval
 from .metrics import weight_blocks, weighted_auroc
 from ..taxonomy import nearest
 
@@ -69,11 +69,12 @@ def risk_coverage(
     "The share of errors among the surest answers, for each share of the pictures that is answered."
     ranked = _ranked(confidence, correct)
     N = len(ranked[0])
-    coverages = np.arange(1, min(points, N) + 1) / min(points, N)
-    weights = np.concatenate([np.ones((1, N), np.int16), lesion_weights(_lesions(lesion_ids, N), n_resamples, seed)])
+    coverages, lesions = np.arange(1, min(points, N) + 1) / min(points, N), _lesions(lesion_ids, N)
+    weights = np.concatenate([np.ones((1, N), np.int16), lesion_weights(lesions, n_resamples, seed)])
     risks = np.empty((n_resamples + 1, len(coverages)))
     for rows, block in weight_blocks(weights): risks[rows] = _risks(*_answered(ranked, block), coverages)
-    bounds = np.array([percentile_interval(column) for column in risks[1:].T])
+    level = expanded_level(len(np.unique(lesions)))
+    bounds = np.array([percentile_interval(column, level) for column in risks[1:].T])
     return pd.DataFrame(dict(coverage=coverages, risk=risks[0], low=bounds[:, 0], high=bounds[:, 1], n=np.rint(coverages * N).astype(int)))
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #bb108589
@@ -469,5 +470,5 @@ def _kind_leaves(inside, outside, drawn, own, lesion_ids):
     passed = np.concatenate([_passed(inside, outside, (a.T.astype(float), b.T.astype(float))) for a, b in zip(np.array_split(drawn, 8), np.array_split(own, 8))])
     exact = (*newcombe_interval(area[0], n, lesions), 'Newcombe method 5 over lesions, perfectly ranked') if area[0] in (0, 1) else None
     alike = (*wilson_interval(passed[0], n), 'Wilson over pictures, all alike') if passed[0] in (0, 1) else None
-    return dict(auroc=interval_leaf(area[0], area[1:], len(inside) + n, lesions + n, '', exact),
+    return dict(auroc=interval_leaf(area[0], area[1:], len(inside) + n, lesions + n, '', exact, fewest=min(lesions, n)),
                 fpr_at_95_tpr=interval_leaf(passed[0], passed[1:], n, n, '', alike))

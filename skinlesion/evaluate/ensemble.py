@@ -382,11 +382,12 @@ def disagreement_scorecard(
     weights = np.concatenate([np.ones((1, len(targets)), np.int16), lesion_weights(lesion_ids, n_resamples, seed)])
     lesions = lambda rows: len(np.unique(lesion_ids[rows]))
     n, n_lesions, alone = len(targets), lesions(slice(None)), len(stack) == 1
-    def leaf(samples, reason, exact=None):
-        return interval_leaf(samples[0], samples[1:], n, n_lesions, 'one member has nobody to disagree with' if alone else reason, exact)
+    def leaf(samples, reason, exact=None, fewest=None):
+        return interval_leaf(samples[0], samples[1:], n, n_lesions, 'one member has nobody to disagree with' if alone else reason, exact, fewest=fewest)
     area = np.full(n_resamples + 1, np.nan) if alone else weighted_auroc(wrong, apart, weights)
-    exact = (*newcombe_interval(area[0], lesions(wrong), lesions(~wrong)), 'Newcombe method 5 over lesions, perfectly ranked') if area[0] in (0, 1) else None
+    either = lesions(wrong), lesions(~wrong)
+    exact = (*newcombe_interval(area[0], *either), 'Newcombe method 5 over lesions, perfectly ranked') if area[0] in (0, 1) else None
     return dict(n_members=dict(value=len(stack), n=len(stack)),
                 mean=leaf(weights @ apart / weights.sum(1) if not alone else area, ''),
-                error_auroc=leaf(area, f"the ensemble is {'never' if not wrong.any() else 'always'} wrong", exact),
+                error_auroc=leaf(area, f"the ensemble is {'never' if not wrong.any() else 'always'} wrong", exact, min(either)),
                 error_spearman=leaf(weighted_spearman(apart, missed, weights), 'all pictures are alike in disagreement or in error'))
