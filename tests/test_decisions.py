@@ -8,7 +8,7 @@ import pytest
 from skinlesion.evaluate.decisions import (CONFORMAL, DECISIONS, STRANGENESS, ConformalSets, LockedThreshold, conformal_quantile,
                                            conformal_scorecard, cost_answers, cost_matrix, cost_scorecard, expected_cost, fit_conformal,
                                            lesions_to_cover, lock_threshold, mean_leaves, read_costs, threshold_scorecard)
-from skinlesion.evaluate.intervals import lesion_weights, wilson_interval
+from skinlesion.evaluate.intervals import expanded_level, lesion_weights, wilson_interval
 from skinlesion.evaluate.metrics import malignancy_metrics
 from skinlesion.evaluate.net_benefit import cost_threshold, decision_curve, net_benefit_samples
 from skinlesion.taxonomy import LABEL_SETS
@@ -46,6 +46,11 @@ def scores(n, seed, share=.2):
     ids, malignant = np.repeat(np.arange(n), rng.integers(1, 4, n)), rng.random(n) < share
     z = (1.5 * malignant - .8 + rng.normal(size=n))[ids] + .5 * rng.normal(size=len(ids))
     return malignant[ids], 1 / (1 + np.exp(-z)), ids
+
+
+def ends(samples, n_lesions):
+    "Of the 95 % percentile interval over resamples, as wide as so few lesions ask for."
+    return np.quantile(samples, [(1 + sign * expanded_level(n_lesions)) / 2 for sign in (-1, 1)])
 
 
 def coverages(kind, score, n, size=40, coverage=.85):
@@ -131,9 +136,10 @@ def test_threshold_scorecard_is_that_of_the_metrics():
     malignant, score, ids = scores(150, 0)
     card = threshold_scorecard(.4, malignant, score, ids, 300, 5)
     weights = np.concatenate([np.ones((1, len(ids)), int), lesion_weights(ids, 300, 5)])
-    for name in ("sensitivity", "specificity"):
+    for name, counted in (("sensitivity", malignant), ("specificity", ~malignant)):
         samples = malignancy_metrics(malignant, score, weights, threshold=.4)[name]
-        np.testing.assert_allclose([card[name][k] for k in ("value", "low", "high")], [samples[0], *np.quantile(samples[1:], [.025, .975])])
+        expected = [samples[0], *ends(samples[1:], len(np.unique(ids[counted])))]
+        np.testing.assert_allclose([card[name][k] for k in ("value", "low", "high")], expected)
 
 
 def test_a_mean_has_the_interval_of_its_lesions():
@@ -179,7 +185,20 @@ def test_costs_in_resamples_are_those_of_the_scorecard():
     weights = lesion_weights(ids, 200, 3)
     for decide in DECISIONS:
         samples = expected_cost(targets, probs, costs, weights, decide)
-        np.testing.assert_allclose([card[decide][k] for k in ("low", "high")], np.quantile(samples, [.025, .975]))
+        np.testing.assert_allclose([card[decide][k] for k in ("low", "high")], ends(samples, 100))
+
+
+def test_a_cost_that_did_not_occur_is_no_share_of_none():
+    "Where no image cost anything, or no set held but one class, how far that may change is not a matter of counting lesions."
+    probs, ids = np.array([[.99, .01], [.2, .8]]).repeat(10, axis=0), np.arange(20)
+    targets = probs.argmax(1)
+    card = cost_scorecard(targets, probs, cost_matrix(LABEL_SETS["melanoma"]), ids, 50)
+    sets = conformal_scorecard(np.eye(2, dtype=bool)[targets], targets, ("benign", "mel"), ids, 50)
+    for leaf, value in ((card["argmax"], 0), (card["saved"], 0), (sets["mean_set_size"], 1)):
+        assert (leaf["value"], leaf["low"], leaf["high"]) == (value, None, None)
+        assert leaf["reason"].startswith("no interval: every resample gives the same value")
+    low, high = wilson_interval(1, 20)
+    assert (sets["coverage"]["low"], sets["coverage"]["high"]) == (low, high) and "Wilson" in sets["singleton"]["method"]
 
 
 @pytest.mark.parametrize("text, problem", [

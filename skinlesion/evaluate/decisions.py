@@ -30,12 +30,12 @@ def _ratios(columns, weights):
     return np.divide(sums[:, :half], sums[:, half:], out=np.full((len(weights), half), np.nan), where=sums[:, half:] > 0)
 
 def mean_leaves(
-    asked:dict, # name -> (values (N,), units (N,) bool or weights at least 0, reason said where there is no unit)
+    asked:dict, # name -> (values (N,), bool where their mean is a share; units (N,) bool or weights at least 0; reason said where there is no unit)
     lesion_ids:np.ndarray, # (N,) str or int, lesion of each image
     n_resamples:int=1000, # of the lesions; 0 for no intervals
     seed:int=0, # of the resamples
 ) -> dict: # name -> leaf
-    "The mean of some values over some images, with its lesion-bootstrap interval; Wilson over lesions where all are 0 or all are 1."
+    "The mean of some values over some images, with its lesion-bootstrap interval; Wilson over lesions for a share of none or of all."
     codes = pd.factorize(np.asarray(lesion_ids), sort=True)[0]
     weights = np.concatenate([np.ones((1, len(codes)), np.int16), lesion_weights(lesion_ids, n_resamples, seed)]) # the data, then their resamples
     values, units = (np.stack([np.asarray(row[k], np.float64) for row in asked.values()], 1) for k in (0, 1))
@@ -44,8 +44,8 @@ def mean_leaves(
     for k, (name, (_, _, reason)) in enumerate(asked.items()):
         counted = units[:, k] > 0
         n_lesions, value = len(np.unique(codes[counted])), found[0, k]
-        alike = value in (0, 1) and np.isin(values[counted, k], (0, 1)).all()
-        exact = (*wilson_interval(value, n_lesions), 'Wilson over lesions, all alike') if alike else None
+        share = np.asarray(asked[name][0]).dtype == bool # of a cost or a number of classes Wilson knows nothing
+        exact = (*wilson_interval(value, n_lesions), 'Wilson over lesions, all alike') if share and value in (0, 1) else None
         leaves[name] = interval_leaf(value, found[1:, k], counted.sum(), n_lesions, reason, exact, f'percentile lesion bootstrap, seed {seed}')
     return leaves
 
