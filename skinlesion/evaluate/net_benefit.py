@@ -9,7 +9,7 @@ __all__ = ['DECISION_THRESHOLDS', 'net_benefit', 'cost_threshold', 'net_benefit_
 # %% ../../nbs/evaluate/34_net_benefit.ipynb #nb000003
 import numpy as np
 import pandas as pd
-from .intervals import interval_leaf, lesion_weights, percentile_interval
+from .intervals import expanded_level, interval_leaf, lesion_weights, percentile_interval
 from .metrics import group_sums
 
 # %% ../../nbs/evaluate/34_net_benefit.ipynb #nb000006
@@ -77,12 +77,12 @@ def decision_curve(
     lesion_ids:np.ndarray=None, # (N,) str or int, lesion of each image; None where each image shows its own
     n_resamples:int=1000, # of the lesions; 0 for no intervals
     seed:int=0, # of the resamples
-) -> pd.DataFrame: # T rows: threshold, model, low, high (95 %, pointwise; NaN without resamples), treat_all, treat_none
+) -> pd.DataFrame: # T rows: threshold, model, low, high (95 %, pointwise, expanded where lesions are few; NaN without resamples), treat_all, treat_none
     "Net benefit of the model, of treating everyone and of treating no one, over `thresholds`."
     weights, lesions = _resamples(lesion_ids, len(targets), n_resamples, seed)
     model = net_benefit_samples(targets, probs, thresholds, weights)
     everyone = net_benefit_samples(targets, np.ones(len(targets)), thresholds)[0]
-    bounds = [percentile_interval(column) if lesions > 1 else (np.nan, np.nan) for column in model[1:].T]
+    bounds = [percentile_interval(column, expanded_level(lesions)) if lesions > 1 else (np.nan, np.nan) for column in model[1:].T]
     low, high = np.array(bounds).T
     return pd.DataFrame(dict(threshold=np.asarray(thresholds, float), model=model[0], low=low, high=high, treat_all=everyone, treat_none=0.))
 
