@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss
 
 from skinlesion.evaluate.calibration import (CALIBRATIONS, PRIOR_WIDTHS, Calibrator, choose_calibration, choose_candidate, crossfit,
                                              fit_calibrator, image_log_losses, lesion_folds)
-from skinlesion.evaluate.intervals import wilson_interval
+from skinlesion.evaluate.intervals import expanded_level, lesion_weights, wilson_interval
 
 LEARNING = CALIBRATIONS[1:]
 
@@ -145,6 +145,19 @@ def false_alarms(n, rivals=6):
         table = choose_candidate({str(k): softmax(v) for k, v in enumerate(z)}, targets, ids, n_resamples=400).table
         alarms += table["verdict"].isin(["better", "worse"]).any()
     return alarms
+
+
+@pytest.mark.parametrize("n", [5, 12, 40, 300])
+def test_few_lesions_have_to_be_clearer(n):
+    "The interval of one rival by hand: as many of the resamples inside as so few lesions ask for, on either side of the mean alike."
+    probs, targets, ids = lesions(n, 1)
+    table = choose_candidate(dict(a=probs, b=softmax(np.log(probs) / 1.5)), targets, ids, n_resamples=2000).table
+    difference = image_log_losses(targets, softmax(np.log(probs) / 1.5)) - image_log_losses(targets, probs)
+    weights = lesion_weights(ids, 2000, 0)
+    away = np.abs(weights @ difference / weights.sum(1) - difference.mean())
+    half = np.quantile(away, expanded_level(n))
+    np.testing.assert_allclose(table.loc[1, ["low", "high"]].to_numpy(float), difference.mean() + half * np.array([-1, 1]))
+    assert half > np.quantile(away, .95)
 
 
 def left_alone(n):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq, isotonic_regression, minimize
-from .intervals import format_leaf, lesion_weights
+from .intervals import expanded_level, format_leaf, lesion_weights
 from .metrics import LOG_FLOOR, weight_blocks
 from ..taxonomy import nearest
 
@@ -134,12 +134,12 @@ def _difference(means, lows, highs, k):
     low, high = (None if np.isnan(v[k]) else v[k] for v in (lows, highs))
     return format_leaf(dict(value=means[k], low=low, high=high), 4)
 
-def _simplest_within_reach(names, losses, better, weights):
+def _simplest_within_reach(names, losses, better, weights, level):
     "The lowest mean among `better`, or the simplest candidate that is not clearly worse; and a sentence."
     best = min(better, key=lambda k: losses[:, k].mean())
     simpler = [k for k in better if k < best]
     if not simpler: return best, f"{names[best]} has the lowest log loss of those, and no simpler one stands among them"
-    found = _joint_intervals(losses[:, simpler] - losses[:, [best]], weights)
+    found = _joint_intervals(losses[:, simpler] - losses[:, [best]], weights, level)
     for i, k in enumerate(simpler):
         if not found[1][i] > 0: return k, f"{names[best]} has the lowest log loss; the simpler {names[k]} is not clearly worse: {_difference(*found, i)}"
     return best, f"{names[best]} has the lowest log loss, clearly lower than every simpler one"
@@ -158,19 +158,20 @@ def choose_candidate(
     names = list(candidates)
     base = names.index(baseline or names[0])
     losses = np.stack([image_log_losses(targets, probs) for probs in candidates.values()], 1)
-    weights = lesion_weights(lesion_ids, n_resamples, seed)
+    lesions = len(np.unique(np.asarray(lesion_ids).astype(str)))
+    weights, level = lesion_weights(lesion_ids, n_resamples, seed), expanded_level(lesions)
     rivals = [k for k in range(len(names)) if k != base]
-    means, lows, highs = (np.insert(v, base, np.nan) for v in _joint_intervals(losses[:, rivals] - losses[:, [base]], weights))
+    means, lows, highs = (np.insert(v, base, np.nan) for v in _joint_intervals(losses[:, rivals] - losses[:, [base]], weights, level))
     better = [k for k in rivals if highs[k] < 0]
     verdicts = ['baseline' if k == base else 'better' if highs[k] < 0 else 'worse' if lows[k] > 0 else 'not distinguishable' for k in range(len(names))]
     rows = pd.DataFrame(dict(candidate=names, log_loss=losses.mean(0), difference=means, low=lows, high=highs, verdict=verdicts,
-                             n=len(targets), n_lesions=len(np.unique(np.asarray(lesion_ids).astype(str)))))
+                             n=len(targets), n_lesions=lesions))
     if not rivals: return Selection(names[base], rows, (f"{names[base]} is the only candidate",))
     if not better:
         k = min(rivals, key=lambda k: means[k])
         return Selection(names[base], rows, (f"{names[base]} stays: of {len(rivals)} rival(s) none has a clearly lower log loss; the nearest, {names[k]}, "
                                              f"differs by {_difference(means, lows, highs, k)}",))
-    taken, why = _simplest_within_reach(names, losses, better, weights)
+    taken, why = _simplest_within_reach(names, losses, better, weights, level)
     reasons = [f"clearly lower log loss than {names[base]}: " + ', '.join(f"{names[k]} by {_difference(means, lows, highs, k)}" for k in better), why]
     return Selection(names[taken], rows, tuple(reasons))
 
