@@ -54,8 +54,8 @@ def set_words(
     "The prediction set in words, the most probable class first."
     if answer.prediction_set is None: return ''
     names = [class_name(label_set, code) for code in sorted(answer.prediction_set, key=lambda c: -answer.probabilities[c])]
-    if not names: return f'At a coverage of {answer.coverage:.0%} no diagnosis is probable enough to stand in the set.'
-    return f'At a coverage of {answer.coverage:.0%} {"this diagnosis remains" if len(names) == 1 else "these diagnoses remain"} possible: {", ".join(names)}.'
+    held = ', '.join(names) or 'none, since no diagnosis is probable enough'
+    return f'In the set that is to hold the true diagnosis of {answer.coverage:.0%} of lesions: {held}.'
 
 def flag_words(
     answer:Prediction, # with a threshold, or without
@@ -77,7 +77,8 @@ def answer_html(
     said = 'It would have said' if answer.abstain else 'The model says'
     lines = [f'{said} <b>{escape(class_name(label_set, answer.predicted))}</b>, with a probability of {answer.confidence:.0%}.']
     if answer.malignancy is not None: lines.append(f'Malignant classes together: {answer.malignancy:.0%}.')
-    lines += [escape(words) for words in (flag_words(answer), set_words(label_set, answer)) if words]
+    promised = '' if answer.abstain else set_words(label_set, answer) # a set promises nothing for a picture unlike those of validation
+    lines += [escape(words) for words in (flag_words(answer), promised) if words]
     if truth: lines.append(f'On record: {escape(truth)}.')
     return f'{silent}<div class="sk-answer">{" ".join(lines)}</div>'
 
