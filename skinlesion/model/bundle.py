@@ -377,6 +377,8 @@ def _trained_views(fits, dataset, index, out_of_fold, batch_size, views):
     stored = _out_of_fold(out_of_fold, ids, member)
     if view_names(views) == view_names('none'): return {name: [stored] for name in view_names(views)}
     fold = fold_of(out_of_fold, ids, member)
+    other = np.flatnonzero((fold < 0) | (fold >= len(fits)))
+    if len(other): raise BundleError(f"member '{member}': image '{ids[other[0]]}' is of fold {fold[other[0]]}, but there are {len(fits)} fits, fold_0 to fold_{len(fits) - 1}; train the member again")
     parts = [view_tables(m.model, _Part(dataset, index[fold == k]), batch_size, views) for k, m in enumerate(fits) if (fold == k).any()]
     return {name: [stored] if name == view_names('none')[0] else [part[name] for part in parts] for name in view_names(views)}
 
