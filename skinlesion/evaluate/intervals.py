@@ -264,7 +264,9 @@ def delong_interval(
     leaf['value'] = area = float(won.mean())
     if 'reason' in leaf: return leaf
     if area in (0, 1): return leaf | dict(zip(('low', 'high'), newcombe_interval(area, *sides, level)), method='Newcombe method 5 over lesions, perfectly ranked')
-    half = ndtri((1 + level) / 2) * _clustered_error(positive, won, beaten, member) / (area * (1 - area))
+    error = _clustered_error(positive, won, beaten, member)
+    if error < 1e-12: return leaf | dict(reason="no interval: every lesion is ranked alike, so the error cannot be told")
+    half = ndtri((1 + level) / 2) * error / (area * (1 - area))
     low, high = expit(logit(area) + np.array([-half, half]))
     return leaf | dict(low=float(low), high=float(high), method=leaf['method'] + ', logit scale')
 
