@@ -37,9 +37,9 @@ def row_chunks(
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #0514a197
 def _group_matrix(groups, n_groups, values=None):
-    "Sparse (G,N): times weights it sums `values` within each group."
+    "Sparse (G,N), an entry in each column: times weights it sums `values` within each group."
     values = np.ones(len(groups)) if values is None else np.asarray(values, np.float64)
-    return sparse.csr_array((values, (groups, np.arange(len(groups)))), shape=(n_groups, len(groups)))
+    return sparse.csc_array((values, groups, np.arange(len(groups) + 1)), shape=(n_groups, len(groups)))
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #90b72b14
 def group_sums(
@@ -136,12 +136,8 @@ def _row_sums(sums, rows, n_sums, N):
     starts = np.searchsorted(sums, np.arange(n_sums + 1))
     return sparse.csr_array((np.ones(len(rows)), rows, starts), shape=(n_sums, N))
 
-# %% ../../nbs/evaluate/30_metrics.ipynb #f187f2bb
-def rank_counter(
-    positive:np.ndarray, # (N,) bool
-    score:np.ndarray, # (N,) higher means more likely positive
-): # a function: weights (N,S) float64 -> RankCounts
-    "Sort once; count in any number of resamples."
+def _step_sums(positive, score):
+    "Sparse sums of what lies before and in each step, (2E,N), and of the positives in it, (E,N)."
     order, start, end = _tie_groups(score)
     hit = positive[order]
     step = np.repeat(np.arange(len(start)), end - start) # the group of ties of each row
@@ -150,10 +146,29 @@ def rank_counter(
     later = np.r_[0, np.cumsum(held)] # steps taken before each group
     part = (2 * later[:-1] + held)[step] # before the first step 0, in it 1, before the second 2, in it 3 ...
     E, below = int(held.sum()), part < 2 * held.sum()
-    parts_of = _row_sums(part[below], order[below], 2 * E, len(score))
-    hits_of = _row_sums(later[step[hit]], order[hit], E, len(score))
+    return _row_sums(part[below], order[below], 2 * E, len(score)), _row_sums(later[step[hit]], order[hit], E, len(score))
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #e824908a
+def _plain_counts(positive, score):
+    "The counts where every image stands once."
+    ups, downs = np.sort(score[positive]), np.sort(score[~positive])
+    first = np.flatnonzero(np.diff(ups, prepend=-np.inf)) # of each run of equal scores
+    hits = np.diff(np.append(first, len(ups)))[::-1]
+    wrong, above = (len(downs) - np.searchsorted(downs, ups[first], side)[::-1] for side in ('left', 'right'))
+    columns = (values[:, None].astype(np.float64) for values in (hits, np.cumsum(hits), wrong - above, wrong))
+    return RankCounts(*columns, np.array([float(len(ups))]), np.array([float(len(downs))]))
+
+# %% ../../nbs/evaluate/30_metrics.ipynb #7f669c58
+def rank_counter(
+    positive:np.ndarray, # (N,) bool
+    score:np.ndarray, # (N,) higher means more likely positive
+): # a function: weights (N,S) float64 -> RankCounts
+    "Sort once; count in any number of resamples."
+    sums = []
     def count(block):
+        if block.shape[1] == 1 and (block == 1).all(): return _plain_counts(positive, score)
+        if not sums: sums.extend(_step_sums(positive, score))
+        (parts_of, hits_of), E = sums, sums[1].shape[0]
         parts, hits = parts_of @ block, hits_of @ block
         ties, found = parts[1::2] - hits, np.cumsum(hits, axis=0)
         positives = found[-1] if E else np.zeros(block.shape[1])
@@ -167,15 +182,16 @@ def _auroc(counts):
     return _ratio((counts.hits * beaten).sum(0), counts.positives * counts.negatives)
 
 def _average_precision(counts):
-    "Mean PPV over the positives, each at its own threshold, (S,); NaN without positives."
+    "Mean PPV over the positives, each at its own threshold, (S,); NaN without positives or without negatives."
     called = counts.found + counts.wrong
     ppv = np.divide(counts.found, called, out=np.zeros_like(called), where=called > 0)
-    return _ratio((counts.hits * ppv).sum(0), counts.positives)
+    return np.where(counts.negatives > 0, _ratio((counts.hits * ppv).sum(0), counts.positives), np.nan)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #2e62fd22
 def _over_blocks(measure, positive, score, weights):
     "A measure of ranking in every resample."
     positive, score = np.asarray(positive, bool), np.asarray(score, np.float64)
+    if np.isnan(score).any(): raise ValueError(f"score[{np.flatnonzero(np.isnan(score))[0]}] is not a number; give one for every image")
     weights, counter = _once(len(score)) if weights is None else np.asarray(weights), rank_counter(positive, score)
     return np.concatenate([np.empty(0), *(measure(counter(block)) for _, block in weight_blocks(weights))])
 
@@ -193,7 +209,7 @@ def weighted_average_precision(
     positive:np.ndarray, # (N,) bool or 0/1
     score:np.ndarray, # (N,) higher means more likely positive
     weights:np.ndarray=None, # (R,N) multiplicities; None takes each image once
-) -> np.ndarray: # (R,) in (0, 1]; NaN in a resample without positives
+) -> np.ndarray: # (R,) in (0, 1]; NaN in a resample without positives or without negatives
     "Average precision in each resample, as scikit-learn's `average_precision_score`."
     return _over_blocks(_average_precision, positive, score, weights)
 
@@ -307,8 +323,9 @@ def _binned_plan(correct, confidence, n_bins=ECE_BINS):
 # %% ../../nbs/evaluate/30_metrics.ipynb #da16cc1d
 def _classwise_plan(targets, probs, n_bins=ECE_BINS):
     "A function: weights (N,S) -> class_ece (S,C) and ece_classwise (S,)."
-    C = probs.shape[1]
-    gap_of = sparse.vstack([_group_matrix(confidence_bins(p, n_bins), n_bins, (targets == c) - p) for c, p in enumerate(probs.T)])
+    (N, C), classes = probs.shape, np.arange(probs.shape[1])
+    gaps, cells = (targets[:, None] == classes) - probs, confidence_bins(probs, n_bins) + n_bins * classes # of each image and class, (N,C)
+    gap_of = sparse.csc_array((gaps.ravel(), cells.ravel(), np.arange(0, N * C + 1, C)), shape=(C * n_bins, N))
 
     def measure(block):
         gaps = np.abs(gap_of @ block).reshape(C, n_bins, -1).sum(1).T
@@ -487,7 +504,7 @@ def weighted_metrics(
     weights = _once(len(targets)) if weights is None else np.asarray(weights)
     names = _check_names(names, _WHOLE | _CLASS)
     _check_shapes(targets, probs, weights)
-    if not len(weights): return {name: np.empty((0, probs.shape[1]) if name in _CLASS else 0) for name in names}
+    if not len(weights) or not len(targets): return {name: np.full((len(weights), *probs.shape[1:] * (name in _CLASS)), np.nan) for name in names}
     return _run_plans(_plans(targets, probs, lesion_ids, names), weights, names)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #c7d9d47e
