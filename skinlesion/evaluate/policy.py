@@ -15,10 +15,9 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .abstention import LockedAbstention, LockedOod, Mahalanobis, energy, fit_mahalanobis, lock_abstention, lock_ood
-from .calibration import CALIBRATIONS, CalibrationChoice, Calibrator, check_keys, choose_calibration, crossfit, fit_calibrator, lesion_folds
+from .calibration import CALIBRATIONS, CalibrationChoice, Calibrator, check_keys, choose_calibration, fit_calibrator
 from .decisions import ConformalSets, LockedThreshold, fit_conformal, lock_threshold
-from .ensemble import (COMBINATIONS, CombinationChoice, Combiner, choose_combination, choose_views, fit_combiner, mean_ensemble,
-                                          member_disagreement)
+from .ensemble import (COMBINATIONS, CombinationChoice, Combiner, choose_combination, choose_views, mean_ensemble, member_disagreement)
 from .intervals import expanded_level, lesion_weights, percentile_interval
 from .metrics import weighted_metrics
 from ..model.bundle import Outputs, mean_fits, mean_heads, mean_views, member_of, predict_outputs
@@ -312,20 +311,12 @@ def _warm(seen, fit, probs):
     "Test answers at the temperature that answers on validation ask for, as they were judged there."
     return fit_calibrator('temperature', seen, fit.targets)(probs)
 
-def _warmed(choice, fit, members, seed):
-    "What each kind of combination says of `members`, at the temperature of its cross-fitted answers on validation."
-    seen, names = mean_views(fit.by_view, choice.policy.views), choice.policy.members
-    stack = np.stack([seen[name] for name in names])
-    again = lambda kind: lambda values, targets: fit_combiner(kind, dict(zip(names, values)), targets)
-    crossed = lambda one: crossfit(again(one.kind), stack, fit.targets, lesion_folds(fit.targets, fit.lesion_ids, seed=seed)) if one.parameters else one(seen)
-    return {kind: _warm(crossed(one), fit, one(members)) for kind, one in choice.combination.combiners.items()}
-
-def _candidates(choice, fit, test, seed):
+def _candidates(choice, fit, test):
     "For each step: its selection and candidate -> (n,C) on test, each fitted on all of `fit`."
     pooled = {name: mean_views(test.by_view, name) for name in choice.views.table.candidate}
     members, combined, calibrated = pooled[choice.policy.views], choice.combination, choice.calibration
     yield 'views', choice.views, {name: _warm(mean_ensemble(mean_views(fit.by_view, name)), fit, mean_ensemble(shown)) for name, shown in pooled.items()}
-    yield 'combination', combined.selection, _warmed(choice, fit, members, seed)
+    yield 'combination', combined.selection, {kind: _warm(combined.candidates[kind], fit, one(members)) for kind, one in combined.combiners.items()}
     yield 'calibration', calibrated.selection, {kind: fit_calibrator(kind, combined.crossfitted, fit.targets)(combined.combiner(members))
                                                 for kind in calibrated.selection.table.candidate}
 
@@ -335,11 +326,11 @@ def choices_table(
     fit:Answered, # what it was chosen on
     test:Answered, # shown, never used
     n_resamples:int=1000, # of the test lesions
-    seed:int=0, # of the resamples, and of the folds of `choose_policy`
+    seed:int=0, # of the resamples
 ) -> pd.DataFrame: # step, candidate, taken, validation_log_loss and its difference, low, high, n, n_lesions; of test n, n_lesions, and each metric, its difference, low, high
     "What each candidate would have brought, on validation (which chose) and on test (which did not)."
     weights, rows, lesions = lesion_weights(test.lesion_ids, n_resamples, seed), [], len(np.unique(test.lesion_ids))
-    for step, selection, probs in _candidates(choice, fit, test, seed):
+    for step, selection, probs in _candidates(choice, fit, test):
         points = {name: weighted_metrics(test.targets, p, names=_SHOWN) for name, p in probs.items()}
         spread = {name: weighted_metrics(test.targets, p, weights, names=_SHOWN) for name, p in probs.items()}
         base = next(iter(probs))
