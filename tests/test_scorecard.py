@@ -239,3 +239,27 @@ def test_a_result_of_a_leaked_split_is_not_held_against_a_clean_one():
     clean, leaked = (identify(BenchmarkId("made-up"), rows.assign(split=s)) for s in (rows.split, ["train", "test", "valid", "test"]))
     with pytest.raises(BenchmarkError, match="leak: A 0, B 1"): check_comparable(clean, leaked, ("A", "B"))
     assert check_comparable(clean, clean, ("A", "B")) == tuple(f"{x} (made-up): unknown kind of images" for x in "AB")
+
+
+def test_who_holds_the_test_images_alone_names_the_same_split():
+    rows = pd.DataFrame(dict(image_id=list("abcd"), lesion_id=["1", "1", "2", "3"], split=["train", "train", "valid", "test"]))
+    whole, part, more = (identify(BenchmarkId("made-up"), t) for t in (rows, rows[2:], rows.replace(dict(split=dict(valid="train")))))
+    said = ("A (made-up): unknown kind of images", "B (made-up): unknown kind of images, leak between its parts")
+    assert check_comparable(whole, part, ("A", "B")) == said
+    assert whole == more and part.leak is None
+    other = identify(BenchmarkId("made-up"), rows.assign(image_id=list("abce")))
+    with pytest.raises(BenchmarkError, match="split_sha256: A"): check_comparable(whole, other, ("A", "B"))
+
+
+def test_splits_are_known_by_their_usual_words(tmp_path):
+    predictions, labels = made(20, 15)
+    words = ["Test", "validation", "VAL", "training", "clinic A"] * 4
+    meant = ["test", "valid", "valid", "train", "clinic A"] * 4
+    labels.assign(split=words).to_csv(tmp_path / "l.csv", index=False)
+    write_predictions(predictions.assign(split=words), tmp_path / "p.csv")
+    assert read_labels(tmp_path / "l.csv", HAM).split.tolist() == read_predictions(tmp_path / "p.csv", HAM).split.tolist() == meant
+
+
+def test_a_single_column_of_probabilities_is_no_table():
+    with pytest.raises(ValueError, match="p_mel is the only column of probabilities; give one for each class, for two classes such as p_benign"):
+        infer_label_set(pd.DataFrame(columns=["image_id", "p_mel"]))
