@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUM_TOLERANCE', 'TEXT_COLUMNS', 'PROPER', 'SHARES', 'HEADLINES', 'MALIGNANT_HEADLINES', 'probability_columns',
-           'check_predictions', 'write_predictions', 'read_predictions', 'check_labels', 'read_labels',
+           'parse_split', 'check_predictions', 'write_predictions', 'read_predictions', 'check_labels', 'read_labels',
            'infer_label_set', 'Aligned', 'align_tables', 'effective_lesions', 'deciding_lesions',
            'malignancy_probability', 'scorecard', 'scorecard_table', 'class_table', 'compare_predictions']
 
@@ -16,6 +16,7 @@ import pandas as pd
 from ..taxonomy import LABEL_SETS, LabelSet, comparable, get_label_set, nearest
 from ..files import atomic_write, read_json
 from ..data.schema import read_table
+from ..data.splits import SPLITS
 from .decisions import expected_cost
 from .metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, weighted_metrics
 from .intervals import (delong, format_leaf, interval_leaf, lesion_weights, newcombe_interval, paired_leaf,
@@ -93,7 +94,23 @@ def _check_probabilities(table, columns, where):
         raise ValueError(f"{_place(table, where, off[0])}: the probabilities sum to {probs[off[0]].sum():.6g} ({len(off)} such row(s)); "
                          f"allowed is 1 within {SUM_TOLERANCE:g}. Give softmax outputs over exactly these classes")
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #23057516
+# %% ../../nbs/evaluate/39_scorecard.ipynb #793effc1
+_SPLIT_WORDS = dict(training='train', val='valid', validation='valid', testing='test')
+
+def parse_split(
+    word:str, # as a table has it
+) -> str: # train, valid or test where that is meant, else the word as it is
+    "The split that a word names."
+    plain = word.strip().casefold()
+    return _SPLIT_WORDS.get(plain, plain if plain in SPLITS else word)
+
+def _known_splits(table):
+    "The table, its column `split` in the words that this package knows; empty where unknown."
+    if 'split' not in table: return table
+    words = table['split'].fillna('').astype(str)
+    return table.assign(split=words.map({word: parse_split(word) for word in words.unique()}))
+
+# %% ../../nbs/evaluate/39_scorecard.ipynb #e52d6c59
 def check_predictions(
     predictions:pd.DataFrame, # image_id, one p_<code> per class; other columns are kept
     label_set:LabelSet, # classes and their order
@@ -105,7 +122,7 @@ def check_predictions(
     columns = probability_columns(label_set)
     table = table.assign(**{c: _as_numbers(table, c, where) for c in columns})
     _check_probabilities(table, columns, where)
-    return _without_lines(table)
+    return _known_splits(_without_lines(table))
 
 def _without_lines(table):
     "The table without the lines of its file, which hold for its own order of rows only."
@@ -188,7 +205,7 @@ def check_labels(
     codes = {word: label_set.parse(word, where=_place(table, where, i)) for i, word in words.drop_duplicates().items()}
     lesions = table['lesion_id'].fillna('').astype(str) if 'lesion_id' in table else ''
     own = dict(image_id=table['image_id'], diagnosis=words.map(codes), lesion_id=lesions)
-    return _without_lines(pd.DataFrame(own).join(table.drop(columns=[c for c in own if c in table])))
+    return _known_splits(_without_lines(pd.DataFrame(own).join(table.drop(columns=[c for c in own if c in table]))))
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #fc470156
 def read_labels(
@@ -218,6 +235,8 @@ def infer_label_set(
     if name_or_file is not None: return _named_label_set(name_or_file)
     codes = [str(c)[2:] for c in predictions.columns if str(c).startswith('p_')]
     if not codes: raise ValueError(f"{where}: no p_<code> column among {', '.join(map(str, predictions.columns))}; give one column of probabilities per class")
+    if len(codes) == 1:
+        raise ValueError(f"{where}: p_{codes[0]} is the only column of probabilities; give one for each class, for two classes such as p_benign = 1 - p_mel and p_mel")
     forms = sorted(comparable(code) for code in codes)
     for known in LABEL_SETS.values():
         if sorted(map(comparable, known.codes)) == forms: return known
