@@ -51,7 +51,8 @@ def mean_leaves(
 
 # %% ../../nbs/evaluate/35_decisions.ipynb #1046ad4d
 def _digits(value, digits, rounding):
-    "A number cut to so many significant digits, up or down."
+    "A number cut to so many significant digits, up or down; itself where it has no more."
+    if float(f'{float(value):.{digits}g}') == value: return float(value) # 0.3 is no 0.299999..., as which a binary number stores it
     return float(Context(prec=digits, rounding=rounding).create_decimal_from_float(float(value)))
 
 def _checked_scores(positive, score, lesion_ids):
