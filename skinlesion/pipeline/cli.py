@@ -584,8 +584,9 @@ def share_split(
 
 def _of_split(predictions, labels, split):
     "The rows of one split."
+    from skinlesion.evaluate.scorecard import parse_split
     from skinlesion.taxonomy import nearest
-    known = sorted(set(labels.get('split', ())) - {''})
+    known, split = sorted(set(labels.get('split', ())) - {''}), parse_split(split)
     if split not in known: raise ValueError(f"--split '{split}': {f'there are ' + ', '.join(known) if known else 'neither table has a column split'}.{nearest(split, known)}")
     labels = labels[labels['split'] == split]
     mine = predictions['split'].eq(split) if 'split' in predictions else predictions['image_id'].isin(labels['image_id'])
@@ -622,14 +623,15 @@ def check_out(
 
 def evaluation_text(
     card:dict, # what `scorecard` gave
+    part:str='', # split that it is over; '' for all images
 ) -> str: # a line for each headline metric
     "The headline metrics of an evaluation for the terminal."
     from skinlesion.evaluate.intervals import format_leaf
     leaves = {name: card[name] for name in ('accuracy', 'balanced_accuracy', 'auroc_macro', 'log_loss', 'ece_debiased')}
     leaves |= {f'malignant {name}': card['malignant'][name] for name in ('auroc', 'sensitivity', 'specificity')}
     width, n = max(map(len, leaves)), card['accuracy']
-    lines = [f"{name.replace('_', ' ').ljust(width)}  {format_leaf(leaf, 3)}{'' if leaf['value'] is not None else ': ' + leaf['reason']}" for name, leaf in leaves.items()]
-    return '\n'.join([f"{n['n']} images of {n['n_lesions']} lesions; 95 % intervals", *lines])
+    lines = [f"{name.replace('_', ' ').ljust(width)}  {format_leaf(leaf, 3)}{': ' + leaf['reason'].removeprefix('no interval: ') if 'reason' in leaf else ''}" for name, leaf in leaves.items()]
+    return '\n'.join([f"{f'split {part}: ' if part else ''}{n['n']} images of {n['n_lesions']} lesions; 95 % intervals", *lines])
 
 # %% ../../nbs/pipeline/75_cli.ipynb #ab4d3a52
 _Facts = _option(Path|None, '--facts', help='JSON object of what the tables cannot say, such as {"setting": "two clinics"}; the page lists the names.')
@@ -668,7 +670,7 @@ def evaluate(
     result, read, left = _evaluated(**{k: v for k, v in ctx.params.items() if k not in ('out', 'images')})
     write_evaluation(result, out, pictures, provenance=read)
     for sentence in filter(None, [left, _about_malignancy(result.label_set)]): _say(sentence, err=True)
-    _say(f'{evaluation_text(result.card)}\n{out}: metrics.json, report.html')
+    _say(f'{evaluation_text(result.card, result.part)}\n{out}: metrics.json, report.html')
 
 # %% ../../nbs/pipeline/75_cli.ipynb #f4a8aa3a
 def _about_malignancy(label_set):
