@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from ..data.metadata import MetadataEncoder
 from ..data.synthetic import hairs, ink
-from .intervals import format_leaf, interval_leaf, lesion_weights
+from .intervals import format_leaf, interval_leaf, lesion_weights, newcombe_interval
 from .metrics import weighted_auroc, weighted_metrics
-from .scorecard import malignancy_probability
+from .scorecard import effective_lesions, malignancy_probability
 from ..taxonomy import LabelSet, nearest
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #48c81bfa
@@ -138,16 +138,25 @@ class _Clean:
     "The undisturbed answers, and how far other answers to the same pictures are from them."
     def __init__(self, probs, targets, lesion_ids, label_set, n_resamples, seed):
         self.targets, self.label_set = np.asarray(targets, np.int64), label_set
-        lesions = pd.factorize(pd.Series(np.asarray(lesion_ids)), sort=True)[0]
-        once = np.ones((1, len(lesions)), np.int16)
-        self.weights = np.concatenate([once, lesion_weights(lesions, n_resamples, seed)])
-        self.n, self.n_lesions, self.lesions = len(lesions), len(np.unique(lesions)), lesions
+        drawn = lesion_weights(lesion_ids, n_resamples, seed) # refuses an image without the id of its lesion
+        self.weights = np.concatenate([np.ones((1, drawn.shape[1]), np.int16), drawn])
+        self.lesions = pd.factorize(pd.Series(np.asarray(lesion_ids)), sort=True)[0]
+        self.n, self.n_lesions = len(self.lesions), self.count(slice(None))
         said = [label_set.is_malignant(code) for code in label_set.codes]
         self.known = np.array([s is not None for s in said])[self.targets]
         self.malignant = np.array([s is True for s in said])[self.targets]
         self.metric = 'malignant' if any(s is not None for s in said) else 'macro'
-        self.method, self.probs = f'paired percentile lesion bootstrap, seed {seed}', self.check(probs)
+        self.method, self.probs = f'percentile lesion bootstrap, seed {seed}', self.check(probs)
         self.scores = self.measure(self.probs)
+
+    def count(self, rows):
+        "Lesions of some images."
+        return len(np.unique(self.lesions[rows]))
+
+    def sides(self):
+        "Lesions that the AUROC hangs on: malignant and benign ones, or those of each class."
+        if self.metric == 'malignant': return [self.count(self.known & (self.malignant == side)) for side in (True, False)]
+        return [self.count(self.targets == c) for c in range(self.label_set.num_classes)]
 
     def check(self, probs):
         "Refuse answers that are no probabilities of these pictures."
@@ -173,40 +182,60 @@ class _Clean:
         return dict(auroc=self.areas(probs), ece=ece, over=self.overconfidence(probs))
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #93da2041
-_NUMBERS = ('auroc', 'drop', 'drop_low', 'drop_high', 'ece', 'ece_change', 'ece_low', 'ece_high', 'over', 'over_change', 'over_low', 'over_high', 'changed')
+def _leaf(
+    clean, # _Clean
+    name:str, # auroc, ece or over
+    column:np.ndarray, # (1+R,) the data themselves, then their resamples
+    paired:bool=False, # whether `column` is a difference to the undisturbed answers
+    exact:tuple=None, # (low, high, method) for a value on which every resample agrees
+) -> dict: # a leaf
+    "A figure under stress, or how far it moved; an AUROC hangs on the rarer side."
+    method, every = 'paired ' * paired + clean.method, (clean.n, clean.n_lesions)
+    if name != 'auroc': return interval_leaf(column[0], column[1:], *every, 'no two lesions share a bin of confidence', exact, method)
+    sides, binary = clean.sides(), clean.metric == 'malignant'
+    if binary and not paired and column[0] in (0, 1): exact = (*newcombe_interval(column[0], *sides), 'Newcombe method 5 over lesions, perfectly ranked')
+    units = (clean.known.sum(), clean.count(clean.known)) if binary else every
+    why = 'one class only: nothing to rank' if binary else 'not every class has an image'
+    return interval_leaf(column[0], column[1:], *units, why, exact, method, fewest=min(sides) if binary else effective_lesions(sides))
 
-def _differences(
+# %% ../../nbs/evaluate/44_robustness.ipynb #3390c052
+_LEVELS = dict(auroc='auroc', ece='ece_debiased', over='overconfidence') # measure -> name of its leaf
+_CHANGES = dict(auroc='drop', ece='ece_change', over='overconfidence_change') # measure -> name of the leaf of its difference
+
+def _stress_leaves(
     clean, # _Clean
     answers:list, # of (N,C) probabilities; their metrics are averaged, resample by resample
-) -> dict: # metric -> (value under stress, leaf of the difference: AUROC lost, ECE and overconfidence gained)
-    "How far each metric moves."
+) -> dict: # name -> leaf: each measure under stress, AUROC lost, ECE and overconfidence gained
+    "What each measure is, and how far it moved."
     found, leaves = [clean.measure(probs) for probs in answers], {}
     same = all((probs == clean.probs).all() for probs in answers)
     for name, before in clean.scores.items():
         after = np.mean([scores[name] for scores in found], axis=0)
         moved = before - after if name == 'auroc' else after - before
-        units = clean.known if name == 'auroc' and clean.metric == 'malignant' else np.ones(clean.n, bool)
-        why = 'one class only: nothing to rank' if clean.metric == 'malignant' else 'not every class has an image'
-        exact = (0., 0., 'the same answers to every picture') if same else None
-        leaves[name] = after[0], interval_leaf(moved[0], moved[1:], units.sum(), len(np.unique(clean.lesions[units])), why, exact, clean.method)
+        leaves[_LEVELS[name]] = _leaf(clean, name, after)
+        leaves[_CHANGES[name]] = _leaf(clean, name, moved, True, (0., 0., 'the same answers to every picture') if same else None)
     return leaves
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #be8d9e2b
+_NUMBERS = ('auroc', 'drop', 'drop_low', 'drop_high', 'ece', 'ece_change', 'ece_low', 'ece_high', 'over', 'over_change', 'over_low', 'over_high', 'changed')
+
 def _row(what, clean, answers):
-    "A row of a stress table."
-    row = what | dict(metric=clean.metric)
-    leaves = _differences(clean, answers)
-    for name, (value, leaf) in leaves.items():
-        prefix = 'drop' if name == 'auroc' else name
+    "A row of a stress table, and its leaves."
+    row, leaves = what | dict(metric=clean.metric), _stress_leaves(clean, answers)
+    for name, prefix in dict(auroc='drop', ece='ece', over='over').items():
+        level, moved = leaves[_LEVELS[name]], leaves[_CHANGES[name]]
         change = 'drop' if name == 'auroc' else f'{name}_change'
-        row |= {name: value, change: leaf['value'], f'{prefix}_low': leaf['low'], f'{prefix}_high': leaf['high']}
+        row |= {name: level['value'], change: moved['value'], f'{prefix}_low': moved['low'], f'{prefix}_high': moved['high']}
     other = np.mean([(probs.argmax(1) != clean.probs.argmax(1)).mean() for probs in answers])
-    drop = leaves['auroc'][1]
-    return row | dict(changed=float(other), n=clean.n, n_lesions=clean.n_lesions, method=drop['method'], reason=drop.get('reason', ''))
+    drop = leaves['drop']
+    return row | dict(changed=float(other), n=clean.n, n_lesions=clean.n_lesions, method=drop['method'], reason=drop.get('reason', '')), leaves
 
 def _as_table(rows):
-    "Rows with their numbers as numbers."
-    table = pd.DataFrame(rows)
-    return table.astype({column: float for column in _NUMBERS})
+    "Rows as a table, numbers as numbers; it knows the leaves of each row, by its first two columns."
+    table = pd.DataFrame([row for row, _ in rows]).astype({column: float for column in _NUMBERS})
+    keys = zip(*(table[column] for column in table.columns[:2]))
+    table.attrs['leaves'] = {key: leaves for key, (_, leaves) in zip(keys, rows)}
+    return table
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #5c13811d
 def stress_images(
@@ -264,7 +293,9 @@ def _metadata_row(what, clean, tables, encoder, ask):
     "A row of a metadata stress table; what the encoder refuses is said, not scored."
     try: encoded = [encoder.encode(table) for table in tables]
     except ValueError as error:
-        return what | dict(metric=clean.metric) | dict.fromkeys(_NUMBERS) | dict(n=clean.n, n_lesions=clean.n_lesions, method='', reason=f'refused: {error}')
+        facts = dict(n=clean.n, n_lesions=clean.n_lesions, method='', reason=f'refused: {error}')
+        leaf = dict(value=None, low=None, high=None) | facts
+        return what | dict(metric=clean.metric) | dict.fromkeys(_NUMBERS) | facts, {name: leaf for name in (*_LEVELS.values(), *_CHANGES.values())}
     return _row(what, clean, [clean.check(ask(values)) for values in encoded])
 
 def stress_metadata(
@@ -288,16 +319,12 @@ def stress_metadata(
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #4ede6f6e
 def stress_card(
-    table:pd.DataFrame, # from `stress_images` or `stress_metadata`
+    table:pd.DataFrame, # rows of what `stress_images` or `stress_metadata` gave
 ) -> dict: # kind -> grade (or field -> change) -> auroc, drop, ece_debiased, ece_change, overconfidence, overconfidence_change: leaves
-    "A stress table as nested leaves."
-    card, keys = {}, ['kind', 'grade'] if 'kind' in table else ['field', 'change']
-    number = lambda value: None if value is None or value != value else float(value)
-    for row in table.to_dict('records'):
-        common = dict(n=int(row['n']), n_lesions=int(row['n_lesions']), method=row['method'], **(dict(reason=row['reason']) if row['reason'] else {}))
-        limits = lambda name: dict(low=number(row[f'{name}_low']), high=number(row[f'{name}_high']))
-        card.setdefault(row[keys[0]], {})[str(row[keys[1]])] = dict(
-            auroc=dict(value=number(row['auroc'])) | common, drop=dict(value=number(row['drop'])) | limits('drop') | common,
-            ece_debiased=dict(value=number(row['ece'])) | common, ece_change=dict(value=number(row['ece_change'])) | limits('ece') | common,
-            overconfidence=dict(value=number(row['over'])) | common, overconfidence_change=dict(value=number(row['over_change'])) | limits('over') | common)
+    "A stress table as nested leaves, each with its interval; an AUROC says which it is."
+    if 'leaves' not in table.attrs: raise ValueError("the stress table has no leaves; give it as `stress_images` or `stress_metadata` returned it (a file holds its numbers only)")
+    card, kinds = {}, table.columns[:2]
+    for first, second, metric in zip(table[kinds[0]], table[kinds[1]], table['metric']):
+        leaves = table.attrs['leaves'][first, second]
+        card.setdefault(first, {})[str(second)] = {name: leaf | (dict(of=metric) if name in ('auroc', 'drop') else {}) for name, leaf in leaves.items()}
     return card
