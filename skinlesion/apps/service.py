@@ -163,6 +163,7 @@ def _pair(predictor, answer):
     labels = predictor.label_set
     if labels.malignant is None: reason = f"label set '{labels.name}' does not say which of {', '.join(labels.codes)} are malignant"
     else: reason = f"the prediction is '{answer.predicted}', which may be either"
+    if answer.abstain: reason += f", and the bundle abstains: {answer.abstain_reason}"
     raise HTTPException(409, f"no benign/malignant pair: {reason}; POST the picture to /predict for all classes")
 
 def cam_png(
