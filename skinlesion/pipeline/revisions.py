@@ -173,6 +173,22 @@ def _comparable(a, b):
     filled = [replace(x.identity, resolution=x.identity.resolution or 'own') if same and x.identity.name not in RESOLUTIONS else x.identity for x in (a, b)]
     return check_comparable(*filled, (a.rev, b.rev))
 
+def _check_truth(a, b, split):
+    "Refuse revisions that judge the same images by other diagnoses, lesions or malignancy."
+    if a.label_set.codes != b.label_set.codes:
+        raise RevisionError(f"{a.rev} has the classes {', '.join(a.label_set.codes)}, {b.rev} {', '.join(b.label_set.codes)}; only results over the same classes can be compared")
+    for code in a.label_set.codes:
+        if a.label_set.is_malignant(code) != b.label_set.is_malignant(code):
+            raise RevisionError(f"class '{code}' is malignant in one of {a.rev} and {b.rev} and not in the other; only results over the same malignancy can be compared")
+    both = a.labels(split).merge(b.labels(split), on='image_id', suffixes=('', '_b'))
+    for column in ('diagnosis', 'lesion_id'):
+        off = both[both[column].fillna('').astype(str) != both[f'{column}_b'].fillna('').astype(str)]
+        if len(off):
+            first = off.iloc[0]
+            raise RevisionError(f"{column} of image '{first['image_id']}' is '{first[column]}' in {a.rev} and '{first[f'{column}_b']}' in {b.rev} "
+                                f"({len(off)} such image(s) in split '{split}'); run one of them again on the labels of the other")
+
+# %% ../../nbs/pipeline/74_revisions.ipynb #dc9169aa
 def compare_revisions(
     a:RevisionData, # the one to hold against
     b:RevisionData, # the one to be judged
@@ -183,8 +199,7 @@ def compare_revisions(
 ) -> Comparison: # every headline metric with the paired interval of its difference
     "Whether `b` is better or worse than `a`, or cannot be told from it."
     notes = _comparable(a, b)
-    if a.label_set.codes != b.label_set.codes:
-        raise RevisionError(f"{a.rev} has the classes {', '.join(a.label_set.codes)}, {b.rev} {', '.join(b.label_set.codes)}; only results over the same classes can be compared")
+    _check_truth(a, b, split)
     own, other = b.predictions(split, member), a.predictions(split, member)
     leaves = compare_predictions(own, other, a.labels(split), a.label_set, n_resamples, seed)
     said = [table.set_index('image_id').sort_index()[probability_columns(a.label_set)] for table in (own, other)]
