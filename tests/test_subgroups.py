@@ -165,7 +165,7 @@ def test_a_lesion_may_stand_on_both_sides():
     labels["age"] = np.where(np.arange(len(labels)) % 2, 29, 31)
     card = subgroup_scorecard(predictions, labels, TWO, ["age_band"], n_resamples=50)["age_band"]
     assert sum(cell["n"]["n_lesions"] for cell in card.values()) > labels.lesion_id.nunique() == 200
-    assert all(cell["gap"]["accuracy"]["low"] is not None for cell in card.values())
+    assert all(cell["gap"]["accuracy"]["low"] is not None and cell["gap"]["accuracy"]["n_lesions"] == 200 for cell in card.values())
 
 
 def test_what_is_too_few_is_counted_where_it_counts():
@@ -219,4 +219,4 @@ def test_undecided_classes_stand_aside_and_unknown_malignancy_says_so():
     assert "malignant" not in cell and cell["auroc_macro"]["value"] == pytest.approx(np.mean(one_by_one))
     without = labels.diagnosis.ne("df") | labels.ward.ne("A")
     cell = subgroup_scorecard(predictions[without], labels[without], own, ["ward"], n_resamples=20)["ward"]["A"]
-    assert cell["auroc_macro"]["reason"] == "not every class has an image here"
+    assert cell["auroc_macro"]["reason"] == "too few to say: 0 df lesions, at least 20 are asked for"

@@ -55,7 +55,7 @@ def group_words(
     for i, value in enumerate(labels[source].tolist()):
         if value in words: continue
         missing = pd.isna(value) or is_missing(value)
-        words[value] = '' if missing else read(value, f'labels row {i + 2}') if read else f'{value:g}' if isinstance(value, float) else str(value).strip()
+        words[value] = '' if missing else read(value, f'labels row {i + 2}') if read else f'{value:.15g}' if isinstance(value, float) else str(value).strip()
     return np.array([words.get(value) or UNKNOWN for value in labels[source].tolist()], object).astype(str) # a NaN is no key of its own
 
 # %% ../../nbs/evaluate/41_subgroups.ipynb #c98228ae
@@ -101,7 +101,6 @@ class _Measure:
     counted:tuple # ((N,) bool, words): images whose lesions must be enough
     inside:np.ndarray # (R+1, G), the data themselves first
     outside:np.ndarray # (R+1, G)
-    undefined:str # why it may have no value though there are lesions enough
 
 def _ratio(top, bottom):
     "`top / bottom`, NaN where `bottom` is 0."
@@ -111,13 +110,13 @@ def _mean_measure(kind, groups, n_groups, weights, units, values, counted):
     "The mean of `values` over `units`, inside and outside each group."
     sums, counts = (group_sums(weights[:, units], groups[units], n_groups, v) for v in (values[units], None))
     rest, others = sums.sum(1, keepdims=True) - sums, counts.sum(1, keepdims=True) - counts
-    return _Measure(kind, units, counted, _ratio(sums, counts), _ratio(rest, others), '')
+    return _Measure(kind, units, counted, _ratio(sums, counts), _ratio(rest, others))
 
-def _area_measure(kind, groups, n_groups, weights, units, areas, counted, undefined=''):
+def _area_measure(kind, groups, n_groups, weights, units, areas, counted):
     "A ranking metric, inside and outside each group; `areas` takes the images to be ranked."
     inside = [areas(units & (groups == g), weights) for g in range(n_groups)]
     outside = [areas(units & (groups != g), weights) for g in range(n_groups)]
-    return _Measure(kind, units, counted, np.stack(inside, 1), np.stack(outside, 1), undefined)
+    return _Measure(kind, units, counted, np.stack(inside, 1), np.stack(outside, 1))
 
 # %% ../../nbs/evaluate/41_subgroups.ipynb #47032a57
 def _binary_measures(groups, n_groups, weights, malignant, score, known, threshold):
@@ -131,18 +130,18 @@ def _binary_measures(groups, n_groups, weights, malignant, score, known, thresho
         'malignant.specificity': _mean_measure('share', *common, well, ~called, ((well, 'benign '),)),
         'malignant.calibration_in_the_large': _mean_measure('mean', *common, known, score - malignant, ((known, ''),))}
 
-def _macro_measure(groups, n_groups, weights, targets, probs):
+def _macro_measure(groups, n_groups, weights, targets, probs, codes):
     "Macro AUROC, where nobody says which classes are malignant."
     def area(rows, weights): return np.mean([weighted_auroc(targets[rows] == c, p[rows], weights[:, rows]) for c, p in enumerate(probs.T)], axis=0)
-    every = np.ones(len(targets), bool)
-    return {'auroc_macro': _area_measure('area', groups, n_groups, weights, every, area, ((every, ''),), 'not every class has an image here')}
+    every, counted = np.ones(len(targets), bool), tuple((targets == c, f'{code} ') for c, code in enumerate(codes))
+    return {'auroc_macro': _area_measure('area', groups, n_groups, weights, every, area, counted)}
 
 def _measures(data, label_set, groups, n_groups, weights, threshold):
     "Every metric of one column's groups."
     every, right = np.ones(len(data.targets), bool), data.probs.argmax(1) == data.targets
     found = {'accuracy': _mean_measure('share', groups, n_groups, weights, every, right, ((every, ''),))}
     said = [label_set.is_malignant(code) for code in label_set.codes]
-    if not any(s is not None for s in said): return found | _macro_measure(groups, n_groups, weights, data.targets, data.probs)
+    if not any(s is not None for s in said): return found | _macro_measure(groups, n_groups, weights, data.targets, data.probs, label_set.codes)
     malignant, known = (np.array([s is v for s in said])[data.targets] for v in (True, None))
     score = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5)
     return found | _binary_measures(groups, n_groups, weights, malignant, score, ~known, threshold)
@@ -153,18 +152,24 @@ class _Side:
     def __init__(self, measure, samples, where, lesions, least, method):
         self.measure, self.value, self.samples, self.method = measure, samples[0], samples[1:], method
         self.lesions = lambda rows: len(np.unique(lesions[rows & where]))
+        self.ids = set(lesions[measure.units & where].tolist())
         self.n, self.n_lesions = int((measure.units & where).sum()), self.lesions(measure.units)
         few = [(self.lesions(rows), words) for rows, words in measure.counted]
         self.few = next((f"too few to say: {n} {words}lesion{'' if n == 1 else 's'}, at least {least} are asked for" for n, words in few if n < least), '')
         self.known = not self.few and not np.isnan(self.value)
         self.told = self.known and len(self.samples) > 0 and np.isnan(self.samples).mean() <= MAX_UNDEFINED and self.n_lesions > 1
 
+    def sides(self):
+        "Lesions on the rarer side of a ranking and on the other; of several classes the rarest against the rest, which says the least."
+        rows = min((rows for rows, _ in self.measure.counted), key=self.lesions)
+        return self.lesions(rows), self.lesions(self.measure.units & ~rows)
+
     def limits(self, level):
         "Value and limits at any level."
         error = np.nanstd(self.samples) * np.sqrt(self.n_lesions / (self.n_lesions - 1))
         reach = error * stdtrit(self.n_lesions - 1, (1 + level) / 2) # Student's t
         if self.measure.kind == 'mean': found = self.value - reach, self.value + reach
-        elif self.measure.kind == 'area' and self.value in (0., 1.): found = newcombe_interval(self.value, *(self.lesions(rows) for rows, _ in self.measure.counted), level)
+        elif self.measure.kind == 'area' and self.value in (0., 1.): found = newcombe_interval(self.value, *self.sides(), level)
         else: found = effective_limits(self.value, error, self.n_lesions, level)
         return dict(value=float(self.value), low=float(found[0]), high=float(found[1]))
 
@@ -172,12 +177,12 @@ class _Side:
         "The figure with its interval, or why there is none."
         leaf = dict(value=None, low=None, high=None, n=self.n, n_lesions=self.n_lesions, method=self.method)
         if self.told: return leaf | self.limits(.95)
-        return interval_leaf(np.nan if self.few else self.value, self.samples, self.n, self.n_lesions, self.few or self.measure.undefined, None, self.method)
+        return interval_leaf(np.nan if self.few else self.value, self.samples, self.n, self.n_lesions, self.few or 'undefined', None, self.method)
 
 # %% ../../nbs/evaluate/41_subgroups.ipynb #d33fcff5
 def _gap_leaf(group, rest):
     "The group minus everyone else."
-    n, n_lesions, method = group.n + rest.n, group.n_lesions + rest.n_lesions, f'both sides combined (Newcombe 1998); {group.method}'
+    n, n_lesions, method = group.n + rest.n, len(group.ids | rest.ids), f'both sides combined (Newcombe 1998); {group.method}'
     if group.told and rest.told:
         first, second = group.limits(.95), rest.limits(.95)
         low, high = combined_limits(first, second)
@@ -244,7 +249,8 @@ def subgroup_scorecard(
     words = {column: group_words(labels, column)[row] for column in columns}
     lesions = pd.factorize(data.lesion_ids, sort=True)[0]
     weights = np.concatenate([np.ones((1, len(lesions)), np.int16), lesion_weights(lesions, n_resamples, seed)])
-    settings = weights, lesions, min_lesions, threshold, f'standard error of the lesion bootstrap, seed {seed}, {n_resamples} resamples'
+    alone = f', {data.unknown_lesions} image(s) of unknown lesion each their own' if data.unknown_lesions else ''
+    settings = weights, lesions, min_lesions, threshold, f'standard error of the lesion bootstrap, seed {seed}{alone}, {n_resamples} resamples'
     sides = {}
     for column, found in words.items(): sides |= _column_sides(data, label_set, found, column, *settings)
     return _as_card(sides, words, lesions)
