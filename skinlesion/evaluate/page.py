@@ -401,9 +401,10 @@ def find_limits(
     out, n = [_unseen_limit(result)], len(result.data.targets)
     if leak := find_leaf(result.metrics, 'benchmark.leak') or shared_lesions(_with_split(result.labels)):
         out.append(f'{leak:,} lesions stand in more than one of training, validation and test: the figures are too good.')
+    out += _cluster_limits(result)
     if 'external' not in result.facts and 'external' not in result.metrics.get('splits', {}):
         out.append('Not tested on lesions from elsewhere: another camera, clinic or population may give other figures.')
-    out += _class_limits(result) + _cluster_limits(result)
+    out += _class_limits(result)
     if result.data.unknown_lesions:
         out.append(f"The lesion of {result.data.unknown_lesions:,} of {n:,} images is unknown; each counts as its own, so intervals may be too narrow.")
     if not result.metrics.get('subgroups'): out.append('No groups of patients were compared: nothing is known about fairness.')
@@ -432,7 +433,7 @@ _HEADLINES = ( # path of the leaf, words for it
 def _decision_rows(result):
     "Sensitivity and specificity where a decision would be made: at the locked threshold, else at one half."
     block, at = result.metrics.get('decisions') or {}, 'at the locked threshold'
-    if find_leaf(block, 'sensitivity.value') is None: block, at = result.card.get('malignant', {}), 'at a probability of one half'
+    if find_leaf(block, 'threshold.value') is None: block, at = result.card.get('malignant', {}), 'at a probability of one half'
     return [(f'Malignant images flagged, {at} (sensitivity)', block.get('sensitivity'), 'sensitivity'),
             (f'Benign images left in peace, {at} (specificity)', block.get('specificity'), 'specificity')]
 
@@ -579,7 +580,8 @@ def class_counts(
 
 def _benchmark_words(identity):
     "What the figures may be compared with."
-    known = ', '.join(f"{word} {identity[key]}" for key, word in (('variant', 'variant'), ('resolution', 'images'), ('split_sha256', 'split')) if identity.get(key))
+    words = (('variant', 'variant'), ('resolution', 'images'), ('split_sha256', 'split'))
+    known = ', '.join(f"{word} {identity[key][:12] if key == 'split_sha256' else identity[key]}" for key, word in words if identity.get(key))
     leak = {None: 'whether any of its lesions were learnt from is unknown', 0: 'no lesion leaks between its parts'}.get(identity.get('leak'), f"**{identity.get('leak')} lesions leak between its parts**")
     return f"Measured on `{identity.get('name') or 'a benchmark without a name'}`{f' ({known})' if known else ''}; {leak}. Compare only with results on the same."
 
