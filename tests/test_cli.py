@@ -257,6 +257,20 @@ def test_evaluate_scores_a_split_of_two_tables(tables, tmp_path):
     assert "not reported" in page and "<script" not in page and "img-src data:" in page
 
 
+def test_evaluate_knows_the_usual_words_for_splits(tables, tmp_path, monkeypatch):
+    folder, said, truth = tables
+    monkeypatch.setattr("skinlesion.pipeline.reports.write_evaluation", lambda result, *_, **__: kept.append(result))
+    kept, words = [], dict(test="Test", valid="validation")
+    said.assign(split=said.split.map(words)).to_csv(tmp_path / "p.csv", index=False)
+    truth[:150].to_csv(tmp_path / "l.csv", index=False)
+    for more in ((), ("--split", "Test")): assert evaluate(tmp_path, "--out", tmp_path / "out", *more).exit_code == 0
+    assert kept[0].part == "test" and {*kept[0].metrics["splits"]} == {"valid", "test"} and "decisions" in kept[0].metrics
+    n = int((said.split == "test").sum())
+    assert kept[1].metrics["all"]["accuracy"]["n"] == n
+    # Whether the rows of valid are there or not, the split that was tested on is the same one.
+    assert kept[0].metrics["benchmark"] == kept[1].metrics["benchmark"]
+
+
 def test_evaluate_leaves_out_only_when_asked_and_says_so(tables, tmp_path):
     folder, _, _ = tables
     ended = evaluate(folder, "--out", tmp_path / "out")
@@ -267,7 +281,7 @@ def test_evaluate_leaves_out_only_when_asked_and_says_so(tables, tmp_path):
     ended = evaluate(folder, "--partial", "--facts", tmp_path / "facts.json", "--out", tmp_path / "out")
     assert ended.exit_code == 0 and "10 image(s) of the labels have no prediction, 0 prediction(s) have no label; they were left out" in ended.stderr
     written, page = json.loads((tmp_path / "out" / "metrics.json").read_text()), (tmp_path / "out" / "report.html").read_text()
-    assert written["all"]["accuracy"]["n"] == 150
+    assert written["all"]["accuracy"]["n"] == 150 and ended.stdout.startswith("split test: ")
     assert {*written["splits"]} == {"valid", "test"} and {*written["subgroups"]} >= {"age_band", "sex"}
     assert "they were left out" in page and "one made-up clinic" in page
 
