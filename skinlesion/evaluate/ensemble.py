@@ -53,9 +53,9 @@ def mean_ensemble(
     return _by_member(members)[1].mean(0)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #ba71d13c
-COMBINATIONS = ('mean', 'logit_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking') # least fitted first
+COMBINATIONS = ('mean', 'logit_mean', 'tempered_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking') # least fitted first
 
-_PARAMETERS = dict(mean=(), logit_mean=(), best_member=('weights',), best_subset=('weights',), convex=('weights', 'temperatures'),
+_PARAMETERS = dict(mean=(), logit_mean=(), tempered_mean=('temperatures',), best_member=('weights',), best_subset=('weights',), convex=('weights', 'temperatures'),
                    rank_mean=('quantiles', 'mean_quantiles'), stacking=('weights', 'bias')) # of each kind
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #47400ea5
@@ -163,6 +163,7 @@ def _weighted(stack, fitted):
 _ANSWERS = dict(
     mean=lambda stack, fitted: stack.mean(0),
     logit_mean=lambda stack, fitted: softmax(_logs(stack).mean(0), axis=1),
+    tempered_mean=lambda stack, fitted: _scaled(stack, fitted['temperatures']).mean(0),
     best_member=_weighted, best_subset=_weighted,
     convex=lambda stack, fitted: _weighted(_scaled(stack, fitted['temperatures']), fitted),
     rank_mean=_rank_mean,
@@ -173,10 +174,14 @@ def _true_class(stack, targets):
     "What each member gave the true class, (N,M), at least the floor."
     return np.maximum(stack[:, np.arange(len(targets)), targets].T, PROBABILITY_FLOOR)
 
+def _temperatures(stack, targets, weights):
+    "The temperature of each member."
+    return np.array([fit_calibrator('temperature', member, targets, weights).parameters['temperature'] for member in stack])
+
 def _fit_convex(stack, targets, weights, temperatures=True):
     "Temperature of each member, then the weights of the lowest log loss."
-    M, warm = len(stack), np.ones(len(stack))
-    if temperatures: warm = np.array([fit_calibrator('temperature', member, targets, weights).parameters['temperature'] for member in stack])
+    M = len(stack)
+    warm = _temperatures(stack, targets, weights) if temperatures else np.ones(M)
     given, share = _true_class(_scaled(stack, warm), targets), weights / weights.sum()
     def loss(w):
         mixed = given @ w
@@ -238,7 +243,7 @@ def _fit_stacking(stack, targets, weights, deviation=STACKING_DEVIATION):
     return dict(weights=_short(found.x[:-C].reshape(C, M, C).transpose(1, 0, 2)), bias=_short(found.x[-C:]))
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #d230e1aa
-_FITS = dict(mean=lambda *_: {}, logit_mean=lambda *_: {}, convex=_fit_convex, stacking=_fit_stacking, rank_mean=_fit_rank_mean,
+_FITS = dict(mean=lambda *_: {}, logit_mean=lambda *_: {}, tempered_mean=lambda *given: dict(temperatures=_temperatures(*given)), convex=_fit_convex, stacking=_fit_stacking, rank_mean=_fit_rank_mean,
              best_subset=_fit_best_subset, best_member=lambda stack, *rest: _best_of(np.eye(len(stack)), stack, *rest))
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #a2099122

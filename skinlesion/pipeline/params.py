@@ -264,7 +264,7 @@ class Evaluate(Section):
     "Keys of the stage `evaluate`; whatever is chosen or fitted is so on validation."
     resamples:int = Field(ge=40, le=100_000, description='bootstrap resamples of the lesions behind each interval')
     views:_Views = Field(('none', 'flips', 'd4'), min_length=1, description='sets of views of a picture to choose from; one alone is taken as it is')
-    combination:Literal['auto', 'mean', 'logit_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking'] = Field(
+    combination:Literal['auto', 'mean', 'logit_mean', 'tempered_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking'] = Field(
         'auto', description='how members make one answer; auto: the plain mean, unless another is clearly better')
     calibration:Literal['auto', 'none', 'temperature', 'vector', 'dirichlet', 'isotonic'] = Field(
         'auto', description='what mends the confidence; auto: nothing, unless it clearly helps')
