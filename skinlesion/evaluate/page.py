@@ -887,7 +887,9 @@ def failures_section(
     worst = int((missed[result.data.targets] & ~missed[best]).sum())
     text = f"{int((best != result.data.targets).sum()):,} of {len(best):,} images are called wrongly; **{worst:,} malignant ones are called benign** by the first guess."
     tables = (('Most often confused', _pair_rows(pairs, result.label_set)), ('Surest and wrong, one image of each lesion', _readable(losses.drop(columns='loss'))))
-    return Section('Failures', ('CLAIM 39',), text, tables[:1] + (_failure_gallery(losses, images) if images else ()) + tables[1:])
+    gallery = _failure_gallery(losses, images) if images else ()
+    missing = 'No picture of these images was found in the folder given.' if images and not gallery else ''
+    return Section('Failures', ('CLAIM 39',), text, tables[:1] + gallery + tables[1:], missing)
 
 # %% ../../nbs/evaluate/45_page.ipynb #2d7daeec
 def limits_section(
