@@ -29,7 +29,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from ..files import atomic_write, read_json, scratch_folder, write_json
-from ..images import read_image
+from ..images import IMAGE_SUFFIXES, read_image
 from .params import load_params
 from ..taxonomy import DISCLAIMER
 
@@ -339,7 +339,10 @@ def folder_images(
     size:int=224, # longer side of what is given back, pixels
 ): # callable image_id -> (H,W,3) uint8, None where the folder has no such file
     "A reader of images by id, for the page."
-    found = {path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in ('.jpg', '.jpeg', '.png')}
+    found = {}
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+        other = found.setdefault(path.stem, path)
+        if other != path: raise ValueError(f"{folder}: {other.name} and {path.name} both are the image '{path.stem}'; keep one")
     def read(image_id):
         if image_id not in found: return None
         image = read_image(found[image_id])
