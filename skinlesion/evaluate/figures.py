@@ -17,7 +17,7 @@ from mpl_toolkits.axes_grid1 import make_axes_locatable
 from sklearn.metrics import precision_recall_curve, roc_curve
 from ..taxonomy import LabelSet, class_colours
 from .metrics import ECE_BINS, METRICS, confidence_bins, group_sums
-from .intervals import lesion_weights, percentile_interval, wilson_interval, interval_leaf, format_leaf
+from .intervals import format_leaf, lesion_weights, share_leaf
 
 # %% ../../nbs/evaluate/38_figures.ipynb #eb66ac31
 def _axes(ax, width, height):
@@ -162,10 +162,10 @@ def plot_confusion(
 
 # %% ../../nbs/evaluate/38_figures.ipynb #318a387d
 def _bin_interval(happened, hits, counts, n_lesions):
-    "Interval of the share that `happened` in one bin, from its weighted `hits` and `counts` (R,)."
-    if n_lesions < 2: return np.nan, np.nan
-    if happened.all() or not happened.any(): return wilson_interval(float(happened[0]), n_lesions)
-    return percentile_interval(np.divide(hits, counts, out=np.full(len(hits), np.nan), where=counts > 0))
+    "Interval of the share that `happened` in one bin, from its weighted `hits` and `counts` (R,); NaN where nothing can be said."
+    samples = np.divide(hits, counts, out=np.full(len(hits), np.nan), where=counts > 0)
+    leaf = share_leaf(happened.mean(), samples, len(happened), n_lesions)
+    return [np.nan if leaf[k] is None else leaf[k] for k in ('low', 'high')]
 
 def _binned(happened, chance, lesion_ids, weights, n_bins):
     "A row per filled bin of `chance`: bin, predicted, observed, low, high, n, n_lesions."
