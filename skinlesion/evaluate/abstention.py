@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy.special import digamma, logsumexp
 from .calibration import check_keys, lesion_folds
-from .intervals import expanded_level, interval_leaf, lesion_weights, newcombe_interval, percentile_interval, wilson_interval
+from .intervals import interval_leaf, lesion_weights, newcombe_interval, share_leaf, wilson_interval
 from .metrics import weight_blocks, weighted_auroc
 from ..taxonomy import nearest
 
@@ -57,6 +57,10 @@ def _risks(answered, errors, coverages):
     "Share of errors among the surest `coverages` (P,) of the pictures, (S,P)."
     return np.stack([np.interp(coverages * a[-1], a, e) / (coverages * a[-1]) for a, e in zip(answered.T, errors.T)])
 
+def _lesions_answered(order, lesion_ids, counts):
+    "Lesions among the first `counts` (P,) of the pictures in that order, (P,) int."
+    return np.searchsorted(np.sort(np.unique(lesion_ids[order], return_index=True)[1]), counts)
+
 # %% ../../nbs/evaluate/36_abstention.ipynb #f500a601
 def risk_coverage(
     confidence:np.ndarray, # (N,) how sure each answer is; higher is surer, any scale
@@ -65,7 +69,7 @@ def risk_coverage(
     n_resamples:int=1000, # of the lesions; 0 for no interval
     seed:int=0, # of the resamples
     points:int=50, # of the curve; at most one per picture
-) -> pd.DataFrame: # coverage (1/points to 1), risk, low, high (NaN without resamples), n: pictures answered
+) -> pd.DataFrame: # coverage (1/points to 1), risk, low, high (NaN without resamples, or on one lesion), n: pictures answered
     "The share of errors among the surest answers, for each share of the pictures that is answered."
     ranked = _ranked(confidence, correct)
     N = len(ranked[0])
@@ -73,9 +77,10 @@ def risk_coverage(
     weights = np.concatenate([np.ones((1, N), np.int16), lesion_weights(lesions, n_resamples, seed)])
     risks = np.empty((n_resamples + 1, len(coverages)))
     for rows, block in weight_blocks(weights): risks[rows] = _risks(*_answered(ranked, block), coverages)
-    level = expanded_level(len(np.unique(lesions)))
-    bounds = np.array([percentile_interval(column, level) for column in risks[1:].T])
-    return pd.DataFrame(dict(coverage=coverages, risk=risks[0], low=bounds[:, 0], high=bounds[:, 1], n=np.rint(coverages * N).astype(int)))
+    counts = np.rint(coverages * N).astype(int)
+    behind = _lesions_answered(ranked[0], lesions, counts)
+    bounds = pd.DataFrame([interval_leaf(own[0], own[1:], n, k, fallback=(*wilson_interval(own[0], k), '')) for own, n, k in zip(risks.T, counts, behind)])
+    return pd.DataFrame(dict(coverage=coverages, risk=risks[0], low=bounds['low'].astype(float), high=bounds['high'].astype(float), n=counts))
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #bb108589
 def _mean_risk(answered, errors):
@@ -91,11 +96,11 @@ def _best_mean_risk(n, wrong):
     return (wrong - (n - wrong) * (digamma(n + 1) - digamma(n - wrong + 1))) / n
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #25d2e422
-def _share_leaf(samples, units, lesion_ids, reason):
-    "A leaf of a share of the pictures `units` (N,) bool; Wilson's interval where it is 0 or 1."
-    n, n_lesions = int(units.sum()), len(np.unique(lesion_ids[units]))
-    exact = (*wilson_interval(samples[0], n_lesions), 'Wilson over lesions, all alike') if samples[0] in (0, 1) and n_lesions else None
-    return interval_leaf(samples[0], samples[1:], n, n_lesions, reason, exact)
+def _method(seed): return f'percentile lesion bootstrap, seed {seed}'
+
+def _share_leaf(samples, units, lesion_ids, reason, seed):
+    "A leaf of a share of the pictures `units` (N,) bool."
+    return share_leaf(samples[0], samples[1:], int(units.sum()), len(np.unique(lesion_ids[units])), reason, _method(seed))
 
 def _shares(weights, chosen, among):
     "Share of `chosen` among `among`, both (N,) bool, in each resample; NaN where there are none."
@@ -123,18 +128,18 @@ def abstention_scorecard(
         answered, errors = _answered(ranked, block)
         area, risks = _mean_risk(answered, errors), _risks(answered, errors, coverages)
         for name, values in zip(found, (area, area - _best_mean_risk(answered[-1], errors[-1]), *risks.T)): found[name][rows] = values
-    card = dict(risk=_share_leaf(_shares(weights, wrong, every), every, lesion_ids, ''))
-    card |= {name: interval_leaf(values[0], values[1:], N, len(np.unique(lesion_ids))) for name, values in found.items()}
-    return card if abstained is None else card | _abstained_leaves(np.asarray(abstained), wrong, lesion_ids, weights)
+    card, lesions = dict(risk=_share_leaf(_shares(weights, wrong, every), every, lesion_ids, '', seed)), len(np.unique(lesion_ids))
+    card |= {name: interval_leaf(values[0], values[1:], N, lesions, method=_method(seed)) for name, values in found.items()}
+    return card if abstained is None else card | _abstained_leaves(np.asarray(abstained), wrong, lesion_ids, weights, seed)
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #75434fcf
-def _abstained_leaves(abstained, wrong, lesion_ids, weights):
+def _abstained_leaves(abstained, wrong, lesion_ids, weights, seed):
     "What a locked rule did: how many were answered, and who erred on either side of it."
     if abstained.dtype != bool or abstained.shape != wrong.shape: raise ValueError(f"abstained is {abstained.dtype} of shape {abstained.shape}; give bool of shape {wrong.shape}")
     every, given = np.ones(len(wrong), bool), ~abstained
-    return dict(answered=_share_leaf(_shares(weights, given, every), every, lesion_ids, ''),
-                answered_risk=_share_leaf(_shares(weights, wrong, given), given, lesion_ids, 'no picture was answered'),
-                abstained_risk=_share_leaf(_shares(weights, wrong, abstained), abstained, lesion_ids, 'no picture was passed on'))
+    leaf = lambda chosen, among, reason='': _share_leaf(_shares(weights, chosen, among), among, lesion_ids, reason, seed)
+    return dict(answered=leaf(given, every), answered_risk=leaf(wrong, given, 'no picture was answered'),
+                abstained_risk=leaf(wrong, abstained, 'no picture was passed on'))
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #6768d349
 def _read(cls, values):
@@ -439,6 +444,8 @@ def _passed(inside, outside, blocks, share=.95):
     counts = np.concatenate([np.zeros((1, blocks[1].shape[1])), np.cumsum(blocks[1][out], axis=0)])
     return counts[below, np.arange(len(edge))] / counts[-1]
 
+def _of_pictures(leaf): return leaf | dict(method=leaf['method'].replace('lesion', 'picture'))
+
 # %% ../../nbs/evaluate/36_abstention.ipynb #8fb43910
 def ood_scorecard(
     inside:np.ndarray, # (N,) scores of lesions that nothing was fitted on, such as the test pictures
@@ -453,22 +460,22 @@ def ood_scorecard(
     lesion_ids = _lesions(lesion_ids, len(inside))
     once = lambda n: np.ones((1, n), np.int16)
     drawn = np.concatenate([once(len(inside)), lesion_weights(lesion_ids, n_resamples, seed)])
-    flagged = lambda scores, weights, ids: _share_leaf(_shares(weights, locked.strange(scores), np.ones(len(scores), bool)), np.ones(len(scores), bool), ids, '')
+    flagged = lambda scores, weights, ids: _share_leaf(_shares(weights, locked.strange(scores), np.ones(len(scores), bool)), np.ones(len(scores), bool), ids, '', seed)
     if locked: card['inside'] = dict(flagged=flagged(inside, drawn, lesion_ids))
     for k, (kind, scores) in enumerate(outside.items()):
         scores = _numbers(scores, f"outside '{kind}'")
         own = np.concatenate([once(len(scores)), lesion_weights(np.arange(len(scores)), n_resamples, seed + 1 + k)])
-        card[kind] = _kind_leaves(inside, scores, drawn, own, lesion_ids)
-        if locked: card[kind]['flagged'] = flagged(scores, own, np.arange(len(scores)))
+        card[kind] = _kind_leaves(inside, scores, drawn, own, lesion_ids, seed)
+        if locked: card[kind]['flagged'] = _of_pictures(flagged(scores, own, np.arange(len(scores))))
     return card
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #986063f7
-def _kind_leaves(inside, outside, drawn, own, lesion_ids):
+def _kind_leaves(inside, outside, drawn, own, lesion_ids, seed):
     "AUROC and false positive rate of one kind."
     n, lesions = len(outside), len(np.unique(lesion_ids))
     area = weighted_auroc(np.r_[np.zeros(len(inside)), np.ones(n)] > 0, np.r_[inside, outside], np.concatenate([drawn, own], axis=1))
     passed = np.concatenate([_passed(inside, outside, (a.T.astype(float), b.T.astype(float))) for a, b in zip(np.array_split(drawn, 8), np.array_split(own, 8))])
     exact = (*newcombe_interval(area[0], n, lesions), 'Newcombe method 5 over lesions, perfectly ranked') if area[0] in (0, 1) else None
     alike = (*wilson_interval(passed[0], n), 'Wilson over pictures, all alike') if passed[0] in (0, 1) else None
-    return dict(auroc=interval_leaf(area[0], area[1:], len(inside) + n, lesions + n, '', exact, fewest=min(lesions, n)),
-                fpr_at_95_tpr=interval_leaf(passed[0], passed[1:], n, n, '', alike))
+    return dict(auroc=interval_leaf(area[0], area[1:], len(inside) + n, lesions + n, '', exact, _method(seed), fewest=min(lesions, n)),
+                fpr_at_95_tpr=interval_leaf(passed[0], passed[1:], n, n, '', alike, _method(seed), fewest=min(lesions, n)))
