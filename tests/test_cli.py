@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from skinlesion.audit.findings import Finding
 from skinlesion.data.schema import DatasetInfo, write_dataset
 from skinlesion.evaluate.benchmarks import split_digest
+from skinlesion.evaluate.page import Picture
 from skinlesion.evaluate.scorecard import read_predictions, scorecard, write_predictions
 from skinlesion.images import encode_png, read_image
 from skinlesion.pipeline.cli import app
@@ -271,7 +272,8 @@ def test_evaluate_knows_the_usual_words_for_splits(tables, tmp_path, monkeypatch
     assert kept[0].metrics["benchmark"] == kept[1].metrics["benchmark"]
 
 
-def test_evaluate_leaves_out_only_when_asked_and_says_so(tables, tmp_path):
+def test_evaluate_leaves_out_only_when_asked_and_says_so(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr("skinlesion.evaluate.page.picture", lambda draw, alt: Picture(b"", alt, 100))
     folder, _, _ = tables
     ended = evaluate(folder, "--out", tmp_path / "out")
     assert ended.exit_code == 1

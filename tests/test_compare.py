@@ -110,7 +110,7 @@ def test_equal_members_are_told_apart_by_nothing_but_cost(tmp_path, notebook):
 def test_finished_experiments_stand_beside_the_members(tmp_path, notebook):
     "A DVC repository of one stage; its experiments are found by name, what they did not change is shown once."
     def run(*args):
-        env = {**os.environ, **PLAIN_GIT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        env = {**os.environ, **PLAIN_GIT, "DVC_NO_ANALYTICS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         done = subprocess.run(args, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 0, done.stdout[-3000:]
     make_run(tmp_path)
@@ -118,7 +118,7 @@ def test_finished_experiments_stand_beside_the_members(tmp_path, notebook):
     (tmp_path / "dvc.yaml").write_text(DVC_YAML)
     (tmp_path / "params.yaml").write_text("skill: low\n")
     for args in (["git", "init", "-q"], ["git", "config", "user.email", "test@example.org"], ["git", "config", "user.name", "test"],
-                 ["dvc", "init", "-q"], ["dvc", "config", "core.analytics", "false"], ["dvc", "repro", "-q"], ["git", "add", "-A"],
+                 ["dvc", "init", "-q"], ["dvc", "repro", "-q"], ["git", "add", "-A"],
                  ["git", "commit", "-qm", "start"], ["dvc", "exp", "run", "-q", "--name", "better", "-S", "skill=high"]): run(*args)
     run("git", "checkout", "-q", ".")
     run("dvc", "checkout", "-q")
@@ -137,7 +137,7 @@ def revisions(tmp_path_factory):
     "A DVC repository with a tag `low`, an experiment `better`, and a tag `other` whose split is another one."
     tree = tmp_path_factory.mktemp("revisions")
     def run(*args):
-        env = {**os.environ, **PLAIN_GIT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        env = {**os.environ, **PLAIN_GIT, "DVC_NO_ANALYTICS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         done = subprocess.run(args, cwd=tree, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 0, done.stdout[-3000:]
     (tree / "artifacts/prepared").mkdir(parents=True)
@@ -151,7 +151,7 @@ def revisions(tmp_path_factory):
     (tree / "params.yaml").write_text("skill: low\n")
     run("git", "init", "-q")
     for words in (["user.email", "test@example.org"], ["user.name", "test"]): run("git", "config", *words)
-    for words in (["init", "-q"], ["config", "core.analytics", "false"], ["add", "-q", "artifacts/prepared"], ["repro", "-q"]): run("dvc", *words)
+    for words in (["init", "-q"], ["add", "-q", "artifacts/prepared"], ["repro", "-q"]): run("dvc", *words)
     run("git", "add", "-A")
     run("git", "commit", "-qm", "low")
     run("git", "tag", "low")

@@ -180,6 +180,25 @@ def test_classes_of_unknown_malignancy_get_a_page_without_a_threshold(undrawn):
     assert not len(result.curves["decision_curve"]) and "decisions" not in result.metrics
 
 
+def test_a_number_has_one_interval_on_the_whole_page(result):
+    data = result.data
+    card = page.calibration_card(data.probs, data.probs**2 / (data.probs**2).sum(1, keepdims=True), data.targets, data.lesion_ids, n_resamples=100)
+    for name, leaf in card["before"].items():
+        for key in ("value", "low", "high"): assert leaf[key] == pytest.approx(result.card[name][key]), (name, key)
+
+
+def test_the_page_is_about_all_images_only_where_it_says_so(result):
+    "Splits of other names are pooled, and a huge lesion and shared patients are named."
+    predictions, labels = tables(80)
+    pooled = evaluated(predictions, labels.assign(split=labels["split"].replace("test", "clinic A"), patient_id="p"), n_resamples=20)
+    said = find_limits(pooled)
+    assert said[0].startswith("None of the splits in the tables (clinic A, valid) is called `test`")
+    assert "Some patients have several lesions" in " ".join(said)
+    assert "1 patients stand in more than one part" in " ".join(said)
+    huge = evaluated(predictions, labels.assign(lesion_id=labels["lesion_id"].where(labels["split"] == "valid", "big")), n_resamples=20)
+    assert "images are of one lesion (*big*)" in find_limits(huge)[0]
+
+
 def test_ids_that_only_one_table_holds_stop_it():
     predictions, labels = tables()
     with pytest.raises(ValueError, match="not in the labels"): evaluated(predictions, labels[1:])
