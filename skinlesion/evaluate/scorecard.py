@@ -288,15 +288,20 @@ def effective_lesions(
     if counts.min() < 2: return int(counts.min())
     return 1 + int((1 / counts).sum()**2 / (1 / (counts**2 * (counts - 1))).sum())
 
+def _over_classes(name):
+    "Whether a metric is a plain mean over classes."
+    return name == 'balanced_accuracy' or name.endswith('_macro')
+
 def deciding_lesions(
     name:str, # a metric of all classes, or malignant_auroc
     data:Aligned, # the images
     label_set:LabelSet, # classes and their malignancy
 ) -> int|None: # None where every lesion says as much as any other
     "How many lesions a metric hangs on, where some classes are rare."
-    lesions = lambda images: len(np.unique(data.lesion_ids[images]))
-    if name == 'balanced_accuracy' or name.endswith('_macro'): return effective_lesions([lesions(data.targets == c) for c in range(label_set.num_classes)])
-    if name != 'malignant_auroc': return None
+    if name != 'malignant_auroc' and not _over_classes(name): return None
+    member = pd.factorize(data.lesion_ids)[0]
+    lesions = lambda images: int((np.bincount(member[images]) > 0).sum())
+    if _over_classes(name): return effective_lesions([lesions(data.targets == c) for c in range(label_set.num_classes)])
     said = np.array([label_set.is_malignant(code) for code in label_set.codes], object)[data.targets]
     return min(lesions(np.equal(said, True)), lesions(np.equal(said, False)))
 
@@ -393,7 +398,8 @@ def _whole_leaves(scorer, metrics, label_set):
     absent = [code for code, n in zip(label_set.codes, counts) if not n]
     reason = f"no image of class {', '.join(absent)}; a mean over the other classes would be another metric" if absent else 'undefined: all answers are the same class'
     if (counts > 0).sum() == 1: reason = f"every image is of class {label_set.codes[counts.argmax()]}"
-    leaf = lambda name: scorer.leaf(metrics[name], every, reason, None, METRICS[name].interval, deciding_lesions(name, scorer.data, label_set))
+    rare = deciding_lesions('balanced_accuracy', scorer.data, label_set) # the same for every mean over classes
+    leaf = lambda name: scorer.leaf(metrics[name], every, reason, None, METRICS[name].interval, rare if _over_classes(name) else None)
     return {name: scorer.share(metrics[name], every) if name in SHARES else leaf(name) for name in WHOLE}
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #a3690e1c
