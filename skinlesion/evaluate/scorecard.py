@@ -17,7 +17,6 @@ from ..taxonomy import LABEL_SETS, LabelSet, comparable, get_label_set, nearest
 from ..files import atomic_write, read_json
 from ..data.schema import read_table
 from ..data.splits import SPLITS
-from .decisions import expected_cost
 from .metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, weighted_metrics
 from .intervals import (delong, format_leaf, interval_leaf, lesion_weights, newcombe_interval, paired_leaf,
                                            share_leaf, wilson_interval)
@@ -410,14 +409,12 @@ def scorecard(
     n_resamples:int=1000, # lesion-bootstrap resamples; 0 for no intervals
     seed:int=0, # of the resamples
     stratified:bool=False, # whether each resample holds as many lesions of each class as the data
-    costs:np.ndarray|None=None, # (C,C) cost of calling the row's class the column's; None leaves expected_cost out
 ) -> dict: # metrics of the whole by name; per_class: code -> leaves; malignant: leaves at a threshold of one half
     "Every metric of a system with its 95 % interval; rows may come in any order."
     data = align_tables(predictions, labels, label_set)
     scorer = _Scorer(data, n_resamples, seed, stratified)
     metrics = weighted_metrics(data.targets, data.probs, scorer.weights, lesion_ids=scorer.codes)
     whole = _whole_leaves(scorer, metrics, label_set)
-    if costs is not None: whole['expected_cost'] = scorer.leaf(expected_cost(data.targets, data.probs, costs, scorer.weights), scorer.units(data.targets >= 0))
     return whole | dict(
         per_class={code: _class_leaves(scorer, c, code, metrics) for c, code in enumerate(label_set.codes)},
         malignant=_malignant_leaves(scorer, label_set))
