@@ -111,7 +111,7 @@ def agreement(
         accuracy=_ratio(right, total), balanced_accuracy=rates['sensitivity'].mean(1),
         **_class_means('f1', rates['f1'], actual),
         mcc=_ratio(right * total - chance, np.sqrt(spread)),
-        kappa=_ratio(right * total - chance, total**2 - chance))
+        kappa=np.where((actual > 0).sum(1) > 1, _ratio(right * total - chance, total**2 - chance), np.nan)) # one true class: nothing to agree on
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #180bcc23
 @dataclass(frozen=True)

@@ -291,7 +291,7 @@ _TITLES = dict( # of measures that `METRICS` does not know
     singleton='sets of one class', empty='sets without a class', risk='wrong answers, when all are answered', aurc='area under the risk-coverage curve (AURC)',
     eaurc='the same above that of the best order', risk_at_80_coverage='wrong answers, when the surest 80 % are answered', risk_at_90_coverage='wrong answers, when the surest 90 % are answered',
     answered='answered, by the rule locked on validation', answered_risk='wrong among those answered', abstained_risk='wrong among those passed on',
-    fpr_at_95_tpr='lesions let through with 95 % of the strange pictures caught', error_auroc='tells wrong answers from right ones (AUROC)', error_spearman='rank correlation with the error')
+    fpr_at_95_tpr='let through where 95 % of the lesions are', error_auroc='tells wrong answers from right ones (AUROC)', error_spearman='rank correlation with the error')
 
 # %% ../../nbs/evaluate/45_page.ipynb #b85afc44
 _MALIGNANT = dict( # what measures of malignant against benign are
@@ -767,7 +767,7 @@ NOT_REPORTED = '*Not reported.*'
 
 def _leaf_rows(block):
     "Blocks of leaves as rows: kind, then each measure."
-    rows = {kind.replace('_', ' '): {_title(name): _text(leaf, name) for name, leaf in leaves.items() if isinstance(leaf, dict) and 'value' in leaf}
+    rows = {'lesions of this part' if kind == 'inside' else kind.replace('_', ' '): {_title(name): _text(leaf, name) for name, leaf in leaves.items() if isinstance(leaf, dict) and 'value' in leaf}
             for kind, leaves in block.items() if isinstance(leaves, dict) and 'value' not in leaves}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('kind')
 
