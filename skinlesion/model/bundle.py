@@ -536,9 +536,16 @@ def _card_members(facts):
 
 # %% ../../nbs/model/24_bundle.ipynb #58e19707
 def _card_policy(policy):
-    "The policy's plain values; its long lists stay in bundle.json."
+    "What the policy says, in words; its numbers in full stay in bundle.json."
     if policy is None: return ['It answers with the mean of its members, names the class of the largest probability, and never abstains.']
-    return ['What the validation images chose; in full under `policy` in bundle.json:', '', *_facts_rows(policy)]
+    part = lambda name: policy.get(name) or {}
+    limit, sets, doubt, strange = part('threshold'), part('conformal'), part('abstention'), part('ood')
+    lines = [f"- members: combined by `{part('combiner').get('kind')}`, each averaged over the views `{policy.get('views')}`; calibration: `{part('calibrator').get('kind')}`"]
+    if limit.get('value') is not None: lines += [f"- flags a malignancy probability of {limit['value']:g} or more, locked for a sensitivity of {limit.get('target')}" + (f" ({limit['reason']})" if limit.get('reason') else '')]
+    if sets: lines += [f"- prediction sets: `{sets.get('kind')}`, to hold the diagnosis in {sets.get('coverage')} of the lesions"]
+    if doubt.get('value') is not None: lines += [f"- gives no answer where it is less sure than {doubt['value']:g}, as of {doubt.get('share')} of the validation lesions"]
+    if strange: lines += [f"- gives no answer where `{strange.get('model')}` finds the picture strange (`{strange.get('kind')}`)"]
+    return ['Chosen and locked on validation images; in full under `policy` in bundle.json.', '', *lines]
 
 def _card_calibration(policy):
     "Whether its probabilities are calibrated, in a sentence."
