@@ -134,9 +134,9 @@ def corrupt_images(
     return np.stack([corrupt(image, kind, grade, seed, str(i)) for image, i in zip(images, ids, strict=True)]) if len(images) else images.copy()
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #68992d09
-class _Clean:
-    "The undisturbed answers, and how far other answers to the same pictures are from them."
-    def __init__(self, probs, targets, lesion_ids, label_set, n_resamples, seed):
+class _Tested:
+    "The pictures that are disturbed: their classes, lesions and resamples."
+    def __init__(self, targets, lesion_ids, label_set, n_resamples, seed):
         self.targets, self.label_set = np.asarray(targets, np.int64), label_set
         drawn = lesion_weights(lesion_ids, n_resamples, seed) # refuses an image without the id of its lesion
         self.weights = np.concatenate([np.ones((1, drawn.shape[1]), np.int16), drawn])
@@ -146,8 +146,7 @@ class _Clean:
         self.known = np.array([s is not None for s in said])[self.targets]
         self.malignant = np.array([s is True for s in said])[self.targets]
         self.metric = 'malignant' if any(s is not None for s in said) else 'macro'
-        self.method, self.probs = f'percentile lesion bootstrap, seed {seed}', self.check(probs)
-        self.scores = self.measure(self.probs)
+        self.method = f'percentile lesion bootstrap, seed {seed}'
 
     def count(self, rows):
         "Lesions of some images."
@@ -164,6 +163,14 @@ class _Clean:
         if probs.shape != shape or not np.isfinite(probs).all():
             raise ValueError(f"the model's answer has shape {probs.shape}{'' if np.isfinite(probs).all() else ' and is not finite'}; {shape} probabilities are expected")
         return probs
+
+# %% ../../nbs/evaluate/44_robustness.ipynb #5ac2fff8
+class _Clean(_Tested):
+    "The undisturbed answers, and how far other answers to the same pictures are from them."
+    def __init__(self, probs, *tested):
+        super().__init__(*tested)
+        self.probs = self.check(probs)
+        self.scores = self.measure(self.probs)
 
     def areas(self, probs):
         "AUROC in each resample, that of the data first."
