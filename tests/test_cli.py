@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,13 @@ from typer.testing import CliRunner
 
 from skinlesion.audit.findings import Finding
 from skinlesion.data.schema import DatasetInfo, write_dataset
+from skinlesion.evaluate.abstention import LockedAbstention
 from skinlesion.evaluate.benchmarks import split_digest
 from skinlesion.evaluate.page import Picture
+from skinlesion.evaluate.policy import Policy
 from skinlesion.evaluate.scorecard import read_predictions, scorecard, write_predictions
 from skinlesion.images import encode_png, read_image
+from skinlesion.model.bundle import load_bundle, save_bundle
 from skinlesion.pipeline.cli import app
 from skinlesion.taxonomy import get_label_set
 from skinlesion.use.predict import Predictor
@@ -50,6 +54,16 @@ def test_predict_writes_the_table_that_evaluation_reads(made):
     words = ("predict", folder, "--bundle", bundle, "--metadata", folder / "people.csv", "--csv", folder / "out.csv")
     CliRunner().invoke(app, [str(w) for w in words])
     assert (folder / "out.csv").read_bytes() == first  # a folder of the same pictures, the same bytes
+
+
+def test_predict_says_how_many_pictures_get_no_answer(made, tmp_path):
+    folder, bundle, pictures = made
+    loaded = load_bundle(bundle)
+    policy = replace(Policy.plain(loaded.names, 7), abstention=LockedAbstention(1., .1, .1, 40, 30))  # nothing is as sure as that
+    save_bundle(tmp_path / "unsure", list(loaded.members), loaded.label_set, loaded.encoder, loaded.image_size, {}, policy=policy.to_dict())
+    for name, told in ((bundle, False), (tmp_path / "unsure", True)):
+        ended = CliRunner().invoke(app, ["predict", str(pictures["a"]), "--bundle", str(name), "--csv", str(tmp_path / "out.csv")])
+        assert ended.exit_code == 0 and ("1 of them without an answer" in ended.stdout) == told, ended.output
 
 
 def test_explain_draws_over_the_picture_as_it_was_taken(made):

@@ -511,6 +511,7 @@ def predict(
     for sentence in table.attrs['skipped']: _say(f'skipped: {sentence}', err=True)
     counts = table.predicted.value_counts()
     _say(f"{csv}: {len(table)} picture(s), {', '.join(f'{c} {counts[c]}' for c in predictor.label_set.codes if c in counts)}")
+    if table.abstain.any(): _say(f"{table.abstain.sum()} of them without an answer: the column abstain_reason says why, and their predicted class is not to be used")
     _say(f'bundle {predictor.bundle_id}. {DISCLAIMER}')
 
 # %% ../../nbs/pipeline/75_cli.ipynb #9541a863
