@@ -9,11 +9,11 @@ from scipy.special import softmax
 
 from skinlesion.evaluate.calibration import CALIBRATIONS
 from skinlesion.evaluate.ensemble import COMBINATIONS
-from skinlesion.evaluate.policy import Answered, Policy, choose_policy, malignancy_score
-from skinlesion.evaluate.scorecard import malignancy_probability, read_predictions, write_predictions
+from skinlesion.evaluate.policy import Answered, Policy, choose_policy
+from skinlesion.evaluate.scorecard import read_predictions, write_predictions
 from skinlesion.files import read_json, write_json, write_sums
 from skinlesion.model.bundle import BundleError, load_bundle
-from skinlesion.taxonomy import LABEL_SETS, LabelSet, get_label_set
+from skinlesion.taxonomy import LabelSet, get_label_set
 from skinlesion.use.predict import Predictor
 from tiny import build_bundle, build_pictures
 
@@ -81,13 +81,6 @@ def test_a_label_set_without_malignancy_has_no_flag_and_no_threshold():
     policy = choose_policy(answered(120), own, combination="mean", calibration="none", n_resamples=10).policy
     table = policy.answer(answered(10, 1).by_view["identity"], own)
     assert policy.threshold is None and table.flagged.isna().all() and table.malignancy.isna().all()
-
-
-@pytest.mark.parametrize("name", sorted(LABEL_SETS))
-def test_malignancy_is_that_of_the_scorecard(name):
-    labels, rng = LABEL_SETS[name], np.random.default_rng(0)
-    probs = np.vstack([rng.dirichlet(np.full(labels.num_classes, .3), 50), np.eye(labels.num_classes)])
-    assert np.array_equal(malignancy_score(labels, probs), malignancy_probability(probs, labels), equal_nan=True)
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,14 @@ from skinlesion.audit.findings import working_image
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.synthetic import synthesise
 from skinlesion.evaluate.figures import plot_stress
-from skinlesion.evaluate.intervals import lesion_weights, percentile_interval, wilson_interval
+from skinlesion.evaluate.intervals import lesion_weights, percentile_interval
 from skinlesion.evaluate.metrics import weighted_auroc, weighted_ece, weighted_metrics
 from skinlesion.evaluate.robustness import CORRUPTIONS, GRADES, corrupt, corrupt_images, permuted_fields, stress_card, stress_images, stress_metadata
 from skinlesion.images import read_image, resize_image
 from skinlesion.model.bundle import predict_probs
 from skinlesion.model.fusion import create_model
 from skinlesion.taxonomy import get_label_set
+from shares import report
 
 TWO = get_label_set("melanoma")
 HAM = get_label_set("ham10000")
@@ -176,13 +177,6 @@ def coverage(truth, runs, seed):
         for name in truth: held[name] += row[f"{name}_low"] <= truth[name] <= row[f"{name}_high"]
         values.append((row["drop"], row["ece_change"], row["over_change"]))
     return held, np.mean(values, axis=0)
-
-
-def report(words, hits, runs):
-    "Print a share with its interval, for those who run with -s."
-    low, high = wilson_interval(hits / runs, runs)
-    print(f"{words}: {hits} of {runs}, {hits / runs:.3f} ({low:.3f}-{high:.3f})")
-    return low, high
 
 
 def test_limits_of_a_planted_drop_hold_the_truth_subset(truth):

@@ -8,6 +8,7 @@ from skinlesion.evaluate.intervals import lesion_weights, percentile_interval, w
 from skinlesion.evaluate.metrics import weighted_auroc
 from skinlesion.evaluate.subgroups import combined_limits, gap_metrics, leaf_at, subgroup_scorecard, subgroup_table
 from skinlesion.taxonomy import LabelSet, get_label_set
+from shares import report
 
 TWO = get_label_set("melanoma")
 HAM = get_label_set("ham10000")
@@ -89,13 +90,6 @@ def percentile_coverage(truth, runs, seed, n):
             held[name] += low <= truth[name] <= high
             given[name] += low == low
     return held, given
-
-
-def report(words, hits, runs):
-    "Print a share with its interval, for those who run with -s."
-    low, high = wilson_interval(hits / runs, runs)
-    print(f"{words}: {hits} of {runs}, {hits / runs:.3f} ({low:.3f}-{high:.3f})")
-    return low, high
 
 
 def test_limits_of_planted_gaps_hold_the_truth_subset(truth):

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'ECE_BINS', 'LOG_FLOOR', 'WHOLE', 'PER_CLASS', 'METRICS', 'BINARY', 'weight_blocks', 'row_chunks',
            'group_sums', 'confusion_counts', 'class_rates', 'agreement', 'RankCounts', 'rank_counter', 'weighted_auroc',
            'weighted_average_precision', 'confidence_bins', 'weighted_ece', 'Metric', 'weighted_metrics',
-           'malignancy_metrics']
+           'malignancy_probability', 'malignancy_metrics']
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #bad8fd21
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from ..taxonomy import nearest
+from ..taxonomy import LabelSet, nearest
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #0ee630be
 BLOCK = 250_000 # weights turned to float64 at a time: 2 MB, which a processor's cache holds
@@ -506,6 +506,17 @@ def weighted_metrics(
     _check_shapes(targets, probs, weights)
     if not len(weights) or not len(targets): return {name: np.full((len(weights), *probs.shape[1:] * (name in _CLASS)), np.nan) for name in names}
     return _run_plans(_plans(targets, probs, lesion_ids, names), weights, names)
+
+# %% ../../nbs/evaluate/30_metrics.ipynb #51906de9
+def malignancy_probability(
+    probs:np.ndarray, # (N,C) probabilities in the order of the codes
+    label_set:LabelSet, # classes and their malignancy
+) -> np.ndarray: # (N,) float64 in [0, 1]; NaN where nothing is said about any class that has mass
+    "Probability that an image shows a malignant class."
+    said = [label_set.is_malignant(code) for code in label_set.codes]
+    probs, known = np.asarray(probs, np.float64), np.array([s is not None for s in said])
+    mass, bad = probs[:, known].sum(1), probs[:, [s is True for s in said]].sum(1)
+    return np.divide(bad, mass, out=np.full(len(probs), np.nan), where=mass > 0).clip(max=1)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #c7d9d47e
 def _check_binary(malignant, score):

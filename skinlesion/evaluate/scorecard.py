@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUM_TOLERANCE', 'TEXT_COLUMNS', 'PROPER', 'SHARES', 'HEADLINES', 'MALIGNANT_HEADLINES', 'probability_columns',
            'parse_split', 'check_predictions', 'write_predictions', 'read_predictions', 'check_labels', 'read_labels',
-           'infer_label_set', 'Aligned', 'align_tables', 'effective_lesions', 'deciding_lesions',
-           'malignancy_probability', 'scorecard', 'scorecard_table', 'class_table', 'compare_predictions']
+           'infer_label_set', 'Aligned', 'align_tables', 'effective_lesions', 'deciding_lesions', 'scorecard',
+           'scorecard_table', 'class_table', 'compare_predictions']
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #4a5fe382
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..taxonomy import LABEL_SETS, LabelSet, comparable, get_label_set, nearest
 from ..files import atomic_write, read_json
 from ..data.schema import read_table
 from ..data.splits import SPLITS
-from .metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, weighted_metrics
+from .metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, malignancy_probability, weighted_metrics
 from .intervals import (delong, format_leaf, interval_leaf, lesion_weights, newcombe_interval, paired_leaf,
                                            share_leaf, wilson_interval)
 
@@ -339,17 +339,6 @@ class _Scorer:
         if column[0] not in (0, 1): return self.leaf(column, units, reason, fewest=fewest)
         exact = newcombe_interval(column[0], positives.n_lesions, negatives.n_lesions)
         return self.leaf(column, units, reason, (*exact, 'Newcombe method 5 over lesions, perfectly ranked'), fewest=fewest)
-
-# %% ../../nbs/evaluate/39_scorecard.ipynb #e8e942dd
-def malignancy_probability(
-    probs:np.ndarray, # (N,C) probabilities in the order of the codes
-    label_set:LabelSet, # classes and their malignancy
-) -> np.ndarray: # (N,) float64 in [0, 1]; NaN where nothing is said about any class that has mass
-    "Probability that an image shows a malignant class."
-    said = [label_set.is_malignant(code) for code in label_set.codes]
-    probs, known = np.asarray(probs, np.float64), np.array([s is not None for s in said])
-    mass, bad = probs[:, known].sum(1), probs[:, [s is True for s in said]].sum(1)
-    return np.divide(bad, mass, out=np.full(len(probs), np.nan), where=mass > 0).clip(max=1)
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #8f136a1f
 PROPER = ('brier', 'log_loss', 'ece') # of one class: every image counts alike; all others hang on the rarer side
