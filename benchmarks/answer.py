@@ -18,7 +18,8 @@ import numpy as np
 def per_picture(answer, pictures):
     "Milliseconds that `answer` takes for one picture, mean over all."
     start = time.perf_counter()
-    for picture in pictures: answer(picture[None])
+    for picture in pictures:
+        answer(picture[None])
     return (time.perf_counter() - start) * 1000 / len(pictures)
 
 
@@ -26,19 +27,26 @@ def candidates(predictor, views):
     "Name -> function of one picture (1,S,S,3); the baseline first."
     from skinlesion.evaluate.policy import Policy, ask
     from skinlesion.model.bundle import member_of, predict_probs
-    bundle, encoder = predictor.bundle, predictor.bundle.encoder
+    bundle = predictor.bundle
+    encoder = predictor.bundle.encoder
     unknown = None if encoder is None else encoder.encode_one(None, "", "")[None]
-    alone = lambda model: lambda picture: predict_probs(model, picture, unknown)
+    def alone(model):
+        return lambda picture: predict_probs(model, picture, unknown)
     looking = [m for m in bundle.members if m.model.config["backbone"]]
-    if not looking: raise SystemExit(f"no member of {bundle.names} looks at the image; name another bundle with --bundle")
+    if not looking:
+        raise SystemExit(f"no member of {bundle.names} looks at the image; name another bundle with --bundle")
     plain = Policy.plain(list(dict.fromkeys(map(member_of, bundle.names))), bundle.label_set.num_classes)
     found = {f"{looking[0].name}, once": alone(looking[0].model)}
     found |= {f"{m.name}, once": alone(m.model) for m in bundle.members if m is not looking[0]}
     for name in views:
         policy = replace(plain, views=name)
-        found[f"all {len(bundle.members)}, views {name}"] = lambda picture, policy=policy: ask(bundle.members, policy, picture, unknown)
+        found[f"all {len(bundle.members)}, views {name}"] = lambda picture, policy=policy: ask(
+            bundle.members, policy, picture, unknown
+        )
     said = ask(bundle.members, predictor.policy, np.zeros((1, *[bundle.image_size] * 2, 3), np.uint8), unknown)
-    found["its policy, on answers that are there"] = lambda picture: predictor.policy.answer(said.members, bundle.label_set, said.strangeness)
+    found["its policy, on answers that are there"] = lambda picture: predictor.policy.answer(
+        said.members, bundle.label_set, said.strangeness
+    )
     return found
 
 
@@ -54,14 +62,20 @@ def main():
     size = predictor.bundle.image_size
     pictures = np.random.default_rng(0).integers(0, 256, (options.pictures, size, size, 3), np.uint8)
     answers = candidates(predictor, options.views)
-    for answer in answers.values(): answer(pictures[:1])  # first calls are slower
+    for answer in answers.values():
+        answer(pictures[:1])  # first calls are slower
     times = np.array([[per_picture(answer, pictures) for answer in answers.values()] for _ in range(options.rounds)])
     ratios = times / times[:, :1]
-    print(f"{options.bundle}: {len(predictor.bundle.members)} models, {size} x {size} pixels, {options.pictures} pictures, {options.rounds} rounds")
+    print(
+        f"{options.bundle}: {len(predictor.bundle.members)} models, {size} x {size} pixels, "
+        f"{options.pictures} pictures, {options.rounds} rounds"
+    )
     print(f"{'what':<44}{'ms a picture':>14}{'against the first':>20}")
     for k, name in enumerate(answers):
-        low, high = ratios[:, k].min(), ratios[:, k].max()
+        low = ratios[:, k].min()
+        high = ratios[:, k].max()
         print(f"{name:<44}{np.median(times[:, k]):>14.2f}{np.median(ratios[:, k]):>10.2f} ({low:.2f}-{high:.2f})")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -20,10 +20,25 @@ from skinlesion.evaluate.metrics import METRICS, malignancy_metrics, weighted_me
 
 COMMON = np.array([.033, .051, .110, .011, .111, .670, .014])  # akiec bcc bkl df mel nv vasc
 MALIGNANT = np.array([True, True, False, False, True, False, False])
-PULL, SHARED, OWN = 1.6, 1., .5  # how far the true class stands out; noise of a lesion and of each of its images
+# how far the true class stands out; noise of a lesion and of each of its images
+PULL = 1.6
+SHARED = 1.
+OWN = .5
 WHOLE = "accuracy", "brier", "ece_debiased", "ece", "ece_adaptive", "ece_classwise", "mce"
 BINARY = "sensitivity", "auroc"
-ROWS = "accuracy", "sensitivity", "auroc", "auroc, DeLong", "brier", "ece_debiased", "ece", "ece_adaptive", "ece_classwise", "mce", "ece, unshifted"
+ROWS = (
+    "accuracy",
+    "sensitivity",
+    "auroc",
+    "auroc, DeLong",
+    "brier",
+    "ece_debiased",
+    "ece",
+    "ece_adaptive",
+    "ece_classwise",
+    "mce",
+    "ece, unshifted",
+)
 
 
 def simulate(n_lesions, sharpness, rng):
@@ -47,15 +62,20 @@ def values(targets, probs, lesions, weights=None):
 def leaves(table, n_resamples, seed):
     "The leaves of one table, as `scorecard` makes them, and two rivals."
     targets, probs, lesions = table
-    columns = values(*table, np.concatenate([np.ones((1, len(targets)), np.int16), lesion_weights(lesions, n_resamples, seed)]))
-    positive, made = MALIGNANT[targets], {}
+    columns = values(
+        *table, np.concatenate([np.ones((1, len(targets)), np.int16), lesion_weights(lesions, n_resamples, seed)])
+    )
+    positive = MALIGNANT[targets]
+    made = {}
     rarer = min(len(np.unique(lesions[rows])) for rows in (positive, ~positive))
     over = {name: positive if name == "sensitivity" else np.ones(len(targets), bool) for name in columns}
     for name, column in columns.items():
         size = int(over[name].sum()), len(np.unique(lesions[over[name]]))
         fewest = rarer if name == "auroc" else None
-        if name in ("accuracy", "sensitivity"): made[name] = share_leaf(column[0], column[1:], *size)
-        else: made[name] = interval_leaf(column[0], column[1:], *size, kind=METRICS[name].interval, fewest=fewest)
+        if name in ("accuracy", "sensitivity"):
+            made[name] = share_leaf(column[0], column[1:], *size)
+        else:
+            made[name] = interval_leaf(column[0], column[1:], *size, kind=METRICS[name].interval, fewest=fewest)
     made["auroc, DeLong"] = delong_interval(positive, probs[:, MALIGNANT].sum(1), lesions)
     made["ece, unshifted"] = interval_leaf(columns["ece"][0], columns["ece"][1:], len(targets), len(np.unique(lesions)))
     return made
@@ -63,18 +83,36 @@ def leaves(table, n_resamples, seed):
 
 def coverage(tables=1000, n_lesions=300, n_resamples=1000, sharpness=1.6, seed=0, draws=1_000_000):
     "A row per metric: truth, bias, share of tables whose interval holds the truth, with its own interval, and how wide it is."
-    truth = {name: column[0] for name, column in values(*simulate(draws // 2, sharpness, np.random.default_rng([seed, 1]))).items()}
+    truth = {
+        name: column[0]
+        for name, column in values(*simulate(draws // 2, sharpness, np.random.default_rng([seed, 1]))).items()
+    }
     truth |= {row: truth[row.split(",")[0]] for row in ROWS}
-    cards = [leaves(simulate(n_lesions, sharpness, np.random.default_rng([seed, 2, k])), n_resamples, seed + k) for k in range(tables)]
+    cards = [
+        leaves(simulate(n_lesions, sharpness, np.random.default_rng([seed, 2, k])), n_resamples, seed + k)
+        for k in range(tables)
+    ]
     rows = []
     for row in ROWS:
         found = [card[row] for card in cards if card[row]["low"] is not None]
         stated = np.array([card[row]["value"] for card in cards if card[row]["value"] is not None])
         held = np.mean([leaf["low"] <= truth[row] <= leaf["high"] for leaf in found]) if found else np.nan
         low, high = wilson_interval(held, len(found)) if found else (np.nan, np.nan)
-        rows.append(dict(metric=row, lesions=n_lesions, truth=truth[row], mean=stated.mean(), bias=stated.mean() - truth[row],
-                         two_se=2 * stated.std() * np.sqrt(1 / len(stated) + n_lesions / (draws // 2)), holds=held, low=low, high=high,
-                         width=np.mean([leaf["high"] - leaf["low"] for leaf in found]) if found else np.nan, no_interval=len(cards) - len(found)))
+        rows.append(
+            dict(
+                metric=row,
+                lesions=n_lesions,
+                truth=truth[row],
+                mean=stated.mean(),
+                bias=stated.mean() - truth[row],
+                two_se=2 * stated.std() * np.sqrt(1 / len(stated) + n_lesions / (draws // 2)),
+                holds=held,
+                low=low,
+                high=high,
+                width=np.mean([leaf["high"] - leaf["low"] for leaf in found]) if found else np.nan,
+                no_interval=len(cards) - len(found),
+            )
+        )
     return pd.DataFrame(rows)
 
 
@@ -90,9 +128,13 @@ def main():
     for n_lesions in args.lesions:
         start = time.perf_counter()
         table = coverage(args.tables, n_lesions, args.resamples, args.sharpness, args.seed, args.draws)
-        print(f"\n{args.tables} tables of {n_lesions} lesions, {args.resamples} resamples each, logits times {args.sharpness:g}, "
-              f"truth from {args.draws:,} draws; {time.perf_counter() - start:.0f} s, load {os.getloadavg()[0]:.1f}")
+        print(
+            f"\n{args.tables} tables of {n_lesions} lesions, {args.resamples} resamples each, logits "
+            f"times {args.sharpness:g}, "
+            f"truth from {args.draws:,} draws; {time.perf_counter() - start:.0f} s, load {os.getloadavg()[0]:.1f}"
+        )
         print(table.drop(columns="lesions").round(4).to_string(index=False), flush=True)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,9 @@ def settings(threads, compiled):
 class Runner:
     "One model under one setting: steps of training, and answers."
     def __init__(self, backbone, size, batch, layout, bf16, compiled, threads):
-        self.bf16, self.threads, self.layout = bf16, threads, layout
+        self.bf16 = bf16
+        self.threads = threads
+        self.layout = layout
         self.model = create_model(backbone, 7, seed=0).to(memory_format=layout)
         self.call = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.AdamW(param_groups(self.model, .05, 1e-3), lr=1e-3, fused=True)
@@ -45,7 +47,8 @@ class Runner:
 
     def logits(self):
         "One forward pass."
-        with torch.autocast('cpu', torch.bfloat16, enabled=self.bf16): return self.call(self.images).float()
+        with torch.autocast('cpu', torch.bfloat16, enabled=self.bf16):
+            return self.call(self.images).float()
 
     def train(self, steps):
         "Seconds per step of training."
@@ -65,23 +68,29 @@ class Runner:
         self.model.eval()
         with torch.inference_mode():
             start = time.perf_counter()
-            for _ in range(steps): self.logits()
+            for _ in range(steps):
+                self.logits()
         return (time.perf_counter() - start) / steps
 
 
 def make_runners(args, case):
     "A runner per setting, warmed up, and the seconds that compiling took; a setting that cannot run is told and left out."
-    runners, compiling = {}, None
+    runners = {}
+    compiling = None
     for name, changes in settings(args.threads, args.compile).items():
         try:
             runner = Runner(*case, **BASELINE | changes)
             start = time.perf_counter()
             runner.train(1), runner.answer(1)
             first = time.perf_counter() - start
-            if name == 'compile': compiling = first - runner.train(1) - runner.answer(1)
+            if name == 'compile':
+                compiling = first - runner.train(1) - runner.answer(1)
             runners[name] = runner
         except Exception as e:
-            print(f"{case[0]}: {name} cannot run here: {type(e).__name__}: {str(e).strip().splitlines()[0][:120]}", flush=True)
+            print(
+                f"{case[0]}: {name} cannot run here: {type(e).__name__}: {str(e).strip().splitlines()[0][:120]}",
+                flush=True,
+            )
             torch._dynamo.reset()
     return runners, compiling
 
@@ -89,7 +98,8 @@ def make_runners(args, case):
 def compare(args, case):
     "Ratios by setting for one model: one line of JSON, and a table before it."
     runners, compiling = make_runners(args, case)
-    names, rounds = list(runners), []
+    names = list(runners)
+    rounds = []
     for k in range(args.rounds):
         turned = names[k % len(names):] + names[:k % len(names)]
         rounds.append({name: (runners[name].train(args.steps), runners[name].answer(args.steps)) for name in turned})
@@ -98,33 +108,61 @@ def compare(args, case):
         ratios = {name: [r['default'][i] / r[name][i] for r in rounds] for name in names}
         rate = round(case[2] / statistics.median(r['default'][i] for r in rounds), 1)
         del ratios['default']
-        said = ', '.join(f'{name} x{statistics.median(v):.2f} ({min(v):.2f}-{max(v):.2f})' for name, v in ratios.items())
+        said = ', '.join(
+            f'{name} x{statistics.median(v):.2f} ({min(v):.2f}-{max(v):.2f})' for name, v in ratios.items()
+        )
         print(f'{case[0]} at {case[1]} px, batch {case[2]}, {what}: default {rate} images/s; {said}', flush=True)
-        result |= {f'{what}_images_per_s': rate, f'x_{what}': {name: round(statistics.median(v), 3) for name, v in ratios.items()},
-                   f'faster_{what}': [name for name, v in ratios.items() if min(v) >= 1.05]}
+        result |= {
+            f'{what}_images_per_s': rate,
+            f'x_{what}': {name: round(statistics.median(v), 3) for name, v in ratios.items()},
+            f'faster_{what}': [name for name, v in ratios.items() if min(v) >= 1.05],
+        }
     if compiling is not None:
         gain = statistics.median(r['default'][0] - r['compile'][0] for r in rounds)
-        result |= dict(compile_s=round(compiling, 1), compile_pays_after_steps=round(compiling / gain) if gain > 0 else None)
+        result |= dict(
+            compile_s=round(compiling, 1), compile_pays_after_steps=round(compiling / gain) if gain > 0 else None
+        )
     return result
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--backbone', nargs='+', default=['resnet10t', 'mobilenetv2_100', 'efficientnet_b0'])
-    for name, default in dict(size=[64, 128, 224], batch=[16, 32, 16]).items(): parser.add_argument(f'--{name}', type=int, nargs='+', default=default)
+    for name, default in dict(size=[64, 128, 224], batch=[16, 32, 16]).items():
+        parser.add_argument(f'--{name}', type=int, nargs='+', default=default)
     parser.add_argument('--threads', type=int, nargs='*', default=[1, os.cpu_count()], help='numbers of threads to try')
-    for name, default in dict(rounds=5, steps=3).items(): parser.add_argument(f'--{name}', type=int, default=default)
-    parser.add_argument('--no-compile', dest='compile', action='store_false', help='leave torch.compile out (it takes a minute or two per model)')
+    for name, default in dict(rounds=5, steps=3).items():
+        parser.add_argument(f'--{name}', type=int, default=default)
+    parser.add_argument(
+        '--no-compile',
+        dest='compile',
+        action='store_false',
+        help='leave torch.compile out (it takes a minute or two per model)',
+    )
     args = parser.parse_args()
-    if not len(args.backbone) == len(args.size) == len(args.batch): parser.error('give --backbone, --size and --batch as many values each')
+    if not len(args.backbone) == len(args.size) == len(args.batch):
+        parser.error('give --backbone, --size and --batch as many values each')
     if args.compile and not (os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')):
         print('compile is left out: no C++ compiler (g++, clang++) is on the PATH')
         args.compile = False
     load = round(os.getloadavg()[0], 1)
-    if load > 1: print(f'warning: the load is {load} before the benchmark starts; other work makes the ratios unreliable')
+    if load > 1:
+        print(f'warning: the load is {load} before the benchmark starts; other work makes the ratios unreliable')
     for case in zip(args.backbone, args.size, args.batch):
-        print(json.dumps(compare(args, case) | dict(quiet=load <= 1, cores=os.cpu_count(), load_before=load, load_after=round(os.getloadavg()[0], 1),
-                                                    capability=torch.backends.cpu.get_cpu_capability())), flush=True)
+        print(
+            json.dumps(
+                compare(args, case)
+                | dict(
+                    quiet=load <= 1,
+                    cores=os.cpu_count(),
+                    load_before=load,
+                    load_after=round(os.getloadavg()[0], 1),
+                    capability=torch.backends.cpu.get_cpu_capability(),
+                )
+            ),
+            flush=True,
+        )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -32,14 +32,20 @@ Y, X = np.mgrid[-1:1:72j, -1.33:1.33:96j].astype(np.float32)
 
 def made_picture(rng):
     "A blob on skin, (72,96,3) uint8: cheap, and as alike as dermatoscopic images are."
-    noise = lambda rows: cv2.resize(rng.standard_normal((rows, rows * 4 // 3), dtype=np.float32), (96, 72), interpolation=cv2.INTER_CUBIC)
-    wide, middle, fine = noise(4), noise(9), noise(24) + .5 * noise(48)
+    def noise(rows):
+        return cv2.resize(
+            rng.standard_normal((rows, rows * 4 // 3), dtype=np.float32), (96, 72), interpolation=cv2.INTER_CUBIC
+        )
+    wide = noise(4)
+    middle = noise(9)
+    fine = noise(24) + .5 * noise(48)
     (y, x), (tall, broad) = rng.normal(0, .12, 2), rng.uniform(.25, .7) * np.exp(rng.normal(0, .15, 2))
     inside = 1 - np.hypot((Y - y) / tall, (X - x) / broad) + rng.uniform(.05, .3) * middle + .1 * wide
     body = np.clip(inside / rng.uniform(.1, .5), 0, 1)
     light = 1 + .06 * wide + .02 * middle + rng.uniform(.01, .04) * fine
     dark = body * rng.uniform(.25, .75) * (1 + .25 * noise(6) + rng.uniform(.05, .3) * fine)
-    if rng.random() < .15: light *= np.clip((rng.uniform(1.1, 1.4) - np.hypot(Y, X)) * 12, .05, 1)
+    if rng.random() < .15:
+        light *= np.clip((rng.uniform(1.1, 1.4) - np.hypot(Y, X)) * 12, .05, 1)
     grey = light * (1 - np.clip(dark, 0, .95)) * rng.uniform(150, 225)
     return np.clip(grey[..., None] * rng.uniform((.95, .7, .65), (1.05, .85, .85)), 0, 255).astype(np.uint8)
 
@@ -58,13 +64,15 @@ def resized(image, scale=.8):
 def cropped(image, rng, keep=.95):
     "A window of `keep` of each side, anywhere."
     (h, w), (rows, columns) = image.shape[:2], (round(image.shape[0] * keep), round(image.shape[1] * keep))
-    top, left = rng.integers(h - rows + 1), rng.integers(w - columns + 1)
+    top = rng.integers(h - rows + 1)
+    left = rng.integers(w - columns + 1)
     return image[top:top + rows, left:left + columns]
 
 
 def rimless(image, rim=.05):
     "The image without `rim` of it at each side."
-    y, x = round(image.shape[0] * rim), round(image.shape[1] * rim)
+    y = round(image.shape[0] * rim)
+    x = round(image.shape[1] * rim)
     return image[y:-y, x:-x]
 
 
@@ -79,14 +87,17 @@ def all_of_it(image, rng):
     return jpeg(orient_image(brighter(small, rng.uniform(.9, 1.1)), int(rng.integers(8))))
 
 
-COPIES = {name: partial(lambda image, rng, k: orient_image(image, k), k=k) for k, name in enumerate(ORIENTATIONS) if k} | {
+COPIES = {
+    name: partial(lambda image, rng, k: orient_image(image, k), k=k) for k, name in enumerate(ORIENTATIONS) if k
+} | {
     "JPEG 70": lambda image, rng: jpeg(image),
     "resize 0.8": lambda image, rng: resized(image),
     "crop to 95 % of each side": cropped,
     "5 % off all four sides": lambda image, rng: rimless(image),
     "brightness +10 %": lambda image, rng: brighter(image, 1.1),
-    "brightness -10 %": lambda image, rng: brighter(image, .9),
-    "crop, resize, brightness, turn, JPEG": all_of_it}
+    "brightness -10 %": lambda image, rng: brighter(image, 0.9),
+    "crop, resize, brightness, turn, JPEG": all_of_it,
+}
 
 
 def made_fingerprints(path, n, seed):
@@ -104,19 +115,32 @@ def made_fingerprints(path, n, seed):
 def search(path):
     "In a process of its own: wall and processor seconds, extra memory, pairs, planted pairs found."
     prints = np.load(path, mmap_mode="r")
-    n, copies = len(prints), len(prints) // 100
-    ids, before = [f"{i:07d}" for i in range(n)], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    wall, cpu = time.perf_counter(), time.process_time()
+    n = len(prints)
+    copies = len(prints) // 100
+    ids = [f"{i:07d}" for i in range(n)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wall = time.perf_counter()
+    cpu = time.process_time()
     pairs = find_duplicates(ids, ids, prints)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    wall = time.perf_counter() - wall
+    cpu = time.process_time() - cpu
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     planted = (pairs.image_id_b.astype(int) - pairs.image_id_a.astype(int)) == n - copies
-    return dict(n=n, seconds=wall, processor=cpu, MB=memory, planted=copies, found=int(planted.sum()), false=int((~planted).sum()))
+    return dict(
+        n=n,
+        seconds=wall,
+        processor=cpu,
+        MB=memory,
+        planted=copies,
+        found=int(planted.sum()),
+        false=int((~planted).sum()),
+    )
 
 
 def all_pairs(path):
     "The baseline, in a process of its own: candidates from distances between all hashes; seconds."
-    prints, start = np.load(path, mmap_mode="r"), time.perf_counter()
+    prints = np.load(path, mmap_mode="r")
+    start = time.perf_counter()
     thumbs = duplicates.unpack_thumbnails(prints)
     codes = invariant_hash(thumbs)
     for s in range(0, len(codes), 1024):
@@ -128,28 +152,33 @@ def all_pairs(path):
 
 def in_cells(path):
     "What the baseline is compared with: hashes, cells and queries; seconds."
-    prints, start = np.load(path, mmap_mode="r"), time.perf_counter()
+    prints = np.load(path, mmap_mode="r")
+    start = time.perf_counter()
     index = duplicates._build_index(prints, np.arange(len(prints)))
     for s in range(0, len(prints), 1024):
         thumbs = index.thumbs(np.arange(s, min(s + 1024, len(prints))))
-        for k in range(len(duplicates._WINDOWS)): duplicates._nearest(index, invariant_hash(duplicates._window(thumbs, k)))
+        for k in range(len(duplicates._WINDOWS)):
+            duplicates._nearest(index, invariant_hash(duplicates._window(thumbs, k)))
     return time.perf_counter() - start
 
 
 def apart(work, path):
     "The result of `work(path)` from a fresh process."
-    with multiprocessing.get_context("spawn").Pool(1) as pool: return pool.apply(work, (path,))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, (path,))
 
 
 def growth(folder, sizes, seed):
     "Print the table of sizes and the fitted exponent."
     rows = []
     for n in sizes:
-        path, start = str(folder / f"{n}.npy"), time.perf_counter()
+        path = str(folder / f"{n}.npy")
+        start = time.perf_counter()
         made_fingerprints(path, n, seed)
         row = apart(search, path) | {"making": time.perf_counter() - start}
         row["making"] -= row["seconds"]
-        if n <= 10_000: row |= {"cells": apart(in_cells, path), "all pairs": apart(all_pairs, path)}
+        if n <= 10_000:
+            row |= {"cells": apart(in_cells, path), "all pairs": apart(all_pairs, path)}
         rows.append(row)
         print(f"  {n} done", flush=True)
     table = pd.DataFrame(rows)
@@ -165,8 +194,13 @@ def recall(lesions, copies, others, seed):
     "Print recall of each kind of copy and the false pairs, over `lesions` drawn ones among made pictures."
     codes = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
     images = [synthesise(codes[i % 7], np.random.default_rng([seed, i]), (150, 200)).image for i in range(lesions)]
-    base = np.stack([fingerprint(x) for x in images] + [fingerprint(made_picture(np.random.default_rng([seed, 1, i]))) for i in range(others)])
-    names, rows, rng = [f"{i:07d}" for i in range(len(base))], [], np.random.default_rng(seed)
+    base = np.stack(
+        [fingerprint(x) for x in images]
+        + [fingerprint(made_picture(np.random.default_rng([seed, 1, i]))) for i in range(others)]
+    )
+    names = [f"{i:07d}" for i in range(len(base))]
+    rows = []
+    rng = np.random.default_rng(seed)
     for kind, change in COPIES.items():
         some = rng.choice(lesions, min(copies, lesions), replace=False)
         made = np.stack([fingerprint(change(images[i], rng)) for i in some])
@@ -175,13 +209,27 @@ def recall(lesions, copies, others, seed):
         true = pairs.image_id_b == pairs.image_id_a + " copy"
         turned = pairs.orientation[true] == kind if kind in ORIENTATIONS else None
         low, high = wilson_interval(true.sum() / len(some), len(some))
-        rows.append(dict(copy=kind, planted=len(some), found=int(true.sum()), recall=true.sum() / len(some), low=low, high=high,
-                         oriented="" if turned is None else f"{turned.mean():.3f}", false=int((~true).sum())))
+        rows.append(
+            dict(
+                copy=kind,
+                planted=len(some),
+                found=int(true.sum()),
+                recall=true.sum() / len(some),
+                low=low,
+                high=high,
+                oriented="" if turned is None else f"{turned.mean():.3f}",
+                false=int((~true).sum()),
+            )
+        )
     table = pd.DataFrame(rows)
     print(table.round(3).to_string(index=False))
-    wrong, reported = table.false.sum(), table.false.sum() + table.found.sum()
+    wrong = table.false.sum()
+    reported = table.false.sum() + table.found.sum()
     low, high = wilson_interval(wrong / reported, reported)
-    print(f"false pairs: {wrong} of {reported} reported, {wrong / reported:.2%} ({low:.2%} to {high:.2%}); lowest recall {table.recall.min():.3f}")
+    print(
+        f"false pairs: {wrong} of {reported} reported, {wrong / reported:.2%} ({low:.2%} to "
+        f"{high:.2%}); lowest recall {table.recall.min():.3f}"
+    )
 
 
 def main():
@@ -194,8 +242,10 @@ def main():
     args = parser.parse_args()
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; seed {args.seed}")
     if args.sizes:
-        with tempfile.TemporaryDirectory(prefix="duplicates.") as folder: growth(Path(folder), args.sizes, args.seed)
-    if args.lesions: recall(args.lesions, args.copies, args.others, args.seed)
+        with tempfile.TemporaryDirectory(prefix="duplicates.") as folder:
+            growth(Path(folder), args.sizes, args.seed)
+    if args.lesions:
+        recall(args.lesions, args.copies, args.others, args.seed)
     print(f"load {os.getloadavg()[0]:.1f}")
 
 

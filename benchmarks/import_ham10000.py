@@ -24,7 +24,8 @@ def plain(archives, out):
     for path in archives:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                if entry.is_dir(): continue
+                if entry.is_dir():
+                    continue
                 data = archive.read(entry)
                 Image.open(io.BytesIO(data)).load()
                 (out/Path(entry.filename).name).write_bytes(data)
@@ -33,29 +34,46 @@ def plain(archives, out):
 
 def timed(work):
     "Seconds of wall clock and of processor time, and what the work gave."
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    cpu = time.process_time()
     result = work()
     return time.perf_counter() - wall, time.process_time() - cpu, result
 
 def main():
     named = sys.argv[1] if len(sys.argv) > 1 else os.environ.get('HAM10000')
     folder = Path(named) if named else repo_root().parent/'shared'/'data'/'ham10000'
-    remedy = f"{folder}: no such folder; name the one that holds HAM10000's archives and table: python benchmarks/import_ham10000.py FOLDER"
+    remedy = (
+        f"{folder}: no such folder; name the one that holds HAM10000's archives and table: python "
+        "benchmarks/import_ham10000.py FOLDER"
+    )
     if folder.is_dir():
-        with tempfile.TemporaryDirectory(prefix='import_ham10000.') as scratch: compare(folder, Path(scratch))
-    elif named: sys.exit(remedy)
-    else: print(f"skipped: {remedy}")
+        with tempfile.TemporaryDirectory(prefix='import_ham10000.') as scratch:
+            compare(folder, Path(scratch))
+    elif named:
+        sys.exit(remedy)
+    else:
+        print(f"skipped: {remedy}")
 
 def compare(folder, scratch):
     "Both ways, one after the other, and the ratio."
     (scratch/'plain').mkdir()
     base, base_cpu, files = timed(lambda: plain(sorted(folder.glob('*.zip')), scratch/'plain'))
     wall, cpu, report = timed(lambda: import_ham10000(folder, scratch/'data'))
-    print(f"plain unzip + Pillow decode + write: {base:.1f} s wall, {base_cpu:.1f} s processor, {files} files, {files / base:.0f} files/s")
+    print(
+        f"plain unzip + Pillow decode + write: {base:.1f} s wall, {base_cpu:.1f} s processor, {files} "
+        f"files, {files / base:.0f} files/s"
+    )
     done = report.n_images + report.n_masks
-    print(f"import_ham10000:                     {wall:.1f} s wall, {cpu:.1f} s processor, {report.n_images} images and {report.n_masks} masks, "
-          f"{report.n_images / wall:.0f} images/s, {done / wall:.0f} files/s")
-    print(f"ratio import / plain: {wall / base:.2f} wall, {cpu / base_cpu:.2f} processor; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; "
-          f"target 60 s: {'met' if wall <= 60 else 'missed'}")
+    print(
+        f"import_ham10000:                     {wall:.1f} s wall, {cpu:.1f} s processor, "
+        f"{report.n_images} images and {report.n_masks} masks, "
+        f"{report.n_images / wall:.0f} images/s, {done / wall:.0f} files/s"
+    )
+    print(
+        f"ratio import / plain: {wall / base:.2f} wall, {cpu / base_cpu:.2f} processor; load "
+        f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; "
+        f"target 60 s: {'met' if wall <= 60 else 'missed'}"
+    )
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -42,23 +42,29 @@ METRICS = ('auroc_macro', 'balanced_accuracy', 'accuracy')
 class MemoryStore:
     "What `LesionDataset` asks of a store, from an array."
     def __init__(self, ids, pixels):
-        self.rows, self.pixels, self.size = {i: k for k, i in enumerate(ids)}, pixels, pixels.shape[1]
+        self.rows = {i: k for k, i in enumerate(ids)}
+        self.pixels = pixels
+        self.size = pixels.shape[1]
         self.ids = list(ids)
 
-    def position(self, image_id): return self.rows[image_id]
-    def image(self, image_id): return self.pixels[self.rows[image_id]]
+    def position(self, image_id):
+        return self.rows[image_id]
+    def image(self, image_id):
+        return self.pixels[self.rows[image_id]]
 
 
 def load(dataset, size):
     "All images of a dataset as (N,size,size,3) uint8."
     pixels = np.empty((len(dataset), size, size, 3), np.uint8)
-    for k, image_id in enumerate(dataset.table.image_id): pixels[k] = resize_image(read_image(dataset.image_path(image_id)), size)
+    for k, image_id in enumerate(dataset.table.image_id):
+        pixels[k] = resize_image(read_image(dataset.image_path(image_id)), size)
     return pixels
 
 
 def frozen_features(pixels, weights):
     "Pooled features of the pretrained network, standardised to length 1: (N,F) float32."
-    model, found = create_model(BACKBONE, 7, pretrained=weights).to(memory_format=torch.channels_last), []
+    model = create_model(BACKBONE, 7, pretrained=weights).to(memory_format=torch.channels_last)
+    found = []
     with evaluating(model), torch.inference_mode():
         for k in range(0, len(pixels), 64):
             images = normalise(pixels[k:k + 64]).to(memory_format=torch.channels_last)
@@ -81,7 +87,8 @@ def nearest(features, targets, train, test, seed):
 
 def logistic(features, targets, train, test, seed):
     "Multinomial logistic regression, classes weighed equally."
-    centre, scale = features[train].mean(0), features[train].std(0) + 1e-6
+    centre = features[train].mean(0)
+    scale = features[train].std(0) + 1e-6
     model = LogisticRegression(C=.001, class_weight='balanced', max_iter=1000)
     model.fit((features[train] - centre) / scale, targets[train])
     return model.predict_proba((features[test] - centre) / scale)
@@ -90,16 +97,29 @@ def logistic(features, targets, train, test, seed):
 class FineTune:
     "The network trained end to end; the validation images, of which neither split changes any, choose the epoch."
     def __init__(self, dataset, pixels, weights, epochs, augment):
-        self.table, self.labels, self.weights, self.epochs, self.augment = dataset.table, dataset.label_set, weights, epochs, augment
+        self.table = dataset.table
+        self.labels = dataset.label_set
+        self.weights = weights
+        self.epochs = epochs
+        self.augment = augment
         self.store = MemoryStore(dataset.table.image_id, pixels)
 
     def __call__(self, _, targets, train, test, seed, valid):
         from skinlesion.data.datasets import LesionDataset  # wanted by nothing else here, and slow to import
         from skinlesion.model.training import TrainConfig, fit
         config = TrainConfig(epochs=self.epochs, batch_size=32, learning_rate=5e-4, patience=self.epochs, seed=seed)
-        data = lambda rows, augment=None: LesionDataset(self.store, self.table[rows], self.labels, augment=augment, seed=seed)
-        model = create_model(BACKBONE, self.labels.num_classes, pretrained=self.weights, seed=seed).to(memory_format=torch.channels_last)
-        result = fit(model, data(train, self.augment), data(valid), config, progress=lambda line: print(f'    {line}', flush=True))
+        def data(rows, augment=None):
+            return LesionDataset(self.store, self.table[rows], self.labels, augment=augment, seed=seed)
+        model = create_model(BACKBONE, self.labels.num_classes, pretrained=self.weights, seed=seed).to(
+            memory_format=torch.channels_last
+        )
+        result = fit(
+            model,
+            data(train, self.augment),
+            data(valid),
+            config,
+            progress=lambda line: print(f'    {line}', flush=True),
+        )
         return predict_probs(result.model, self.store.pixels[test])
 
 
@@ -109,15 +129,24 @@ def run(models, table, targets, features, seeds, share):
     for seed in range(seeds):
         split = split_groups(table, fractions=(.6, .1, .3), seed=seed)
         leak = inject_leak(table, split, share=share, seed=seed)
-        test, valid = (leak.clean == 'test').to_numpy(), (leak.clean == 'valid').to_numpy()
+        test = (leak.clean == 'test').to_numpy()
+        valid = (leak.clean == 'valid').to_numpy()
         for name, model in models.items():
-            start, extra = time.perf_counter(), dict(valid=valid) if isinstance(model, FineTune) else {}
-            probs = {kind: model(features, targets, (leak[kind] == 'train').to_numpy(), test, seed, **extra) for kind in ('clean', 'leaked')}
+            start = time.perf_counter()
+            extra = dict(valid=valid) if isinstance(model, FineTune) else {}
+            probs = {
+                kind: model(features, targets, (leak[kind] == 'train').to_numpy(), test, seed, **extra)
+                for kind in ('clean', 'leaked')
+            }
             found[name].append(dict(probs, test=np.flatnonzero(test), sibling=leak.sibling.to_numpy()[test]))
             area = {kind: weighted_metrics(targets[test], probs[kind])['auroc_macro'][0] for kind in probs}
-            print(f"  seed {seed}, {name}: {(leak.clean == 'train').sum()} training, {test.sum()} test images, "
-                  f"{leak.sibling.sum()} of them with a twin in leaked training; AUROC clean {area['clean']:.4f}, leaked {area['leaked']:.4f}; "
-                  f"{time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"  seed {seed}, {name}: {(leak.clean == 'train').sum()} training, {test.sum()} test images, "
+                f"{leak.sibling.sum()} of them with a twin in leaked training; AUROC clean "
+                f"{area['clean']:.4f}, leaked {area['leaked']:.4f}; "
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     return found
 
 
@@ -128,11 +157,13 @@ def summary(runs, table, targets, weights, part):
         keep = part(r)
         rows = r['test'][keep]
         for kind in ('clean', 'leaked'):
-            point, spread = weighted_metrics(targets[rows], r[kind][keep]), weighted_metrics(targets[rows], r[kind][keep], weights[:, rows])
+            point = weighted_metrics(targets[rows], r[kind][keep])
+            spread = weighted_metrics(targets[rows], r[kind][keep], weights[:, rows])
             for m in METRICS:
                 values[m][kind].append(point[m][0])
                 samples[m][kind].append(spread[m])
-    n, lesions = sum(part(r).sum() for r in runs), table.lesion_id.iloc[np.concatenate([r['test'][part(r)] for r in runs])].nunique()
+    n = sum(part(r).sum() for r in runs)
+    lesions = table.lesion_id.iloc[np.concatenate([r['test'][part(r)] for r in runs])].nunique()
     out = []
     for m in METRICS:
         value, sample = ({kind: np.mean(v[m][kind], 0) for kind in ('clean', 'leaked')} for v in (values, samples))
@@ -157,36 +188,49 @@ def main():
     parser.add_argument('--augment', default='light')
     args = parser.parse_args()
     for path in (args.folder, args.weights):
-        if path.exists(): continue
+        if path.exists():
+            continue
         remedy = f'{path}: not there; python benchmarks/leak.py FOLDER --weights FILE'
-        if shared in path.parents: return print(f'skipped: {remedy}')
+        if shared in path.parents:
+            return print(f'skipped: {remedy}')
         sys.exit(remedy)
     with tempfile.TemporaryDirectory(prefix='leak.') as scratch:
-        if not (args.folder / 'dataset.json').is_file(): import_ham10000(args.folder, Path(scratch) / 'data')
+        if not (args.folder / 'dataset.json').is_file():
+            import_ham10000(args.folder, Path(scratch) / 'data')
         measure(args, args.folder if (args.folder / 'dataset.json').is_file() else Path(scratch) / 'data')
 
 
 def measure(args, folder):
     "All pairs of one folder."
     dataset = read_dataset(folder)
-    table, codes = dataset.table, dataset.label_set.codes
-    targets, start = np.array([codes.index(c) for c in table.diagnosis]), time.perf_counter()
+    table = dataset.table
+    codes = dataset.label_set.codes
+    targets = np.array([codes.index(c) for c in table.diagnosis])
+    start = time.perf_counter()
     pixels = load(dataset, args.size)
     print(f"{dataset.info.name}: {len(table)} images of {table.lesion_id.nunique()} lesions at {args.size} px, "
           f"read in {time.perf_counter() - start:.0f} s", flush=True)
-    if args.fine_tune: models, features = {f'{BACKBONE}, fine-tuned': FineTune(dataset, pixels, args.weights, args.epochs, args.augment)}, None
+    if args.fine_tune:
+        models = {f'{BACKBONE}, fine-tuned': FineTune(dataset, pixels, args.weights, args.epochs, args.augment)}
+        features = None
     else:
-        start, models = time.perf_counter(), {'nearest image, frozen features': nearest, 'logistic regression, frozen features': logistic}
+        start = time.perf_counter()
+        models = {'nearest image, frozen features': nearest, 'logistic regression, frozen features': logistic}
         features = frozen_features(pixels, args.weights)
         print(f"features {features.shape} in {time.perf_counter() - start:.0f} s")
-    found, weights = run(models, table, targets, features, args.seeds, args.share), lesion_weights(table.lesion_id.to_numpy(), 1000, seed=0)
+    found = run(models, table, targets, features, args.seeds, args.share)
+    weights = lesion_weights(table.lesion_id.to_numpy(), 1000, seed=0)
     pd.set_option('display.width', 200, 'display.max_columns', 20)
-    parts = {'all test images': lambda r: np.ones(len(r['test']), bool), 'test images with a twin in leaked training': lambda r: r['sibling'],
-             'the other test images': lambda r: ~r['sibling']}
+    parts = {
+        'all test images': lambda r: np.ones(len(r['test']), bool),
+        'test images with a twin in leaked training': lambda r: r['sibling'],
+        'the other test images': lambda r: ~r['sibling'],
+    }
     for name, runs in found.items():
         for what, part in parts.items():
             print(f'\n{name}; {what} ({args.seeds} seeds; n counts an image once per seed)')
             print(summary(runs, table, targets, weights, part).to_string(index=False))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

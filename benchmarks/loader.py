@@ -40,8 +40,12 @@ def made_up(folder, n, size):
     for k in range(64):
         noise = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
         save_png(cv2.GaussianBlur(noise, (0, 0), size / 20), folder / f'{k}.png')
-    table = pd.DataFrame(dict(image_id=[f'img{i}' for i in range(n)], diagnosis=['mel', 'nv'] * (n // 2) + ['mel'] * (n % 2)))
-    dataset = SimpleNamespace(table=table, image_path=lambda i: folder / f'{int(i[3:]) % 64}.png', mask_path=lambda i: None)
+    table = pd.DataFrame(
+        dict(image_id=[f'img{i}' for i in range(n)], diagnosis=['mel', 'nv'] * (n // 2) + ['mel'] * (n % 2))
+    )
+    dataset = SimpleNamespace(
+        table=table, image_path=lambda i: folder / f'{int(i[3:]) % 64}.png', mask_path=lambda i: None
+    )
     return build_store(dataset, folder / 'store', size), table
 
 
@@ -49,7 +53,9 @@ def from_memory(pixels, ids, augment, batch_size, epoch):
     """Batches of the same views, from a list of arrays."""
     order = np.random.default_rng(epoch).permutation(len(ids)).tolist()
     for start in range(0, len(ids), batch_size):
-        views = [augment_image(augment, pixels[i], view_seed(0, epoch, ids[i])) for i in order[start:start + batch_size]]
+        views = [
+            augment_image(augment, pixels[i], view_seed(0, epoch, ids[i])) for i in order[start : start + batch_size]
+        ]
         yield normalise(np.stack(views)).contiguous(memory_format=torch.channels_last)
 
 
@@ -78,19 +84,29 @@ def rate(n, work, clock=time.perf_counter):
 def measure(args, folder):
     """Rates of each way, by round."""
     store, table = made_up(folder, args.images, args.size)
-    ids, pixels = store.ids, [store.image(i) for i in store.ids]
+    ids = store.ids
+    pixels = [store.image(i) for i in store.ids]
     augment = make_augment(args.policy, args.size, args.artefacts)
     dataset, plain = (LesionDataset(store, table, get_label_set('ham10000'), augment=a) for a in (augment, None))
-    train, few = trainer(args), args.batch_size * 8
+    train = trainer(args)
+    few = args.batch_size * 8
     train(few)
-    walk = lambda batches: [None for _ in batches]
+    def walk(batches):
+        return [None for _ in batches]
     for epoch in range(args.rounds):
-        load = lambda data, workers: lambda: walk(make_loader(data, args.batch_size, epoch, shuffle=True, workers=workers))
-        memory = lambda: walk(from_memory(pixels, ids, augment, args.batch_size, epoch))
-        yield {'memory': rate(args.images, memory), 'memory, processor': rate(args.images, memory, time.process_time),
-               'make_loader, processor': rate(args.images, load(dataset, 0), time.process_time),
-               'make_loader': rate(args.images, load(dataset, 0)), 'training': rate(few, lambda: train(few)),
-               'make_loader, 2 workers': rate(args.images, load(dataset, 2)), 'make_loader, no policy': rate(args.images, load(plain, 0))}
+        def load(data, workers):
+            return lambda: walk(make_loader(data, args.batch_size, epoch, shuffle=True, workers=workers))
+        def memory():
+            return walk(from_memory(pixels, ids, augment, args.batch_size, epoch))
+        yield {
+            'memory': rate(args.images, memory),
+            'memory, processor': rate(args.images, memory, time.process_time),
+            'make_loader, processor': rate(args.images, load(dataset, 0), time.process_time),
+            'make_loader': rate(args.images, load(dataset, 0)),
+            'training': rate(few, lambda: train(few)),
+            'make_loader, 2 workers': rate(args.images, load(dataset, 2)),
+            'make_loader, no policy': rate(args.images, load(plain, 0)),
+        }
 
 
 def main():
@@ -103,21 +119,49 @@ def main():
     args = parser.parse_args()
     cv2.setNumThreads(1)
     load = os.getloadavg()[0]
-    if load > 1: print(f'warning: the load is {load:.1f} before the benchmark starts; other work makes the ratios unreliable')
-    with tempfile.TemporaryDirectory() as folder: rounds = list(measure(args, Path(folder)))
-    ratio = lambda a, b: statistics.median(r[a] / r[b] for r in rounds)
-    rows = [(name, statistics.median(r[name] for r in rounds), ratio(name, 'memory'), ratio(name, 'training')) for name in rounds[0]]
-    result = pd.DataFrame(rows, columns=['what', 'images/s', 'x memory', 'x training']).round({'images/s': 0, 'x memory': 3, 'x training': 2})
-    print(f"{args.images} images of {args.size}x{args.size}, policy {' + '.join([args.policy, *args.artefacts])}, batches of {args.batch_size}, "
-          f"{torch.get_num_threads()} threads, median of {args.rounds} rounds")
+    if load > 1:
+        print(f'warning: the load is {load:.1f} before the benchmark starts; other work makes the ratios unreliable')
+    with tempfile.TemporaryDirectory() as folder:
+        rounds = list(measure(args, Path(folder)))
+    def ratio(a, b):
+        return statistics.median(r[a] / r[b] for r in rounds)
+    rows = [
+        (name, statistics.median(r[name] for r in rounds), ratio(name, 'memory'), ratio(name, 'training'))
+        for name in rounds[0]
+    ]
+    result = pd.DataFrame(rows, columns=['what', 'images/s', 'x memory', 'x training']).round(
+        {'images/s': 0, 'x memory': 3, 'x training': 2}
+    )
+    print(
+        f"{args.images} images of {args.size}x{args.size}, policy "
+        f"{' + '.join([args.policy, *args.artefacts])}, batches of {args.batch_size}, "
+        f"{torch.get_num_threads()} threads, median of {args.rounds} rounds"
+    )
     print(result.to_string(index=False))
-    wall, spent = ratio('make_loader', 'memory'), ratio('make_loader, processor', 'memory, processor')
+    wall = ratio('make_loader', 'memory')
+    spent = ratio('make_loader, processor', 'memory, processor')
     training = ratio('make_loader', 'training')
     spread = sorted(r['make_loader'] / r['memory'] for r in rounds)
-    print(json.dumps({'benchmark': 'loader', 'x_memory': round(wall, 3), 'x_memory_range': [round(spread[0], 3), round(spread[-1], 3)],
-                      'target_x_memory': .9, 'x_training': round(training, 2), 'target_x_training': 3, 'rounds': args.rounds,
-                      'met': wall >= .9 and training >= 3, 'x_memory_processor': round(spent, 3),
-                      'quiet': load <= 1, 'cores': os.cpu_count(), 'load_before': round(load, 1), 'load_after': round(os.getloadavg()[0], 1)}))
+    print(
+        json.dumps(
+            {
+                'benchmark': 'loader',
+                'x_memory': round(wall, 3),
+                'x_memory_range': [round(spread[0], 3), round(spread[-1], 3)],
+                'target_x_memory': 0.9,
+                'x_training': round(training, 2),
+                'target_x_training': 3,
+                'rounds': args.rounds,
+                'met': wall >= 0.9 and training >= 3,
+                'x_memory_processor': round(spent, 3),
+                'quiet': load <= 1,
+                'cores': os.cpu_count(),
+                'load_before': round(load, 1),
+                'load_after': round(os.getloadavg()[0], 1),
+            }
+        )
+    )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

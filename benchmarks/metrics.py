@@ -43,8 +43,12 @@ def score(n, resamples):
     targets, probs, lesions = table(n)
     ids = [f"i{i:07d}" for i in range(n)]
     predictions = pd.DataFrame(probs, columns=probability_columns(HAM)).assign(image_id=ids)
-    labels = pd.DataFrame(dict(image_id=ids, diagnosis=np.array(HAM.codes)[targets], lesion_id=[f"l{i}" for i in lesions]))
-    before, start, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter(), time.process_time()
+    labels = pd.DataFrame(
+        dict(image_id=ids, diagnosis=np.array(HAM.codes)[targets], lesion_id=[f"l{i}" for i in lesions])
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    cpu = time.process_time()
     card = scorecard(predictions, labels, HAM, n_resamples=resamples)
     return dict(seconds=time.perf_counter() - start, cpu=time.process_time() - cpu, leaves=len(list(leaves(card))),
                 peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, before=before / 1024)
@@ -52,26 +56,44 @@ def score(n, resamples):
 
 def leaves(card):
     "Every leaf of a card."
-    if "value" in card: yield card
+    if "value" in card:
+        yield card
     else:
-        for child in card.values(): yield from leaves(child)
+        for child in card.values():
+            yield from leaves(child)
 
 
 def by_sklearn(targets, probs):
     "Every metric of the scorecard that scikit-learn has, no call twice."
     from sklearn import metrics as sk
-    call, hot, malignant, suspicion = probs.argmax(1), np.eye(7)[targets], MALIGNANT[targets], probs[:, MALIGNANT].sum(1).clip(max=1)
+    call = probs.argmax(1)
+    hot = np.eye(7)[targets]
+    malignant = MALIGNANT[targets]
+    suspicion = probs[:, MALIGNANT].sum(1).clip(max=1)
     flagged = suspicion >= .5
-    whole = (sk.accuracy_score(targets, call), sk.balanced_accuracy_score(targets, call), sk.top_k_accuracy_score(targets, probs, k=2),
-             sk.matthews_corrcoef(targets, call), sk.cohen_kappa_score(targets, call), sk.log_loss(targets, probs),
-             sk.brier_score_loss(targets, probs))
+    whole = (
+        sk.accuracy_score(targets, call),
+        sk.balanced_accuracy_score(targets, call),
+        sk.top_k_accuracy_score(targets, probs, k=2),
+        sk.matthews_corrcoef(targets, call),
+        sk.cohen_kappa_score(targets, call),
+        sk.log_loss(targets, probs),
+        sk.brier_score_loss(targets, probs),
+    )
     classes = (sk.roc_auc_score(hot, probs, average=None), sk.average_precision_score(hot, probs, average=None),
                sk.precision_recall_fscore_support(targets, call), sk.multilabel_confusion_matrix(targets, call),
                [sk.brier_score_loss(targets == c, probs[:, c]) for c in range(7)])
-    binary = (sk.roc_auc_score(malignant, suspicion), sk.average_precision_score(malignant, suspicion), sk.roc_curve(malignant, suspicion),
-              sk.roc_auc_score(~malignant, -suspicion, max_fpr=.2), sk.brier_score_loss(malignant, suspicion), sk.log_loss(malignant, suspicion),
-              sk.precision_recall_fscore_support(malignant, flagged), sk.matthews_corrcoef(malignant, flagged),
-              sk.confusion_matrix(malignant, flagged))
+    binary = (
+        sk.roc_auc_score(malignant, suspicion),
+        sk.average_precision_score(malignant, suspicion),
+        sk.roc_curve(malignant, suspicion),
+        sk.roc_auc_score(~malignant, -suspicion, max_fpr=0.2),
+        sk.brier_score_loss(malignant, suspicion),
+        sk.log_loss(malignant, suspicion),
+        sk.precision_recall_fscore_support(malignant, flagged),
+        sk.matthews_corrcoef(malignant, flagged),
+        sk.confusion_matrix(malignant, flagged),
+    )
     return whole, classes, binary
 
 
@@ -80,15 +102,22 @@ def loop(n, resamples, timed):
     from skinlesion.evaluate.intervals import lesion_weights
     targets, probs, lesions = table(n)
     for k, weight in enumerate(lesion_weights(lesions, timed + 1)):
-        if k == 1: start, cpu = time.perf_counter(), time.process_time()  # the first call imports and compiles
+        if k == 1:
+            # the first call imports and compiles
+            start = time.perf_counter()
+            cpu = time.process_time()
         rows = np.repeat(np.arange(n), weight)
         by_sklearn(targets[rows], probs[rows])
-    return dict(seconds=(time.perf_counter() - start) * resamples / timed, cpu=(time.process_time() - cpu) * resamples / timed)
+    return dict(
+        seconds=(time.perf_counter() - start) * resamples / timed, cpu=(time.process_time() - cpu) * resamples / timed
+    )
 
 
 def apart(*args):
     "The result of a part of this script in a process of its own."
-    done = subprocess.run([sys.executable, __file__, "--part", *map(str, args)], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--part", *map(str, args)], stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -103,18 +132,26 @@ def main():
     if args.part:
         warnings.simplefilter("ignore")
         return print(json.dumps({"score": score, "loop": loop}[args.part[0]](*map(int, args.part[1:]))))
-    ours, theirs = apart("score", args.images, args.resamples), apart("loop", args.images, args.resamples, args.timed)
-    ratio, verdict = theirs["seconds"] / ours["seconds"], lambda met: "met" if met else "MISSED"
-    taken = lambda part: f"{part['seconds']:.2f} s, {part['cpu']:.2f} s processor"
-    memory = lambda part: f"peak {part['peak']:.0f} MiB, {part['before']:.0f} before it began"
+    ours = apart("score", args.images, args.resamples)
+    theirs = apart("loop", args.images, args.resamples, args.timed)
+    ratio = theirs["seconds"] / ours["seconds"]
+    verdict = lambda met: "met" if met else "MISSED"
+    def taken(part):
+        return f"{part['seconds']:.2f} s, {part['cpu']:.2f} s processor"
+    def memory(part):
+        return f"peak {part['peak']:.0f} MiB, {part['before']:.0f} before it began"
     print(f"scorecard, {args.images} x 7, {args.resamples} lesion resamples, {ours['leaves']} leaves: {taken(ours)} "
           f"(15 s: {verdict(ours['seconds'] <= 15)}); {memory(ours)} (1 GiB: {verdict(ours['peak'] <= 1024)})")
     print(f"scikit-learn, one call for each metric: {taken(theirs)}, scaled up from {args.timed} resamples")
     print(f"ratio {ratio:.0f}, {theirs['cpu'] / ours['cpu']:.0f} processor (50: {verdict(ratio >= 50)})")
     if args.many:
         many = apart("score", args.many, 0)
-        print(f"scorecard, {args.many} x 7 without intervals: {taken(many)} (10 s: {verdict(many['seconds'] <= 10)}); {memory(many)}")
+        print(
+            f"scorecard, {args.many} x 7 without intervals: {taken(many)} (10 s: "
+            f"{verdict(many['seconds'] <= 10)}); {memory(many)}"
+        )
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

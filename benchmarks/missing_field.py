@@ -40,8 +40,10 @@ class Head(nn.Module):
     "The part of a `concat` model that is trained."
     def __init__(self, encoder, features, num_classes, rate):
         super().__init__()
-        self.forget, self.branch = MetadataDropout(encoder.groups(), encoder.dim, rate), metadata_mlp(encoder.dim)
-        self.drop, self.head = nn.Dropout(.2), nn.Linear(features + METADATA_WIDTHS[-1], num_classes)
+        self.forget = MetadataDropout(encoder.groups(), encoder.dim, rate)
+        self.branch = metadata_mlp(encoder.dim)
+        self.drop = nn.Dropout(.2)
+        self.head = nn.Linear(features + METADATA_WIDTHS[-1], num_classes)
 
     def forward(self, features, metadata):
         return self.head(self.drop(torch.cat([features, self.branch(self.forget(metadata))], 1)))
@@ -49,10 +51,13 @@ class Head(nn.Module):
 
 def pooled_features(store, ids, weights):
     "What the standing network sees in each image: (N,F) float32."
-    model, found = create_model(BACKBONE, 7, pretrained=weights).to(memory_format=torch.channels_last), []
+    model = create_model(BACKBONE, 7, pretrained=weights).to(memory_format=torch.channels_last)
+    found = []
     with evaluating(model), torch.inference_mode():
         for k in range(0, len(ids), 64):
-            spatial = model.forward_features(normalise(np.stack([store.image(i) for i in ids[k:k + 64]]), channels_last=True))
+            spatial = model.forward_features(
+                normalise(np.stack([store.image(i) for i in ids[k : k + 64]]), channels_last=True)
+            )
             found.append(model.backbone.forward_head(spatial, pre_logits=True))
     return torch.cat(found)
 
@@ -60,10 +65,12 @@ def pooled_features(store, ids, weights):
 def train(head, features, metadata, targets, epochs, seed):
     "AdamW, cross entropy, class weights by the root of the frequency."
     loss = create_loss('cross_entropy', weights=class_weights(targets, head.head.out_features, .5))
-    optimizer, generator = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=.05), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=.05)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for rows in torch.randperm(len(targets), generator=generator).split(64):
-            if len(rows) < 2: continue
+            if len(rows) < 2:
+                continue
             optimizer.zero_grad()
             loss(head(features[rows], metadata[rows]), targets[rows]).backward()
             optimizer.step()
@@ -72,8 +79,12 @@ def train(head, features, metadata, targets, epochs, seed):
 
 def answers(args, parts, features, encoder, label_set):
     "Probabilities of the validation images: (rate, hidden) -> one array a seed."
-    encode = lambda table: torch.from_numpy(encoder.encode(table))
-    hidden = {name: encode(parts['valid'].assign(**{f: np.nan if f == 'age' else '' for f in fields})) for name, fields in HIDDEN.items()}
+    def encode(table):
+        return torch.from_numpy(encoder.encode(table))
+    hidden = {
+        name: encode(parts['valid'].assign(**{f: np.nan if f == 'age' else '' for f in fields}))
+        for name, fields in HIDDEN.items()
+    }
     targets = torch.tensor(parts['train'].diagnosis.map(label_set.index).to_numpy())
     found = {(rate, name): [] for rate in args.rates for name in HIDDEN}
     for seed in range(args.seeds):
@@ -82,7 +93,8 @@ def answers(args, parts, features, encoder, label_set):
             head = Head(encoder, features['train'].shape[1], label_set.num_classes, rate)
             train(head, features['train'], encode(parts['train']), targets, args.epochs, seed)
             with torch.inference_mode():
-                for name, metadata in hidden.items(): found[rate, name].append(F.softmax(head(features['valid'], metadata).double(), 1).numpy())
+                for name, metadata in hidden.items():
+                    found[rate, name].append(F.softmax(head(features['valid'], metadata).double(), 1).numpy())
     return found
 
 
@@ -90,8 +102,12 @@ def rows_of(found, table, label_set):
     "For each rate and each hidden field the mean over the seeds and what it is less than with all fields known."
     targets = table.diagnosis.map(label_set.index).to_numpy()
     weights = np.concatenate([np.ones((1, len(table)), np.int16), lesion_weights(table.lesion_id.to_numpy(), 1000, 0)])
-    mean = {key: {m: np.mean([weighted_metrics(targets, p, weights)[m] for p in probs], 0) for m in METRICS} for key, probs in found.items()}
-    leaf = lambda v: format_leaf(interval_leaf(v[0], v[1:], n=len(table), n_lesions=table.lesion_id.nunique()), 3)
+    mean = {
+        key: {m: np.mean([weighted_metrics(targets, p, weights)[m] for p in probs], 0) for m in METRICS}
+        for key, probs in found.items()
+    }
+    def leaf(v):
+        return format_leaf(interval_leaf(v[0], v[1:], n=len(table), n_lesions=table.lesion_id.nunique()), 3)
     for (rate, name), values in mean.items():
         yield dict(rate=rate, unknown=name, **{m: leaf(values[m]) for m in METRICS},
                    **{f'{m} lost': '' if name == 'none' else leaf(mean[rate, 'none'][m] - values[m]) for m in METRICS})
@@ -102,24 +118,34 @@ def main():
     weights = repo_root().parent/'shared'/'data'/'weights'/'mobilenetv2_100_imagenet.safetensors'
     parser.add_argument('prepared', nargs='?', type=Path, default=repo_root()/'artifacts'/'prepared')
     parser.add_argument('--weights', type=Path, default=weights)
-    for name, default in dict(seeds=5, epochs=25).items(): parser.add_argument(f'--{name}', type=int, default=default)
+    for name, default in dict(seeds=5, epochs=25).items():
+        parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--rates', type=float, nargs='+', default=[0., .1, .3, .5])
     args = parser.parse_args()
     absent = [path for path in (args.prepared, args.weights) if not path.exists()]
     if absent:
         print(f'{absent[0]} is absent: nothing is measured')
         return
-    store, label_set = ImageStore(args.prepared/'store'), LabelSet.from_dict(read_json(args.prepared/'labels.json'))
+    store = ImageStore(args.prepared/'store')
+    label_set = LabelSet.from_dict(read_json(args.prepared/'labels.json'))
     encoder = MetadataEncoder.from_dict(read_json(args.prepared/'encoder.json'))
     parts = {part: read_splits(args.prepared/'splits.csv', part) for part in ('train', 'valid')}
-    features = {part: pooled_features(store, table.image_id.tolist(), str(args.weights)) for part, table in parts.items()}
-    centre, scale = features['train'].mean(0), features['train'].std(0) + 1e-6
+    features = {
+        part: pooled_features(store, table.image_id.tolist(), str(args.weights)) for part, table in parts.items()
+    }
+    centre = features['train'].mean(0)
+    scale = features['train'].std(0) + 1e-6
     features = {part: (values - centre) / scale for part, values in features.items()}
     found = answers(args, parts, features, encoder, label_set)
     table = pd.DataFrame(rows_of(found, parts['valid'], label_set))
-    train_rows, valid_rows = parts['train'], parts['valid']
-    print(f'{len(train_rows)} training images; {len(valid_rows)} validation images of {valid_rows.lesion_id.nunique()} lesions; {args.seeds} seeds')
+    train_rows = parts['train']
+    valid_rows = parts['valid']
+    print(
+        f'{len(train_rows)} training images; {len(valid_rows)} validation images of '
+        f'{valid_rows.lesion_id.nunique()} lesions; {args.seeds} seeds'
+    )
     print(table.to_string(index=False))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -32,9 +32,14 @@ def main():
         seconds = {"make setup": timed(clone, "make", "setup")}
         seconds["dvc repro"] = timed(clone, "make", "repro")
         seconds["make repro"] = seconds["make setup"] + seconds["dvc repro"]
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=clone, text=True, capture_output=True, check=True).stdout.split("\n")
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=clone, text=True, capture_output=True, check=True
+        ).stdout.split("\n")
         seconds["second make repro"] = timed(clone, "make", "repro")
-        runs = {str(p.parent.relative_to(clone / "reports")): json.loads(p.read_text()) for p in sorted((clone / "reports").rglob("run.json"))}
+        runs = {
+            str(p.parent.relative_to(clone / "reports")): json.loads(p.read_text())
+            for p in sorted((clone / "reports").rglob("run.json"))
+        }
     for name, taken in seconds.items():
         limit = LIMITS.get(name)
         print(f"{name:20s} {taken:7.1f} s" + (f"   limit {limit} s: ratio {taken / limit:.2f}" if limit else ""))
@@ -43,7 +48,15 @@ def main():
         print(f"{stage:20s} {run['seconds']:7.1f} s   peak {peak / 2**30:.2f} GiB: ratio {peak / MEMORY:.2f}")
     print("files that differ from the committed run:", ", ".join(c for c in changed if c) or "none")
     load = os.getloadavg()[0]
-    print(json.dumps({"seconds": seconds, "load": load, "peak_memory_bytes": {s: r["peak_memory_bytes"] for s, r in runs.items()}}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "load": load,
+                "peak_memory_bytes": {s: r["peak_memory_bytes"] for s, r in runs.items()},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

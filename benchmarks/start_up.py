@@ -26,8 +26,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 6.
 RUNNER = 'papermill nbformat nbconvert jupyter_client pydantic typer ruamel.yaml dvc torch pandas'.split()
-NOTEBOOK = ('torch torchvision timm lightning lightning.fabric lightning.pytorch albumentations cv2 pandas scipy.stats sklearn sklearn.metrics '
-            'matplotlib.pyplot seaborn safetensors dvclive ipykernel.kernelapp').split()
+NOTEBOOK = (
+    'torch torchvision timm lightning lightning.fabric lightning.pytorch albumentations cv2 pandas '
+    'scipy.stats sklearn sklearn.metrics '
+    'matplotlib.pyplot seaborn safetensors dvclive ipykernel.kernelapp'
+).split()
 HOOK = """
 
 # benchmarks/start_up.py: the first step begins
@@ -42,9 +45,12 @@ _register(_first_step)
 
 def copy_repository(to):
     "What git tracks, as it is on the disk now, in a repository of its own, with the data and the outputs of `prepare`."
-    names = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode().split('\0')
+    names = (
+        subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode().split('\0')
+    )
     for name in filter(None, names):
-        if not (ROOT / name).is_file(): continue
+        if not (ROOT / name).is_file():
+            continue
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, to / name)
     subprocess.run(['git', 'init', '-q'], cwd=to, check=True)
@@ -54,8 +60,11 @@ def copy_repository(to):
 def call(cwd, *args, check=True):
     "Run a command of the copy's own library; its output only where it fails."
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'NO_ALBUMENTATIONS_UPDATE': '1'}
-    done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if check and done.returncode: raise SystemExit(f"{' '.join(args)} failed:\n{done.stdout[-4000:]}")
+    done = subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if check and done.returncode:
+        raise SystemExit(f"{' '.join(args)} failed:\n{done.stdout[-4000:]}")
     return done.stdout
 
 
@@ -68,23 +77,28 @@ def processor():
 def loaded(cwd, note):
     "The packages that the runner and the notebook load, of those listed above."
     code = 'import sys, skinlesion.pipeline.cli, skinlesion.pipeline.stages; print(*sys.modules)'
-    runner, notebook = call(cwd, '-c', code).split(), note.read_text().split()[1:]
+    runner = call(cwd, '-c', code).split()
+    notebook = note.read_text().split()[1:]
     return [n for n in RUNNER if n in runner], [n for n in NOTEBOOK if n in notebook]
 
 
 def time_imports(cwd, packages):
     "Seconds (wall, processor) of two bare processes."
-    start, spent = time.time(), processor()
-    for names in packages: call(cwd, '-c', f'import {", ".join(names)}')
+    start = time.time()
+    spent = processor()
+    for names in packages:
+        call(cwd, '-c', f'import {", ".join(names)}')
     return time.time() - start, processor() - spent
 
 
 def time_run(cwd, member, note):
     "Seconds (wall, processor) from the command to the first step."
     note.unlink(missing_ok=True)
-    start, spent = time.time(), processor()
+    start = time.time()
+    spent = processor()
     shown = call(cwd, '-m', 'skinlesion.pipeline.cli', 'run', 'train', '--member', member, check=False)
-    if not note.exists(): raise SystemExit(f'no training step began:\n{shown[-4000:]}')
+    if not note.exists():
+        raise SystemExit(f'no training step began:\n{shown[-4000:]}')
     return float(note.read_text().split()[0]) - start, processor() - spent
 
 
@@ -94,9 +108,11 @@ def main():
     parser.add_argument('--member', default='image')
     args = parser.parse_args()
     load = round(os.getloadavg()[0], 1)
-    if load > 1: print(f'warning: the load is {load} before the benchmark starts; other work makes the figures unreliable')
+    if load > 1:
+        print(f'warning: the load is {load} before the benchmark starts; other work makes the figures unreliable')
     with tempfile.TemporaryDirectory() as folder:
-        copy, note = Path(folder) / 'copy', Path(folder) / 'first_step'
+        copy = Path(folder) / 'copy'
+        note = Path(folder) / 'first_step'
         copy.mkdir()
         copy_repository(copy)
         call(copy, '-m', 'skinlesion.pipeline.cli', 'run', 'prepare')
@@ -113,12 +129,29 @@ def main():
             rounds.append(done)
             print(f"round {k + 1}: to the first step {done['run'][0]:.1f} s, bare imports {done['imports'][0]:.1f} s, "
                   f"beyond them {done['run'][0] - done['imports'][0]:.1f} s", flush=True)
-    middle = lambda f: round(statistics.median(f(r) for r in rounds), 2)
+    def middle(f):
+        return round(statistics.median(f(r) for r in rounds), 2)
     beyond = middle(lambda r: r['run'][0] - r['imports'][0])
-    print(json.dumps(dict(benchmark='start_up', first_step_s=middle(lambda r: r['run'][0]), imports_s=middle(lambda r: r['imports'][0]),
-                          beyond_imports_s=beyond, target_s=TARGET, ratio=middle(lambda r: r['run'][0] / r['imports'][0]), met=beyond <= TARGET,
-                          beyond_imports_processor_s=middle(lambda r: r['run'][1] - r['imports'][1]), rounds=len(rounds), quiet=load <= 1,
-                          cores=os.cpu_count(), load_before=load, load_after=round(os.getloadavg()[0], 1))))
+    print(
+        json.dumps(
+            dict(
+                benchmark='start_up',
+                first_step_s=middle(lambda r: r['run'][0]),
+                imports_s=middle(lambda r: r['imports'][0]),
+                beyond_imports_s=beyond,
+                target_s=TARGET,
+                ratio=middle(lambda r: r['run'][0] / r['imports'][0]),
+                met=beyond <= TARGET,
+                beyond_imports_processor_s=middle(lambda r: r['run'][1] - r['imports'][1]),
+                rounds=len(rounds),
+                quiet=load <= 1,
+                cores=os.cpu_count(),
+                load_before=load,
+                load_after=round(os.getloadavg()[0], 1),
+            )
+        )
+    )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -36,14 +36,22 @@ def made_up(folder, n, shape=(450, 600), files=32, suffix='jpg'):
     """A dataset of `n` images with masks; a few files stand for all of them."""
     rng = np.random.default_rng(0)
     for k in range(files):
-        coarse = [rng.integers(0, 256, (max(2, shape[0] // s), max(2, shape[1] // s), 3), dtype=np.uint8) for s in (150, 20, 4)]
+        coarse = [
+            rng.integers(0, 256, (max(2, shape[0] // s), max(2, shape[1] // s), 3), dtype=np.uint8)
+            for s in (150, 20, 4)
+        ]
         noise = [cv2.resize(small, shape[::-1]) for small in coarse]
         image = np.clip(sum(n * w for n, w in zip(noise, (.6, .3, .1))), 0, 255).astype(np.uint8)
-        data = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes() if suffix == 'jpg' else encode_png(image)
+        data = (
+            cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+            if suffix == 'jpg'
+            else encode_png(image)
+        )
         (folder / f'{k}.{suffix}').write_bytes(data)
         (folder / f'{k}.mask.png').write_bytes(encode_png(image[..., 0] > 128))
     table = pd.DataFrame({'image_id': [f'ISIC_{i:07}' for i in range(n)]})
-    place = lambda kind: lambda i: folder / f'{int(i[5:]) % files}.{kind}'
+    def place(kind):
+        return lambda i: folder / f'{int(i[5:]) % files}.{kind}'
     return SimpleNamespace(table=table, image_path=place(suffix), mask_path=place('mask.png'))
 
 
@@ -58,38 +66,78 @@ def by_hand(dataset, size, masks=True):
     """Decode and resize every image and mask, one after the other, and keep nothing."""
     for i in dataset.table.image_id:
         prepare_image(read_image(dataset.image_path(i)), size)
-        if masks: resize_mask(read_mask(dataset.mask_path(i)), size)
+        if masks:
+            resize_mask(read_mask(dataset.mask_path(i)), size)
 
 
 def build_and_read(args, folder):
     """Rows of the result, rates and ratios of building and reading; and the verdict."""
-    dataset, n = made_up(folder, args.images), args.images
+    dataset = made_up(folder, args.images)
+    n = args.images
     order = np.random.default_rng(1).permutation(dataset.table.image_id).tolist()
     by_hand(dataset, args.size)
     rounds = []
     for _ in range(args.rounds):
         alone = n / seconds(lambda: by_hand(dataset, args.size))
         build = n / seconds(lambda: build_store(dataset, folder / 'store', args.size, workers=args.workers))
-        kept = n / seconds(lambda: build_store(dataset, folder / 'other', args.size, workers=args.workers, work_dir=folder / f'work{len(rounds)}'))
-        again = n / seconds(lambda: build_store(dataset, folder / 'other', args.size, workers=args.workers, work_dir=folder / f'work{len(rounds)}'))
+        kept = n / seconds(
+            lambda: build_store(
+                dataset, folder / 'other', args.size, workers=args.workers, work_dir=folder / f'work{len(rounds)}'
+            )
+        )
+        again = n / seconds(
+            lambda: build_store(
+                dataset, folder / 'other', args.size, workers=args.workers, work_dir=folder / f'work{len(rounds)}'
+            )
+        )
         spent = [n / seconds(work, time.process_time) for work in (lambda: by_hand(dataset, args.size),
                  lambda: build_store(dataset, folder / 'store', args.size, workers=args.workers))]
         store = ImageStore(folder / 'store')
         decode = n / seconds(lambda: by_hand(dataset, args.size, masks=False))
         read = n / seconds(lambda: [store.image(i) for i in order])
-        rounds.append(dict(alone=alone, build=build, kept=kept, again=again, cpu_alone=spent[0], cpu_build=spent[1], decode=decode, read=read))
+        rounds.append(
+            dict(
+                alone=alone,
+                build=build,
+                kept=kept,
+                again=again,
+                cpu_alone=spent[0],
+                cpu_build=spent[1],
+                decode=decode,
+                read=read,
+            )
+        )
     rate = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
-    ratio = lambda a, b, by=1: statistics.median(r[a] / r[b] / by for r in rounds)
-    built, spent, faster = ratio('build', 'alone', args.workers), ratio('cpu_build', 'cpu_alone'), ratio('read', 'decode')
-    verdict = {'benchmark': 'store', 'x_cores': round(built, 3), 'target_x_cores': .9, 'x_decode': round(faster, 1), 'target_x_decode': 5,
-               'workers': args.workers, 'rounds': args.rounds, 'met': built >= .9 and faster >= 5, 'x_cores_processor': round(spent, 3)}
-    rows = [('one core: decode and resize image and mask', rate['alone'], 1., ''),
-            (f'build_store, {args.workers} workers', rate['build'], built, f'of {args.workers} x one core; target 0.9'),
-            ('the same in processor time', rate['cpu_build'], spent, 'of one core; beside the verdict, no part of it'),
-            ('build_store with work_dir', rate['kept'], ratio('kept', 'alone', args.workers), f'of {args.workers} x one core'),
-            ('build_store from kept shards', rate['again'], ratio('again', 'alone'), 'x one core'),
-            ('one core: decode and resize image', rate['decode'], 1., ''),
-            ('ImageStore.image', rate['read'], faster, 'x decode and resize; target 5')]
+    def ratio(a, b, by=1):
+        return statistics.median(r[a] / r[b] / by for r in rounds)
+    built = ratio('build', 'alone', args.workers)
+    spent = ratio('cpu_build', 'cpu_alone')
+    faster = ratio('read', 'decode')
+    verdict = {
+        'benchmark': 'store',
+        'x_cores': round(built, 3),
+        'target_x_cores': 0.9,
+        'x_decode': round(faster, 1),
+        'target_x_decode': 5,
+        'workers': args.workers,
+        'rounds': args.rounds,
+        'met': built >= 0.9 and faster >= 5,
+        'x_cores_processor': round(spent, 3),
+    }
+    rows = [
+        ('one core: decode and resize image and mask', rate['alone'], 1.0, ''),
+        (f'build_store, {args.workers} workers', rate['build'], built, f'of {args.workers} x one core; target 0.9'),
+        ('the same in processor time', rate['cpu_build'], spent, 'of one core; beside the verdict, no part of it'),
+        (
+            'build_store with work_dir',
+            rate['kept'],
+            ratio('kept', 'alone', args.workers),
+            f'of {args.workers} x one core',
+        ),
+        ('build_store from kept shards', rate['again'], ratio('again', 'alone'), 'x one core'),
+        ('one core: decode and resize image', rate['decode'], 1.0, ''),
+        ('ImageStore.image', rate['read'], faster, 'x decode and resize; target 5'),
+    ]
     return rows, verdict
 
 
@@ -121,27 +169,40 @@ def memory(args, folder):
     """What the number of rows costs, a process for each."""
     for n in args.rows:
         for what in ('build', 'open'):
-            done = subprocess.run([sys.executable, '-c', CHILD, os.path.dirname(os.path.abspath(__file__)), str(folder), str(n), what],
-                                  capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, '-c', CHILD, os.path.dirname(os.path.abspath(__file__)), str(folder), str(n), what],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             yield json.loads(done.stdout.splitlines()[-1])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(images=512, size=224, workers=2, rounds=5).items(): parser.add_argument(f'--{name}', type=int, default=default)
+    for name, default in dict(images=512, size=224, workers=2, rounds=5).items():
+        parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--rows', type=int, nargs='*', default=[1000, 10_000, 100_000])
     args = parser.parse_args()
     cv2.setNumThreads(1)
     load = os.getloadavg()[0]
-    if load > 1: print(f'warning: the load is {load:.1f} before the benchmark starts; other work makes the ratios unreliable')
+    if load > 1:
+        print(f'warning: the load is {load:.1f} before the benchmark starts; other work makes the ratios unreliable')
     with tempfile.TemporaryDirectory() as folder:
         rows, verdict = build_and_read(args, Path(folder))
         result = pd.DataFrame(rows, columns=['what', 'images/s', 'ratio', 'against'])
         print(f'{args.images} JPEGs of 600x450, size {args.size}, median of {args.rounds} rounds')
         print(result.round({'images/s': 0, 'ratio': 2}).to_string(index=False), flush=True)
-        machine = {'quiet': load <= 1, 'cores': os.cpu_count(), 'load_before': round(load, 1), 'load_after': round(os.getloadavg()[0], 1)}
+        machine = {
+            'quiet': load <= 1,
+            'cores': os.cpu_count(),
+            'load_before': round(load, 1),
+            'load_after': round(os.getloadavg()[0], 1),
+        }
         print(json.dumps(verdict | machine), flush=True)
-        for row in memory(args, Path(folder)): print(json.dumps(row), flush=True)
+        for row in memory(args, Path(folder)):
+            print(json.dumps(row), flush=True)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

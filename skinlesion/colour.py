@@ -17,7 +17,8 @@ def light_colour(
     power:float=6, # of the Minkowski mean, 1 or more; 6 is the authors' choice
 ) -> np.ndarray: # (3,) float64 of length 1; all alike where the image is black
     "The colour of the light, as shades of grey estimates it."
-    if not power >= 1: raise ValueError(f"power is {power}; choose 1 (grey world) or more")
+    if not power >= 1:
+        raise ValueError(f"power is {power}; choose 1 (grey world) or more")
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"an array of {image.dtype} {image.shape} has no light to estimate; pass (H,W,3) uint8 RGB")
@@ -38,16 +39,18 @@ def shades_of_grey(
     table = np.clip(np.round(np.arange(256)[:, None] * gains), 0, 255).astype(np.uint8)
     return cv2.LUT(np.ascontiguousarray(image), table[:, None])
 
-# %% ../nbs/04_colour.ipynb #b748add3
+# %% ../nbs/04_colour.ipynb #b297af1b
 COLOURS = ('none', 'shades_of_grey')
 
 def check_colour(
     colour:str, # any text
 ) -> str: # one of COLOURS
     "The name of a colour correction, or an error."
-    if not isinstance(colour, str) or colour not in COLOURS: raise ValueError(f"colour '{colour}' is not one of {', '.join(COLOURS)}.{nearest(str(colour), COLOURS)}")
+    if not isinstance(colour, str) or colour not in COLOURS:
+        raise ValueError(f"colour '{colour}' is not one of {', '.join(COLOURS)}.{nearest(str(colour), COLOURS)}")
     return colour
 
+# %% ../nbs/04_colour.ipynb #b748add3
 def prepare_image(
     image:np.ndarray, # (H,W,3) uint8 RGB, upright
     size:int, # side of the square, in pixels

@@ -28,44 +28,62 @@ def repo_root(
     "The nearest folder upwards that holds `settings.ini`."
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
-        if (folder/'settings.ini').is_file(): return folder
-    raise FileNotFoundError(f"{start}: no folder from here upwards holds settings.ini; run this inside a checkout of the repository")
+        if (folder/'settings.ini').is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{start}: no folder from here upwards holds settings.ini; run this inside a checkout of the repository"
+    )
 
 # %% ../nbs/01_files.ipynb #80fa885a
 _REMEDIES = {
-    errno.EACCES: 'choose another folder, or let this user write there', errno.EPERM: 'choose another folder, or let this user write there',
-    errno.EROFS: 'choose a folder on another disk', errno.EISDIR: 'a folder stands there, so give the name of a file in it',
+    errno.EACCES: 'choose another folder, or let this user write there',
+    errno.EPERM: 'choose another folder, or let this user write there',
+    errno.EROFS: 'choose a folder on another disk',
+    errno.EISDIR: 'a folder stands there, so give the name of a file in it',
     errno.EEXIST: 'a file stands where a folder is needed, so choose another folder',
     errno.ENOTDIR: 'a file stands where a folder is needed, so choose another folder',
-    errno.ENOENT: 'no folder can be made there, so choose another', errno.ENAMETOOLONG: 'choose a shorter name'}
+    errno.ENOENT: 'no folder can be made there, so choose another',
+    errno.ENAMETOOLONG: 'choose a shorter name',
+}
 
-# %% ../nbs/01_files.ipynb #1758c6ad
+# %% ../nbs/01_files.ipynb #e0c3cdea
 def _write_fault(error, path):
     "What failed while writing `path`, or '' where the fault lies elsewhere."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (f"the disk is full while writing {path}; what stood there before is unchanged. "
                 "Free some space, or choose a folder on another disk, and run again")
-    if error.errno == errno.EFBIG: return f"{path} would be larger than a file may be here; raise the limit (ulimit -f) or choose another disk"
-    at, remedy = Path(error.filename or 'elsewhere'), _REMEDIES.get(error.errno)
+    if error.errno == errno.EFBIG:
+        return f"{path} would be larger than a file may be here; raise the limit (ulimit -f) or choose another disk"
+    at = Path(error.filename or 'elsewhere')
+    remedy = _REMEDIES.get(error.errno)
     above = at in (path, *path.parents)
-    if not remedy or not above and not at.name.startswith(f'.{path.name[:80]}'): return ''
-    return f"{path} cannot be written ({os.strerror(error.errno).lower()}{f': {at}' if above and at != path else ''}); {remedy}"
+    if not remedy or not above and not at.name.startswith(f'.{path.name[:80]}'):
+        return ''
+    return (
+        f"{path} cannot be written "
+        f"({os.strerror(error.errno).lower()}{f': {at}' if above and at != path else ''}); {remedy}"
+    )
 
+# %% ../nbs/01_files.ipynb #1758c6ad
 @contextmanager
 def _disk_errors(path):
     "Say what a full disk or a missing right means for `path`."
-    try: yield
+    try:
+        yield
     except OSError as e:
         said = _write_fault(e, Path(path))
-        if not said: raise
+        if not said:
+            raise
         raise OSError(e.errno, said) from e
 
 # %% ../nbs/01_files.ipynb #13d66f25
 def _sync(path, flags=os.O_RDONLY):
     "Flush a file or folder to the disk."
     handle = os.open(path, flags)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 # %% ../nbs/01_files.ipynb #989b43fb
 @contextmanager
@@ -82,7 +100,8 @@ def atomic_path(
             _sync(scratch)
             os.replace(scratch, path)
             _sync(path.parent)
-        finally: scratch.unlink(missing_ok=True)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 # %% ../nbs/01_files.ipynb #d30598e2
 def atomic_write(
@@ -97,9 +116,12 @@ def atomic_write(
 # %% ../nbs/01_files.ipynb #2021ae2f
 def _plain(value):
     "NumPy scalars and arrays, paths and sets as JSON has them."
-    if hasattr(value, 'tolist'): return value.tolist()
-    if isinstance(value, Path): return value.as_posix()
-    if isinstance(value, (set, frozenset)): return sorted(value)
+    if hasattr(value, 'tolist'):
+        return value.tolist()
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
     raise TypeError(f"a {type(value).__name__} has no JSON form; convert it first")
 
 # %% ../nbs/01_files.ipynb #e1f79de4
@@ -108,9 +130,12 @@ def write_json(
     value, # of dicts, lists, strings, numbers, None; NumPy scalars and arrays too
 ) -> Path: # `path`
     "Write canonical JSON atomically; NaN and infinity are refused."
-    try: text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False, default=_plain)
+    try:
+        text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False, default=_plain)
     except (ValueError, TypeError) as e:
-        raise ValueError(f"{path}: cannot be written as JSON ({e}); write null with a reason where a number is undefined") from e
+        raise ValueError(
+            f"{path}: cannot be written as JSON ({e}); write null with a reason where a number is undefined"
+        ) from e
     return atomic_write(path, text + '\n')
 
 # %% ../nbs/01_files.ipynb #1f7b5e65
@@ -118,18 +143,24 @@ def read_json(
     path:Path|str, # a UTF-8 file
 ): # dicts, lists, strings, numbers, None
     "Read JSON; a broken file is an error that names it."
-    def refuse(word): raise ValueError(f"{word} is not JSON")
-    try: return json.loads(Path(path).read_bytes().decode(), parse_constant=refuse)
-    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file; check the path") from None
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path}: not readable as JSON ({e}); restore the file") from None
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+    try:
+        return json.loads(Path(path).read_bytes().decode(), parse_constant=refuse)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; check the path") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not readable as JSON ({e}); restore the file") from None
 
 # %% ../nbs/01_files.ipynb #d04473bc
 def _sync_folder(folder):
     "Flush a folder and all below it to the disk."
     paths = [folder, *folder.rglob('*')]
-    if len(paths) > 64: os.sync()
+    if len(paths) > 64:
+        os.sync()
     else:
-        for path in paths: _sync(path)
+        for path in paths:
+            _sync(path)
 
 # %% ../nbs/01_files.ipynb #15d412b6
 def recover_folder(
@@ -138,8 +169,10 @@ def recover_folder(
     "Put back the old folder that a killed swap set aside."
     final = Path(final)
     aside = final.with_name(f'.{final.name}.old')
-    if aside.exists() and not final.exists(): os.rename(aside, final)
-    elif aside.exists(): shutil.rmtree(aside)
+    if aside.exists() and not final.exists():
+        os.rename(aside, final)
+    elif aside.exists():
+        shutil.rmtree(aside)
     return final
 
 # %% ../nbs/01_files.ipynb #7b56eef8
@@ -148,15 +181,19 @@ def publish_folder(
     final:Path|str, # its place; replaced as a whole
 ) -> Path: # `final`
     "Swap a whole folder in; after an error the old one stands where it stood."
-    scratch, final = Path(scratch), Path(final)
-    if not scratch.is_dir(): raise FileNotFoundError(f"{scratch}: no such folder to publish as {final}")
+    scratch = Path(scratch)
+    final = Path(final)
+    if not scratch.is_dir():
+        raise FileNotFoundError(f"{scratch}: no such folder to publish as {final}")
     with _disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(final)
         _sync_folder(scratch)
         aside = final.with_name(f'.{final.name}.old')
-        if final.exists(): os.rename(final, aside)
-        try: os.rename(scratch, final)
+        if final.exists():
+            os.rename(final, aside)
+        try:
+            os.rename(scratch, final)
         except BaseException:
             recover_folder(final)
             raise
@@ -164,19 +201,24 @@ def publish_folder(
         shutil.rmtree(aside, ignore_errors=True)
     return final
 
-# %% ../nbs/01_files.ipynb #20111c55
+# %% ../nbs/01_files.ipynb #27914c51
 def _alive(pid):
     "Whether a process of this machine is running."
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except (PermissionError, OverflowError): pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
     return True
 
+# %% ../nbs/01_files.ipynb #20111c55
 def _remove_orphans(final):
     "Scratch folders of `final` whose process is gone."
     for path in final.parent.glob(f'.{glob.escape(final.name)}.*.tmp'):
         m = re.fullmatch(r'(\d+)-\w+', path.name[len(final.name) + 2:-len('.tmp')])
-        if m and path.is_dir() and not _alive(int(m[1])): shutil.rmtree(path, ignore_errors=True)
+        if m and path.is_dir() and not _alive(int(m[1])):
+            shutil.rmtree(path, ignore_errors=True)
 
 # %% ../nbs/01_files.ipynb #90a0f919
 @contextmanager
@@ -193,7 +235,8 @@ def scratch_folder(
         try:
             yield scratch
             publish_folder(scratch, final)
-        finally: shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 # %% ../nbs/01_files.ipynb #bf7c97b5
 def sha256_bytes(
@@ -206,7 +249,8 @@ def sha256_file(
     path:Path|str, # read in pieces, so size does not matter
 ) -> str: # 64 hex digits
     "SHA-256 of a file."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/01_files.ipynb #7bf34bae
 def _files_under(folder, name):
@@ -222,19 +266,29 @@ def write_sums(
     "Write the SHA-256 of every file of a folder."
     files = _files_under(folder, name)
     for path in files:
-        if '\n' in path or '\\' in path: raise ValueError(f"{folder}: the file name {path!r} cannot stand in {name}; rename it")
+        if '\n' in path or '\\' in path:
+            raise ValueError(f"{folder}: the file name {path!r} cannot stand in {name}; rename it")
     return atomic_write(Path(folder)/name, ''.join(f'{sha256_file(p)}  {k}\n' for k, p in files.items()))
 
 # %% ../nbs/01_files.ipynb #a0975222
 def _read_sums(path):
     "Relative path -> digest."
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, so nothing in the folder can be verified; write the folder anew")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file, so nothing in the folder can be verified; write the folder anew"
+        )
     sums = {}
     for row, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
         m = re.fullmatch(r'([0-9a-f]{64}) [ *](.+)', line)
-        if not m: raise ValueError(f"{path} row {row}: {line[:90]!r} is not '<sha256>  <file>'. Restore the folder from where it came")
+        if not m:
+            raise ValueError(
+                f"{path} row {row}: {line[:90]!r} is not '<sha256>  <file>'. Restore the folder from where it came"
+            )
         if PurePosixPath(m[2]).is_absolute() or '..' in PurePosixPath(m[2]).parts or m[2] in sums:
-            raise ValueError(f"{path} row {row}: '{m[2]}' lies outside the folder or is there twice. Restore the folder from where it came")
+            raise ValueError(
+                f"{path} row {row}: '{m[2]}' lies outside the folder or is there twice. Restore the "
+                "folder from where it came"
+            )
         sums[m[2]] = m[1]
     return sums
 
@@ -244,11 +298,13 @@ def verify_sums(
     name:str='SHA256SUMS', # of the file of sums
 ) -> dict: # relative path -> SHA-256, all verified
     "Check every file of a folder against its sums; missing, extra and changed files are errors."
-    sums, files = _read_sums(Path(folder)/name), _files_under(folder, name)
+    sums = _read_sums(Path(folder)/name)
+    files = _files_under(folder, name)
     faults = [f"'{k}' is missing" for k in sums if k not in files]
     faults += [f"'{k}' is not in {name}" for k in files if k not in sums]
     faults += [f"'{k}' has changed" for k in sums if k in files and sha256_file(files[k]) != sums[k]]
-    if faults: raise ValueError(f"{folder}: {len(faults)} file(s) differ from {name}: {'; '.join(faults[:10])}. "
+    if faults:
+        raise ValueError(f"{folder}: {len(faults)} file(s) differ from {name}: {'; '.join(faults[:10])}. "
                                 "Restore the folder from where it came")
     return sums
 
@@ -260,7 +316,9 @@ def safe_name(
     "A relative path that stays inside its folder, or an error."
     path = PurePosixPath(name.replace('\\', '/'))
     if path.is_absolute() or '..' in path.parts or re.match(r'[A-Za-z]:', name) or '\0' in name or not path.parts:
-        raise ValueError(f"{where}: the entry {name!r} points outside the archive; nothing was extracted. Do not use this archive")
+        raise ValueError(
+            f"{where}: the entry {name!r} points outside the archive; nothing was extracted. Do not use this archive"
+        )
     return path
 
 # %% ../nbs/01_files.ipynb #3125eb76
@@ -269,19 +327,26 @@ def _entries(archive):
     if isinstance(archive, zipfile.ZipFile):
         for e in archive.infolist():
             kind = stat.S_IFMT(e.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR): raise ValueError(f"the entry {e.filename!r} is a link or a device")
-            if e.flag_bits & 1: raise ValueError(f"the entry {e.filename!r} is encrypted; decrypt the archive first")
-            if not e.is_dir(): yield e.filename, lambda e=e: archive.open(e)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise ValueError(f"the entry {e.filename!r} is a link or a device")
+            if e.flag_bits & 1:
+                raise ValueError(f"the entry {e.filename!r} is encrypted; decrypt the archive first")
+            if not e.is_dir():
+                yield e.filename, lambda e=e: archive.open(e)
     else:
         for e in archive:
-            if not (e.isfile() or e.isdir()): raise ValueError(f"the entry {e.name!r} is a link or a device")
-            if e.isfile(): yield e.name, lambda e=e: archive.extractfile(e)
+            if not (e.isfile() or e.isdir()):
+                raise ValueError(f"the entry {e.name!r} is a link or a device")
+            if e.isfile():
+                yield e.name, lambda e=e: archive.extractfile(e)
 
 # %% ../nbs/01_files.ipynb #ec27feae
 def _open_archive(path):
     "A ZipFile or TarFile, by content."
-    if zipfile.is_zipfile(path): return zipfile.ZipFile(path)
-    if tarfile.is_tarfile(path): return tarfile.open(path)
+    if zipfile.is_zipfile(path):
+        return zipfile.ZipFile(path)
+    if tarfile.is_tarfile(path):
+        return tarfile.open(path)
     raise ValueError("it is neither a zip nor a tar archive, or it is damaged")
 
 # %% ../nbs/01_files.ipynb #6365d006
@@ -292,7 +357,8 @@ def _copy_entry(source, target, room):
     with source, open(target, 'xb') as out:
         while piece := source.read(1 << 20):
             size += len(piece)
-            if size > room: raise ValueError("it unpacks to more than the limit")
+            if size > room:
+                raise ValueError("it unpacks to more than the limit")
             out.write(piece)
     return size
 
@@ -304,18 +370,27 @@ def safe_extract(
     max_files:int=200_000, # in the archive
 ) -> list: # of the extracted paths, sorted
     "Unpack an archive; a name that leaves the folder, a link or a bomb is an error and nothing stays."
-    archive, out = Path(archive), Path(out)
-    if not archive.is_file(): raise FileNotFoundError(f"{archive}: no such archive")
-    if out.exists() and any(out.iterdir()): raise ValueError(f"{out}: the folder is not empty; choose a new one")
+    archive = Path(archive)
+    out = Path(out)
+    if not archive.is_file():
+        raise FileNotFoundError(f"{archive}: no such archive")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: the folder is not empty; choose a new one")
     with scratch_folder(out) as scratch:
         try:
             room = max_bytes
             with _open_archive(archive) as opened:
                 for count, (name, opener) in enumerate(_entries(opened), 1):
-                    if count > max_files: raise ValueError(f"it holds more than {max_files} files")
+                    if count > max_files:
+                        raise ValueError(f"it holds more than {max_files} files")
                     room -= _copy_entry(opener(), scratch/safe_name(name, archive), room)
-        except FileExistsError as e: raise ValueError(f"{archive}: '{Path(e.filename).name}' is there twice; nothing was extracted") from None
+        except FileExistsError as e:
+            raise ValueError(f"{archive}: '{Path(e.filename).name}' is there twice; nothing was extracted") from None
         except (ValueError, EOFError, zipfile.BadZipFile, tarfile.TarError, RuntimeError, NotImplementedError) as e:
-            said = str(e) if str(e).startswith(str(archive)) else f"{archive}: {e}; nothing was extracted (limits: {max_bytes} bytes, {max_files} files)"
+            said = (
+                str(e)
+                if str(e).startswith(str(archive))
+                else f"{archive}: {e}; nothing was extracted (limits: {max_bytes} bytes, {max_files} files)"
+            )
             raise ValueError(said) from None
     return sorted(p for p in out.rglob('*') if p.is_file())

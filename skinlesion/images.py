@@ -25,9 +25,19 @@ class ImageError(ValueError):
 IMAGE_TYPES = ('jpeg', 'png', 'webp', 'bmp', 'tiff')
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 
-_MAGIC = ((rb'\xff\xd8\xff', 'jpeg'), (rb'\x89PNG\r\n\x1a\n', 'png'), (rb'RIFF....WEBP', 'webp'), (rb'BM', 'bmp'),
-          (rb'II\*\x00|MM\x00\*', 'tiff'), (rb'GIF8[79]a', 'gif'), (rb'....ftyp(heic|heix|mif1|msf1|avif)', 'heic or avif'),
-          (rb'%PDF', 'pdf'), (rb'PK\x03\x04', 'zip'), (rb'.{128}DICM', 'dicom'), (rb'\s*<(\?xml|svg|html|!doctype)', 'markup'))
+_MAGIC = (
+    (rb'\xff\xd8\xff', 'jpeg'),
+    (rb'\x89PNG\r\n\x1a\n', 'png'),
+    (rb'RIFF....WEBP', 'webp'),
+    (rb'BM', 'bmp'),
+    (rb'II\*\x00|MM\x00\*', 'tiff'),
+    (rb'GIF8[79]a', 'gif'),
+    (rb'....ftyp(heic|heix|mif1|msf1|avif)', 'heic or avif'),
+    (rb'%PDF', 'pdf'),
+    (rb'PK\x03\x04', 'zip'),
+    (rb'.{128}DICM', 'dicom'),
+    (rb'\s*<(\?xml|svg|html|!doctype)', 'markup'),
+)
 
 # %% ../nbs/02_images.ipynb #43a439b1
 def sniff_type(
@@ -37,24 +47,31 @@ def sniff_type(
     return next((kind for magic, kind in _MAGIC if re.match(magic, head[:200], re.S | re.I)), '')
 
 # %% ../nbs/02_images.ipynb #b74be8a0
-MAX_BYTES, MAX_PIXELS = 50 << 20, 64_000_000
+MAX_BYTES = 50 << 20
+MAX_PIXELS = 64_000_000
 
 def _webp_size(data):
     "Width and height that a WebP header states."
     kind = data[12:16]
-    if kind == b'VP8X': w, h = (int.from_bytes(data[i:i+3], 'little') + 1 for i in (24, 27))
+    if kind == b'VP8X':
+        w, h = (int.from_bytes(data[i:i+3], 'little') + 1 for i in (24, 27))
     elif kind == b'VP8L':
         bits = int.from_bytes(data[21:25], 'little')
-        w, h = (bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1
-    else: w, h = (int.from_bytes(data[i:i+2], 'little') & 0x3fff for i in (26, 28))
+        w = (bits & 0x3fff) + 1
+        h = (bits >> 14 & 0x3fff) + 1
+    else:
+        w, h = (int.from_bytes(data[i:i+2], 'little') & 0x3fff for i in (26, 28))
     return w, h
 
 # %% ../nbs/02_images.ipynb #16bb47b3
 def _check_pixels(size, name, max_pixels):
     "Refuse a size that would not fit."
     if size[0] * size[1] > max_pixels:
-        raise ImageError(f"{name}: {size[0]}x{size[1]} pixels, more than the {max_pixels:,} allowed; scale the image down")
-    if min(size) < 1: raise ImageError(f"{name}: {size[0]}x{size[1]} pixels, so there is nothing in it; export it again")
+        raise ImageError(
+            f"{name}: {size[0]}x{size[1]} pixels, more than the {max_pixels:,} allowed; scale the image down"
+        )
+    if min(size) < 1:
+        raise ImageError(f"{name}: {size[0]}x{size[1]} pixels, so there is nothing in it; export it again")
 
 # %% ../nbs/02_images.ipynb #b97d234f
 def _check_type(data, name):
@@ -68,29 +85,42 @@ def _check_type(data, name):
 # %% ../nbs/02_images.ipynb #3dad7e4f
 def _open(data, name, max_bytes, max_pixels):
     "A fully decoded Pillow image, not yet upright, and its type."
-    if len(data) > max_bytes: raise ImageError(f"{name}: {len(data):,} bytes, more than the {max_bytes:,} allowed; export a smaller image")
+    if len(data) > max_bytes:
+        raise ImageError(f"{name}: {len(data):,} bytes, more than the {max_bytes:,} allowed; export a smaller image")
     kind = _check_type(data, name)
     try:
-        if kind == 'webp': _check_pixels(_webp_size(data), name, max_pixels)
+        if kind == 'webp':
+            _check_pixels(_webp_size(data), name, max_pixels)
         image = Image.open(io.BytesIO(data), formats=[kind.upper()])
         _check_pixels(image.size, name, max_pixels)
         frames = 1 if image.format == 'MPO' else getattr(image, 'n_frames', 1)
-        if frames > 1: raise ImageError(f"{name}: it holds {frames} frames; save the one that is meant as an image of its own")
+        if frames > 1:
+            raise ImageError(f"{name}: it holds {frames} frames; save the one that is meant as an image of its own")
         image.load()
         return image, kind
-    except ImageError: raise
+    except ImageError:
+        raise
     except Image.DecompressionBombError as e: # "Image size (2500000000 pixels) exceeds limit of ..."
         stated = next((f'{int(n):,} pixels, ' for n in re.findall(r'\d+', str(e))), '')
         raise ImageError(f"{name}: {stated}more than the {max_pixels:,} pixels allowed; scale the image down") from None
-    except UnidentifiedImageError: raise ImageError(f"{name}: truncated or damaged {kind.upper()} (its header cannot be read); fetch or export the image again") from None
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{name}: truncated or damaged {kind.upper()} (its header cannot be read); fetch or export the image again"
+        ) from None
     except Exception as e:  # decoders raise what they like on bytes that lie
-        raise ImageError(f"{name}: truncated or damaged {kind.upper()} ({e}); fetch or export the image again") from None
+        raise ImageError(
+            f"{name}: truncated or damaged {kind.upper()} ({e}); fetch or export the image again"
+        ) from None
 
 # %% ../nbs/02_images.ipynb #66403592
 def _upright(image, name):
     "The image turned as its EXIF orientation says."
-    try: return ImageOps.exif_transpose(image)
-    except Exception as e: raise ImageError(f"{name}: unreadable EXIF orientation ({e}); export the image again without metadata") from None
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as e:
+        raise ImageError(
+            f"{name}: unreadable EXIF orientation ({e}); export the image again without metadata"
+        ) from None
 
 # %% ../nbs/02_images.ipynb #c6e491fe
 def _rgb(image, name):
@@ -99,7 +129,9 @@ def _rgb(image, name):
         grey = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ('I', 'F', 'LAB', 'HSV'):
-        raise ImageError(f"{name}: pixels of the kind '{image.mode}' have no agreed range; export 8- or 16-bit RGB or grey")
+        raise ImageError(
+            f"{name}: pixels of the kind '{image.mode}' have no agreed range; export 8- or 16-bit RGB or grey"
+        )
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -108,11 +140,19 @@ def _rgb(image, name):
 # %% ../nbs/02_images.ipynb #42e2d871
 def _source(source, name, max_bytes):
     "Bytes and a name for errors."
-    if isinstance(source, (bytes, bytearray, memoryview)): return bytes(source), name or 'image'
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source), name or 'image'
     path = Path(source)
-    if not path.is_file(): raise ImageError(f"{name or path}: {'this is a folder; name one image file in it' if path.is_dir() else 'no such image file; check the path'}")
+    if not path.is_file():
+        raise ImageError(
+            f"{name or path}: "
+            f"{'this is a folder; name one image file in it' if path.is_dir() else 'no such image file; check the path'}"
+        )
     if path.stat().st_size > max_bytes:
-        raise ImageError(f"{name or path}: {path.stat().st_size:,} bytes, more than the {max_bytes:,} allowed; export a smaller image")
+        raise ImageError(
+            f"{name or path}: {path.stat().st_size:,} bytes, more than the {max_bytes:,} allowed; "
+            "export a smaller image"
+        )
     return path.read_bytes(), name or str(path)
 
 # %% ../nbs/02_images.ipynb #9a75a19e
@@ -130,10 +170,14 @@ def read_image(
 # %% ../nbs/02_images.ipynb #49049fc5
 def _jpeg_part(marker, body):
     "The segment to keep, or b''."
-    if marker == 0xe0: body = body[:12] + b'\0\0' if body[:5] == b'JFIF\0' and len(body) >= 14 else b''
-    elif marker == 0xe2: body = body if body[:12] == b'ICC_PROFILE\0' else b''
-    elif marker == 0xee: body = body if body[:5] == b'Adobe' else b''
-    elif 0xe1 <= marker <= 0xef or marker == 0xfe: body = b''
+    if marker == 0xe0:
+        body = body[:12] + b'\0\0' if body[:5] == b'JFIF\0' and len(body) >= 14 else b''
+    elif marker == 0xe2:
+        body = body if body[:12] == b'ICC_PROFILE\0' else b''
+    elif marker == 0xee:
+        body = body if body[:5] == b'Adobe' else b''
+    elif 0xe1 <= marker <= 0xef or marker == 0xfe:
+        body = b''
     return struct.pack('>BBH', 0xff, marker, len(body) + 2) + body if body else b''
 
 _AFTER_SCAN = re.compile(rb'\xff[^\x00\xd0-\xd7\xff]')
@@ -141,18 +185,26 @@ _AFTER_SCAN = re.compile(rb'\xff[^\x00\xd0-\xd7\xff]')
 # %% ../nbs/02_images.ipynb #37400865
 def _clean_jpeg(data):
     "The segments that decoding needs, scans untouched, nothing after the end."
-    out, at = [b'\xff\xd8'], 2
+    out = [b'\xff\xd8']
+    at = 2
     while at + 4 <= len(data):
-        if data[at] != 0xff: raise ValueError(f"no marker at byte {at}")
+        if data[at] != 0xff:
+            raise ValueError(f"no marker at byte {at}")
         marker = data[at + 1]
-        if marker == 0xff: at += 1; continue
-        if marker == 0xd9: break
-        if marker == 0x01 or 0xd0 <= marker <= 0xd7: at += 2; continue
+        if marker == 0xff:
+            at += 1
+            continue
+        if marker == 0xd9:
+            break
+        if marker == 0x01 or 0xd0 <= marker <= 0xd7:
+            at += 2
+            continue
         end = at + 2 + int.from_bytes(data[at + 2:at + 4], 'big')
         out.append(_jpeg_part(marker, data[at + 4:end]))
         if marker == 0xda:
             stop = _AFTER_SCAN.search(data, end)
-            scan, end = data[end:stop.start() if stop else len(data)], stop.start() if stop else len(data)
+            scan = data[end:stop.start() if stop else len(data)]
+            end = stop.start() if stop else len(data)
             out.append(scan)
         at = end
     return b''.join(out) + b'\xff\xd9'
@@ -163,12 +215,15 @@ _PNG_KEPT = (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND', b'gAMA', b'cHRM', b'sR
 # %% ../nbs/02_images.ipynb #39ef17a9
 def _clean_png(data):
     "The chunks that pixels and colours need, nothing after the end."
-    out, at = [data[:8]], 8
+    out = [data[:8]]
+    at = 8
     while at + 12 <= len(data):
         end = at + 12 + int.from_bytes(data[at:at + 4], 'big')
         kind = data[at + 4:at + 8]
-        if kind in _PNG_KEPT: out.append(data[at:end])
-        if kind == b'IEND': return b''.join(out)
+        if kind in _PNG_KEPT:
+            out.append(data[at:end])
+        if kind == b'IEND':
+            return b''.join(out)
         at = end
     raise ValueError("there is no end chunk")
 
@@ -179,9 +234,12 @@ def encode_png(
 ) -> bytes: # a PNG file without metadata
     "An array as PNG."
     array = np.asarray(array)
-    if array.dtype == bool: array = array.astype(np.uint8) * 255
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
     if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] == 3):
-        raise ValueError(f"an array of {array.dtype} {array.shape} is no image; pass (H,W,3) or (H,W) uint8, or (H,W) bool")
+        raise ValueError(
+            f"an array of {array.dtype} {array.shape} is no image; pass (H,W,3) or (H,W) uint8, or (H,W) bool"
+        )
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(out, 'PNG', icc_profile=icc)
     return out.getvalue()
@@ -203,12 +261,17 @@ def clean_image(
 ) -> tuple: # bytes without metadata, and their suffix '.jpg' or '.png'
     "Validate an image by decoding it and drop its metadata; what is not an upright JPEG or PNG becomes PNG."
     image, kind = _open(data, name, max_bytes, max_pixels)
-    try: upright = image.getexif().get(0x0112, 1) not in range(2, 9)
-    except Exception: upright = False
     try:
-        if upright and kind == 'jpeg': return _clean_jpeg(data), '.jpg'
-        if upright and kind == 'png': return _clean_png(data), '.png'
-    except (ValueError, IndexError) as e: raise ImageError(f"{name}: damaged {kind.upper()} ({e}); export the image again") from None
+        upright = image.getexif().get(0x0112, 1) not in range(2, 9)
+    except Exception:
+        upright = False
+    try:
+        if upright and kind == 'jpeg':
+            return _clean_jpeg(data), '.jpg'
+        if upright and kind == 'png':
+            return _clean_png(data), '.png'
+    except (ValueError, IndexError) as e:
+        raise ImageError(f"{name}: damaged {kind.upper()} ({e}); export the image again") from None
     icc = image.info.get('icc_profile') if image.mode in ('RGB', 'RGBA', 'P') else None
     return encode_png(_rgb(_upright(image, name), name), icc), '.png'
 
@@ -216,7 +279,8 @@ def clean_image(
 def _binary(image, name):
     "(H,W) bool from a decoded image."
     image = _upright(image, name)
-    if image.mode == '1': return np.array(image)
+    if image.mode == '1':
+        return np.array(image)
     values = np.asarray(image) if image.mode == 'L' else _rgb(image, name).max(axis=2)
     return values > (127 if values.max() > 1 else 0)
 
@@ -234,7 +298,8 @@ def image_size(
     data:bytes, # of an image that has been through `clean_image`
 ) -> tuple: # height, width
     "The size that the header states; nothing is decoded."
-    with Image.open(io.BytesIO(data)) as image: return image.size[::-1]
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size[::-1]
 
 # %% ../nbs/02_images.ipynb #36a71e23
 def clean_mask(
@@ -246,12 +311,16 @@ def clean_mask(
     image, kind = _open(data, name, MAX_BYTES, MAX_PIXELS)
     fits = shape is None or image.size[::-1] == tuple(shape)
     plain = image.mode == '1' or image.mode == 'L' and {v for _, v in image.getcolors() or ()} <= {0, 255}
-    if kind == 'png' and fits and plain and image.getexif().get(0x0112, 1) == 1: return _clean_png(data)
+    if kind == 'png' and fits and plain and image.getexif().get(0x0112, 1) == 1:
+        return _clean_png(data)
     mask = _binary(image, name)
     if shape is not None and mask.shape != tuple(shape):
         (h, w), (H, W) = mask.shape, shape
         if abs(h * W / (w * H) - 1) > .02:
-            raise ImageError(f"{name}: the mask is {w}x{h} and its image {W}x{H}, so it cannot lie over it; find the mask of this image")
+            raise ImageError(
+                f"{name}: the mask is {w}x{h} and its image {W}x{H}, so it cannot lie over it; find the "
+                "mask of this image"
+            )
         mask = cv2.resize(mask.astype(np.uint8), (W, H), interpolation=cv2.INTER_NEAREST) > 0
     return encode_png(mask)
 
@@ -273,12 +342,14 @@ def resize_mask(
     return resize_image(mask.astype(np.uint8) * 255, size) > 127
 
 # %% ../nbs/02_images.ipynb #87eea978
-IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
+IMAGENET_MEAN = (.485, .456, .406)
+IMAGENET_STD = (.229, .224, .225)
 
 # %% ../nbs/02_images.ipynb #fa106d20
 def normalise(
     images:np.ndarray, # (...,H,W,3) uint8 RGB
-    channels_last:bool=False, # leave the channels last in memory, as a CPU likes its batches best; the numbers are the same
+    # leave the channels last in memory, as a CPU likes its batches best; the numbers are the same
+    channels_last:bool=False,
 ): # torch.Tensor (...,3,H,W) float32
     "Images as a model takes them: channels first, ImageNet mean 0 and spread 1."
     import torch

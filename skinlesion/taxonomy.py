@@ -22,7 +22,8 @@ def comparable(
     word, # any value; None and NaN count as empty
 ) -> str: # lower case, single spaces, no quotes
     "The form in which words are compared."
-    if word is None or word != word: return ''
+    if word is None or word != word:
+        return ''
     return ' '.join(str(word).translate(_ALIKE).lower().split())
 
 # %% ../nbs/00_taxonomy.ipynb #b1fd332e
@@ -53,7 +54,10 @@ def comparable_map(
     for old, new in (word_map or {}).items():
         first, meant = found.setdefault(comparable(old), (old, new))
         if meant != new:
-            raise ValueError(f"--map '{first}={meant}' and --map '{old}={new}' give one word two meanings (case, spaces and hyphens do not count); keep one")
+            raise ValueError(
+                f"--map '{first}={meant}' and --map '{old}={new}' give one word two meanings (case, "
+                "spaces and hyphens do not count); keep one"
+            )
     return found
 
 # %% ../nbs/00_taxonomy.ipynb #cb137025
@@ -64,39 +68,52 @@ _NAMES = dict(
 
 _ALIASES = {
     ('akiec', 'ak'): 'actinic keratoses|actinic keratosis|ak|solar keratosis',
-    ('akiec',): 'bowens disease|bowen disease|intraepithelial carcinoma|actinic keratoses and intraepithelial carcinoma|'
-                'actinic keratosis / bowens disease',
+    ('akiec',): 'bowens disease|bowen disease|intraepithelial carcinoma|actinic keratoses and intraepithelial '
+    'carcinoma|'
+    'actinic keratosis / bowens disease',
     ('bcc',): 'basal cell carcinoma|basalioma',
-    ('bkl',): 'benign keratosis|benign keratosis like lesion|benign keratosis like lesions|benign keratosis like|bkl|seborrheic keratosis|'
-              'seborrhoeic keratosis|pigmented benign keratosis|solar lentigo|lichen planus like keratosis|lichenoid keratosis|lplk|sk',
+    ('bkl',): 'benign keratosis|benign keratosis like lesion|benign keratosis like lesions|benign keratosis '
+    'like|bkl|seborrheic keratosis|'
+    'seborrhoeic keratosis|pigmented benign keratosis|solar lentigo|lichen planus like '
+    'keratosis|lichenoid keratosis|lplk|sk',
     ('df',): 'dermatofibroma|dermatofibromas|histiocytoma',
     ('mel',): 'melanoma|melanomas|malignant melanoma|melanoma in situ|lentigo maligna|lentigo maligna melanoma|mm',
     ('nv',): 'melanocytic nevi|melanocytic nevus|melanocytic naevus|melanocytic naevi|nevus|nevi|naevus|naevi|mole',
     ('scc',): 'squamous cell carcinoma',
-    ('vasc',): 'vascular lesion|vascular lesions|vascular|angioma|hemangioma|haemangioma|cherry angioma|angiokeratoma|pyogenic granuloma',
+    ('vasc',): 'vascular lesion|vascular lesions|vascular|angioma|hemangioma|haemangioma|cherry '
+    'angioma|angiokeratoma|pyogenic granuloma',
     ('unk',): 'unknown|none of the others',
-    ('benign',): 'benign'}
+    ('benign',): 'benign',
+}
 
 _CODES_OF = {comparable(word): codes for codes, words in _ALIASES.items() for word in words.split('|')}
 
 # %% ../nbs/00_taxonomy.ipynb #b2510ee4
 def _check_codes(name, codes):
     "Refuse codes that cannot be columns."
-    if not codes: raise ValueError(f"label set '{name}' has no codes; name at least one class")
+    if not codes:
+        raise ValueError(f"label set '{name}' has no codes; name at least one class")
     forms = [comparable(c) for c in codes]
     for code, form in zip(codes, forms):
         if not isinstance(code, str) or not re.fullmatch(r'\w[\w.+\-]*', code):
-            raise ValueError(f"label set '{name}': code {code!r} must be letters, digits, '_', '-', '.' or '+', without spaces "
-                             "(it becomes a column name); put the long form into names")
-        if forms.count(form) > 1: raise ValueError(f"label set '{name}': code '{code}' is there twice (case and hyphens do not count)")
+            raise ValueError(
+                f"label set '{name}': code {code!r} must be letters, digits, '_', '-', '.' or '+', "
+                "without spaces "
+                "(it becomes a column name); put the long form into names"
+            )
+        if forms.count(form) > 1:
+            raise ValueError(f"label set '{name}': code '{code}' is there twice (case and hyphens do not count)")
 
 # %% ../nbs/00_taxonomy.ipynb #ec2b1ce6
 def _check_known(name, key, used, codes):
     "Refuse a code that the set has not."
     for code in used:
         if code not in codes:
-            raise ValueError(f"label set '{name}': {key} holds '{code}', which is not one of its codes ({', '.join(codes)})."
-                             f"{nearest(code, codes)}")
+            raise ValueError(
+                f"label set '{name}': {key} holds '{code}', which is not one of its codes "
+                f"({', '.join(codes)})."
+                f"{nearest(code, codes)}"
+            )
 
 # %% ../nbs/00_taxonomy.ipynb #101ffddb
 @dataclass(frozen=True)
@@ -109,16 +126,20 @@ class LabelSet:
     undecided:frozenset = frozenset() # codes that may be either, such as 'unk' of ISIC 2019
 
     def __post_init__(self):
-        codes, put = tuple(self.codes), object.__setattr__
+        codes = tuple(self.codes)
+        put = object.__setattr__
         _check_codes(self.name, codes)
-        for key in ('names', 'malignant', 'undecided'): _check_known(self.name, key, getattr(self, key) or (), codes)
+        for key in ('names', 'malignant', 'undecided'):
+            _check_known(self.name, key, getattr(self, key) or (), codes)
         put(self, 'codes', codes)
         put(self, 'names', {c: self.names.get(c, c) for c in codes})
         put(self, 'malignant', None if self.malignant is None else frozenset(self.malignant))
         put(self, 'undecided', frozenset(self.undecided))
 
-    def __len__(self): return len(self.codes)
-    def __contains__(self, code): return code in self.codes
+    def __len__(self):
+        return len(self.codes)
+    def __contains__(self, code):
+        return code in self.codes
 
     @property
     def num_classes(self) -> int:
@@ -129,7 +150,8 @@ class LabelSet:
         code:str, # exactly as in `codes`; for other spellings `parse` first
     ) -> int: # column of the class
         "Position of a code."
-        if code not in self.codes: raise ValueError(_unknown(self, code))
+        if code not in self.codes:
+            raise ValueError(_unknown(self, code))
         return self.codes.index(code)
 
     def parse(self,
@@ -151,9 +173,11 @@ def _parse(label_set, word, where):
     "Code, then full name, then alias."
     form = comparable(word)
     own = {comparable(n): c for c, n in label_set.names.items()} | {comparable(c): c for c in label_set.codes}
-    if form in own: return own[form]
+    if form in own:
+        return own[form]
     for code in _CODES_OF.get(form, ()):
-        if code in label_set.codes: return code
+        if code in label_set.codes:
+            return code
     raise ValueError(_unknown(label_set, word, where))
 
 # %% ../nbs/00_taxonomy.ipynb #1a469ce6
@@ -161,9 +185,13 @@ def _checked_keys(values):
     "The keys of `LabelSet.from_dict`, or an error."
     allowed = ('name', 'codes', 'names', 'malignant', 'undecided')
     for key in values:
-        if key not in allowed: raise ValueError(f"label set: unknown key '{key}'; allowed are {', '.join(allowed)}.{nearest(key, allowed)}")
+        if key not in allowed:
+            raise ValueError(
+                f"label set: unknown key '{key}'; allowed are {', '.join(allowed)}.{nearest(key, allowed)}"
+            )
     for key in ('name', 'codes'):
-        if key not in values: raise ValueError(f"label set: the key '{key}' is missing; it needs name and codes")
+        if key not in values:
+            raise ValueError(f"label set: the key '{key}' is missing; it needs name and codes")
     return values
 
 # %% ../nbs/00_taxonomy.ipynb #c5c8b246
@@ -194,8 +222,15 @@ def from_dict(cls:LabelSet,
 # %% ../nbs/00_taxonomy.ipynb #1e06faef
 def _built_in(name, codes, undecided=''):
     "A set of known codes."
-    codes, malignant = codes.split(), ('mel', 'bcc', 'scc', 'akiec', 'ak')
-    return LabelSet(name, tuple(codes), {c: _NAMES[c] for c in codes}, frozenset(codes) & frozenset(malignant), frozenset(undecided.split()))
+    codes = codes.split()
+    malignant = ('mel', 'bcc', 'scc', 'akiec', 'ak')
+    return LabelSet(
+        name,
+        tuple(codes),
+        {c: _NAMES[c] for c in codes},
+        frozenset(codes) & frozenset(malignant),
+        frozenset(undecided.split()),
+    )
 
 LABEL_SETS = {s.name: s for s in (
     _built_in('ham10000', 'akiec bcc bkl df mel nv vasc'),
@@ -208,28 +243,57 @@ def get_label_set(
 ) -> LabelSet:
     "A built-in label set by name."
     if name not in LABEL_SETS:
-        raise ValueError(f"label set '{name}' is not built in; choose one of {', '.join(LABEL_SETS)}.{nearest(name, LABEL_SETS)}")
+        raise ValueError(
+            f"label set '{name}' is not built in; choose one of {', '.join(LABEL_SETS)}.{nearest(name, LABEL_SETS)}"
+        )
     return LABEL_SETS[name]
 
 # %% ../nbs/00_taxonomy.ipynb #767e4a21
-SITES = ('abdomen', 'acral', 'back', 'chest', 'ear', 'face', 'foot', 'genital', 'hand', 'head/neck', 'lower extremity', 'neck', 'scalp',
-         'trunk', 'upper extremity')
+SITES = (
+    'abdomen',
+    'acral',
+    'back',
+    'chest',
+    'ear',
+    'face',
+    'foot',
+    'genital',
+    'hand',
+    'head/neck',
+    'lower extremity',
+    'neck',
+    'scalp',
+    'trunk',
+    'upper extremity',
+)
 SEXES = ('female', 'male')
 
 _SITE_WORDS = {
-    'acral': 'palms/soles|palm|palms|sole|soles', 'back': 'posterior torso|lower back|upper back|buttocks',
-    'face': 'cheek|nose|forehead|lip|eyelid|chin', 'foot': 'feet|toe', 'genital': 'oral/genital|anogenital|genitals', 'hand': 'hands|finger',
-    'head/neck': 'head|head and neck', 'lower extremity': 'leg|thigh|lower leg|knee|lower limb', 'scalp': 'hair-bearing scalp',
-    'trunk': 'torso|anterior torso|lateral torso', 'upper extremity': 'arm|forearm|upper arm|elbow|upper limb'}
-_SITE_OF = {comparable(w): site for site, words in _SITE_WORDS.items() for w in [site, *words.split('|')]} | {comparable(s): s for s in SITES}
+    'acral': 'palms/soles|palm|palms|sole|soles',
+    'back': 'posterior torso|lower back|upper back|buttocks',
+    'face': 'cheek|nose|forehead|lip|eyelid|chin',
+    'foot': 'feet|toe',
+    'genital': 'oral/genital|anogenital|genitals',
+    'hand': 'hands|finger',
+    'head/neck': 'head|head and neck',
+    'lower extremity': 'leg|thigh|lower leg|knee|lower limb',
+    'scalp': 'hair-bearing scalp',
+    'trunk': 'torso|anterior torso|lateral torso',
+    'upper extremity': 'arm|forearm|upper arm|elbow|upper limb',
+}
+_SITE_OF = {comparable(w): site for site, words in _SITE_WORDS.items() for w in [site, *words.split('|')]} | {
+    comparable(s): s for s in SITES
+}
 _SEX_OF = {s: s for s in SEXES} | dict(f='female', m='male', woman='female', man='male')
 
 # %% ../nbs/00_taxonomy.ipynb #348828a9
 def _closed(word, where, what, allowed, words):
     "A word of a closed list, '' where it says unknown."
     form = comparable(word)
-    if is_missing(word): return ''
-    if form in words: return words[form]
+    if is_missing(word):
+        return ''
+    if form in words:
+        return words[form]
     raise ValueError(f"{where}{': ' if where else ''}{what} '{word}' is not known; allowed are {', '.join(allowed)}, "
                      f"or empty for unknown.{nearest(word, [*allowed, *words])}")
 
@@ -251,14 +315,28 @@ def parse_sex(
 
 # %% ../nbs/00_taxonomy.ipynb #8edbf16a
 _REGION_OF = dict(
-    abdomen='trunk', acral='acral', back='trunk', chest='trunk', ear='head/neck', face='head/neck', foot='lower extremity', genital='genital',
-    hand='upper extremity', neck='head/neck', scalp='head/neck', trunk='trunk') | {s: s for s in ('head/neck', 'lower extremity', 'upper extremity')}
+    abdomen='trunk',
+    acral='acral',
+    back='trunk',
+    chest='trunk',
+    ear='head/neck',
+    face='head/neck',
+    foot='lower extremity',
+    genital='genital',
+    hand='upper extremity',
+    neck='head/neck',
+    scalp='head/neck',
+    trunk='trunk',
+) | {s: s for s in ('head/neck', 'lower extremity', 'upper extremity')}
 
 def site_region(
     site:str, # one of SITES, or ''
 ) -> str: # 'acral', 'genital', 'head/neck', 'lower extremity', 'trunk', 'upper extremity', or ''
     "The coarse place of a canonical site."
-    if site and site not in _REGION_OF: raise ValueError(f"site '{site}' is not one of {', '.join(SITES)}; pass it through parse_site.{nearest(site, SITES)}")
+    if site and site not in _REGION_OF:
+        raise ValueError(
+            f"site '{site}' is not one of {', '.join(SITES)}; pass it through parse_site.{nearest(site, SITES)}"
+        )
     return _REGION_OF.get(site, '')
 
 # %% ../nbs/00_taxonomy.ipynb #2e613f86
@@ -268,19 +346,34 @@ def age_band(
     age:float, # years, 0 or more; NaN or None for unknown
 ) -> str: # one of AGE_BANDS, or ''
     "The band of an age."
-    if age is None or age != age: return ''
-    if not 0 <= age < float('inf'): raise ValueError(f"age {age} is no number of years; give 0 or more, or NaN for unknown")
+    if age is None or age != age:
+        return ''
+    if not 0 <= age < float('inf'):
+        raise ValueError(f"age {age} is no number of years; give 0 or more, or NaN for unknown")
     return AGE_BANDS[sum(age >= edge for edge in (30, 50, 70))]
 
 # %% ../nbs/00_taxonomy.ipynb #fee22f00
-CLASS_COLOURS = dict(akiec='#CC6677', ak='#CC6677', bcc='#882255', bkl='#999933', df='#44AA99', mel='#332288', nv='#DDCC77',
-                     scc='#AA4499', vasc='#88CCEE', unk='#BBBBBB', benign='#117733')
+CLASS_COLOURS = dict(
+    akiec='#CC6677',
+    ak='#CC6677',
+    bcc='#882255',
+    bkl='#999933',
+    df='#44AA99',
+    mel='#332288',
+    nv='#DDCC77',
+    scc='#AA4499',
+    vasc='#88CCEE',
+    unk='#BBBBBB',
+    benign='#117733',
+)
 
 def class_colours(
     label_set:LabelSet, # built in or of one's own
 ) -> dict: # code -> '#RRGGBB', in the order of the set
     "A colour for every class of a set."
-    spare = [c for c in dict.fromkeys(CLASS_COLOURS.values()) if c not in {CLASS_COLOURS.get(k) for k in label_set.codes}]
+    spare = [
+        c for c in dict.fromkeys(CLASS_COLOURS.values()) if c not in {CLASS_COLOURS.get(k) for k in label_set.codes}
+    ]
     others = [c for c in label_set.codes if c not in CLASS_COLOURS]
     new = {c: spare[i % len(spare)] if spare else '#BBBBBB' for i, c in enumerate(others)}
     return {c: CLASS_COLOURS.get(c) or new[c] for c in label_set.codes}

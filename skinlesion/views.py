@@ -23,34 +23,55 @@ class View:
 CROP = 7 / 8 # share of each side that a crop shows
 
 VIEWS = {
-    'identity': View(), 'mirror': View(mirror=True), 'upside': View(upside=True), 'turn 180': View(upside=True, mirror=True),
-    'transpose': View(True), 'turn 90': View(True, upside=True), 'turn 270': View(True, mirror=True), 'antitranspose': View(True, True, True),
-    'crop centre': View(crop=(.5, .5)), 'crop top left': View(crop=(0, 0)), 'crop top right': View(crop=(0, 1)),
-    'crop bottom left': View(crop=(1, 0)), 'crop bottom right': View(crop=(1, 1))}
+    'identity': View(),
+    'mirror': View(mirror=True),
+    'upside': View(upside=True),
+    'turn 180': View(upside=True, mirror=True),
+    'transpose': View(True),
+    'turn 90': View(True, upside=True),
+    'turn 270': View(True, mirror=True),
+    'antitranspose': View(True, True, True),
+    'crop centre': View(crop=(0.5, 0.5)),
+    'crop top left': View(crop=(0, 0)),
+    'crop top right': View(crop=(0, 1)),
+    'crop bottom left': View(crop=(1, 0)),
+    'crop bottom right': View(crop=(1, 1)),
+}
 
-VIEW_SETS = {'none': ('identity',), 'flips': ('identity', 'mirror', 'upside', 'turn 180'), 'd4': tuple(VIEWS)[:8], 'd4+crops': tuple(VIEWS)}
+VIEW_SETS = {
+    'none': ('identity',),
+    'flips': ('identity', 'mirror', 'upside', 'turn 180'),
+    'd4': tuple(VIEWS)[:8],
+    'd4+crops': tuple(VIEWS),
+}
 
-# %% ../nbs/03_views.ipynb #ea2c3a5d
+# %% ../nbs/03_views.ipynb #3d29c4f5
 def view_names(
     views:str, # one of VIEW_SETS
 ) -> tuple: # names in VIEWS, the picture as it is first
     "The views of a set, or an error."
-    if not isinstance(views, str) or views not in VIEW_SETS: raise ValueError(f"views '{views}' is not one of {', '.join(VIEW_SETS)}.{nearest(str(views), VIEW_SETS)}")
+    if not isinstance(views, str) or views not in VIEW_SETS:
+        raise ValueError(f"views '{views}' is not one of {', '.join(VIEW_SETS)}.{nearest(str(views), VIEW_SETS)}")
     return VIEW_SETS[views]
 
+# %% ../nbs/03_views.ipynb #ea2c3a5d
 def _view(name):
     "A view by name."
-    if name not in VIEWS: raise ValueError(f"view '{name}' is not one of {', '.join(VIEWS)}.{nearest(str(name), VIEWS)}")
+    if name not in VIEWS:
+        raise ValueError(f"view '{name}' is not one of {', '.join(VIEWS)}.{nearest(str(name), VIEWS)}")
     return VIEWS[name]
 
-# %% ../nbs/03_views.ipynb #bb85460a
+# %% ../nbs/03_views.ipynb #df4be196
 def _turn(x, view, rows, columns):
     "Transpose and flip an array or tensor along two axes."
     flips = [axis for axis, wanted in ((rows, view.upside), (columns, view.mirror)) if wanted]
-    if view.transpose: x = x.swapaxes(rows, columns)
-    if not flips: return x
+    if view.transpose:
+        x = x.swapaxes(rows, columns)
+    if not flips:
+        return x
     return np.flip(x, flips) if isinstance(x, np.ndarray) else x.flip(flips)
 
+# %% ../nbs/03_views.ipynb #a5f0aed6
 def _cropped(x, crop, rows, columns):
     "The part of the picture that a crop shows, not yet stretched."
     for axis, at in zip((rows, columns), crop):
@@ -60,12 +81,16 @@ def _cropped(x, crop, rows, columns):
         x = x[(slice(None),) * (x.ndim + axis) + (slice(first, first + keep),)]
     return x
 
+# %% ../nbs/03_views.ipynb #bb85460a
 def _stretched(x, shape):
     "A crop at the size of the whole: (..., h, w, 3) uint8 as array, (B, 3, h, w) as tensor."
     if not isinstance(x, np.ndarray):
         from torch.nn.functional import interpolate
         return interpolate(x, size=shape, mode='bilinear', align_corners=False)
-    flat = [cv2.resize(np.ascontiguousarray(one), shape[::-1], interpolation=cv2.INTER_LINEAR) for one in x.reshape(-1, *x.shape[-3:])]
+    flat = [
+        cv2.resize(np.ascontiguousarray(one), shape[::-1], interpolation=cv2.INTER_LINEAR)
+        for one in x.reshape(-1, *x.shape[-3:])
+    ]
     return np.stack(flat).reshape(*x.shape[:-3], *shape, x.shape[-1])
 
 # %% ../nbs/03_views.ipynb #3caeec36
@@ -74,12 +99,17 @@ def apply_view(
     name:str, # one of VIEWS
 ): # like `images`; an array is a copy
     "Pictures as one view shows them."
-    view, array = _view(name), isinstance(images, np.ndarray)
+    view = _view(name)
+    array = isinstance(images, np.ndarray)
     rows, columns = (-3, -2) if array else (-2, -1)
     shape = images.shape[rows], images.shape[columns]
-    if view.transpose and shape[0] != shape[1]: raise ValueError(f"view '{name}' exchanges rows and columns, so it needs square images; these are {shape[1]}x{shape[0]}")
+    if view.transpose and shape[0] != shape[1]:
+        raise ValueError(
+            f"view '{name}' exchanges rows and columns, so it needs square images; these are {shape[1]}x{shape[0]}"
+        )
     shown = _turn(images, view, rows, columns)
-    if view.crop is not None: shown = _stretched(_cropped(shown, view.crop, rows, columns), tuple(shape))
+    if view.crop is not None:
+        shown = _stretched(_cropped(shown, view.crop, rows, columns), tuple(shape))
     return np.array(shown, order='C') if array else shown
 
 # %% ../nbs/03_views.ipynb #74eb00d6
@@ -89,6 +119,10 @@ def undo_view(
 ): # like `maps`, upright
     "Maps of one view, laid back on the pictures."
     view = _view(name)
-    if view.crop is not None: raise ValueError(f"view '{name}' shows only a part, so a map of it cannot be laid back; choose one of {', '.join(VIEW_SETS['d4'])}")
+    if view.crop is not None:
+        raise ValueError(
+            f"view '{name}' shows only a part, so a map of it cannot be laid back; choose one of "
+            f"{', '.join(VIEW_SETS['d4'])}"
+        )
     maps = _turn(maps, View(upside=view.upside, mirror=view.mirror), -2, -1)
     return maps.swapaxes(-2, -1) if view.transpose else maps

@@ -26,10 +26,12 @@ def encoded(image, kind, **how):
     return out.getvalue()
 
 
-def jpeg_segment(marker, body): return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+def jpeg_segment(marker, body):
+    return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
 
 
-def png_chunk(kind, body): return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png_header(width, height, depth=8, colour=2):
@@ -49,7 +51,8 @@ def exif_bytes(orientation=None):
     "EXIF with a name, a place and, if given, an orientation."
     exif = Image.Exif()
     exif[0x010E] = exif[0x013B] = GOSSIP
-    if orientation: exif[0x0112] = orientation
+    if orientation:
+        exif[0x0112] = orientation
     exif.get_ifd(0x8825)[1] = "N"
     return exif
 
@@ -59,7 +62,9 @@ def talkative():
     image = pixels()
     xmp = f"<x:xmpmeta xmlns:x='adobe:ns:meta/'>{GOSSIP}</x:xmpmeta>".encode()
     jpeg = encoded(image, "JPEG", quality=95, exif=exif_bytes(), comment=GOSSIP.encode())
-    extra = jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp) + jpeg_segment(0xED, b"Photoshop 3.0\0" + GOSSIP.encode())
+    extra = jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp) + jpeg_segment(
+        0xED, b"Photoshop 3.0\0" + GOSSIP.encode()
+    )
     text = PngInfo()
     text.add_text("Author", GOSSIP)
     text.add_text("Comment", GOSSIP, zip=True)
@@ -75,16 +80,29 @@ def talkative():
 
 
 # How a camera stored what was upright, by the EXIF orientation that undoes it (TIFF 6.0, tag 274).
-STORED = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-          5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a), 7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1)}
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, -1),
+}
 
 
 def modes():
     "name -> (bytes, the pixels that must come out, how far they may be off)."
     rgb = pixels()
-    image, grey = Image.fromarray(rgb), Image.fromarray(rgb).convert("L")
-    as_rgb = lambda picture: np.asarray(picture.convert("RGB"))
-    alpha = Image.merge("RGBA", [*image.split(), Image.fromarray(np.where(np.arange(32) < 16, 0, 255).astype(np.uint8)[None].repeat(24, 0))])
+    image = Image.fromarray(rgb)
+    grey = Image.fromarray(rgb).convert("L")
+    def as_rgb(picture):
+        return np.asarray(picture.convert("RGB"))
+    alpha = Image.merge(
+        "RGBA",
+        [*image.split(), Image.fromarray(np.where(np.arange(32) < 16, 0, 255).astype(np.uint8)[None].repeat(24, 0))],
+    )
     white = np.where((np.arange(32) < 16)[None, :, None], 255, rgb)
     palette = image.quantize(16)
     see_through = palette.copy()
@@ -92,20 +110,34 @@ def modes():
     behind = np.where((np.asarray(palette) == 0)[..., None], 255, as_rgb(palette))
     sixteen = (np.asarray(grey).astype(np.uint16) * 257)
     return {
-        "rgb.png": (encoded(image, "PNG"), rgb, 0), "rgb.bmp": (encoded(image, "BMP"), rgb, 0), "rgb.tif": (encoded(image, "TIFF"), rgb, 0),
-        "lzw.tif": (encoded(image, "TIFF", compression="tiff_lzw"), rgb, 0), "lossless.webp": (encoded(image, "WEBP", lossless=True), rgb, 0),
-        "lossy.webp": (encoded(image, "WEBP", quality=95), rgb, 16), "rgb.jpg": (encoded(image, "JPEG", quality=98, subsampling=0), rgb, 6),
+        "rgb.png": (encoded(image, "PNG"), rgb, 0),
+        "rgb.bmp": (encoded(image, "BMP"), rgb, 0),
+        "rgb.tif": (encoded(image, "TIFF"), rgb, 0),
+        "lzw.tif": (encoded(image, "TIFF", compression="tiff_lzw"), rgb, 0),
+        "lossless.webp": (encoded(image, "WEBP", lossless=True), rgb, 0),
+        "lossy.webp": (encoded(image, "WEBP", quality=95), rgb, 16),
+        "rgb.jpg": (encoded(image, "JPEG", quality=98, subsampling=0), rgb, 6),
         "progressive.jpg": (encoded(image, "JPEG", quality=98, subsampling=0, progressive=True), rgb, 6),
-        "grey.jpg": (encoded(grey, "JPEG", quality=98), as_rgb(grey), 6), "grey.png": (encoded(grey, "PNG"), as_rgb(grey), 0),
-        "cmyk.jpg": (encoded(image.convert("CMYK"), "JPEG", quality=98), rgb, 8), "cmyk.tif": (encoded(image.convert("CMYK"), "TIFF"), rgb, 1),
+        "grey.jpg": (encoded(grey, "JPEG", quality=98), as_rgb(grey), 6),
+        "grey.png": (encoded(grey, "PNG"), as_rgb(grey), 0),
+        "cmyk.jpg": (encoded(image.convert("CMYK"), "JPEG", quality=98), rgb, 8),
+        "cmyk.tif": (encoded(image.convert("CMYK"), "TIFF"), rgb, 1),
         "bit.png": (encoded(grey.convert("1"), "PNG"), as_rgb(grey.convert("1")), 0),
-        "alpha.png": (encoded(alpha, "PNG"), white, 0), "alpha.webp": (encoded(alpha, "WEBP", lossless=True, exact=True), white, 0),
-        "grey_alpha.png": (encoded(alpha.convert("LA"), "PNG"), np.where((np.arange(32) < 16)[None, :, None], 255, as_rgb(grey)), 0),
-        "palette.png": (encoded(palette, "PNG"), as_rgb(palette), 0), "palette.bmp": (encoded(palette, "BMP"), as_rgb(palette), 0),
+        "alpha.png": (encoded(alpha, "PNG"), white, 0),
+        "alpha.webp": (encoded(alpha, "WEBP", lossless=True, exact=True), white, 0),
+        "grey_alpha.png": (
+            encoded(alpha.convert("LA"), "PNG"),
+            np.where((np.arange(32) < 16)[None, :, None], 255, as_rgb(grey)),
+            0,
+        ),
+        "palette.png": (encoded(palette, "PNG"), as_rgb(palette), 0),
+        "palette.bmp": (encoded(palette, "BMP"), as_rgb(palette), 0),
         "see_through.png": (encoded(see_through, "PNG", transparency=0), behind, 0),
         "sixteen.png": (encoded(Image.fromarray(sixteen), "PNG"), as_rgb(grey), 0),
         "sixteen.tif": (encoded(Image.fromarray(sixteen), "TIFF"), as_rgb(grey), 0),
-        "one_pixel.png": (encoded(rgb[:1, :1], "PNG"), rgb[:1, :1], 0), "one_pixel.jpg": (encoded(rgb[:1, :1], "JPEG"), rgb[:1, :1], 6)}
+        "one_pixel.png": (encoded(rgb[:1, :1], "PNG"), rgb[:1, :1], 0),
+        "one_pixel.jpg": (encoded(rgb[:1, :1], "JPEG"), rgb[:1, :1], 6),
+    }
 
 
 def bad_pictures():
@@ -113,20 +145,30 @@ def bad_pictures():
     image = Image.fromarray(pixels())
     float_tiff = encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF")
     return {
-        "empty.jpg": (b"", "it is empty"), "text.jpg": (b"Dear colleague, please find the picture enclosed.\n", "its content is no known image"),
+        "empty.jpg": (b"", "it is empty"),
+        "text.jpg": (b"Dear colleague, please find the picture enclosed.\n", "its content is no known image"),
         "page.jpg": (b"<!DOCTYPE html><html>404</html>", "it is markup"),
         "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is markup"),
-        "moving.jpg": (encoded(image, "GIF"), "it is gif"), "archive.png": (zipped({"a.png": encoded(image, "PNG")}), "it is zip"),
-        "letter.jpg": (b"%PDF-1.7\n", "it is pdf"), "scan.jpg": (bytes(128) + b"DICM" + bytes(64), "it is dicom"),
+        "moving.jpg": (encoded(image, "GIF"), "it is gif"),
+        "archive.png": (zipped({"a.png": encoded(image, "PNG")}), "it is zip"),
+        "letter.jpg": (b"%PDF-1.7\n", "it is pdf"),
+        "scan.jpg": (bytes(128) + b"DICM" + bytes(64), "it is dicom"),
         "phone.jpg": (struct.pack(">I", 24) + b"ftypheic" + bytes(40), "it is heic or avif"),
         "marker.jpg": (b"\xff\xd8\xff", "truncated or damaged JPEG (its header cannot be read)"),
         "no_pixels.png": (png_header(8, 8) + png_chunk(b"IEND", b""), "truncated or damaged PNG"),
-        "zero.png": (png_header(0, 8) + png_chunk(b"IEND", b""), ""),  # refused: how, the decoder decides
-        "wide.png": (png_header(2**31 - 1, 2**31 - 1) + png_chunk(b"IDAT", b"x"), "more than the 64,000,000 pixels allowed"),
-        "hundred.png": (big_png(10_000, 10_000), "10000x10000 pixels, more than the 64,000,000 allowed; scale the image down"),
+        "zero.png": (png_header(0, 8) + png_chunk(b"IEND", b""), ""), # refused: how, the decoder decides
+        "wide.png": (
+            png_header(2**31 - 1, 2**31 - 1) + png_chunk(b"IDAT", b"x"),
+            "more than the 64,000,000 pixels allowed",
+        ),
+        "hundred.png": (
+            big_png(10_000, 10_000),
+            "10000x10000 pixels, more than the 64,000,000 allowed; scale the image down",
+        ),
         "floats.tif": (float_tiff, "have no agreed range"),
         "frames.tif": (encoded(image, "TIFF", save_all=True, append_images=[image]), "it holds 2 frames"),
-        "frames.png": (encoded(image, "PNG", save_all=True, append_images=[image.rotate(180)]), "frames")}
+        "frames.png": (encoded(image, "PNG", save_all=True, append_images=[image.rotate(180)]), "frames"),
+    }
 
 
 def zipped(files, links=()):
@@ -136,7 +178,8 @@ def zipped(files, links=()):
         for name, data in files.items():
             entry = zipfile.ZipInfo(name)
             entry.compress_type = zipfile.ZIP_DEFLATED
-            if name in links: entry.external_attr = 0o120777 << 16
+            if name in links:
+                entry.external_attr = 0o120777 << 16
             archive.writestr(entry, data)
     return out.getvalue()
 
@@ -147,34 +190,55 @@ def tarred(files, links=(), mode="w:gz"):
     with tarfile.open(fileobj=out, mode=mode) as archive:
         for name, data in files.items():
             entry = tarfile.TarInfo(name)
-            if name in links: entry.type, entry.linkname = tarfile.SYMTYPE, data.decode()
-            else: entry.size = len(data)
+            if name in links:
+                entry.type = tarfile.SYMTYPE
+                entry.linkname = data.decode()
+            else:
+                entry.size = len(data)
             archive.addfile(entry, None if name in links else io.BytesIO(data))
     return out.getvalue()
 
 
 HEAD = "lesion_id,image_id,dx,dx_type,age,sex,localization"
-ROWS = ("HAM_1,ISIC_1,nv,follow_up,45,female,back", "HAM_2,ISIC_2,mel,histo,60,male,scalp", "HAM_3,ISIC_3,bkl,consensus,,unknown,unknown")
+ROWS = (
+    "HAM_1,ISIC_1,nv,follow_up,45,female,back",
+    "HAM_2,ISIC_2,mel,histo,60,male,scalp",
+    "HAM_3,ISIC_3,bkl,consensus,,unknown,unknown",
+)
 
 
-def table(*rows, head=HEAD): return "\n".join([head, *rows, ""]).encode()
+def table(*rows, head=HEAD):
+    return "\n".join([head, *rows, ""]).encode()
 
 
-def second(row): return table(ROWS[0], row, ROWS[2])
+def second(row):
+    return table(ROWS[0], row, ROWS[2])
 
 
 def good_tables():
     "Tables in the layout of HAM10000 that are odd and mean what ROWS say."
     plain = table(*ROWS)
     return {
-        "byte order mark": b"\xef\xbb\xbf" + plain, "semicolons": plain.replace(b",", b";"), "tabs": plain.replace(b",", b"\t"),
-        "carriage returns": plain.replace(b"\n", b"\r\n"), "blank lines": plain.replace(b"\n", b"\n\n"), "no last newline": plain[:-1],
-        "spaces": plain.replace(b",", b" , "), "quotes": "\n".join(",".join(f'"{w}"' for w in row.split(",")) for row in (HEAD, *ROWS)).encode(),
-        "mixed case": table(ROWS[0].replace("nv", "NV"), ROWS[1].replace("mel", "Melanoma").replace("male", "Male"), ROWS[2].replace("bkl", "Bkl")),
+        "byte order mark": b"\xef\xbb\xbf" + plain,
+        "semicolons": plain.replace(b",", b";"),
+        "tabs": plain.replace(b",", b"\t"),
+        "carriage returns": plain.replace(b"\n", b"\r\n"),
+        "blank lines": plain.replace(b"\n", b"\n\n"),
+        "no last newline": plain[:-1],
+        "spaces": plain.replace(b",", b" , "),
+        "quotes": "\n".join(",".join(f'"{w}"' for w in row.split(",")) for row in (HEAD, *ROWS)).encode(),
+        "mixed case": table(
+            ROWS[0].replace("nv", "NV"),
+            ROWS[1].replace("mel", "Melanoma").replace("male", "Male"),
+            ROWS[2].replace("bkl", "Bkl"),
+        ),
         "other order of columns": "\n".join(",".join(row.split(",")[::-1]) for row in (HEAD, *ROWS)).encode(),
-        "another column": "\n".join(row + f',"a note,\nof two lines {i}"' for i, row in enumerate(ROWS)).join([HEAD + ",note\n", "\n"]).encode(),
+        "another column": "\n".join(row + f',"a note,\nof two lines {i}"' for i, row in enumerate(ROWS))
+        .join([HEAD + ",note\n", "\n"])
+        .encode(),
         "words for unknown": table(*ROWS[:2], "HAM_3,ISIC_3,bkl,consensus,NaN,N/A,none"),
-        "age in decimals": table(ROWS[0].replace("45", "45.0"), *ROWS[1:])}
+        "age in decimals": table(ROWS[0].replace("45", "45.0"), *ROWS[1:]),
+    }
 
 
 def bad_tables():
@@ -182,41 +246,67 @@ def bad_tables():
     row = "HAM_2,{},mel,histo,60,male,scalp"
     outside = "' cannot be the name of a file"
     return {
-        "bars for commas": (table(*ROWS).replace(b",", b"|"), "no metadata table"), "another encoding": (table(*ROWS).decode().encode("utf-16"),
-        "UTF-8"),
-        "a picture for a table": (encoded(pixels(), "PNG"), "no metadata table"), "empty": (b"", "no metadata table"), "only a head": (table(),
-        "no row below the header"),
-        "missing column": (table(*(r.rsplit(",", 1)[0] for r in ROWS), head=HEAD.rsplit(",", 1)[0]), "row 1: the column 'localization' is missing"),
-        "doubled column": (table(*(r + ",45" for r in ROWS), head=HEAD + ",age"), "row 1: the column 'age' is there twice"),
+        "bars for commas": (table(*ROWS).replace(b",", b"|"), "no metadata table"),
+        "another encoding": (table(*ROWS).decode().encode("utf-16"), "UTF-8"),
+        "a picture for a table": (encoded(pixels(), "PNG"), "no metadata table"),
+        "empty": (b"", "no metadata table"),
+        "only a head": (table(), "no row below the header"),
+        "missing column": (
+            table(*(r.rsplit(",", 1)[0] for r in ROWS), head=HEAD.rsplit(",", 1)[0]),
+            "row 1: the column 'localization' is missing",
+        ),
+        "doubled column": (
+            table(*(r + ",45" for r in ROWS), head=HEAD + ",age"),
+            "row 1: the column 'age' is there twice",
+        ),
         "ragged row": (second(row.format("ISIC_2") + ",more"), "row 3: 8 cells where the header has 7"),
-        "open quote": (second('"' + row.format("ISIC_2")), "close every quote"), "zero byte": (second(row.format("ISIC_2\0")),
-        "row 3: image_id 'ISIC_2\0' cannot"),
+        "open quote": (second('"' + row.format("ISIC_2")), "close every quote"),
+        "zero byte": (second(row.format("ISIC_2\0")), "row 3: image_id 'ISIC_2\0' cannot"),
         "endless cell": (second(row.format("x" * 200_000)), "not readable as CSV (field larger than field limit"),
-        "no id": (second(row.format("")), "row 3: image_id ''"), "NaN for an id": (second(row.format("NaN")), "row 3: image_id 'NaN' names no image"),
-        "an id twice": (table(*ROWS, ROWS[1]), "row 5: image_id 'ISIC_2' is already in row 3"), "no image": (second(row.format("ISIC_4")),
-        "row 3: there is no image 'ISIC_4'"),
+        "no id": (second(row.format("")), "row 3: image_id ''"),
+        "NaN for an id": (second(row.format("NaN")), "row 3: image_id 'NaN' names no image"),
+        "an id twice": (table(*ROWS, ROWS[1]), "row 5: image_id 'ISIC_2' is already in row 3"),
+        "no image": (second(row.format("ISIC_4")), "row 3: there is no image 'ISIC_4'"),
         "out of the folder": (second(row.format("../ISIC_2")), "row 3: image_id '../ISIC_2" + outside),
         "absolute": (second(row.format("/etc/passwd")), "'/etc/passwd" + outside),
-        "a drive": (second(row.format("C:\\ISIC_2")), "row 3: image_id 'C:\\ISIC_2" + outside), "a folder": (second(row.format("a/ISIC_2")),
-        "'a/ISIC_2" + outside),
-        "hidden": (second(row.format(".ISIC_2")), "'.ISIC_2" + outside), "age of 850": (second(ROWS[1].replace("60", "850")),
-        "row 3: age '850' is not a number of years from 0 to 120"),
-        "age in words": (second(ROWS[1].replace("60", "50 years")), "row 3: age '50 years' is not a number of years from 0 to 120"),
-        "age below zero": (second(ROWS[1].replace("60", "-1")), "row 3: age '-1' is not a number of years from 0 to 120"),
-        "age without end": (second(ROWS[1].replace("60", "inf")), "row 3: age 'inf' is not a number of years from 0 to 120"),
-        "unknown class": (second(ROWS[1].replace("mel", "mela")), "Did you mean 'mel'?"), "no class": (second(ROWS[1].replace("mel", "")),
-        "row 3: the diagnosis is empty"),
+        "a drive": (second(row.format("C:\\ISIC_2")), "row 3: image_id 'C:\\ISIC_2" + outside),
+        "a folder": (second(row.format("a/ISIC_2")), "'a/ISIC_2" + outside),
+        "hidden": (second(row.format(".ISIC_2")), "'.ISIC_2" + outside),
+        "age of 850": (second(ROWS[1].replace("60", "850")), "row 3: age '850' is not a number of years from 0 to 120"),
+        "age in words": (
+            second(ROWS[1].replace("60", "50 years")),
+            "row 3: age '50 years' is not a number of years from 0 to 120",
+        ),
+        "age below zero": (
+            second(ROWS[1].replace("60", "-1")),
+            "row 3: age '-1' is not a number of years from 0 to 120",
+        ),
+        "age without end": (
+            second(ROWS[1].replace("60", "inf")),
+            "row 3: age 'inf' is not a number of years from 0 to 120",
+        ),
+        "unknown class": (second(ROWS[1].replace("mel", "mela")), "Did you mean 'mel'?"),
+        "no class": (second(ROWS[1].replace("mel", "")), "row 3: the diagnosis is empty"),
         "unknown site": (second(ROWS[1].replace("scalp", "scalb")), "row 3: site 'scalb' is not known"),
         "unknown sex": (second(ROWS[1].replace("male", "mail")), "row 3: sex 'mail' is not known"),
-        "one class": (table(*(r.replace(",mel,", ",nv,").replace(",bkl,", ",nv,") for r in ROWS)), "one class cannot be told from itself")}
+        "one class": (
+            table(*(r.replace(",mel,", ",nv,").replace(",bkl,", ",nv,") for r in ROWS)),
+            "one class cannot be told from itself",
+        ),
+    }
 
 
 def publisher(folder, files=None):
     "Three pictures and their table as the publisher of HAM10000 lays them out; `files` come on top, None removes one."
     folder.mkdir(parents=True)
-    content = {f"ISIC_{i}.jpg": encoded(pixels(20 + i, 30), "JPEG") for i in (1, 2, 3)} | {"HAM10000_metadata.csv": table(*ROWS)} | (files or {})
+    content = (
+        {f"ISIC_{i}.jpg": encoded(pixels(20 + i, 30), "JPEG") for i in (1, 2, 3)}
+        | {"HAM10000_metadata.csv": table(*ROWS)}
+        | (files or {})
+    )
     for name, data in content.items():
-        if data is not None: (folder / name).write_bytes(data)
+        if data is not None:
+            (folder / name).write_bytes(data)
     return folder
 
 
@@ -225,12 +315,15 @@ def bad_archives():
     data = encoded(pixels(22, 30), "JPEG")
     long = bytes(60 << 20)
     return {
-        "up.zip": (zipped({"../../ISIC_2.jpg": data}), "'../../ISIC_2.jpg' points outside"), "up.tar": (tarred({"../ISIC_2.jpg": data}, mode="w"),
-        "'../ISIC_2.jpg' points outside"),
-        "root.zip": (zipped({"/tmp/ISIC_2.jpg": data}), "outside"), "root.tar.gz": (tarred({"/tmp/ISIC_2.jpg": data}), "outside"),
+        "up.zip": (zipped({"../../ISIC_2.jpg": data}), "'../../ISIC_2.jpg' points outside"),
+        "up.tar": (tarred({"../ISIC_2.jpg": data}, mode="w"), "'../ISIC_2.jpg' points outside"),
+        "root.zip": (zipped({"/tmp/ISIC_2.jpg": data}), "outside"),
+        "root.tar.gz": (tarred({"/tmp/ISIC_2.jpg": data}), "outside"),
         "link.zip": (zipped({"ISIC_2.jpg": b"/etc/passwd"}, links=["ISIC_2.jpg"]), "is a link or a device"),
         "link.tar.gz": (tarred({"ISIC_2.jpg": b"/etc/passwd"}, links=["ISIC_2.jpg"]), "is a link or a device"),
-        "bomb.zip": (zipped({"ISIC_2.jpg": long}), "52,428,800 bytes allowed"), "bomb.tar.gz": (tarred({"ISIC_2.jpg": long}),
-        "52,428,800 bytes allowed"),
-        "nested.zip": (zipped({"inner.zip": zipped({"../ISIC_2.jpg": data})}), "outside"), "text.zip": (b"hello", "text.zip"),
-        "empty.tar.gz": (b"", "empty.tar.gz")}
+        "bomb.zip": (zipped({"ISIC_2.jpg": long}), "52,428,800 bytes allowed"),
+        "bomb.tar.gz": (tarred({"ISIC_2.jpg": long}), "52,428,800 bytes allowed"),
+        "nested.zip": (zipped({"inner.zip": zipped({"../ISIC_2.jpg": data})}), "outside"),
+        "text.zip": (b"hello", "text.zip"),
+        "empty.tar.gz": (b"", "empty.tar.gz"),
+    }

@@ -48,23 +48,36 @@ clean_ids = False
 
 def committed(name, root=ROOT):
     "Text of a file as git's last commit has it, so that own settings in the working copy play no part; in an unpacked archive, as it lies there."
-    try: shown = subprocess.run(["git", "show", f"HEAD:./{name}"], cwd=root, capture_output=True)
-    except FileNotFoundError: shown = None  # no git on this machine
+    try:
+        shown = subprocess.run(["git", "show", f"HEAD:./{name}"], cwd=root, capture_output=True)
+    except FileNotFoundError:
+        shown = None  # no git on this machine
     return shown.stdout.decode() if shown and shown.returncode == 0 else (root / name).read_text(encoding="utf-8")
 
 
 def cell(source, kind="code", tags=None, outputs=None, id=None):
     "One notebook cell; its id comes from its source unless given."
-    made = dict(cell_type=kind, id=id or hashlib.sha256(source.encode()).hexdigest()[:8], metadata=dict(tags=tags) if tags else {}, source=source)
+    made = dict(
+        cell_type=kind,
+        id=id or hashlib.sha256(source.encode()).hexdigest()[:8],
+        metadata=dict(tags=tags) if tags else {},
+        source=source,
+    )
     return made | dict(execution_count=None, outputs=outputs or []) if kind == "code" else made
 
 
 def notebook(*cells):
     "The text of a notebook, as nbdev_clean leaves it."
     cells = [cell(c) if isinstance(c, str) else c for c in cells]
-    for c in cells: c["source"] = c["source"].splitlines(True)
+    for c in cells:
+        c["source"] = c["source"].splitlines(True)
     meta = dict(kernelspec=dict(display_name="python3", language="python", name="python3"))
-    return json.dumps(dict(cells=cells, metadata=meta, nbformat=4, nbformat_minor=5), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            dict(cells=cells, metadata=meta, nbformat=4, nbformat_minor=5), indent=1, sort_keys=True, ensure_ascii=False
+        )
+        + "\n"
+    )
 
 
 def library(module, *cells):
@@ -81,7 +94,13 @@ def stage_notebook(stage, extra=()):
     values = stage_parameters(params, stage, next(iter(params.train.members)) if stage == "train" else None)
     lines = "\n".join(f"{name} = {value!r}  # made up" for name, value in (values | stage_defaults(stage)).items())
     use = f"print({', '.join(values)})"
-    return notebook(cell(f"# {stage}", "markdown"), cell(lines, tags=["parameters"]), "from skinlesion.model.grow import grow", use, *extra)
+    return notebook(
+        cell(f"# {stage}", "markdown"),
+        cell(lines, tags=["parameters"]),
+        "from skinlesion.model.grow import grow",
+        use,
+        *extra,
+    )
 
 
 def remote_object(data, suffix=""):
@@ -96,31 +115,50 @@ def embedded_data():
     image_path, image_name = remote_object(image)
     listing = json.dumps([dict(md5=image_name, relpath="images/a.jpg")]).encode()
     list_path, list_name = remote_object(listing, ".dir")
-    return {"data.dvc": f"outs:\n- md5: {list_name}\n  size: 9\n  nfiles: 1\n  hash: md5\n  path: data\n", image_path: image, list_path: listing}
+    return {
+        "data.dvc": f"outs:\n- md5: {list_name}\n  size: 9\n  nfiles: 1\n  hash: md5\n  path: data\n",
+        image_path: image,
+        list_path: listing,
+    }
 
 
 def good_files():
     "Name -> content of everything that is written by hand."
     return {
-        "settings.ini": SETTINGS, "constraints.txt": "numpy==1\n", "pyproject.toml": '[project]\nname = "made"\ndynamic = ["version"]\n',
-        "params.yaml": committed("params.yaml"), "dvc.yaml": (ROOT / "dvc.yaml").read_text(),
+        "settings.ini": SETTINGS,
+        "constraints.txt": "numpy==1\n",
+        "pyproject.toml": '[project]\nname = "made"\ndynamic = ["version"]\n',
+        "params.yaml": committed("params.yaml"),
+        "dvc.yaml": (ROOT / "dvc.yaml").read_text(),
         "nbs/index.ipynb": notebook(cell("# made\n\n> Made up.", "markdown")),
         "nbs/00_base.ipynb": library("base", "#| export\nfrom math import sqrt", ADD),
-        "nbs/data/10_part.ipynb": library("data.part", "#| export\nfrom skinlesion.base import add", ADD.replace("add", "part")),
+        "nbs/data/10_part.ipynb": library(
+            "data.part", "#| export\nfrom skinlesion.base import add", ADD.replace("add", "part")
+        ),
         "nbs/data/11_other.ipynb": library("data.other", ADD.replace("add", "other")),
-        "nbs/model/20_grow.ipynb": library("model.grow", "#| export\nfrom skinlesion.data.part import part", ADD.replace("add", "grow"),
-                                           '#| export\nclass Grower:\n    "Grows."\n    def up(self):\n        "Up."\n        return grow(1)'),
+        "nbs/model/20_grow.ipynb": library(
+            "model.grow",
+            "#| export\nfrom skinlesion.data.part import part",
+            ADD.replace("add", "grow"),
+            '#| export\nclass Grower:\n    "Grows."\n    def up(self):\n        "Up."\n        return grow(1)',
+        ),
         "nbs/use/51_predict.ipynb": library("use.predict", "#| export\nimport json", ADD.replace("add", "predict")),
-        "nbs/pipeline/72_reports.ipynb": library("pipeline.reports", "#| export\nfrom skinlesion.base import add", ADD.replace("add", "report")),
-        **{f"nbs/stages/{stage}.ipynb": stage_notebook(stage) for stage in STAGES}, **embedded_data()}
+        "nbs/pipeline/72_reports.ipynb": library(
+            "pipeline.reports", "#| export\nfrom skinlesion.base import add", ADD.replace("add", "report")
+        ),
+        **{f"nbs/stages/{stage}.ipynb": stage_notebook(stage) for stage in STAGES},
+        **embedded_data(),
+    }
 
 
 def write(root, name, content):
     "Write, or with None delete, one file of the tree."
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    if content is None: path.unlink()
-    else: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def nbdev(root):
@@ -128,18 +166,21 @@ def nbdev(root):
     code = "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"nbdev failed in {root}:\n{done.stdout}{done.stderr}")
+    if done.returncode:
+        raise RuntimeError(f"nbdev failed in {root}:\n{done.stdout}{done.stderr}")
 
 
 def build(root):
     "Make the whole tree, exported, clean, with a README, tracked by git."
-    for name, content in good_files().items(): write(root, name, content)
+    for name, content in good_files().items():
+        write(root, name, content)
     nbdev(root)
     write_deps(root)
     try:
         from skinlesion.pipeline.readme import build_readme
         write(root, "README.md", build_readme(root))
-    except ImportError: pass
+    except ImportError:
+        pass
     subprocess.run(["git", "init", "-q"], cwd=root, check=True, env=os.environ | PLAIN_GIT)
     stage_all(root)
     return root
@@ -152,7 +193,9 @@ def stage_all(root):
 
 def tracked(root, *patterns):
     "Files that git tracks under `root` and that exist, relative to it."
-    out = subprocess.run(["git", "ls-files", "-z", "--", *patterns], cwd=root, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(
+        ["git", "ls-files", "-z", "--", *patterns], cwd=root, check=True, capture_output=True, text=True
+    ).stdout
     return [Path(name) for name in sorted(set(out.split("\0"))) if name and (root / name).is_file()]
 
 
@@ -181,15 +224,18 @@ def check_tests(checks, faults):
     checks: functions of a root that return sentences; faults: (check, what `plant` takes, words of the sentence that must come up).
     """
     @pytest.mark.parametrize("check", checks, ids=lambda f: f.__name__)
-    def test_repository(check, root): assert check(root) == []
+    def test_repository(check, root):
+        assert check(root) == []
 
     @pytest.mark.parametrize("check", checks, ids=lambda f: f.__name__)
-    def test_good_tree(check, good_tree): assert check(good_tree) == []
+    def test_good_tree(check, good_tree):
+        assert check(good_tree) == []
 
     @pytest.mark.parametrize("check, planted, words", faults, ids=lambda x: x.__name__ if callable(x) else "")
     def test_planted(check, planted, words, good_tree, tmp_path):
         problems = check(plant(good_tree, tmp_path / "tree", planted))
         assert any(words in p for p in problems), problems
 
-    def test_every_check_is_tested(): assert {f.__name__ for f in checks} == {f.__name__ for f, _, _ in faults}
+    def test_every_check_is_tested():
+        assert {f.__name__ for f in checks} == {f.__name__ for f, _, _ in faults}
     return test_repository, test_good_tree, test_planted, test_every_check_is_tested

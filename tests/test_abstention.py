@@ -8,8 +8,21 @@ from scipy.spatial.distance import mahalanobis
 from scipy.special import ndtr
 from sklearn.covariance import ledoit_wolf
 
-from skinlesion.evaluate.abstention import (FOREIGN, LockedAbstention, LockedOod, Mahalanobis, abstention_scorecard, crossfit_mahalanobis, energy,
-                                            fit_mahalanobis, foreign_images, lock_abstention, lock_ood, ood_scorecard, risk_coverage)
+from skinlesion.evaluate.abstention import (
+    FOREIGN,
+    LockedAbstention,
+    LockedOod,
+    Mahalanobis,
+    abstention_scorecard,
+    crossfit_mahalanobis,
+    energy,
+    fit_mahalanobis,
+    foreign_images,
+    lock_abstention,
+    lock_ood,
+    ood_scorecard,
+    risk_coverage,
+)
 from skinlesion.evaluate.intervals import expanded_level, lesion_weights
 
 
@@ -22,7 +35,8 @@ def orders(confidence):
 def test_risks_against_every_order(seed):
     "Risk and AURC are means over all ways to break the ties."
     rng = np.random.default_rng(seed)
-    confidence, correct = rng.integers(0, 3, 6).astype(float), rng.integers(0, 2, 6).astype(bool)
+    confidence = rng.integers(0, 3, 6).astype(float)
+    correct = rng.integers(0, 2, 6).astype(bool)
     risks = np.array([np.cumsum(~correct[list(p)]) / np.arange(1, 7) for p in orders(confidence)])
     np.testing.assert_allclose(risk_coverage(confidence, correct, n_resamples=0).risk, risks.mean(0))
     card = abstention_scorecard(confidence, correct, n_resamples=0)
@@ -35,14 +49,17 @@ def test_risks_against_every_order(seed):
 def test_intervals_against_a_loop():
     "The same resamples, one by one, on tables with rows repeated."
     rng = np.random.default_rng(1)
-    lesions, confidence = np.arange(150) // 3, rng.integers(0, 30, 150) / 30
+    lesions = np.arange(150) // 3
+    confidence = rng.integers(0, 30, 150) / 30
     correct = rng.random(150) < .5 + confidence / 2
     weights = lesion_weights(lesions, 100, 0)
     curve = risk_coverage(confidence, correct, lesions, n_resamples=100, points=10)
     card = abstention_scorecard(confidence, correct, lesions, n_resamples=100)
     loop = [(np.repeat(confidence, w), np.repeat(correct, w)) for w in weights]
     shares = np.arange(1, 11) / 10
-    risks = np.array([np.interp(shares * len(c), range(len(c) + 1), _errors(c, r)) / (shares * len(c)) for c, r in loop])
+    risks = np.array(
+        [np.interp(shares * len(c), range(len(c) + 1), _errors(c, r)) / (shares * len(c)) for c, r in loop]
+    )
     surest = np.argsort(-confidence, kind="stable")
     levels = [expanded_level(len({*lesions[surest[:n]]})) for n in range(15, 151, 15)]
     limits = [np.quantile(own, [(1 - level) / 2, (1 + level) / 2]) for own, level in zip(risks.T, levels)]
@@ -56,7 +73,8 @@ def test_intervals_against_a_loop():
 def _errors(confidence, correct):
     "Errors to be expected among the first k of a table, k from 0."
     rising = 0 * confidence
-    for c in np.unique(confidence): rising[confidence == c] = 1 - correct[confidence == c].mean()
+    for c in np.unique(confidence):
+        rising[confidence == c] = 1 - correct[confidence == c].mean()
     return np.r_[0, np.cumsum(rising[np.argsort(-confidence, kind="stable")])]
 
 
@@ -64,10 +82,14 @@ def held(seed):
     "Whether the intervals of a table hold the truth: confidence even in [1/2, 1] and true, pictures of a lesion alike."
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 4, 150)
-    lesions, confidence = np.repeat(np.arange(150), sizes), np.repeat(rng.uniform(.5, 1, 150), sizes)
+    lesions = np.repeat(np.arange(150), sizes)
+    confidence = np.repeat(rng.uniform(.5, 1, 150), sizes)
     correct = np.repeat(rng.random(150), sizes) < confidence
     card = abstention_scorecard(confidence, correct, lesions, n_resamples=200, seed=seed)
-    return [card[name]["low"] <= truth <= card[name]["high"] for name, truth in dict(risk=1/4, aurc=1/8, risk_at_80_coverage=1/5).items()]
+    return [
+        card[name]["low"] <= truth <= card[name]["high"]
+        for name, truth in dict(risk=1 / 4, aurc=1 / 8, risk_at_80_coverage=1 / 5).items()
+    ]
 
 
 def test_intervals_hold_the_truth():
@@ -86,31 +108,48 @@ def test_intervals_hold_the_truth_at_length():
 
 def test_abstained():
     "What a locked rule did, counted by hand."
-    card = abstention_scorecard([.9, .8, .3, .2, .1], [1, 0, 1, 0, 0], ["a", "b", "c", "d", "d"], np.array([False, False, True, True, True]), 50)
+    card = abstention_scorecard(
+        [0.9, 0.8, 0.3, 0.2, 0.1],
+        [1, 0, 1, 0, 0],
+        ["a", "b", "c", "d", "d"],
+        np.array([False, False, True, True, True]),
+        50,
+    )
     assert (card["answered"]["value"], card["answered"]["n"]) == (.4, 5)
-    assert (card["answered_risk"]["value"], card["answered_risk"]["n"], card["answered_risk"]["n_lesions"]) == (.5, 2, 2)
+    assert (card["answered_risk"]["value"], card["answered_risk"]["n"], card["answered_risk"]["n_lesions"]) == (
+        0.5,
+        2,
+        2,
+    )
     assert card["abstained_risk"]["value"] == pytest.approx(2/3) and card["abstained_risk"]["n_lesions"] == 2
     everyone = abstention_scorecard([.9, .8], [1, 0], abstained=np.array([True, True]), n_resamples=20)
-    assert everyone["answered_risk"]["value"] is None and everyone["answered_risk"]["reason"] == "no picture was answered"
+    assert (
+        everyone["answered_risk"]["value"] is None and everyone["answered_risk"]["reason"] == "no picture was answered"
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_locked_abstention_keeps_its_share(seed):
     "With ties and repeated lesions: at most the share, and one level higher would pass it."
     rng = np.random.default_rng(seed)
-    confidence, lesions, share = rng.integers(0, 12, 60) / 7, rng.integers(0, 25, 60), rng.uniform(0, .6)
+    confidence = rng.integers(0, 12, 60) / 7
+    lesions = rng.integers(0, 25, 60)
+    share = rng.uniform(0, .6)
     rule = lock_abstention(confidence, lesions, share)
-    per_lesion = lambda below: np.mean([below[lesions == one].mean() for one in np.unique(lesions)])
+    def per_lesion(below):
+        return np.mean([below[lesions == one].mean() for one in np.unique(lesions)])
     assert per_lesion(rule.abstains(confidence)) <= share + 1e-9
     assert rule.reached == pytest.approx(per_lesion(rule.abstains(confidence)), abs=1e-7)
     higher = confidence[confidence > rule.value + 1e-6]
-    if len(higher): assert per_lesion(confidence < higher.min()) > share
+    if len(higher):
+        assert per_lesion(confidence < higher.min()) > share
     assert LockedAbstention.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
 
 
 def test_locked_strangeness_keeps_its_promise():
     "One more lesion with pictures of its own, over 1,500 draws: a picture of it is called strange in at most 5 %."
-    rng, told = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    told = []
     for _ in range(1500):
         sizes = rng.integers(1, 4, 60)
         lesions = np.repeat(np.arange(60), sizes)
@@ -124,10 +163,14 @@ def test_locks_are_strict(kind):
     "Each key is needed, and nothing beside them."
     values = (lock_abstention if kind is LockedAbstention else lock_ood)(np.arange(40.)).to_dict()
     for key in values:
-        with pytest.raises(ValueError, match=f"the key '{key}' is missing"): kind.from_dict({k: v for k, v in values.items() if k != key})
-        with pytest.raises(ValueError, match="finite|number"): kind.from_dict(values | {key: float("nan")})
-        with pytest.raises(ValueError, match="number"): kind.from_dict(values | {key: "x"})
-    with pytest.raises(ValueError, match="unknown key 'more'"): kind.from_dict(values | dict(more=1))
+        with pytest.raises(ValueError, match=f"the key '{key}' is missing"):
+            kind.from_dict({k: v for k, v in values.items() if k != key})
+        with pytest.raises(ValueError, match="finite|number"):
+            kind.from_dict(values | {key: float("nan")})
+        with pytest.raises(ValueError, match="number"):
+            kind.from_dict(values | {key: "x"})
+    with pytest.raises(ValueError, match="unknown key 'more'"):
+        kind.from_dict(values | dict(more=1))
 
 
 def test_energy():
@@ -140,7 +183,8 @@ def test_energy():
 def clouds(n=300, D=5, C=3, seed=0):
     "Classes of one covariance that is neither round nor upright."
     rng = np.random.default_rng(seed)
-    targets, mix = rng.integers(0, C, n), rng.normal(size=(D, D))
+    targets = rng.integers(0, C, n)
+    mix = rng.normal(size=(D, D))
     return rng.normal(size=(n, D)) @ mix + 4 * rng.normal(size=(C, D))[targets], targets
 
 
@@ -177,24 +221,35 @@ def test_mahalanobis_stored():
     np.testing.assert_array_equal(Mahalanobis.from_dict(values).score(features), fitted.score(features))
     assert fitted.axes.shape == (32, 40) and all(float(f"{x:.7g}") == x for x in np.ravel(values["axes"]))
     for key in values:
-        with pytest.raises(ValueError, match=f"the key '{key}' is missing"): Mahalanobis.from_dict({k: v for k, v in values.items() if k != key})
+        with pytest.raises(ValueError, match=f"the key '{key}' is missing"):
+            Mahalanobis.from_dict({k: v for k, v in values.items() if k != key})
     for key in ("mean", "scale", "whitener", "centres"):
-        with pytest.raises(ValueError, match="does not fit axes"): Mahalanobis.from_dict(values | {key: [[1.]]})
-    np.testing.assert_allclose(np.concatenate([fitted.score(features[[i]]) for i in range(20)]), fitted.score(features[:20]), rtol=1e-10)
+        with pytest.raises(ValueError, match="does not fit axes"):
+            Mahalanobis.from_dict(values | {key: [[1.]]})
+    np.testing.assert_allclose(
+        np.concatenate([fitted.score(features[[i]]) for i in range(20)]), fitted.score(features[:20]), rtol=1e-10
+    )
 
 
 def test_mahalanobis_tells_what_is_planted():
     "Fresh pictures of the classes are at home, others are strange; a locked, cross-fitted threshold flags few of the one and most of the other."
     rng = np.random.default_rng(0)
-    base, mix = np.abs(rng.normal(size=(3, 200))) + 1, rng.normal(size=(200, 200)) / 12
-    make = lambda n, shift=0.: (base + shift)[rng.integers(0, 3, n)] + rng.normal(size=(n, 200)) @ mix
+    base = np.abs(rng.normal(size=(3, 200))) + 1
+    mix = rng.normal(size=(200, 200)) / 12
+    def make(n, shift=0.0):
+        return (base + shift)[rng.integers(0, 3, n)] + rng.normal(size=(n, 200)) @ mix
     targets = rng.integers(0, 3, 400)
     known = base[targets] + rng.normal(size=(400, 200)) @ mix
-    detector, lesions = fit_mahalanobis(known, targets), np.arange(400) // 2
+    detector = fit_mahalanobis(known, targets)
+    lesions = np.arange(400) // 2
     locked = lock_ood(crossfit_mahalanobis(known, targets, lesions), lesions)
     away = make(300) + rng.normal(size=(300, 200))
     card = ood_scorecard(detector.score(make(300)), dict(away=detector.score(away)), locked=locked, n_resamples=100)
-    assert card["inside"]["flagged"]["value"] < .08 and card["away"]["flagged"]["value"] > .9 and card["away"]["auroc"]["value"] > .95
+    assert (
+        card["inside"]["flagged"]["value"] < 0.08
+        and card["away"]["flagged"]["value"] > 0.9
+        and card["away"]["auroc"]["value"] > 0.95
+    )
     learnt = lock_ood(detector.score(known), lesions).strange(detector.score(make(300))).mean()
     assert learnt > 2 * card["inside"]["flagged"]["value"] + .05  # what locking on the fitted pictures would have done
 
@@ -202,7 +257,8 @@ def test_mahalanobis_tells_what_is_planted():
 def test_ood_leaves():
     "AUROC and false positive rate of two normal clouds, against the formulas and against a naive count."
     rng = np.random.default_rng(3)
-    inside, outside = rng.normal(size=3000), rng.normal(1.5, 1, 2000)
+    inside = rng.normal(size=3000)
+    outside = rng.normal(1.5, 1, 2000)
     leaves = ood_scorecard(inside, dict(a=outside), n_resamples=100)["a"]
     for name, truth in dict(auroc=ndtr(1.5 / 2**.5), fpr_at_95_tpr=ndtr(1.6449 - 1.5)).items():
         assert leaves[name]["value"] == pytest.approx(truth, abs=.03)

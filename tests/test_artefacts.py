@@ -10,7 +10,13 @@ import pytest
 from madeup import ROOT
 from skinlesion.audit.artefacts import FLAGS, estimate_mask, measure_image, pixel_findings, skin_tone
 from skinlesion.audit.findings import working_image
-from skinlesion.audit.shortcuts import BACKGROUND_NAMES, background_features, metadata_findings, pixel_features, shortcut_findings
+from skinlesion.audit.shortcuts import (
+    BACKGROUND_NAMES,
+    background_features,
+    metadata_findings,
+    pixel_features,
+    shortcut_findings,
+)
 from skinlesion.data.synthetic import draw_lesion, take_view
 from skinlesion.data.truth import make_synthetic, read_truth
 from skinlesion.images import read_image, read_mask
@@ -22,8 +28,15 @@ HAM10000 = get_label_set("ham10000")
 
 def scan(dataset):
     "Measures, background and lesion features of every image."
-    found = [pixel_features(working_image(read_image(dataset.image_path(i))), read_mask(dataset.mask_path(i))) for i in dataset.table.image_id]
-    return pd.DataFrame([f[0] for f in found], index=dataset.table.image_id), np.stack([f[1] for f in found]), np.stack([f[2] for f in found])
+    found = [
+        pixel_features(working_image(read_image(dataset.image_path(i))), read_mask(dataset.mask_path(i)))
+        for i in dataset.table.image_id
+    ]
+    return (
+        pd.DataFrame([f[0] for f in found], index=dataset.table.image_id),
+        np.stack([f[1] for f in found]),
+        np.stack([f[2] for f in found]),
+    )
 
 
 def by_kind(findings):
@@ -40,7 +53,13 @@ def share(flag, truth):
 def trapped(tmp_path_factory):
     "A set with a ruler on most melanomas of the training split, and what is measured on it."
     root = tmp_path_factory.mktemp("trapped") / "data"
-    dataset = make_synthetic(root, per_class=dict(mel=72, nv=60, bkl=20, bcc=3, akiec=3, df=3, vasc=3), seed=11, size=(96, 128), shortcut="ruler")
+    dataset = make_synthetic(
+        root,
+        per_class=dict(mel=72, nv=60, bkl=20, bcc=3, akiec=3, df=3, vasc=3),
+        seed=11,
+        size=(96, 128),
+        shortcut="ruler",
+    )
     return dataset, read_truth(root).table.set_index("image_id"), *scan(dataset)
 
 
@@ -50,14 +69,20 @@ def test_the_planted_ruler_is_found_in_training_only(trapped):
     ruler = by_kind(pixel_findings(measures, dataset.table, dataset.label_set))["artefact-ruler"]
     assert ruler.severity == "warning" and ruler.items[0]["name"] == "mel/train"
     assert not {"mel/valid", "mel/test"} & {i["name"] for i in ruler.items}
-    assert set(ruler.items[0]["images"]) <= set(dataset.table.image_id[(dataset.table.diagnosis == "mel") & (dataset.table.split == "train")])
+    assert set(ruler.items[0]["images"]) <= set(
+        dataset.table.image_id[(dataset.table.diagnosis == "mel") & (dataset.table.split == "train")]
+    )
 
 
 def test_flags_against_truth(trapped):
     "Each detector on images that no limit was set on."
     _, truth, measures, *_ = trapped
     names = truth.artefacts.loc[measures.index].str.split("; ")
-    for flag, name, sensitive, specific in (("dark_corners", "corners", .9, .97), ("ruler", "ruler", .55, .96), ("hair", "hair", .3, .88)):
+    for flag, name, sensitive, specific in (
+        ("dark_corners", "corners", 0.9, 0.97),
+        ("ruler", "ruler", 0.55, 0.96),
+        ("hair", "hair", 0.3, 0.88),
+    ):
         sensitivity, specificity = share(measures[flag].to_numpy(bool), names.map(lambda a: name in a).to_numpy())
         assert sensitivity >= sensitive and specificity >= specific, (flag, sensitivity, specificity)
 
@@ -77,7 +102,12 @@ def test_ink_beside_the_lesion_is_seen():
     for code in ("nv", "mel", "bkl", "bcc") * 3:
         lesion = draw_lesion(code, rng, (96, 128))
         seed = rng.integers(1 << 30)
-        pairs.append([take_view(lesion, np.random.default_rng(seed), False, inked, rates=dict(hair=0, corners=0)) for inked in (True, False)])
+        pairs.append(
+            [
+                take_view(lesion, np.random.default_rng(seed), False, inked, rates=dict(hair=0, corners=0))
+                for inked in (True, False)
+            ]
+        )
     flags = np.array([[measure_image(s.image, s.lesion)["ink"] for s in pair] for pair in pairs])
     assert flags[:, 0].mean() >= .7 and not flags[:, 1].any()
 
@@ -91,9 +121,12 @@ def test_each_planted_shortcut_is_found(tmp_path, shortcut, code, kind):
     dataset = make_synthetic(tmp_path / "data", seed=5, shortcut=shortcut, shortcut_class=code, shortcut_where=where)
     measures, background, whole = scan(dataset)
     found = pixel_findings(measures, dataset.table, dataset.label_set)
-    found = by_kind(found + shortcut_findings(background, BACKGROUND_NAMES, dataset.table, dataset.label_set, visible=whole))[kind]
+    found = by_kind(
+        found + shortcut_findings(background, BACKGROUND_NAMES, dataset.table, dataset.label_set, visible=whole)
+    )[kind]
     assert found.severity == "warning" and code in found.items[0]["name"]
-    if shortcut == "cast": assert "a* (redness)" in found.items[0]["note"]
+    if shortcut == "cast":
+        assert "a* (redness)" in found.items[0]["note"]
 
 
 @pytest.mark.slow
@@ -107,7 +140,8 @@ def test_a_set_without_a_trap_has_no_such_warning(tmp_path):
 
 def test_the_functions_travel_to_workers():
     "Per-image functions are module functions: they can be pickled, and leave their input alone."
-    for f in (measure_image, background_features, pixel_features, estimate_mask): assert pickle.loads(pickle.dumps(f)) is f
+    for f in (measure_image, background_features, pixel_features, estimate_mask):
+        assert pickle.loads(pickle.dumps(f)) is f
     image = draw_lesion("nv", np.random.default_rng(0), (96, 128))
     image = take_view(image, np.random.default_rng(1)).image
     before = image.copy()
@@ -122,8 +156,10 @@ def test_the_functions_travel_to_workers():
 @pytest.mark.parametrize("mask", [None, "empty", "full"])
 def test_any_image_has_measures(image, mask):
     "Black, white, narrow, noisy or tiny: numbers or NaN, no warning, no error."
-    if mask: mask = np.full(image.shape[:2], mask == "full")
-    with np.errstate(all="raise"): measures, background, whole = pixel_features(image, mask)
+    if mask:
+        mask = np.full(image.shape[:2], mask == "full")
+    with np.errstate(all="raise"):
+        measures, background, whole = pixel_features(image, mask)
     assert all(np.isfinite(measures[m]) for m, _, _ in FLAGS.values())
     assert np.isfinite(whole[:-len(BACKGROUND_NAMES)]).all()
     assert np.isfinite(background).all() or np.isnan(background).all()
@@ -132,18 +168,25 @@ def test_any_image_has_measures(image, mask):
 @pytest.fixture(scope="session")
 def ham():
     "A sample of HAM10000: table, images, masks."
-    if not HAM.is_dir(): pytest.skip("no ../shared/data/ham10000: HAM10000 is not distributed with the project")
+    if not HAM.is_dir():
+        pytest.skip("no ../shared/data/ham10000: HAM10000 is not distributed with the project")
     table = pd.read_csv(HAM / "HAM10000_metadata.csv")
     table = table.rename(columns=dict(dx="diagnosis", dx_type="diagnosis_confirm_type", localization="site"))
     table = pd.concat([part.sample(min(len(part), 200 if code == "nv" else 75), random_state=0)
                        for code, part in table.groupby("diagnosis")])
-    table = table.assign(age=table.age.replace(0, np.nan)).replace(dict(sex=dict(unknown=""), site=dict(unknown=""))).reset_index(drop=True)
-    files, ids = {}, set(table.image_id)
+    table = (
+        table.assign(age=table.age.replace(0, np.nan))
+        .replace(dict(sex=dict(unknown=""), site=dict(unknown="")))
+        .reset_index(drop=True)
+    )
+    files = {}
+    ids = set(table.image_id)
     for archive in sorted(HAM.glob("*.zip")):
         with zipfile.ZipFile(archive) as z:
             wanted = {n: n.rsplit("/", 1)[-1].split(".")[0].removesuffix("_segmentation") for n in z.namelist()}
             for name, image_id in wanted.items():
-                if image_id in ids: files["mask" if name.endswith(".png") else "image", image_id] = z.read(name)
+                if image_id in ids:
+                    files["mask" if name.endswith(".png") else "image", image_id] = z.read(name)
     images = [read_image(files["image", i], i) for i in table.image_id]
     masks = [cv2.imdecode(np.frombuffer(files["mask", i], np.uint8), 0) > 0 for i in table.image_id]
     return table, images, masks
@@ -158,7 +201,9 @@ def test_orange_nevi_and_dx_type_are_found_in_ham10000(ham):
     assert redness["nv"] > 24 and redness.drop("nv").max() < 21
     shortcut, = shortcut_findings(np.stack([f[1] for f in found]), BACKGROUND_NAMES, table, HAM10000, n_resamples=200)
     nevus = next(i for i in shortcut.items if i["name"] == "nv")
-    assert shortcut.severity == "warning" and shortcut.metrics["nv"]["low"] > .75 and "skin a* (redness)" in nevus["note"]
+    assert (
+        shortcut.severity == "warning" and shortcut.metrics["nv"]["low"] > 0.75 and "skin a* (redness)" in nevus["note"]
+    )
     columns = by_kind(metadata_findings(table, HAM10000, n_resamples=200))
     assert [i["name"] for i in columns["metadata-shortcut"].items] == ["diagnosis_confirm_type"]
     assert {"age", "sex", "site"} <= {i["name"] for i in columns["metadata-signal"].items}
@@ -167,5 +212,8 @@ def test_orange_nevi_and_dx_type_are_found_in_ham10000(ham):
 def test_guessed_masks_against_the_publisher_s(ham):
     "Dice of `estimate_mask` on HAM10000; the mean over 7,064 images is 0.87."
     _, images, masks = ham
-    dice = [2 * (a & b).sum() / max(1, a.sum() + b.sum()) for a, b in ((estimate_mask(i), m) for i, m in zip(images[::3], masks[::3]))]
+    dice = [
+        2 * (a & b).sum() / max(1, a.sum() + b.sum())
+        for a, b in ((estimate_mask(i), m) for i, m in zip(images[::3], masks[::3]))
+    ]
     assert np.mean(dice) > .77 and np.median(dice) > .85

@@ -26,8 +26,17 @@ SMALL = dict(n_images=120, size=(72, 96), seed=3, skin_tones="light")
 def spoilt(tmp_path_factory):
     "A small set with copies across splits and lesions, a lesion and a patient in two splits, and torn labels; its audit and its truth."
     root = tmp_path_factory.mktemp("spoilt") / "data"
-    dataset = make_synthetic(root, **SMALL, exact_duplicates=3, near_duplicates=3, duplicate_lesions="new", duplicate_splits="other",
-                             crossing_lesions=2, crossing_patients=1, conflicting_lesions=2)
+    dataset = make_synthetic(
+        root,
+        **SMALL,
+        exact_duplicates=3,
+        near_duplicates=3,
+        duplicate_lesions="new",
+        duplicate_splits="other",
+        crossing_lesions=2,
+        crossing_patients=1,
+        conflicting_lesions=2,
+    )
     return dataset, audit_dataset(dataset), read_truth(root).facts["planted"]
 
 
@@ -56,7 +65,8 @@ def test_planted_duplicates_are_the_pairs(spoilt):
     found = {(a, b): kind for a, b, kind in zip(audit.pairs.image_id_a, audit.pairs.image_id_b, audit.pairs.kind)}
     direct = {pair: kind for pair, kind in found.items() if pair in wanted}
     assert direct == wanted
-    copies, lesion = {i for pair in wanted for i in pair}, dict(zip(dataset.table.image_id, dataset.table.lesion_id))
+    copies = {i for pair in wanted for i in pair}
+    lesion = dict(zip(dataset.table.image_id, dataset.table.lesion_id))
     others = [pair for pair in found if not copies.issuperset(pair)]  # two copies of one original are a pair too
     assert all(lesion[a] == lesion[b] for a, b in others), others  # and so may be two much alike views of one lesion
 
@@ -80,20 +90,25 @@ def test_planted_conflicts_are_the_torn_lesions(spoilt):
 def test_clean_set_stops_nothing(clean):
     dataset, _, audit = clean
     assert not open_stops(audit.findings)
-    assert not {"lesion-two-labels", "duplicates-across-lesions", "duplicates-two-labels", "unreadable-image"} & set(by_kind(audit))
+    assert not {"lesion-two-labels", "duplicates-across-lesions", "duplicates-two-labels", "unreadable-image"} & set(
+        by_kind(audit)
+    )
     check_findings(audit.findings)
 
 
 def test_every_number_has_n_and_an_interval_or_a_reason(spoilt, clean):
     def leaves(value):
-        if isinstance(value, dict) and "value" in value: yield value
+        if isinstance(value, dict) and "value" in value:
+            yield value
         elif isinstance(value, dict):
-            for inner in value.values(): yield from leaves(inner)
+            for inner in value.values():
+                yield from leaves(inner)
     for audit in (spoilt[1], clean[2]):
         for finding in audit.findings:
             for leaf in leaves(finding.metrics):
                 assert isinstance(leaf["n"], int), (finding.kind, leaf)
-                if isinstance(leaf["value"], float): assert leaf.get("reason") or leaf["low"] <= leaf["value"] <= leaf["high"], (finding.kind, leaf)
+                if isinstance(leaf["value"], float):
+                    assert leaf.get("reason") or leaf["low"] <= leaf["value"] <= leaf["high"], (finding.kind, leaf)
 
 
 def test_a_split_that_ties_the_pairs_crosses_nothing(spoilt):
@@ -111,10 +126,15 @@ def test_accepting_by_name_and_in_full(spoilt):
     one, *others = sorted(named(copies))
     assert open_stops(rest) == [copies]
     assert open_stops(rest, [f"{copies.kind}:{one}"]) == ([copies] if others else [])
-    assert not open_stops(rest, [f"{copies.kind}:{name}" for name in named(copies)]) and not open_stops(rest, [copies.kind])
-    with pytest.raises(ValueError, match="Did you mean 'duplicates-across-splits'"): open_stops(rest, ["duplicate-across-splits"])
-    with pytest.raises(ValueError, match="matches no item of 'duplicates-across-splits'"): open_stops(rest, [f"{copies.kind}:{one}x"])
-    with pytest.raises(ValueError, match="cannot be accepted"): open_stops(audit.findings, ["lesion-crosses-splits"])
+    assert not open_stops(rest, [f"{copies.kind}:{name}" for name in named(copies)]) and not open_stops(
+        rest, [copies.kind]
+    )
+    with pytest.raises(ValueError, match="Did you mean 'duplicates-across-splits'"):
+        open_stops(rest, ["duplicate-across-splits"])
+    with pytest.raises(ValueError, match="matches no item of 'duplicates-across-splits'"):
+        open_stops(rest, [f"{copies.kind}:{one}x"])
+    with pytest.raises(ValueError, match="cannot be accepted"):
+        open_stops(audit.findings, ["lesion-crosses-splits"])
 
 
 def test_unreadable_images_are_all_named(clean, tmp_path):
@@ -126,14 +146,19 @@ def test_unreadable_images_are_all_named(clean, tmp_path):
         (tmp_path / "data/images" / path.name).write_bytes(path.read_bytes()[:700])
     audit = audit_dataset(read_dataset(tmp_path / "data"), workers=1)
     assert named(by_kind(audit)["unreadable-image"]) == set(broken)
-    with pytest.raises(ValueError, match=f"2 of {len(dataset)} images cannot be read. {broken[0]}, {broken[1]}"): check_findings(audit.findings)
+    with pytest.raises(ValueError, match=f"2 of {len(dataset)} images cannot be read. {broken[0]}, {broken[1]}"):
+        check_findings(audit.findings)
 
 
 @pytest.mark.parametrize("where", ["train", pytest.param("all", marks=pytest.mark.slow)])
 def test_shortcut_is_found_where_it_is_planted(tmp_path, where):
     dataset = make_synthetic(tmp_path / "data", **SMALL | dict(n_images=7), per_class=dict(nv=60, mel=60, bkl=60),
                              shortcut="cast", shortcut_class="nv", shortcut_rate=0.95, shortcut_where=where)
-    found = [f for f in audit_dataset(dataset, workers=1).findings if f.kind.startswith("background-shortcut") and f.severity == "warning"]
+    found = [
+        f
+        for f in audit_dataset(dataset, workers=1).findings
+        if f.kind.startswith("background-shortcut") and f.severity == "warning"
+    ]
     assert "nv" in {i["name"] for f in found for i in f.items}, [f.summary for f in found]
 
 
@@ -143,8 +168,14 @@ def test_planted_label_errors_lead_the_ranking():
     x = 3 * np.eye(4, 12)[truth] + rng.normal(size=(800, 12))
     wrong = rng.random(800) < 0.05
     given = np.where(wrong, (truth + 1) % 4, truth)
-    table = pd.DataFrame(dict(image_id=[f"i{k}" for k in range(800)], lesion_id=[f"l{k}" for k in range(800)], patient_id="",
-                              diagnosis=np.array(["bkl", "df", "mel", "nv"])[given]))
+    table = pd.DataFrame(
+        dict(
+            image_id=[f"i{k}" for k in range(800)],
+            lesion_id=[f"l{k}" for k in range(800)],
+            patient_id="",
+            diagnosis=np.array(["bkl", "df", "mel", "nv"])[given],
+        )
+    )
     finding, = label_findings(table, x)
     first = table.image_id[wrong].isin([i["name"] for i in finding.items]).sum()
     assert first / len(finding.items) > 0.8 and finding.severity == "note" and "hard cases" in finding.summary
@@ -175,13 +206,19 @@ def prepare_parameters():
 
 def run_prepare(root, data, **changes):
     "Run the stage `prepare` in a tree of its own; what it printed."
-    for folder in ("nbs/stages", "artifacts/prepared", "reports/prepare"): (root / folder).mkdir(parents=True, exist_ok=True)
+    for folder in ("nbs/stages", "artifacts/prepared", "reports/prepare"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "nbs/stages/prepare.ipynb", root / "nbs/stages")
-    if not (root / "data").exists(): (root / "data").symlink_to(data)
+    if not (root / "data").exists():
+        (root / "data").symlink_to(data)
     log = io.StringIO()
     outputs = ["artifacts/prepared", "reports/prepare"]
-    try: run_notebook("nbs/stages/prepare.ipynb", prepare_parameters() | changes, ["data"], outputs, outputs[1], root, stream=log)
-    except StageError: pass
+    try:
+        run_notebook(
+            "nbs/stages/prepare.ipynb", prepare_parameters() | changes, ["data"], outputs, outputs[1], root, stream=log
+        )
+    except StageError:
+        pass
     return log.getvalue()
 
 
@@ -194,7 +231,9 @@ def test_prepare_stops_on_a_crossing(spoilt, tmp_path):
 @pytest.mark.slow
 def test_prepare_stops_on_an_unexplained_duplicate_and_takes_an_accepted_one(tmp_path):
     data = tmp_path / "made"
-    make_synthetic(data, **SMALL, exact_duplicates=0, near_duplicates=1, duplicate_lesions="new", duplicate_splits="other")
+    make_synthetic(
+        data, **SMALL, exact_duplicates=0, near_duplicates=1, duplicate_lesions="new", duplicate_splits="other"
+    )
     log = run_prepare(tmp_path, data)
     assert "duplicates-across-splits: 1 pair" in log and "in prepare.audit.accept" in log, log
     log = run_prepare(tmp_path, data, audit=dict(accept=["duplicates-across-splits"]))

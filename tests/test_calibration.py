@@ -9,8 +9,17 @@ from scipy.optimize import minimize
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import log_loss
 
-from skinlesion.evaluate.calibration import (CALIBRATIONS, PRIOR_WIDTHS, Calibrator, choose_calibration, choose_candidate, crossfit,
-                                             fit_calibrator, image_log_losses, lesion_folds)
+from skinlesion.evaluate.calibration import (
+    CALIBRATIONS,
+    PRIOR_WIDTHS,
+    Calibrator,
+    choose_calibration,
+    choose_candidate,
+    crossfit,
+    fit_calibrator,
+    image_log_losses,
+    lesion_folds,
+)
 from skinlesion.evaluate.intervals import expanded_level, lesion_weights, wilson_interval
 
 LEARNING = CALIBRATIONS[1:]
@@ -69,13 +78,18 @@ def test_order_of_rows_and_repeats_do_not_matter(kind, name):
 
 def posterior(kind, probs, targets, beta):
     "The penalised loss written out another way, of weights (C,C) and biases (C,) in one vector."
-    z, C = np.log(probs), probs.shape[1]
+    z = np.log(probs)
+    C = probs.shape[1]
 
     def loss(theta):
-        weight, bias = theta[:-C].reshape(C, C) if kind == "dirichlet" else np.diag(theta[:-C]), theta[-C:]
+        weight = theta[:-C].reshape(C, C) if kind == "dirichlet" else np.diag(theta[:-C])
+        bias = theta[-C:]
         off = weight[~np.eye(C, dtype=bool)]
-        prior = (((weight.diagonal() - beta) / PRIOR_WIDTHS["diagonal"])**2).sum() + ((off / PRIOR_WIDTHS["off_diagonal"])**2).sum() \
-            + ((bias / PRIOR_WIDTHS["bias"])**2).sum()
+        prior = (
+            (((weight.diagonal() - beta) / PRIOR_WIDTHS["diagonal"]) ** 2).sum()
+            + ((off / PRIOR_WIDTHS["off_diagonal"]) ** 2).sum()
+            + ((bias / PRIOR_WIDTHS["bias"]) ** 2).sum()
+        )
         p = softmax(z @ weight.T + bias)
         return -np.log(p[np.arange(len(p)), targets]).sum() + prior / 2
     return loss
@@ -84,20 +98,31 @@ def posterior(kind, probs, targets, beta):
 def parity():
     "Map, reference, largest difference of a probability on new lesions."
     (probs, targets, _), (new, _, _) = lesions(300, 0, scale=1.7), lesions(300, 1, scale=1.7)
-    loss = lambda t: log_loss(targets, softmax(np.log(probs) / t[0]), labels=range(4))
+    def loss(t):
+        return log_loss(targets, softmax(np.log(probs) / t[0]), labels=range(4))
     found = minimize(loss, [1.], method="Nelder-Mead", options=dict(xatol=1e-10, fatol=1e-14)).x[0]
     yield "temperature", "Nelder-Mead on sklearn.metrics.log_loss", softmax(np.log(new) / found)
     beta = 1 / fit_calibrator("temperature", probs, targets).parameters["temperature"]
-    for kind, start in (("vector", np.r_[np.ones(4), np.zeros(4)]), ("dirichlet", np.r_[np.eye(4).ravel(), np.zeros(4)])):
-        theta = minimize(posterior(kind, probs, targets, beta), start, method="BFGS", options=dict(gtol=1e-6, maxiter=2000)).x
+    for kind, start in (
+        ("vector", np.r_[np.ones(4), np.zeros(4)]),
+        ("dirichlet", np.r_[np.eye(4).ravel(), np.zeros(4)]),
+    ):
+        theta = minimize(
+            posterior(kind, probs, targets, beta), start, method="BFGS", options=dict(gtol=1e-6, maxiter=2000)
+        ).x
         weight = theta[:-4].reshape(4, 4) if kind == "dirichlet" else np.diag(theta[:-4])
         yield kind, "BFGS, numerical gradient, on the loss written out", softmax(np.log(new) @ weight.T + theta[-4:])
     shares = (np.bincount(targets, minlength=4) + 1) / (len(targets) + 4)
     curves = []
     for c in range(4):
-        x, y = np.r_[0, probs[:, c], 1], np.r_[shares[c], targets == c, shares[c]]
+        x = np.r_[0, probs[:, c], 1]
+        y = np.r_[shares[c], targets == c, shares[c]]
         curves.append(IsotonicRegression(out_of_bounds="clip").fit(x, y).predict(new[:, c]))
-    yield "isotonic", "sklearn.isotonic, one image of prior at either end", np.stack(curves, 1) / np.sum(curves, 0)[:, None]
+    yield (
+        "isotonic",
+        "sklearn.isotonic, one image of prior at either end",
+        np.stack(curves, 1) / np.sum(curves, 0)[:, None],
+    )
 
 
 def test_parity():
@@ -129,7 +154,10 @@ def test_no_answer_knows_its_own_lesion(kind):
     probs, targets, ids = lesions(60, 6)
     folds = lesion_folds(targets, ids)
     own = ids == ids[0]
-    answers = [crossfit(lambda v, y: fit_calibrator(kind, v, y), probs, t, folds) for t in (targets, np.where(own, (targets + 1) % 4, targets))]
+    answers = [
+        crossfit(lambda v, y: fit_calibrator(kind, v, y), probs, t, folds)
+        for t in (targets, np.where(own, (targets + 1) % 4, targets))
+    ]
     assert answers[0][own].tobytes() == answers[1][own].tobytes()
     assert np.abs(answers[0] - answers[1]).max() > 0
 
@@ -156,7 +184,9 @@ def test_few_lesions_have_to_be_clearer(n):
     weights = lesion_weights(ids, 2000, 0)
     away = np.abs(weights @ difference / weights.sum(1) - difference.mean())
     half = np.quantile(away, expanded_level(n))
-    np.testing.assert_allclose(table.loc[1, ["low", "high"]].to_numpy(float), difference.mean() + half * np.array([-1, 1]))
+    np.testing.assert_allclose(
+        table.loc[1, ["low", "high"]].to_numpy(float), difference.mean() + half * np.array([-1, 1])
+    )
     assert half > np.quantile(away, .95)
 
 
@@ -168,7 +198,9 @@ def left_alone(n):
 def mended(n):
     "In how many of `n` tables of 200 lesions a model with doubled log-probabilities is given a temperature, and which."
     found = [choose_calibration(*lesions(200, seed, scale=2.), n_resamples=400).calibrator for seed in range(n)]
-    return sum(c.kind == "temperature" for c in found), [c.parameters["temperature"] for c in found if c.kind == "temperature"]
+    return sum(c.kind == "temperature" for c in found), [
+        c.parameters["temperature"] for c in found if c.kind == "temperature"
+    ]
 
 
 @pytest.mark.parametrize("n", [40, pytest.param(1000, marks=pytest.mark.slow)])
@@ -193,7 +225,10 @@ def test_what_is_calibrated_is_left_alone(n):
 def test_planted_temperature_comes_back(n):
     "Twice too sure of itself: a temperature of two, by name and by size."
     count, temperatures = mended(n)
-    print(f"\n{count} of {n} tables given a temperature, mean {np.mean(temperatures):.3f}, from {min(temperatures):.2f} to {max(temperatures):.2f}")
+    print(
+        f"\n{count} of {n} tables given a temperature, mean {np.mean(temperatures):.3f}, from "
+        f"{min(temperatures):.2f} to {max(temperatures):.2f}"
+    )
     assert count >= .8 * n and abs(np.mean(temperatures) - 2) < .15
 
 
@@ -211,6 +246,9 @@ def test_selection_speaks_for_itself():
 
 def test_fitting_loads_nothing_heavy():
     "A prediction applies a calibrator, so the module must come light."
-    code = "import sys, skinlesion.evaluate.decisions, skinlesion.evaluate.net_benefit; print(*sorted({n.split('.')[0] for n in sys.modules}))"
+    code = (
+        "import sys, skinlesion.evaluate.decisions, skinlesion.evaluate.net_benefit; "
+        "print(*sorted({n.split('.')[0] for n in sys.modules}))"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"sklearn", "matplotlib", "torch", "seaborn", "lightning"} & set(loaded)

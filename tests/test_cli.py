@@ -36,14 +36,28 @@ def made(tmp_path_factory):
 
 def cli(*words, cwd=None):
     "Run the command; (exit code, stdout, stderr)."
-    done = subprocess.run([sys.executable, "-m", "skinlesion.pipeline.cli", *map(str, words)], capture_output=True, text=True, cwd=cwd,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "skinlesion.pipeline.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_predict_writes_the_table_that_evaluation_reads(made):
     folder, bundle, pictures = made
-    code, out, err = cli("predict", *pictures.values(), "--bundle", bundle, "--metadata", folder / "people.csv", "--csv", folder / "out.csv")
+    code, out, err = cli(
+        "predict",
+        *pictures.values(),
+        "--bundle",
+        bundle,
+        "--metadata",
+        folder / "people.csv",
+        "--csv",
+        folder / "out.csv",
+    )
     assert code == 0, err
     assert "3 picture(s)" in out and "never for diagnosis" in out
     table = read_predictions(folder / "out.csv", get_label_set("ham10000"))
@@ -59,20 +73,49 @@ def test_predict_writes_the_table_that_evaluation_reads(made):
 def test_predict_says_how_many_pictures_get_no_answer(made, tmp_path):
     folder, bundle, pictures = made
     loaded = load_bundle(bundle)
-    policy = replace(Policy.plain(loaded.names, 7), abstention=LockedAbstention(1., .1, .1, 40, 30))  # nothing is as sure as that
-    save_bundle(tmp_path / "unsure", list(loaded.members), loaded.label_set, loaded.encoder, loaded.image_size, {}, policy=policy.to_dict())
+    policy = replace(
+        Policy.plain(loaded.names, 7), abstention=LockedAbstention(1.0, 0.1, 0.1, 40, 30)
+    ) # nothing is as sure as that
+    save_bundle(
+        tmp_path / "unsure",
+        list(loaded.members),
+        loaded.label_set,
+        loaded.encoder,
+        loaded.image_size,
+        {},
+        policy=policy.to_dict(),
+    )
     for name, told in ((bundle, False), (tmp_path / "unsure", True)):
-        ended = CliRunner().invoke(app, ["predict", str(pictures["a"]), "--bundle", str(name), "--csv", str(tmp_path / "out.csv")])
+        ended = CliRunner().invoke(
+            app, ["predict", str(pictures["a"]), "--bundle", str(name), "--csv", str(tmp_path / "out.csv")]
+        )
         assert ended.exit_code == 0 and ("1 of them without an answer" in ended.stdout) == told, ended.output
 
 
 def test_explain_draws_over_the_picture_as_it_was_taken(made):
     folder, bundle, pictures = made
-    code, out, err = cli("explain", pictures["a"], "--bundle", bundle, "--method", "eigencam", "--layer", "layer3", "--class", "Melanoma",
-                         "--metadata", folder / "people.csv", "--out", folder / "map.png")
+    code, out, err = cli(
+        "explain",
+        pictures["a"],
+        "--bundle",
+        bundle,
+        "--method",
+        "eigencam",
+        "--layer",
+        "layer3",
+        "--class",
+        "Melanoma",
+        "--metadata",
+        folder / "people.csv",
+        "--out",
+        folder / "map.png",
+    )
     assert code == 0, err
     assert "Eigen-CAM of member image at layer3, which knows no class" in out
-    assert read_image(folder / "map.png").shape == (60, 90, 3) and (read_image(folder / "map.png") != read_image(pictures["a"])).any()
+    assert (
+        read_image(folder / "map.png").shape == (60, 90, 3)
+        and (read_image(folder / "map.png") != read_image(pictures["a"])).any()
+    )
 
 
 @pytest.mark.parametrize("words, said", [
@@ -91,13 +134,21 @@ def test_an_error_is_one_sentence_and_nothing_is_written(made, words, said, monk
     before = sorted(p.name for p in folder.iterdir())
     monkeypatch.chdir(folder)
     ended = CliRunner().invoke(app, [str(bundle) if w == "B" else w for w in words])
-    assert ended.exit_code == 1 and said in ended.stderr and ended.stderr.startswith("error: ") and "Traceback" not in ended.output
+    assert (
+        ended.exit_code == 1
+        and said in ended.stderr
+        and ended.stderr.startswith("error: ")
+        and "Traceback" not in ended.output
+    )
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
 def test_debug_shows_the_traceback_and_misspelling_is_2(made):
     assert "Traceback" in cli("--debug", "verify", "nowhere")[2]
-    ends = [CliRunner().invoke(app, words).exit_code for words in (["verfy"], ["predict"], ["predict", "a.png", "--bundl", "x"])]
+    ends = [
+        CliRunner().invoke(app, words).exit_code
+        for words in (["verfy"], ["predict"], ["predict", "a.png", "--bundl", "x"])
+    ]
     assert ends == [2, 2, 2]
 
 
@@ -128,7 +179,11 @@ def test_skip_bad_lists_what_it_left_out(made):
 def test_models_measures_what_is_asked_for():
     code, out, _ = cli("models", "small_cnn_3", "small_cnn_4", "--size", 32)
     lines = [line.split() for line in out.splitlines()]
-    assert code == 0 and [line[0] for line in lines] == ["backbone", "small_cnn_3", "small_cnn_4"] and all(float(line[4]) >= 0 for line in lines[1:])
+    assert (
+        code == 0
+        and [line[0] for line in lines] == ["backbone", "small_cnn_3", "small_cnn_4"]
+        and all(float(line[4]) >= 0 for line in lines[1:])
+    )
     assert cli("models", "small_cnn_3", "--size", 32, "--no-time")[1].splitlines()[1].split()[4] == "-"
 
 
@@ -137,7 +192,9 @@ def test_models_lists_all_that_are_tested_by_name():
     from skinlesion.model.backbones import TESTED
     code, out, err = cli("models", "--no-time", "--size", 64)
     listed = [line.split()[0] for line in out.splitlines()[1:]]
-    assert code == 0 and sorted([*listed, "vit_small_patch14_dinov2"]) == sorted([*TESTED, "small_cnn_3", "small_cnn_4"])
+    assert code == 0 and sorted([*listed, "vit_small_patch14_dinov2"]) == sorted(
+        [*TESTED, "small_cnn_3", "small_cnn_4"]
+    )
     assert "left out: backbone 'vit_small_patch14_dinov2' cannot take images of 64x64 pixels" in err
 
 
@@ -155,26 +212,48 @@ def dataset(tmp_path):
 def test_an_audit_ends_with_3_where_it_stops_the_pipeline(dataset, tmp_path, monkeypatch, severity, code):
     asked = {}
     findings = [Finding("note-first", "note", "Nothing to fear.", 4, 0)]
-    if severity: findings.append(Finding("exact-duplicate", severity, "2 pictures are one.", 4, 2, remedy="remove one"))
+    if severity:
+        findings.append(Finding("exact-duplicate", severity, "2 pictures are one.", 4, 2, remedy="remove one"))
     def audit_dataset(dataset, **options):
         asked.update(options)
         return SimpleNamespace(findings=findings)
-    def write_audit(audit, dataset, out): out.mkdir(); (out / "audit.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "skinlesion.audit.audit", SimpleNamespace(audit_dataset=audit_dataset, write_audit=write_audit))
+    def write_audit(audit, dataset, out):
+        out.mkdir()
+        (out / "audit.json").write_text("{}")
+    monkeypatch.setitem(
+        sys.modules, "skinlesion.audit.audit", SimpleNamespace(audit_dataset=audit_dataset, write_audit=write_audit)
+    )
     (tmp_path / "splits.csv").write_text("image_id,split\nd,test\nc,valid\nb,train\na,train\n")
     words = ["audit", dataset, "--split", tmp_path / "splits.csv", "--seed", 7, "--out", tmp_path / "out"]
     ended = CliRunner().invoke(app, [str(w) for w in words])
     assert ended.exit_code == code, ended.output
-    assert (asked["seed"], asked["split"].tolist(), asked["predictions"]) == (7, ["train", "train", "valid", "test"], None)
+    assert (asked["seed"], asked["split"].tolist(), asked["predictions"]) == (
+        7,
+        ["train", "train", "valid", "test"],
+        None,
+    )
     first = ended.stdout.splitlines()[0]
     assert first.startswith(f"{severity}") if severity else first.startswith("note")
-    assert (tmp_path / "out" / "audit.json").is_file() and ("what to do: remove one" in ended.stdout) == (severity == "stop")
+    assert (tmp_path / "out" / "audit.json").is_file() and ("what to do: remove one" in ended.stdout) == (
+        severity == "stop"
+    )
 
 
 @pytest.mark.slow
 def test_an_audit_of_pictures_that_were_planted(tmp_path):
     "From the command that draws to the command that finds."
-    words = ("--n-images", 140, "--exact-duplicates", 4, "--duplicate-splits", "other", "--duplicate-lesions", "new", "--crossing-lesions", 2)
+    words = (
+        "--n-images",
+        140,
+        "--exact-duplicates",
+        4,
+        "--duplicate-splits",
+        "other",
+        "--duplicate-lesions",
+        "new",
+        "--crossing-lesions",
+        2,
+    )
     assert cli("import", "synthetic", *words, "--out", tmp_path / "planted")[0] == 0
     code, out, err = cli("audit", tmp_path / "planted", "--out", tmp_path / "audit")
     stops = [line.split()[1] for line in out.splitlines() if line.startswith("stop ")]
@@ -199,14 +278,23 @@ def test_download_fetches_into_the_one_path(tmp_path, monkeypatch):
         fetched.append((name, folder))
         raise sources.DownloadError("x.zip: the publisher's server cannot be reached; run it again")
     monkeypatch.setattr(sources, "download_source", download_source)
-    def call(*paths): return CliRunner().invoke(app, ["import", "isic2019", *map(str, paths), "--out", str(tmp_path / "out"), "--download"])
+    def call(*paths):
+        return CliRunner().invoke(
+            app, ["import", "isic2019", *map(str, paths), "--out", str(tmp_path / "out"), "--download"]
+        )
     ended = call(tmp_path / "new")
     assert ended.exit_code == 1 and "cannot be reached" in ended.stderr and fetched == [("isic2019", tmp_path / "new")]
-    assert "2 paths were given; give one" in call(tmp_path, tmp_path / "b").stderr and not (tmp_path / "out").exists() and len(fetched) == 1
+    assert (
+        "2 paths were given; give one" in call(tmp_path, tmp_path / "b").stderr
+        and not (tmp_path / "out").exists()
+        and len(fetched) == 1
+    )
     assert "write OLD=NEW" in call(tmp_path / "new", "--map", "moles").stderr and len(fetched) == 1
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
-    assert "the folder is not empty and is no dataset folder" in call(tmp_path / "new").stderr and len(fetched) == 1  # before gigabytes come
+    assert (
+        "the folder is not empty and is no dataset folder" in call(tmp_path / "new").stderr and len(fetched) == 1
+    ) # before gigabytes come
 
 
 def test_map_is_read_once_for_each_word(tmp_path):
@@ -216,9 +304,12 @@ def test_map_is_read_once_for_each_word(tmp_path):
 
 
 def test_help_imports_nothing_slow():
-    code = "import sys; from typer.testing import CliRunner; from skinlesion.pipeline.cli import app; " \
-           "assert CliRunner().invoke(app, ['--help']).exit_code == 0; " \
-           "print([m for m in ('torch', 'pandas', 'numpy', 'matplotlib', 'lightning', 'fastapi', 'papermill') if m in sys.modules])"
+    code = (
+        "import sys; from typer.testing import CliRunner; from skinlesion.pipeline.cli import app; "
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0; "
+        "print([m for m in ('torch', 'pandas', 'numpy', 'matplotlib', 'lightning', 'fastapi', "
+        "'papermill') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -228,21 +319,37 @@ def test_run_belongs_to_the_tree_it_is_called_in(tmp_path):
     (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
     package = tmp_path / "skinlesion" / "pipeline"
     package.mkdir(parents=True)
-    for folder in (package, package.parent): (folder / "__init__.py").touch()
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
     (package / "cli.py").write_text("import sys\nprint('the other tree runs', sys.argv[1:])\n")
     (tmp_path / "deep").mkdir()
     code = "import sys; sys.argv = ['skinlesion', 'run', 'prepare']; from skinlesion.pipeline.cli import app; app()"
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "deep", env={**os.environ, "PYTHONPATH": here})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "deep",
+        env={**os.environ, "PYTHONPATH": here},
+    )
     assert done.stdout.strip() == "the other tree runs ['run', 'prepare']", done.stderr
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
     "Predictions of two splits by a made-up reader, and labels of more images than that."
-    folder, rng, codes = tmp_path_factory.mktemp("tables"), np.random.default_rng(0), get_label_set("melanoma").codes
-    truth = pd.DataFrame(dict(image_id=[f"i{k}" for k in range(160)], lesion_id=[f"l{k // 2}" for k in range(160)],
-                              diagnosis=[codes[k // 2 % 2] for k in range(160)], age=rng.integers(20, 80, 160), sex=["female", "male"] * 80))
+    folder = tmp_path_factory.mktemp("tables")
+    rng = np.random.default_rng(0)
+    codes = get_label_set("melanoma").codes
+    truth = pd.DataFrame(
+        dict(
+            image_id=[f"i{k}" for k in range(160)],
+            lesion_id=[f"l{k // 2}" for k in range(160)],
+            diagnosis=[codes[k // 2 % 2] for k in range(160)],
+            age=rng.integers(20, 80, 160),
+            sex=["female", "male"] * 80,
+        )
+    )
     score = (.3 + .4 * (truth.diagnosis == "mel") + rng.normal(0, .2, 160)).clip(.01, .99).round(4)
     split = np.where(np.arange(160) // 2 % 4 < 2, "test", "valid")
     said = truth[["image_id"]].assign(p_benign=1 - score, p_mel=score, split=split)[:150]
@@ -253,7 +360,9 @@ def tables(tmp_path_factory):
 
 def evaluate(folder, *words):
     "The command on the two tables, few resamples."
-    return CliRunner().invoke(app, ["evaluate", str(folder / "p.csv"), str(folder / "l.csv"), "--resamples", "40", *map(str, words)])
+    return CliRunner().invoke(
+        app, ["evaluate", str(folder / "p.csv"), str(folder / "l.csv"), "--resamples", "40", *map(str, words)]
+    )
 
 
 def test_evaluate_scores_a_split_of_two_tables(tables, tmp_path):
@@ -263,11 +372,17 @@ def test_evaluate_scores_a_split_of_two_tables(tables, tmp_path):
     test = said[said.split == "test"]
     card = scorecard(test, truth[truth.image_id.isin(test.image_id)], get_label_set("melanoma"), 40)
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    for name in ("accuracy", "balanced_accuracy", "auroc_macro", "ece_debiased", "log_loss"): assert written["all"][name] == card[name]
+    for name in ("accuracy", "balanced_accuracy", "auroc_macro", "ece_debiased", "log_loss"):
+        assert written["all"][name] == card[name]
     assert written["all"]["malignant"]["sensitivity"] == card["malignant"]["sensitivity"]
-    assert f"{len(test)} images of {card['accuracy']['n_lesions']} lesions" in ended.stdout and "metrics.json, report.html" in ended.stdout
+    assert (
+        f"{len(test)} images of {card['accuracy']['n_lesions']} lesions" in ended.stdout
+        and "metrics.json, report.html" in ended.stdout
+    )
     rows = truth[truth.image_id.isin(test.image_id)].assign(split="test")
-    assert written["benchmark"] == dict(name="our-clinic", variant="", resolution="224", split_sha256=split_digest(rows), leak=None)
+    assert written["benchmark"] == dict(
+        name="our-clinic", variant="", resolution="224", split_sha256=split_digest(rows), leak=None
+    )
     page = (tmp_path / "out" / "report.html").read_text()
     assert "not reported" in page and "<script" not in page and "img-src data:" in page
 
@@ -275,11 +390,15 @@ def test_evaluate_scores_a_split_of_two_tables(tables, tmp_path):
 def test_evaluate_knows_the_usual_words_for_splits(tables, tmp_path, monkeypatch):
     folder, said, truth = tables
     monkeypatch.setattr("skinlesion.pipeline.reports.write_evaluation", lambda result, *_, **__: kept.append(result))
-    kept, words = [], dict(test="Test", valid="validation")
+    kept = []
+    words = dict(test="Test", valid="validation")
     said.assign(split=said.split.map(words)).to_csv(tmp_path / "p.csv", index=False)
     truth[:150].to_csv(tmp_path / "l.csv", index=False)
-    for more in ((), ("--split", "Test")): assert evaluate(tmp_path, "--out", tmp_path / "out", *more).exit_code == 0
-    assert kept[0].part == "test" and {*kept[0].metrics["splits"]} == {"valid", "test"} and "decisions" in kept[0].metrics
+    for more in ((), ("--split", "Test")):
+        assert evaluate(tmp_path, "--out", tmp_path / "out", *more).exit_code == 0
+    assert (
+        kept[0].part == "test" and {*kept[0].metrics["splits"]} == {"valid", "test"} and "decisions" in kept[0].metrics
+    )
     n = int((said.split == "test").sum())
     assert kept[1].metrics["all"]["accuracy"]["n"] == n
     # Whether the rows of valid are there or not, the split that was tested on is the same one.
@@ -291,12 +410,20 @@ def test_evaluate_leaves_out_only_when_asked_and_says_so(tables, tmp_path, monke
     folder, _, _ = tables
     ended = evaluate(folder, "--out", tmp_path / "out")
     assert ended.exit_code == 1
-    assert "10 image(s) of the labels have no prediction, 0 prediction(s) have no label, such as 'i150', 'i151'" in ended.stderr
+    assert (
+        "10 image(s) of the labels have no prediction, 0 prediction(s) have no label, such as 'i150', "
+        "'i151'" in ended.stderr
+    )
     assert not any(tmp_path.iterdir())
     (tmp_path / "facts.json").write_text('{"setting": "one made-up clinic"}')
     ended = evaluate(folder, "--partial", "--facts", tmp_path / "facts.json", "--out", tmp_path / "out")
-    assert ended.exit_code == 0 and "10 image(s) of the labels have no prediction, 0 prediction(s) have no label; they were left out" in ended.stderr
-    written, page = json.loads((tmp_path / "out" / "metrics.json").read_text()), (tmp_path / "out" / "report.html").read_text()
+    assert (
+        ended.exit_code == 0
+        and "10 image(s) of the labels have no prediction, 0 prediction(s) have no label; they were left out"
+        in ended.stderr
+    )
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    page = (tmp_path / "out" / "report.html").read_text()
     assert written["all"]["accuracy"]["n"] == 150 and ended.stdout.startswith("split test: ")
     assert {*written["splits"]} == {"valid", "test"} and {*written["subgroups"]} >= {"age_band", "sex"}
     assert "they were left out" in page and "one made-up clinic" in page
@@ -306,7 +433,16 @@ def test_evaluate_leaves_out_only_when_asked_and_says_so(tables, tmp_path, monke
 def test_evaluate_gives_the_same_bytes_in_another_process(tables, tmp_path):
     folder, _, _ = tables
     for name in ("one", "two"):
-        words = ("evaluate", folder / "p.csv", folder / "l.csv", "--partial", "--resamples", 40, "--out", tmp_path / name)
+        words = (
+            "evaluate",
+            folder / "p.csv",
+            folder / "l.csv",
+            "--partial",
+            "--resamples",
+            40,
+            "--out",
+            tmp_path / name,
+        )
         assert cli(*words)[0] == 0
     one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two and {"metrics.json", "report.html", "roc.csv"} <= {*one}
@@ -314,10 +450,18 @@ def test_evaluate_gives_the_same_bytes_in_another_process(tables, tmp_path):
 
 def test_evaluate_says_that_nobody_knows_what_is_malignant(tables, tmp_path, monkeypatch):
     folder, said, truth = tables
-    monkeypatch.setattr("skinlesion.pipeline.reports.write_evaluation", lambda result, *_, **__: kept.update(result.metrics))
+    monkeypatch.setattr(
+        "skinlesion.pipeline.reports.write_evaluation", lambda result, *_, **__: kept.update(result.metrics)
+    )
     kept = {}
     write_predictions(said[["image_id"]].assign(p_mole=said.p_benign, p_wart=said.p_mel), tmp_path / "p.csv")
-    truth[:150].assign(diagnosis=truth.diagnosis.map(dict(benign="mole", mel="wart"))).to_csv(tmp_path / "l.csv", index=False)
+    truth[:150].assign(diagnosis=truth.diagnosis.map(dict(benign="mole", mel="wart"))).to_csv(
+        tmp_path / "l.csv", index=False
+    )
     ended = evaluate(tmp_path, "--out", tmp_path / "out")
-    assert ended.exit_code == 0 and "classes mole, wart: nobody has said which are malignant" in ended.stderr and "does not say which" in ended.stdout
+    assert (
+        ended.exit_code == 0
+        and "classes mole, wart: nobody has said which are malignant" in ended.stderr
+        and "does not say which" in ended.stdout
+    )
     assert kept["all"]["accuracy"]["value"] is not None and kept["all"]["malignant"]["auroc"]["value"] is None

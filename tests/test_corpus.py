@@ -6,8 +6,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from broken import (GOSSIP, STORED, bad_archives, bad_pictures, bad_tables, encoded, exif_bytes, good_tables, talkative, modes, pixels,
-                    publisher, tarred, zipped)
+from broken import (
+    GOSSIP,
+    STORED,
+    bad_archives,
+    bad_pictures,
+    bad_tables,
+    encoded,
+    exif_bytes,
+    good_tables,
+    talkative,
+    modes,
+    pixels,
+    publisher,
+    tarred,
+    zipped,
+)
 from skinlesion.data.schema import read_dataset
 from skinlesion.data.sources import import_ham10000
 from skinlesion.images import ImageError, clean_image, read_image
@@ -28,7 +42,8 @@ def test_every_orientation_comes_out_upright(orientation, kind, off):
     how = dict(JPEG=dict(quality=98, subsampling=0), WEBP=dict(lossless=True)).get(kind, {})
     data = encoded(np.ascontiguousarray(STORED[orientation](pixels())), kind, exif=exif_bytes(orientation), **how)
     cleaned, _ = clean_image(data, "turned")
-    for source in (data, cleaned): assert np.abs(read_image(source).astype(int) - pixels()).max() <= off
+    for source in (data, cleaned):
+        assert np.abs(read_image(source).astype(int) - pixels()).max() <= off
     assert not Image.open(io.BytesIO(cleaned)).getexif()
 
 
@@ -50,7 +65,8 @@ def test_what_is_no_picture_is_refused_by_name(name, tmp_path):
     data, said = bad_pictures()[name]
     (tmp_path / name).write_bytes(data)
     for refused in (lambda: read_image(tmp_path / name), lambda: clean_image(data, name)):
-        with pytest.raises(ImageError) as e: refused()
+        with pytest.raises(ImageError) as e:
+            refused()
         assert name in str(e.value) and said in str(e.value)
 
 
@@ -58,8 +74,10 @@ def test_the_size_is_checked_before_a_pixel_is_decoded(monkeypatch):
     corpus = bad_pictures()
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     for name in ("hundred.png", "wide.png"):
-        with pytest.raises(ImageError, match="pixels"): read_image(corpus[name][0], name)
-    with pytest.raises(ImageError, match="bytes, more than the 100 allowed"): read_image(bytes(101), "long", max_bytes=100)
+        with pytest.raises(ImageError, match="pixels"):
+            read_image(corpus[name][0], name)
+    with pytest.raises(ImageError, match="bytes, more than the 100 allowed"):
+        read_image(bytes(101), "long", max_bytes=100)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
@@ -67,11 +85,13 @@ def test_a_file_cut_anywhere_is_whole_or_refused(kind):
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     for how in (dict(), dict(progressive=True)) if kind == "JPEG" else (dict(),):
         data = encoded(noise, kind, **how)
-        whole, refused = read_image(data), 0
+        whole = read_image(data)
+        refused = 0
         for percent in range(0, 100, 5):
             cut = data[:len(data) * percent // 100]
             for gate in (lambda: read_image(cut, "cut"), lambda: read_image(clean_image(cut, "cut")[0])):
-                try: assert np.array_equal(gate(), whole), f"{kind} cut at {percent} % gives other pixels"
+                try:
+                    assert np.array_equal(gate(), whole), f"{kind} cut at {percent} % gives other pixels"
                 except ImageError as e:
                     assert str(e).startswith("cut: ") and ";" in str(e)
                     refused += 1
@@ -92,7 +112,8 @@ def test_an_odd_table_is_read_right(name, tmp_path):
 def test_a_bad_table_is_refused_with_its_row(name, tmp_path):
     words, said = bad_tables()[name]
     source = publisher(tmp_path / "HAM", {"HAM10000_metadata.csv": words})
-    with pytest.raises(ValueError) as e: import_ham10000(source, tmp_path / "data")
+    with pytest.raises(ValueError) as e:
+        import_ham10000(source, tmp_path / "data")
     assert said in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["HAM"]
 
@@ -101,25 +122,30 @@ def test_a_bad_table_is_refused_with_its_row(name, tmp_path):
 def test_a_bad_archive_is_refused_by_name(name, tmp_path):
     data, said = bad_archives()[name]
     source = publisher(tmp_path / "HAM", {"ISIC_2.jpg": None, name: data})
-    with pytest.raises(ValueError) as e: import_ham10000(source, tmp_path / "data")
+    with pytest.raises(ValueError) as e:
+        import_ham10000(source, tmp_path / "data")
     assert said in str(e.value) and name in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["HAM"]
 
 
 @pytest.mark.parametrize("make, name", [(zipped, "part.zip"), (tarred, "part.tar.gz"), (lambda files: tarred(files, mode="w"), "part.tar")])
 def test_an_archive_cut_anywhere_is_whole_or_refused(make, name, tmp_path):
-    rng, source = np.random.default_rng(0), publisher(tmp_path / "HAM", {f"ISIC_{i}.jpg": None for i in (1, 2, 3)})
+    rng = np.random.default_rng(0)
+    source = publisher(tmp_path / "HAM", {f"ISIC_{i}.jpg": None for i in (1, 2, 3)})
     noise = {f"ISIC_{i}.jpg": encoded(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8), "JPEG") for i in (1, 2, 3)}
-    data, refused = make(noise), 0
+    data = make(noise)
+    refused = 0
     for percent in range(0, 105, 5):
         (source / name).write_bytes(data[:len(data) * percent // 100])
-        try: import_ham10000(source, tmp_path / "data")
+        try:
+            import_ham10000(source, tmp_path / "data")
         except ValueError as e:
             assert name in str(e) or "there is no image 'ISIC_" in str(e)
             assert [p.name for p in tmp_path.iterdir()] == ["HAM"]
             refused += 1
         else:
-            for i in noise: assert np.array_equal(read_image(tmp_path / "data" / "images" / i), read_image(noise[i]))
+            for i in noise:
+                assert np.array_equal(read_image(tmp_path / "data" / "images" / i), read_image(noise[i]))
             shutil.rmtree(tmp_path / "data")
     assert 17 <= refused <= 20
 
@@ -128,6 +154,10 @@ def test_links_are_read_as_what_they_point_to_and_dangling_ones_named(tmp_path):
     source = publisher(tmp_path / "HAM", {"ISIC_2.jpg": None})
     (tmp_path / "elsewhere.jpg").write_bytes(encoded(pixels(22, 30), "JPEG"))
     (source / "ISIC_2.jpg").symlink_to(tmp_path / "elsewhere.jpg")
-    assert import_ham10000(source, tmp_path / "data").n_images == 3 and not (tmp_path / "data" / "images" / "ISIC_2.jpg").is_symlink()
+    assert (
+        import_ham10000(source, tmp_path / "data").n_images == 3
+        and not (tmp_path / "data" / "images" / "ISIC_2.jpg").is_symlink()
+    )
     (tmp_path / "elsewhere.jpg").unlink()
-    with pytest.raises(ValueError, match="ISIC_2.jpg: it is a link to nothing"): import_ham10000(source, tmp_path / "other")
+    with pytest.raises(ValueError, match="ISIC_2.jpg: it is a link to nothing"):
+        import_ham10000(source, tmp_path / "other")

@@ -5,9 +5,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from skinlesion.evaluate.decisions import (CONFORMAL, DECISIONS, STRANGENESS, ConformalSets, LockedThreshold, conformal_quantile,
-                                           conformal_scorecard, cost_answers, cost_matrix, cost_scorecard, expected_cost, fit_conformal,
-                                           lesions_to_cover, lock_threshold, mean_leaves, read_costs, threshold_scorecard)
+from skinlesion.evaluate.decisions import (
+    CONFORMAL,
+    DECISIONS,
+    STRANGENESS,
+    ConformalSets,
+    LockedThreshold,
+    conformal_quantile,
+    conformal_scorecard,
+    cost_answers,
+    cost_matrix,
+    cost_scorecard,
+    expected_cost,
+    fit_conformal,
+    lesions_to_cover,
+    lock_threshold,
+    mean_leaves,
+    read_costs,
+    threshold_scorecard,
+)
 from skinlesion.evaluate.intervals import expanded_level, lesion_weights, wilson_interval
 from skinlesion.evaluate.metrics import malignancy_metrics
 from skinlesion.evaluate.net_benefit import cost_threshold, decision_curve, net_benefit_samples
@@ -43,7 +59,8 @@ def one_of_each(table, seed=0):
 def scores(n, seed, share=.2):
     "Malignancy, its probability, lesions with one to three images."
     rng = np.random.default_rng(seed)
-    ids, malignant = np.repeat(np.arange(n), rng.integers(1, 4, n)), rng.random(n) < share
+    ids = np.repeat(np.arange(n), rng.integers(1, 4, n))
+    malignant = rng.random(n) < share
     z = (1.5 * malignant - .8 + rng.normal(size=n))[ids] + .5 * rng.normal(size=len(ids))
     return malignant[ids], 1 / (1 + np.exp(-z)), ids
 
@@ -70,16 +87,20 @@ def coverages(kind, score, n, size=40, coverage=.85):
 def test_sets_cover_as_often_as_promised(kind, score, n):
     "On average over validation tables, for a lesion to come: at least the promise, and for scores without ties hardly more."
     found = coverages(kind, score, n)
-    means, errors = found.mean(0), found.std(0) / np.sqrt(n)
+    means = found.mean(0)
+    errors = found.std(0) / np.sqrt(n)
     print(f"\n{kind} {score}, promised 0.85: " + ", ".join(f"{m:.3f} (+-{2 * e:.3f})" for m, e in zip(means, errors)))
     promised = range(4) if kind == "class_conditional" else range(1)
     assert all(means[c] > .85 - 3 * errors[c] for c in promised)
-    if kind == "split" and score == "lac": assert means[0] < .85 + 1 / 41 + 3 * errors[0]
+    if kind == "split" and score == "lac":
+        assert means[0] < .85 + 1 / 41 + 3 * errors[0]
 
 
 def test_votes_by_image_would_break_the_promise():
     "Where lesions photographed often are the hard ones, a quantile over images promises a mixture that no new lesion comes from."
-    fresh, by_image, by_lesion = one_of_each(lesions(20_000, 10**6)), [], []
+    fresh = one_of_each(lesions(20_000, 10**6))
+    by_image = []
+    by_lesion = []
     own = 1 - fresh[0][np.arange(len(fresh[1])), fresh[1]]
     for k in range(100):
         probs, targets, ids = lesions(200, k)
@@ -111,7 +132,8 @@ def test_what_is_locked_survives_a_file():
         for score in STRANGENESS:
             sets = fit_conformal(kind, probs, targets, ids, score=score)
             assert ConformalSets.from_dict(json.loads(json.dumps(sets.to_dict()))) == sets
-            # Rounded to the eight digits of a predictions table, a probability stays on its side but for ties with the quantile.
+            # Rounded to the eight digits of a predictions table, a probability stays on its side but for ties with the
+            # quantile.
             rounded = np.array([[float(f"{p:.8g}") for p in row] for row in probs])
             assert (sets.sets(rounded) == sets.sets(probs)).mean() > .999
 
@@ -119,14 +141,23 @@ def test_what_is_locked_survives_a_file():
 def reached(n, lesions_each=100, target=.95):
     "Sensitivities on lesions without end of thresholds locked on `n` tables."
     malignant, score, _ = scores(100_000, 10**6)
-    return np.array([(score[malignant] >= lock_threshold(*scores(lesions_each, k), target, n_resamples=0).value).mean() for k in range(n)])
+    return np.array(
+        [
+            (score[malignant] >= lock_threshold(*scores(lesions_each, k), target, n_resamples=0).value).mean()
+            for k in range(n)
+        ]
+    )
 
 
 def test_about_half_of_the_thresholds_fall_short():
     "As the page says, and by the more the fewer lesions they were locked on."
-    few, many = reached(200), reached(200, 1000)
-    print(f"\nlocked on 100 lesions: {(few < .95).mean():.2f} fall short, one in twenty below {np.quantile(few, .05):.3f}; "
-          f"on 1000: {(many < .95).mean():.2f}, below {np.quantile(many, .05):.3f}")
+    few = reached(200)
+    many = reached(200, 1000)
+    print(
+        f"\nlocked on 100 lesions: {(few < 0.95).mean():.2f} fall short, one in twenty below "
+        f"{np.quantile(few, 0.05):.3f}; "
+        f"on 1000: {(many < 0.95).mean():.2f}, below {np.quantile(many, 0.05):.3f}"
+    )
     assert .4 < (few < .95).mean() < .7 and .4 < (many < .95).mean() < .6
     assert np.quantile(few, .05) < np.quantile(many, .05) - .05
 
@@ -190,7 +221,8 @@ def test_costs_in_resamples_are_those_of_the_scorecard():
 
 def test_a_cost_that_did_not_occur_is_no_share_of_none():
     "Where no image cost anything, or no set held but one class, how far that may change is not a matter of counting lesions."
-    probs, ids = np.array([[.99, .01], [.2, .8]]).repeat(10, axis=0), np.arange(20)
+    probs = np.array([[.99, .01], [.2, .8]]).repeat(10, axis=0)
+    ids = np.arange(20)
     targets = probs.argmax(1)
     card = cost_scorecard(targets, probs, cost_matrix(LABEL_SETS["melanoma"]), ids, 50)
     sets = conformal_scorecard(np.eye(2, dtype=bool)[targets], targets, ("benign", "mel"), ids, 50)
@@ -198,7 +230,9 @@ def test_a_cost_that_did_not_occur_is_no_share_of_none():
         assert (leaf["value"], leaf["low"], leaf["high"]) == (value, None, None)
         assert leaf["reason"].startswith("no interval: every resample gives the same value")
     low, high = wilson_interval(1, 20)
-    assert (sets["coverage"]["low"], sets["coverage"]["high"]) == (low, high) and "Wilson" in sets["singleton"]["method"]
+    assert (sets["coverage"]["low"], sets["coverage"]["high"]) == (low, high) and "Wilson" in sets["singleton"][
+        "method"
+    ]
 
 
 @pytest.mark.parametrize("text, problem", [
@@ -211,7 +245,8 @@ def test_a_cost_that_did_not_occur_is_no_share_of_none():
 def test_bad_costs_are_refused_by_place(tmp_path, text, problem):
     "Whatever is wrong with the file."
     (tmp_path / "costs.csv").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="costs.csv") as error: read_costs(tmp_path / "costs.csv", LABEL_SETS["melanoma"])
+    with pytest.raises(ValueError, match="costs.csv") as error:
+        read_costs(tmp_path / "costs.csv", LABEL_SETS["melanoma"])
     assert problem in str(error.value)
 
 

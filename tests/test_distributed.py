@@ -22,10 +22,15 @@ from skinlesion.taxonomy import LabelSet
 
 LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
 ENCODER = MetadataEncoder(50.0, 20.0)
-# LayerNorm, no dropout, no metadata branch (it has batch norm), 44 training images in batches of 11, 11 of validation: shares of 6 and 5.
+# LayerNorm, no dropout, no metadata branch (it has batch norm), 44 training images in batches of 11, 11 of validation:
+# shares of 6 and 5.
 # Sharing changes nothing but the order in which numbers are added.
-SPEC = MemberSpec("test_convnext", drop_rate=0.0, augment="light",
-                  train=TrainConfig(epochs=3, batch_size=11, learning_rate=2e-3, warmup_epochs=0.5, seed=3, checkpoint_seconds=0.0))
+SPEC = MemberSpec(
+    "test_convnext",
+    drop_rate=0.0,
+    augment="light",
+    train=TrainConfig(epochs=3, batch_size=11, learning_rate=2e-3, warmup_epochs=0.5, seed=3, checkpoint_seconds=0.0),
+)
 
 
 def make_rows(n=55):
@@ -33,14 +38,24 @@ def make_rows(n=55):
     rng = np.random.default_rng(0)
     codes = ["abc"[i % 3] for i in range(n)]
     ages = [(60.0 if c == "c" else 30.0) + int(rng.integers(20)) for c in codes]
-    return pd.DataFrame(dict(image_id=[f"ISIC_{i:03}" for i in range(n)], lesion_id=[f"L{i}" for i in range(n)], diagnosis=codes, age=ages, sex="",
-                             site=["back" if i % 2 else "" for i in range(n)], split=["valid" if i % 5 == 4 else "train" for i in range(n)],
-                             severity=[["", "mild", "severe"][i % 3] for i in range(n)]))
+    return pd.DataFrame(
+        dict(
+            image_id=[f"ISIC_{i:03}" for i in range(n)],
+            lesion_id=[f"L{i}" for i in range(n)],
+            diagnosis=codes,
+            age=ages,
+            sex="",
+            site=["back" if i % 2 else "" for i in range(n)],
+            split=["valid" if i % 5 == 4 else "train" for i in range(n)],
+            severity=[["", "mild", "severe"][i % 3] for i in range(n)],
+        )
+    )
 
 
 def build(folder):
     "A store of squares on the disk, and its rows."
-    rows, rng = make_rows(), np.random.default_rng(1)
+    rows = make_rows()
+    rng = np.random.default_rng(1)
     for image_id, code in zip(rows.image_id, rows.diagnosis):
         pixels = rng.normal(110, 40, (32, 32, 3))
         pixels[..., 0 if code == "a" else 1] += 30
@@ -56,16 +71,21 @@ def squares(tmp_path_factory):
     return build(tmp_path_factory.mktemp("squares"))
 
 
-def train(squares, processes, spec=SPEC, **more): return train_member(squares[0], squares[1], LABELS, ENCODER, spec, processes=processes, **more)
+def train(squares, processes, spec=SPEC, **more):
+    return train_member(squares[0], squares[1], LABELS, ENCODER, spec, processes=processes, **more)
 
 
-def weights(result): return {k: v.numpy().tobytes() for k, v in result.model.state_dict().items()}
+def weights(result):
+    return {k: v.numpy().tobytes() for k, v in result.model.state_dict().items()}
 
 
 def test_two_processes_end_where_one_does(squares):
     "Every number of the history and every probability within 1e-5, the same best epoch, lines and columns."
-    said, heard, rows = [], [], {}
-    book = lambda name: SimpleNamespace(epoch=rows.setdefault(name, []).append)
+    said = []
+    heard = []
+    rows = {}
+    def book(name):
+        return SimpleNamespace(epoch=rows.setdefault(name, []).append)
     one = train(squares, 1, progress=said.append)
     two = train(squares, 2, progress=heard.append, logger=book)
     assert list(two.history) == list(one.history) and two.best_epoch == one.best_epoch
@@ -96,9 +116,12 @@ def relatives(work):
     "Processes whose command line names the folder."
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try: command = path.read_bytes()
-        except OSError: continue
-        if str(work).encode() in command and b"-c" not in command.split(b"\0"): found.append(int(path.parent.name))
+        try:
+            command = path.read_bytes()
+        except OSError:
+            continue
+        if str(work).encode() in command and b"-c" not in command.split(b"\0"):
+            found.append(int(path.parent.name))
     return found
 
 
@@ -106,18 +129,23 @@ def kill_a_run(squares, work, writes, seconds=180):
     "Start a run of two processes, kill its caller after so many writes of its state, and see its processes end."
     code = RUN.format(tests=str(Path(__file__).parent), store=str(squares[0].root), work=str(work))
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    state, seen, end = work / "fit" / "unfinished.pt", set(), time.monotonic() + seconds
+    state = work / "fit" / "unfinished.pt"
+    seen = set()
+    end = time.monotonic() + seconds
     while len(seen) < writes:
         assert caller.poll() is None and time.monotonic() < end, (len(seen), caller.stderr.read().decode()[-2000:])
-        try: seen.add(state.stat().st_mtime_ns)
-        except FileNotFoundError: pass
+        try:
+            seen.add(state.stat().st_mtime_ns)
+        except FileNotFoundError:
+            pass
         time.sleep(.002)
     assert len(relatives(work)) >= 3  # torchrun and two of its own
     os.kill(caller.pid, signal.SIGKILL)
     caller.wait()
     caller.stderr.close()
     end = time.monotonic() + 20
-    while relatives(work) and time.monotonic() < end: time.sleep(.05)
+    while relatives(work) and time.monotonic() < end:
+        time.sleep(.05)
     assert relatives(work) == []
 
 
@@ -136,7 +164,9 @@ def test_killed_run_of_two_processes_goes_on(squares, undisturbed, tmp_path, wri
     lines = []
     result = train(squares, 2, work_dir=tmp_path, progress=lines.append)
     assert weights(result) == weights(undisturbed[1]) and result.history.equals(undisturbed[1].history)
-    assert [line for line in lines if not line.startswith("↻ ")] == undisturbed[0] and any(line.startswith("↻ ") for line in lines)
+    assert [line for line in lines if not line.startswith("↻ ")] == undisturbed[0] and any(
+        line.startswith("↻ ") for line in lines
+    )
 
 
 @pytest.mark.slow
@@ -148,10 +178,14 @@ def test_same_bytes_twice(squares, undisturbed):
 @pytest.mark.slow
 def test_errors_of_the_processes_reach_the_caller(squares):
     "A loss that is no number names its images; no process is left."
-    spec = MemberSpec("test_convnext", drop_rate=0.0, train=TrainConfig(epochs=2, batch_size=11, learning_rate=1e30, seed=3))
-    with pytest.raises(FloatingPointError, match="on the batch of images ISIC_"): train(squares, 2, spec)
+    spec = MemberSpec(
+        "test_convnext", drop_rate=0.0, train=TrainConfig(epochs=2, batch_size=11, learning_rate=1e30, seed=3)
+    )
+    with pytest.raises(FloatingPointError, match="on the batch of images ISIC_"):
+        train(squares, 2, spec)
     few = MemberSpec("test_convnext", train=TrainConfig(epochs=2, batch_size=3))
-    with pytest.raises(ValueError, match="batch_size is 3; it must be at least 4"): train(squares, 2, few)
+    with pytest.raises(ValueError, match="batch_size is 3; it must be at least 4"):
+        train(squares, 2, few)
 
 
 @pytest.mark.slow
@@ -173,11 +207,16 @@ def test_a_killed_process_is_an_error(squares, tmp_path):
     import threading
 
     def kill_one():
-        while len(found := relatives(tmp_path)) < 3: time.sleep(.05)
+        while len(found := relatives(tmp_path)) < 3:
+            time.sleep(.05)
         time.sleep(2)
         os.kill(max(found), signal.SIGKILL)
     killer = threading.Thread(target=kill_one)
     killer.start()
-    with pytest.raises(RuntimeError, match="training in 2 processes ended"): train(squares, 2, work_dir=tmp_path)
+    with pytest.raises(RuntimeError, match="training in 2 processes ended"):
+        train(squares, 2, work_dir=tmp_path)
     killer.join()
-    assert relatives(tmp_path) == [] and json.dumps(sorted(p.name for p in (tmp_path / "fit").iterdir() if p.name == "job")) == "[]"
+    assert (
+        relatives(tmp_path) == []
+        and json.dumps(sorted(p.name for p in (tmp_path / "fit").iterdir() if p.name == "job")) == "[]"
+    )

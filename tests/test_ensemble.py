@@ -8,8 +8,20 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import rankdata, spearmanr
 
 from skinlesion.evaluate.calibration import fit_calibrator
-from skinlesion.evaluate.ensemble import (COMBINATIONS, MAX_SUBSET_MEMBERS, PROBABILITY_FLOOR, STACKING_DEVIATION, Combiner, choose_combination,
-                                          choose_views, disagreement_scorecard, fit_combiner, mean_ensemble, member_disagreement, weighted_spearman)
+from skinlesion.evaluate.ensemble import (
+    COMBINATIONS,
+    MAX_SUBSET_MEMBERS,
+    PROBABILITY_FLOOR,
+    STACKING_DEVIATION,
+    Combiner,
+    choose_combination,
+    choose_views,
+    disagreement_scorecard,
+    fit_combiner,
+    mean_ensemble,
+    member_disagreement,
+    weighted_spearman,
+)
 
 NAMES = ("a", "b", "c")
 
@@ -42,10 +54,13 @@ def fitted():
 @pytest.mark.parametrize("kind", COMBINATIONS)
 def test_answers(fitted, kind):
     "One picture as many, members by name in any order, rows in any order, plain numbers that bring back the same."
-    one, fresh = fitted[0][kind], fitted[1]
+    one = fitted[0][kind]
+    fresh = fitted[1]
     many = one(fresh)
     assert many.shape == (300, 3) and (many >= 0).all() and np.allclose(many.sum(1), 1, atol=1e-12)
-    np.testing.assert_allclose(np.concatenate([one({k: v[[i]] for k, v in fresh.items()}) for i in range(300)]), many, atol=1e-12)
+    np.testing.assert_allclose(
+        np.concatenate([one({k: v[[i]] for k, v in fresh.items()}) for i in range(300)]), many, atol=1e-12
+    )
     order = np.random.default_rng(0).permutation(300)
     np.testing.assert_allclose(one({k: fresh[k][order] for k in reversed(NAMES)}), many[order], atol=1e-12)
     np.testing.assert_array_equal(one(np.stack([fresh[k] for k in NAMES])), many)
@@ -63,8 +78,11 @@ def test_weights_are_copies(kind):
     "A picture that counts three times is three pictures; one that counts nothing is not there."
     targets, members = table(n=90)
     counts = np.random.default_rng(3).integers(0, 4, 90)
-    weighted, fresh = fit_combiner(kind, members, targets, counts), table(seed=5)[1]
-    repeated = fit_combiner(kind, {k: np.repeat(v, counts, axis=0) for k, v in members.items()}, np.repeat(targets, counts))
+    weighted = fit_combiner(kind, members, targets, counts)
+    fresh = table(seed=5)[1]
+    repeated = fit_combiner(
+        kind, {k: np.repeat(v, counts, axis=0) for k, v in members.items()}, np.repeat(targets, counts)
+    )
     np.testing.assert_allclose(weighted(fresh), repeated(fresh), atol=2e-4)
 
 
@@ -73,16 +91,28 @@ def test_strict(fitted, kind):
     "Each part of a stored combiner is needed, and nothing beside it."
     values = fitted[0][kind].to_dict()
     for key in values:
-        with pytest.raises(ValueError, match=f"the key '{key}' is missing"): Combiner.from_dict({k: v for k, v in values.items() if k != key})
+        with pytest.raises(ValueError, match=f"the key '{key}' is missing"):
+            Combiner.from_dict({k: v for k, v in values.items() if k != key})
     for key in values["parameters"]:
         short = values | dict(parameters={k: v for k, v in values["parameters"].items() if k != key})
-        with pytest.raises(ValueError, match=f"parameters: the key '{key}' is missing"): Combiner.from_dict(short)
-        for bad, told in (([float("nan")], "shape|finite"), ("high", "numbers"), ([[1.]], "shape"), (None, "shape|number")):
-            with pytest.raises(ValueError, match=told): Combiner.from_dict(values | dict(parameters=values["parameters"] | {key: bad}))
-    with pytest.raises(ValueError, match="unknown key 'extra'"): Combiner.from_dict(values | dict(extra=1))
-    with pytest.raises(ValueError, match="each once"): Combiner.from_dict(values | dict(members=["a", "a", "b"]))
-    with pytest.raises(ValueError, match="at least 2"): Combiner.from_dict(values | dict(num_classes=1))
-    with pytest.raises(ValueError, match="no list of names"): Combiner.from_dict(values | dict(members="abc"))
+        with pytest.raises(ValueError, match=f"parameters: the key '{key}' is missing"):
+            Combiner.from_dict(short)
+        for bad, told in (
+            ([float("nan")], "shape|finite"),
+            ("high", "numbers"),
+            ([[1.0]], "shape"),
+            (None, "shape|number"),
+        ):
+            with pytest.raises(ValueError, match=told):
+                Combiner.from_dict(values | dict(parameters=values["parameters"] | {key: bad}))
+    with pytest.raises(ValueError, match="unknown key 'extra'"):
+        Combiner.from_dict(values | dict(extra=1))
+    with pytest.raises(ValueError, match="each once"):
+        Combiner.from_dict(values | dict(members=["a", "a", "b"]))
+    with pytest.raises(ValueError, match="at least 2"):
+        Combiner.from_dict(values | dict(num_classes=1))
+    with pytest.raises(ValueError, match="no list of names"):
+        Combiner.from_dict(values | dict(members="abc"))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -94,14 +124,19 @@ def test_convex_is_the_best(seed):
     gain = (given / (given @ weights)[:, None]).mean(0)
     assert gain.max() < 1 + 1e-4 and np.allclose(gain[weights > 0], 1, atol=1e-3), gain
     rivals = np.random.default_rng(seed).dirichlet(np.full(6, .5), 300)
-    assert loss(targets, np.einsum("m,mnc->nc", weights, np.stack(list(members.values())))) <= -np.log(given @ rivals.T).mean(0).min() + 1e-9
+    assert (
+        loss(targets, np.einsum("m,mnc->nc", weights, np.stack(list(members.values()))))
+        <= -np.log(given @ rivals.T).mean(0).min() + 1e-9
+    )
 
 
 def test_convex_finds_planted_weights():
     "Classes drawn from 0.7 of one member and 0.3 of another."
     _, members = table(n=20000, M=3, seed=2, spread=3.)
     mix = .7 * members["a"] + .3 * members["b"]
-    weights = fit_combiner("convex", members, drawn(mix, np.random.default_rng(9)), temperatures=False).parameters["weights"]
+    weights = fit_combiner("convex", members, drawn(mix, np.random.default_rng(9)), temperatures=False).parameters[
+        "weights"
+    ]
     np.testing.assert_allclose(weights, [.7, .3, 0], atol=.04)
 
 
@@ -128,7 +163,10 @@ def test_best_subset_against_every_subset(seed):
 def test_best_subset_of_copies_takes_the_first():
     "Where all members are one, the smallest and first subset."
     targets, members = table(M=1)
-    assert fit_combiner("best_subset", {str(i): members["a"] for i in range(12)}, targets).parameters["weights"] == [1.] + [0.] * 11
+    assert (
+        fit_combiner("best_subset", {str(i): members["a"] for i in range(12)}, targets).parameters["weights"]
+        == [1.0] + [0.0] * 11
+    )
 
 
 def test_stacking_is_the_best():
@@ -142,13 +180,20 @@ def test_stacking_is_the_best():
 
     def objective(weights, bias):
         logits = sum(logs[m] @ weights[m].T for m in range(3)) + bias
-        prior = sum(((weights[m] - centre) ** 2).sum() for m in range(3)) / (2 * STACKING_DEVIATION**2) + (bias**2).sum() / 2
+        prior = (
+            sum(((weights[m] - centre) ** 2).sum() for m in range(3)) / (2 * STACKING_DEVIATION**2)
+            + (bias**2).sum() / 2
+        )
         return -log_softmax(logits, axis=1)[np.arange(150), targets].sum() + prior
 
     weights, bias = (np.array(one.parameters[k]) for k in ("weights", "bias"))
-    rng, found = np.random.default_rng(0), objective(weights, bias)
+    rng = np.random.default_rng(0)
+    found = objective(weights, bias)
     for size in (1e-4, 1e-3, 1e-2, .1):
-        steps = [objective(weights + size * rng.normal(size=weights.shape), bias + size * rng.normal(size=3)) for _ in range(30)]
+        steps = [
+            objective(weights + size * rng.normal(size=weights.shape), bias + size * rng.normal(size=3))
+            for _ in range(30)
+        ]
         assert min(steps) > found - 1e-6
     assert found < objective(np.stack([centre] * 3), np.zeros(3)) - .1
 
@@ -157,9 +202,12 @@ def test_stacking_is_calibrated():
     "Two copies of one timid member: stacking says how often it is right, on fresh pictures."
     rng = np.random.default_rng(0)
     logits = 2 * rng.normal(size=(6000, 3))
-    truth, timid = drawn(softmax(logits, axis=1), rng), softmax(logits / 3, axis=1)
+    truth = drawn(softmax(logits, axis=1), rng)
+    timid = softmax(logits / 3, axis=1)
     half = slice(0, 3000), slice(3000, 6000)
-    answer = fit_combiner("stacking", dict(a=timid[half[0]], b=timid[half[0]]), truth[half[0]])(dict(a=timid[half[1]], b=timid[half[1]]))
+    answer = fit_combiner("stacking", dict(a=timid[half[0]], b=timid[half[0]]), truth[half[0]])(
+        dict(a=timid[half[1]], b=timid[half[1]])
+    )
     assert abs(answer.max(1).mean() - (answer.argmax(1) == truth[half[1]]).mean()) < .02
     assert loss(truth[half[1]], answer) < loss(truth[half[1]], softmax(logits[half[1]], axis=1)) + .01
 
@@ -206,7 +254,12 @@ def left_the_mean(seed):
     rng = np.random.default_rng(seed)
     logits = 2 * rng.normal(size=(240, 3))
     members = {name: softmax(logits + .3 * rng.normal(size=logits.shape), axis=1) for name in NAMES}
-    return choose_combination(members, drawn(mean_ensemble(members), rng), np.arange(240) // 2, n_resamples=200, seed=seed).combiner.kind != "mean"
+    return (
+        choose_combination(
+            members, drawn(mean_ensemble(members), rng), np.arange(240) // 2, n_resamples=200, seed=seed
+        ).combiner.kind
+        != "mean"
+    )
 
 
 def test_seldom_leaves_the_mean():
@@ -225,7 +278,9 @@ def test_seldom_leaves_the_mean_at_length():
 def test_choice_of_many_members():
     "With more members than subsets can be tried for, all else is still chosen from."
     targets, members = table(M=MAX_SUBSET_MEMBERS + 1, n=120)
-    choice = choose_combination(members, targets, np.arange(120), kinds=("mean", "logit_mean", "best_subset"), n_resamples=20)
+    choice = choose_combination(
+        members, targets, np.arange(120), kinds=("mean", "logit_mean", "best_subset"), n_resamples=20
+    )
     assert set(choice.combiners) == {"mean", "logit_mean"} and "not tried: best_subset" in choice.selection.reasons[-1]
     with pytest.raises(ValueError, match="takes up to 12 members; these are 13"):
         choose_combination(members, targets, np.arange(120), kinds=("best_subset",))
@@ -234,8 +289,11 @@ def test_choice_of_many_members():
 def test_views():
     "Clearer answers earn their passes; noise does not."
     targets, members = table(n=500, M=2, spread=1.5)
-    both, lesions = mean_ensemble(members), np.arange(500) // 2
-    assert choose_views(dict(none=members["a"], flips=both, d4=both), targets, lesions, 300).name == "flips"  # the cheaper of two alike
+    both = mean_ensemble(members)
+    lesions = np.arange(500) // 2
+    assert (
+        choose_views(dict(none=members["a"], flips=both, d4=both), targets, lesions, 300).name == "flips"
+    ) # the cheaper of two alike
     assert choose_views(dict(none=both, flips=members["a"]), targets, lesions, 300).name == "none"
 
 
@@ -245,7 +303,8 @@ def test_disagreement():
     fits = {f"{k}.fold_{i}": v for k, v in members.items() for i in range(5)}
     np.testing.assert_allclose(member_disagreement(fits), member_disagreement(members))
     card = disagreement_scorecard(fits, targets, np.arange(300) // 3, n_resamples=200)
-    apart, probs = member_disagreement(members), mean_ensemble(members)
+    apart = member_disagreement(members)
+    probs = mean_ensemble(members)
     missed = 1 - probs[np.arange(300), targets]
     assert card["n_members"] == dict(value=3, n=3)
     assert card["error_spearman"]["value"] == pytest.approx(spearmanr(apart, missed).statistic)
@@ -253,7 +312,10 @@ def test_disagreement():
     wrong = probs.argmax(1) != targets
     pairs = (apart[wrong][:, None] > apart[~wrong]).mean() + (apart[wrong][:, None] == apart[~wrong]).mean() / 2
     assert card["error_auroc"]["value"] == pytest.approx(pairs)
-    assert all(card[k]["low"] < card[k]["value"] < card[k]["high"] and card[k]["n_lesions"] == 100 for k in ("mean", "error_auroc", "error_spearman"))
+    assert all(
+        card[k]["low"] < card[k]["value"] < card[k]["high"] and card[k]["n_lesions"] == 100
+        for k in ("mean", "error_auroc", "error_spearman")
+    )
     other = disagreement_scorecard(members, targets, np.arange(300), probs=members["a"], n_resamples=20)
     assert other["error_auroc"]["value"] != card["error_auroc"]["value"]  # of what the ensemble answers
 
@@ -261,7 +323,9 @@ def test_disagreement():
 def test_spearman_in_resamples():
     "Each resample is the table with its rows repeated, however many resamples there are."
     rng = np.random.default_rng(0)
-    x, y, counts = rng.integers(0, 9, 3000), rng.integers(0, 9, 3000), rng.integers(0, 3, (400, 3000))
+    x = rng.integers(0, 9, 3000)
+    y = rng.integers(0, 9, 3000)
+    counts = rng.integers(0, 3, (400, 3000))
     found = weighted_spearman(x, x + y, counts)
     for r in (0, 200, 399):
         assert found[r] == pytest.approx(spearmanr(np.repeat(x, counts[r]), np.repeat(x + y, counts[r])).statistic)

@@ -13,8 +13,20 @@ from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.evaluate.policy import Answered, choose_policy, fit_ood
 from skinlesion.files import write_json
 from skinlesion.images import save_png
-from skinlesion.model.bundle import (BundleError, Outputs, fold_of, load_fits, member_views, predict_heads, predict_member, predict_outputs,
-                                     read_out_of_fold, save_bundle, save_member, views_table)
+from skinlesion.model.bundle import (
+    BundleError,
+    Outputs,
+    fold_of,
+    load_fits,
+    member_views,
+    predict_heads,
+    predict_member,
+    predict_outputs,
+    read_out_of_fold,
+    save_bundle,
+    save_member,
+    views_table,
+)
 from skinlesion.model.member import member_spec, train_folds
 from skinlesion.taxonomy import LabelSet
 from skinlesion.use.predict import Predictor
@@ -32,17 +44,29 @@ class Store:
 
     def __init__(self, rows):
         pixels = np.random.default_rng(0).normal(110, 40, (len(rows), 32, 32, 3))
-        for image, code in zip(pixels, rows.diagnosis): image[..., "abc".index(code)] += 40
+        for image, code in zip(pixels, rows.diagnosis):
+            image[..., "abc".index(code)] += 40
         self.images = dict(zip(rows.image_id, pixels.clip(0, 255).astype(np.uint8)))
 
-    def position(self, image_id): return list(self.images).index(image_id)
-    def image(self, image_id): return self.images[image_id]
+    def position(self, image_id):
+        return list(self.images).index(image_id)
+    def image(self, image_id):
+        return self.images[image_id]
 
 
 def make_rows(n=60):
     "Two images of each lesion; the last lesions are for the test."
-    rows = pd.DataFrame(dict(image_id=[f"I{i:03}" for i in range(n)], lesion_id=[f"L{i // 2:02}" for i in range(n)], age=50.0, sex="", site="back",
-                             diagnosis=["abc"[i // 2 % 3] for i in range(n)], grade=[["low", "", "high"][i % 3] for i in range(n)]))
+    rows = pd.DataFrame(
+        dict(
+            image_id=[f"I{i:03}" for i in range(n)],
+            lesion_id=[f"L{i // 2:02}" for i in range(n)],
+            age=50.0,
+            sex="",
+            site="back",
+            diagnosis=["abc"[i // 2 % 3] for i in range(n)],
+            grade=[["low", "", "high"][i % 3] for i in range(n)],
+        )
+    )
     return rows.assign(split=["test" if i >= n - 12 else "valid" if i % 8 > 5 else "train" for i in range(n)])
 
 
@@ -51,11 +75,24 @@ def trained(tmp_path_factory):
     "A member of three folds, its fits in their folders."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows, folder = make_rows(), tmp_path_factory.mktemp("folds") / "squares"
-    spec = member_spec(dict(backbone="small_cnn_3", fusion="concat", heads=HEADS, epochs=2, warmup_epochs=1, batch_size=8, learning_rate=1e-2))
-    store, twins = Store(rows), pd.DataFrame(dict(image_id_a=["I000"], image_id_b=["I007"]))
+    rows = make_rows()
+    folder = tmp_path_factory.mktemp("folds") / "squares"
+    spec = member_spec(
+        dict(
+            backbone="small_cnn_3",
+            fusion="concat",
+            heads=HEADS,
+            epochs=2,
+            warmup_epochs=1,
+            batch_size=8,
+            learning_rate=1e-2,
+        )
+    )
+    store = Store(rows)
+    twins = pd.DataFrame(dict(image_id_a=["I000"], image_id_b=["I007"]))
     found = train_folds(store, rows[rows.split != "test"], LABELS, ENCODER, spec, FOLDS, pairs=twins)
-    for i, fit in enumerate(found.fits): save_member(folder / f"fold_{i}", fit.model, dict(best_epoch=fit.best_epoch))
+    for i, fit in enumerate(found.fits):
+        save_member(folder / f"fold_{i}", fit.model, dict(best_epoch=fit.best_epoch))
     found.predictions.to_csv(folder / "out_of_fold.csv", index=False)
     yield rows, store, found, folder
     torch.set_num_threads(threads)
@@ -65,8 +102,12 @@ def answers(trained, rows=None):
     "The table of evaluation, from what lies in the folder."
     all_rows, store, _, folder = trained
     rows = all_rows if rows is None else rows
-    return predict_member(load_fits(folder), LesionDataset(store, rows, LABELS, ENCODER), rows.split.isin(["train", "valid"]),
-                          read_out_of_fold(folder))
+    return predict_member(
+        load_fits(folder),
+        LesionDataset(store, rows, LABELS, ENCODER),
+        rows.split.isin(["train", "valid"]),
+        read_out_of_fold(folder),
+    )
 
 
 def test_each_lesion_is_in_one_fold_and_duplicates_share_theirs(trained):
@@ -80,13 +121,16 @@ def test_each_lesion_is_in_one_fold_and_duplicates_share_theirs(trained):
 
 def test_what_was_learnt_from_is_judged_by_the_one_fit_that_did_not(trained):
     rows, store, found, folder = trained
-    table, fits = answers(trained).set_index("image_id"), load_fits(folder)
+    table = answers(trained).set_index("image_id")
+    fits = load_fits(folder)
     assert table.index.tolist() == rows.image_id.tolist() and np.allclose(table.filter(like="p_").sum(axis=1), 1)
     for i, fit in enumerate(fits):
         mine = rows[rows.image_id.map(found.folds) == i]
         alone = predict_heads(fit.model, LesionDataset(store, mine, LABELS, ENCODER))
         assert np.allclose(table.loc[mine.image_id, ["p_a", "p_b", "p_c"]], alone["diagnosis"], atol=1e-6)
-        assert np.allclose(table.loc[mine.image_id, ["grade.low", "grade.middle", "grade.high"]], alone["grade"], atol=1e-6)
+        assert np.allclose(
+            table.loc[mine.image_id, ["grade.low", "grade.middle", "grade.high"]], alone["grade"], atol=1e-6
+        )
         others = predict_heads(fits[i - 1].model, LesionDataset(store, mine, LABELS, ENCODER))["diagnosis"]
         assert np.abs(table.loc[mine.image_id, ["p_a", "p_b", "p_c"]] - others).to_numpy().max() > 1e-3
 
@@ -98,18 +142,25 @@ def test_the_test_is_judged_by_the_mean_of_the_fits(trained):
     alone = [predict_heads(m.model, LesionDataset(store, test, LABELS, ENCODER)) for m in load_fits(folder)]
     assert len(alone) == FOLDS
     assert np.allclose(table[["p_a", "p_b", "p_c"]], np.mean([a["diagnosis"] for a in alone], axis=0), atol=1e-6)
-    assert np.allclose(table[["malignant.no", "malignant.yes"]], np.mean([a["malignant"] for a in alone], axis=0), atol=1e-6)
+    assert np.allclose(
+        table[["malignant.no", "malignant.yes"]], np.mean([a["malignant"] for a in alone], axis=0), atol=1e-6
+    )
 
 
 def test_use_answers_as_evaluation_does(trained, tmp_path):
     rows, store, _, folder = trained
     save_bundle(tmp_path / "bundle", load_fits(folder), LABELS, ENCODER, 32, {})
-    predictor, test = Predictor(tmp_path / "bundle"), rows[rows.split == "test"]
+    predictor = Predictor(tmp_path / "bundle")
+    test = rows[rows.split == "test"]
     assert predictor.member_names == [f"squares.fold_{i}" for i in range(FOLDS)]
     paths = [save_png(store.image(i), tmp_path / f"{i}.png") for i in test.image_id]
     used = predictor.predict_many(paths, test[["image_id", "age", "sex", "site"]]).set_index("image_id")
     table = answers(trained, test).set_index("image_id")
-    assert np.abs(used[table.columns] - table).to_numpy().max() < 1e-6 and "grade.high" in table and "malignant.yes" in table
+    assert (
+        np.abs(used[table.columns] - table).to_numpy().max() < 1e-6
+        and "grade.high" in table
+        and "malignant.yes" in table
+    )
     one = predictor.predict(paths[0], 50, "", "back")
     assert set(one.heads) == {"grade", "malignant"} and abs(sum(one.heads["grade"].values()) - 1) < 1e-9
     assert json.loads(json.dumps(one.to_dict()))["heads"] == one.heads
@@ -118,36 +169,53 @@ def test_use_answers_as_evaluation_does(trained, tmp_path):
 def test_a_policy_serves_what_evaluation_measured(trained, tmp_path):
     "From the folder of a member to the answer for a file: chosen out of fold, one way to every number, decisions the same."
     rows, store, _, folder = trained
-    fits, outside, learnt = load_fits(folder), read_out_of_fold(folder), rows.split.isin(["train", "valid"]).to_numpy()
-    dataset, columns = LesionDataset(store, rows, LABELS, ENCODER), ["p_a", "p_b", "p_c"]
+    fits = load_fits(folder)
+    outside = read_out_of_fold(folder)
+    learnt = rows.split.isin(["train", "valid"]).to_numpy()
+    dataset = LesionDataset(store, rows, LABELS, ENCODER)
+    columns = ["p_a", "p_b", "p_c"]
     by_view = member_views(fits, dataset, learnt, outside, views="flips")
     said = Answered({view: {"squares": t.loc[learnt, columns].to_numpy()} for view, t in by_view.items()},
                     rows.diagnosis[learnt].map(LABELS.index).to_numpy(), rows.lesion_id[learnt].to_numpy())
-    policy = choose_policy(said, LABELS, views=("flips",), calibration="temperature", target_sensitivity=.8, n_resamples=20).policy
+    policy = choose_policy(
+        said, LABELS, views=("flips",), calibration="temperature", target_sensitivity=0.8, n_resamples=20
+    ).policy
     fold = fold_of(outside, rows.image_id, "squares")
     outputs = predict_outputs(fits[0].model, dataset)
-    part = lambda keep: Outputs({}, outputs.logits[keep], outputs.features[keep])
-    seen, fresh = learnt & (fold != 0), fold == 0
+    def part(keep):
+        return Outputs({}, outputs.logits[keep], outputs.features[keep])
+    seen = learnt & (fold != 0)
+    fresh = fold == 0
     seen_targets = rows.diagnosis[seen].map(LABELS.index).to_numpy()
     ood = fit_ood("mahalanobis", "squares.fold_0", part(seen), seen_targets, part(fresh), rows.lesion_id[fresh], .8)
     policy = replace(policy, ood=ood)
     new = ~learnt
-    evaluated = policy.answer({"squares": views_table(by_view, "flips").loc[new, columns].to_numpy()}, LABELS, ood.score(part(new)))
+    evaluated = policy.answer(
+        {"squares": views_table(by_view, "flips").loc[new, columns].to_numpy()}, LABELS, ood.score(part(new))
+    )
     save_bundle(tmp_path / "bundle", fits, LABELS, ENCODER, 32, {}, views=policy.views, policy=policy.to_dict())
-    predictor, test = Predictor(tmp_path / "bundle"), rows[new]
+    predictor = Predictor(tmp_path / "bundle")
+    test = rows[new]
     paths = [save_png(store.image(i), tmp_path / f"{i}.png") for i in test.image_id]
     served = predictor.predict_many(paths, test[["image_id", "age", "sex", "site"]])
-    assert np.allclose(served[[*columns, "confidence", "malignancy"]], evaluated[[*columns, "confidence", "malignancy"]], atol=1e-6)
+    assert np.allclose(
+        served[[*columns, "confidence", "malignancy"]], evaluated[[*columns, "confidence", "malignancy"]], atol=1e-6
+    )
     assert (served.disagreement == 0).all(), "one member, however many fits it has"
-    for column in ("predicted", "prediction_set", "abstain", "flagged"): assert served[column].tolist() == evaluated[column].tolist()
+    for column in ("predicted", "prediction_set", "abstain", "flagged"):
+        assert served[column].tolist() == evaluated[column].tolist()
     noise = save_png(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), tmp_path / "noise.png")
     strange = predictor.predict(noise)
-    assert strange.abstain and strange.abstain_reason.startswith("the picture is unlike those of validation: its mahalanobis score")
+    assert strange.abstain and strange.abstain_reason.startswith(
+        "the picture is unlike those of validation: its mahalanobis score"
+    )
 
 
 def test_a_new_split_without_new_training_is_refused(trained):
     rows = trained[0].assign(split="train")
-    with pytest.raises(BundleError, match="member 'squares': image 'I048' was there for training, but has no out-of-fold answer"):
+    with pytest.raises(
+        BundleError, match="member 'squares': image 'I048' was there for training, but has no out-of-fold answer"
+    ):
         answers(trained, rows)
 
 
@@ -158,23 +226,39 @@ class Taken(Exception):
 @pytest.mark.parametrize("folds", [0, FOLDS])
 def test_the_stage_hands_no_answer_of_the_test_to_training(tmp_path, root, monkeypatch, folds):
     "The tables of `prepare` name every image; of the test lesions neither rows nor further answers nor images are taken."
-    rows, prepared = make_rows(), tmp_path / "prepared"
+    rows = make_rows()
+    prepared = tmp_path / "prepared"
     test = rows.image_id[rows.split == "test"]
     write_json(prepared / "labels.json", LABELS.to_dict())
     write_json(prepared / "encoder.json", ENCODER.to_dict())
     rows.drop(columns="grade").to_csv(prepared / "splits.csv", index=False)
-    rows[["image_id", "grade"]].assign(grade=rows.grade.mask(rows.split == "test", "told")).to_csv(prepared / "targets.csv", index=False)
+    rows[["image_id", "grade"]].assign(grade=rows.grade.mask(rows.split == "test", "told")).to_csv(
+        prepared / "targets.csv", index=False
+    )
     (prepared / "duplicates.csv").write_text("image_id_a,image_id_b,kind\n")
-    def take(store, rows, *args, **kwargs): raise Taken(rows)
-    for name in ("train_member", "train_folds"): monkeypatch.setattr(f"skinlesion.model.member.{name}", take)
+    def take(store, rows, *args, **kwargs):
+        raise Taken(rows)
+    for name in ("train_member", "train_folds"):
+        monkeypatch.setattr(f"skinlesion.model.member.{name}", take)
     monkeypatch.setattr("skinlesion.data.store.ImageStore", lambda folder: Store(rows[rows.split != "test"]))
     monkeypatch.chdir(tmp_path)
-    own = dict(prepared_dir="prepared", report_dir="report", image_size=32, backbone="small_cnn_3", fusion="concat", heads=HEADS, folds=folds)
-    names, cells = {}, json.loads((root / "nbs/stages/train.ipynb").read_text())["cells"]
+    own = dict(
+        prepared_dir="prepared",
+        report_dir="report",
+        image_size=32,
+        backbone="small_cnn_3",
+        fusion="concat",
+        heads=HEADS,
+        folds=folds,
+    )
+    names = {}
+    cells = json.loads((root / "nbs/stages/train.ipynb").read_text())["cells"]
     with pytest.raises(Taken) as taken:
         for cell in cells:
-            if cell["cell_type"] == "code": exec(compile("".join(cell["source"]), "train.ipynb", "exec"), names)  # the project's own notebook
-            if "parameters" in cell["metadata"].get("tags", []): names.update(own)
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), "train.ipynb", "exec"), names)  # the project's own notebook
+            if "parameters" in cell["metadata"].get("tags", []):
+                names.update(own)
     handed = taken.value.args[0]
     assert sorted(handed.image_id) == sorted(set(rows.image_id) - set(test)) and {"low", "high"} <= set(handed.grade)
     assert "told" not in handed.to_csv() and not set(test) & {*names["train_ds"].ids, *names["valid_ds"].ids}
@@ -204,7 +288,12 @@ def test_the_pipeline_in_folds_with_heads(tmp_path):
     assert head["low"] < head["value"] < head["high"] and head["n"] == (split == "test").sum()
     assert "heads" not in metrics["test"]["members"]["meta"] and "heads" in metrics["test"]["ensemble"]
     names = sorted(p.name for p in (repo / "artifacts/ensemble").glob("*.safetensors"))
-    assert names == ["image.fold_0.safetensors", "image.fold_1.safetensors", "meta.fold_0.safetensors", "meta.fold_1.safetensors"]
+    assert names == [
+        "image.fold_0.safetensors",
+        "image.fold_1.safetensors",
+        "meta.fold_0.safetensors",
+        "meta.fold_1.safetensors",
+    ]
     predictions = pd.read_csv(repo / "artifacts/predictions/ensemble.csv")
     assert set(predictions.split) == {"train", "valid", "test"} and "malignant.yes" in predictions
     assert "up to date" in run(repo, "dvc", "repro").stdout

@@ -11,19 +11,41 @@ import torch.nn.functional as F
 
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.model.fusion import FUSIONS, cam_layers, create_model
-from skinlesion.model.heads import HeadSpec, head_loss, head_metrics, head_probs, read_heads
+from skinlesion.model.heads import HeadSpec, head_loss, head_metrics, head_probs
 from skinlesion.taxonomy import SITES
 
 ENCODER = MetadataEncoder(50.0, 15.0)
 READING = tuple(f for f in FUSIONS if f != "none")
 JOINT = tuple(f for f in READING if f != "metadata")
-# Layouts and ways of pooling: maps (plain, squeeze-and-excite, no batch norm, attention in windows, layer norm behind the pooling), channels last
+# Layouts and ways of pooling: maps (plain, squeeze-and-excite, no batch norm, attention in windows, layer norm behind
+# the pooling), channels last
 # (mambaout widens behind the pooling), tokens (class token, mean, attention pooling, relative positions).
 FEW = ("test_resnet", "test_mambaout", "test_vit")
-MANY = ("small_cnn_3", "small_cnn_4", "mobilenetv3_small_100", "test_byobnet", "test_coatnet", "test_convnext", "test_efficientnet", "test_maxvit",
-        "test_nfnet", "test_vit2", "test_vit3", "test_vit_relpos")
-NAMED = ("efficientnet_b0", "densenet121", "resnet50", "convnext_tiny", "seresnext50_32x4d", "tf_efficientnetv2_s", "mobilenetv2_100",
-         "swinv2_tiny_window8_256", "vit_small_patch14_dinov2")
+MANY = (
+    "small_cnn_3",
+    "small_cnn_4",
+    "mobilenetv3_small_100",
+    "test_byobnet",
+    "test_coatnet",
+    "test_convnext",
+    "test_efficientnet",
+    "test_maxvit",
+    "test_nfnet",
+    "test_vit2",
+    "test_vit3",
+    "test_vit_relpos",
+)
+NAMED = (
+    "efficientnet_b0",
+    "densenet121",
+    "resnet50",
+    "convnext_tiny",
+    "seresnext50_32x4d",
+    "tf_efficientnetv2_s",
+    "mobilenetv2_100",
+    "swinv2_tiny_window8_256",
+    "vit_small_patch14_dinov2",
+)
 HEADS = (HeadSpec("urgent", "binary"), HeadSpec("severity", "ordinal", levels=("mild", "moderate", "severe")),
          HeadSpec("origin", "multiclass", levels=("a", "b", "c")))
 
@@ -59,7 +81,12 @@ def check_fusion(fusion, backbone, size=64):
     "Gradient in both branches, an output that moves with each of the two, one image at a time as in a batch, maps with a gradient."
     model, (image, metadata) = made(fusion, backbone, size=size, heads=HEADS), batch(4, size)
     heads = model.forward_heads(image, metadata)
-    assert [(k, tuple(v.shape)) for k, v in heads.items()] == [("diagnosis", (4, 4)), ("urgent", (4, 1)), ("severity", (4, 2)), ("origin", (4, 3))]
+    assert [(k, tuple(v.shape)) for k, v in heads.items()] == [
+        ("diagnosis", (4, 4)),
+        ("urgent", (4, 1)),
+        ("severity", (4, 2)),
+        ("origin", (4, 3)),
+    ]
     sum(v.square().sum() for v in heads.values()).backward()
     assert not silent_parts(model)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -74,9 +101,12 @@ def check_fusion(fusion, backbone, size=64):
         assert ((model(image.flip(0), metadata) - logits).abs().max() > 1e-6) == (fusion != "metadata")
         alone = torch.cat([model(image[i:i + 1], metadata[i:i + 1]) for i in range(4)])
         assert torch.allclose(alone, logits, atol=1e-4)
-        if fusion == "none": assert torch.equal(model(image), logits)
-    if fusion == "metadata": return
-    kept, layer = [], cam_layers(model)[-1][1]
+        if fusion == "none":
+            assert torch.equal(model(image), logits)
+    if fusion == "metadata":
+        return
+    kept = []
+    layer = cam_layers(model)[-1][1]
     handle = layer.register_forward_hook(lambda module, args, out: kept.append(out))
     logits = model(image, metadata)
     handle.remove()
@@ -108,7 +138,8 @@ def test_fusion_on_named_backbones(fusion, backbone):
 
 def train(model, cost, n, steps):
     "Steps of Adam on the `cost` of rows of the first half; noise is drawn anew in each, so that nothing can be learnt by heart."
-    order, optimiser = torch.Generator().manual_seed(0), torch.optim.Adam(model.parameters(), lr=3e-3)
+    order = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     torch.manual_seed(0)
     for _ in range(steps):
         optimiser.zero_grad()
@@ -125,7 +156,8 @@ def noisy(image):
 def two_questions(n=400, size=16, seed=0):
     "Light or dark pictures of people old or young; what each of the two says alone."
     rng = np.random.default_rng(seed)
-    light, old = torch.tensor(rng.random(n) < .5), torch.tensor(rng.random(n) < .5)
+    light = torch.tensor(rng.random(n) < .5)
+    old = torch.tensor(rng.random(n) < .5)
     people = pd.DataFrame({"age": np.where(old, 75, 25), "sex": "", "site": ""})
     image = torch.where(light, .6, -.6)[:, None, None, None].expand(n, 3, size, size)
     return image, torch.tensor(ENCODER.encode(people)), light.long(), old.long()
@@ -135,9 +167,11 @@ def two_questions(n=400, size=16, seed=0):
 def test_learns_from_what_it_reads(fusion):
     "What stands in the picture and what stands in the metadata is learnt together by those that read both, by halves by the others."
     image, metadata, light, old = two_questions()
-    model, targets = made(fusion, "test_efficientnet", 4, 16, drop_rate=0.0), 2 * light + old
+    model = made(fusion, "test_efficientnet", 4, 16, drop_rate=0.0)
+    targets = 2 * light + old
     train(model, lambda rows: F.cross_entropy(model(noisy(image[rows]), metadata[rows]), targets[rows]), 400, 25)
-    with torch.no_grad(): found = (model(noisy(image[200:]), metadata[200:]).argmax(1) == targets[200:]).float().mean().item()
+    with torch.no_grad():
+        found = (model(noisy(image[200:]), metadata[200:]).argmax(1) == targets[200:]).float().mean().item()
     assert found > .9 if fusion in JOINT else .3 < found < .7, found
 
 
@@ -154,14 +188,27 @@ def test_forgetting_is_seeded_and_for_training_only(fusion):
         torch.manual_seed(seed)
         runs.append(copy.deepcopy(model)(image, metadata).detach())
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-    with torch.no_grad(): assert torch.equal(model.eval()(image, metadata), plain.eval()(image, metadata))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(image, metadata), plain.eval()(image, metadata))
 
 
 def test_forgotten_rows_are_rows_of_the_encoder():
     "Whatever is forgotten, what is left is what the encoder writes of somebody of whom just that is unknown."
-    model, known = made("concat", metadata_dropout=.5), {"age": 33, "sex": "male", "site": "ear"}
-    written = {tuple(ENCODER.encode_one(**{k: v for k, v in known.items() if k in kept})): kept
-               for kept in [(), ("age",), ("sex",), ("site",), ("age", "sex"), ("age", "site"), ("sex", "site"), ("age", "sex", "site")]}
+    model = made("concat", metadata_dropout=.5)
+    known = {"age": 33, "sex": "male", "site": "ear"}
+    written = {
+        tuple(ENCODER.encode_one(**{k: v for k, v in known.items() if k in kept})): kept
+        for kept in [
+            (),
+            ("age",),
+            ("sex",),
+            ("site",),
+            ("age", "sex"),
+            ("age", "site"),
+            ("sex", "site"),
+            ("age", "sex", "site"),
+        ]
+    }
     torch.manual_seed(0)
     rows = model.metadata_dropout(torch.tensor(ENCODER.encode_one(**known)).repeat(3000, 1))
     counts = pd.Series([written[tuple(r)] for r in rows.numpy()]).value_counts(normalize=True)
@@ -201,7 +248,9 @@ def test_channels_last_is_the_same_model(fusion):
         model = made(fusion, backbone).eval()
         with torch.no_grad():
             plain = model(image, metadata)
-            turned = model.to(memory_format=torch.channels_last)(image.contiguous(memory_format=torch.channels_last), metadata)
+            turned = model.to(memory_format=torch.channels_last)(
+                image.contiguous(memory_format=torch.channels_last), metadata
+            )
             assert torch.allclose(turned, plain, atol=1e-5)
 
 
@@ -211,7 +260,8 @@ def test_a_seed_is_a_model():
         torch.manual_seed(1)
         first = made(fusion).state_dict()
         torch.manual_seed(2)
-        second, more = made(fusion).state_dict(), made(fusion, heads=HEADS).state_dict()
+        second = made(fusion).state_dict()
+        more = made(fusion, heads=HEADS).state_dict()
         assert all(torch.equal(v, second[k]) and torch.equal(v, more[k]) for k, v in first.items())
         assert any(not torch.equal(v, first[k]) for k, v in made(fusion, seed=1).state_dict().items())
 
@@ -220,11 +270,14 @@ def test_a_seed_is_a_model():
 def test_two_classes_have_one_unit(head):
     "Cross entropy of the two logits is the binary one of the unit, in value and gradient."
     image, _ = batch()
-    model, targets = made("none", classes=2, head=head, drop_rate=0.0).eval(), torch.tensor([0, 1, 1, 0])
+    model = made("none", classes=2, head=head, drop_rate=0.0).eval()
+    targets = torch.tensor([0, 1, 1, 0])
     logits = model(image)
     assert model.heads["diagnosis"].weight.shape[0] == 1 and torch.allclose(logits[:, 0], -logits[:, 1])
     unit = logits[:, 1] - logits[:, 0]
-    assert torch.allclose(F.cross_entropy(logits, targets), F.binary_cross_entropy_with_logits(unit, targets.float()), atol=1e-6)
+    assert torch.allclose(
+        F.cross_entropy(logits, targets), F.binary_cross_entropy_with_logits(unit, targets.float()), atol=1e-6
+    )
     assert torch.allclose(logits.softmax(1)[:, 1], unit.sigmoid(), atol=1e-6)
     for target in (0, 1): # one map is the other's negative
         spatial = model.forward_features(image)
@@ -267,7 +320,8 @@ def test_heads_learn_from_a_few_answers():
         return loss
 
     train(model, cost, 400, 40)
-    with torch.no_grad(): logits = model.forward_heads(noisy(image[200:]), metadata[200:])
+    with torch.no_grad():
+        logits = model.forward_heads(noisy(image[200:]), metadata[200:])
     found = {s.name: head_metrics(truth[s.name][200:], head_probs(logits[s.name], s), s) for s in model.head_specs}
     assert found["urgent"]["auroc"]["value"] > .95 and found["severity"]["quadratic_kappa"]["value"] > .9, found
     assert found["origin"]["balanced_accuracy"]["value"] > .9 and found["severity"]["mae"]["value"] < .15, found
@@ -282,25 +336,37 @@ def test_head_metrics_against_scikit_learn(n):
         probs = rng.dirichlet(np.ones(spec.n_levels), n).round(1)
         probs /= probs.sum(1, keepdims=True)
         targets = rng.integers(-1, spec.n_levels, n)
-        found, kept = head_metrics(targets, probs, spec), targets >= 0
-        y, p = targets[kept], probs[kept]
+        found = head_metrics(targets, probs, spec)
+        kept = targets >= 0
+        y = targets[kept]
+        p = probs[kept]
         above = p[:, ::-1].cumsum(1)[:, ::-1][:, 1:] > .5
         predicted = p.argmax(1) if spec.kind == "multiclass" else above.sum(1)
-        wanted = {"balanced_accuracy": lambda: metrics.balanced_accuracy_score(y, predicted), "auroc": lambda: metrics.roc_auc_score(y, p[:, 1]),
-                  "quadratic_kappa": lambda: metrics.cohen_kappa_score(y, predicted, weights="quadratic", labels=range(spec.n_levels)),
-                  "mae": lambda: metrics.mean_absolute_error(y, predicted)}
+        wanted = {
+            "balanced_accuracy": lambda: metrics.balanced_accuracy_score(y, predicted),
+            "auroc": lambda: metrics.roc_auc_score(y, p[:, 1]),
+            "quadratic_kappa": lambda: metrics.cohen_kappa_score(
+                y, predicted, weights="quadratic", labels=range(spec.n_levels)
+            ),
+            "mae": lambda: metrics.mean_absolute_error(y, predicted),
+        }
         for name, leaf in found.items():
             assert leaf["n"] == len(y) and ("reason" in leaf) == (leaf["value"] is None)
-            if leaf["value"] is not None: assert math.isclose(leaf["value"], wanted[name](), abs_tol=1e-9), (name, spec.kind)
-        if n == 300: assert all(leaf["value"] is not None for leaf in found.values())
+            if leaf["value"] is not None:
+                assert math.isclose(leaf["value"], wanted[name](), abs_tol=1e-9), (name, spec.kind)
+        if n == 300:
+            assert all(leaf["value"] is not None for leaf in found.values())
 
 
 def test_ordinal_probabilities_keep_their_order():
     "Whatever the logits, no probability is negative; a higher logit never makes a lower answer likelier."
-    spec, z = HEADS[1], torch.randn(2000, 2, generator=torch.Generator().manual_seed(0)) * 20
+    spec = HEADS[1]
+    z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0)) * 20
     probs = head_probs(z, spec)
     assert probs.min() >= 0 and torch.allclose(probs.sum(1), torch.ones(2000), atol=1e-6)
-    assert (head_probs(z + 1, spec)[:, 0] <= probs[:, 0] + 1e-6).all() and (head_probs(z + 1, spec)[:, 2] >= probs[:, 2] - 1e-6).all()
+    assert (head_probs(z + 1, spec)[:, 0] <= probs[:, 0] + 1e-6).all() and (
+        head_probs(z + 1, spec)[:, 2] >= probs[:, 2] - 1e-6
+    ).all()
 
 
 BAD = [
@@ -312,13 +378,25 @@ BAD = [
     (dict(backbone="", fusion="metadata", metadata_dim=21, pretrained="timm"), "pretrained 'timm'"),
     (dict(backbone="test_resnet", num_classes=1), "num_classes is 1"),
     (dict(backbone="test_resnet", head="cosin"), "Did you mean 'cosine'?"),
-    (dict(backbone="test_resnet", drop_rate=-.1), "drop_rate is -0.1"),
+    (dict(backbone="test_resnet", drop_rate=-0.1), "drop_rate is -0.1"),
     (dict(backbone="test_resnet", fusion="concat", metadata_dim=21, metadata_dropout=1), "metadata_dropout is 1.0"),
-    (dict(backbone="test_resnet", metadata_dropout=.1), "fusion 'none' reads no metadata"),
-    (dict(backbone="test_resnet", fusion="concat", metadata_dim=21, metadata_dropout=.1), "metadata_groups is not given"),
-    (dict(backbone="test_resnet", fusion="concat", metadata_dim=20, metadata_groups=ENCODER.groups()), "each of the 20 columns"),
-    (dict(backbone="test_resnet", heads={"severity": dict(kind="ordnal", levels=["a", "b"])}), "Did you mean 'ordinal'?"),
-    (dict(backbone="test_resnet", heads={"severity": dict(kind="ordinal", level=["a", "b"])}), "Did you mean 'levels'?"),
+    (dict(backbone="test_resnet", metadata_dropout=0.1), "fusion 'none' reads no metadata"),
+    (
+        dict(backbone="test_resnet", fusion="concat", metadata_dim=21, metadata_dropout=0.1),
+        "metadata_groups is not given",
+    ),
+    (
+        dict(backbone="test_resnet", fusion="concat", metadata_dim=20, metadata_groups=ENCODER.groups()),
+        "each of the 20 columns",
+    ),
+    (
+        dict(backbone="test_resnet", heads={"severity": dict(kind="ordnal", levels=["a", "b"])}),
+        "Did you mean 'ordinal'?",
+    ),
+    (
+        dict(backbone="test_resnet", heads={"severity": dict(kind="ordinal", level=["a", "b"])}),
+        "Did you mean 'levels'?",
+    ),
     (dict(backbone="test_resnet", heads={"diagnosis": dict(kind="binary")}), "the diagnosis is the primary head"),
     (dict(backbone="test_resnet", pretrained="/nowhere.safetensors"), "'/nowhere.safetensors' not found"),
 ]
@@ -327,7 +405,8 @@ BAD = [
 @pytest.mark.parametrize("asked, said", BAD, ids=[said for _, said in BAD])
 def test_bad_arguments(asked, said):
     "Each says what is wrong and what to do."
-    with pytest.raises((ValueError, FileNotFoundError)) as caught: create_model(**{"num_classes": 4, **asked})
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        create_model(**{"num_classes": 4, **asked})
     assert said in str(caught.value)
 
 
@@ -335,9 +414,15 @@ def test_memory_is_not_mistaken_for_a_wrong_size():
     "Out of memory stays what it is, on a GPU and on the CPU, and so does all else at a size that the backbone takes."
     image, _ = batch()
     model = made("none").eval()
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-                  RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), RuntimeError("Input type and weight type should be the same")):
-        def fail(x, error=error): raise error
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        RuntimeError("Input type and weight type should be the same"),
+    ):
+        def fail(x, error=error):
+            raise error
         model.backbone.forward_features = fail
-        with pytest.raises(type(error)) as caught: model(image)
+        with pytest.raises(type(error)) as caught:
+            model(image)
         assert caught.value is error

@@ -13,8 +13,22 @@ import pytest
 from madeup import ROOT
 
 TOOLS = "awk bash cat cp dirname env find ln mkdir mktemp mv rm rmdir sh sleep stat test touch true xargs".split()
-MADE = ("artifacts/models/m.bin", "reports/index.html", "reports/evaluate/report.html", "reports/train/a/executed.ipynb", ".work/scratch", "build/x")
-KEPT = ("data/mine.txt", ".venv/.installed", ".dvc/cache/files/x", "reports/evaluate/metrics.json", "nbs/a.ipynb", "params.yaml")
+MADE = (
+    "artifacts/models/m.bin",
+    "reports/index.html",
+    "reports/evaluate/report.html",
+    "reports/train/a/executed.ipynb",
+    ".work/scratch",
+    "build/x",
+)
+KEPT = (
+    "data/mine.txt",
+    ".venv/.installed",
+    ".dvc/cache/files/x",
+    "reports/evaluate/metrics.json",
+    "nbs/a.ipynb",
+    "params.yaml",
+)
 
 # A Python that knows its version, makes a .venv of stubs, and fails at nothing. __VERSION__ and __FIT__ are filled in.
 PYTHON = r"""#!/bin/bash
@@ -52,15 +66,26 @@ pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="no make on thi
 class Folder:
     "A copy of the Makefile with the files it names, beside a folder of stubs."
     def __init__(self, root):
-        self.root, self.bin, self.log = root / "repo", root / "bin", root / "log"
-        for folder in (self.root, self.bin): folder.mkdir()
+        self.root = root / "repo"
+        self.bin = root / "bin"
+        self.log = root / "log"
+        for folder in (self.root, self.bin):
+            folder.mkdir()
         shutil.copy(ROOT / "Makefile", self.root)
-        for name in ("constraints.txt", "pyproject.toml", "setup.py", "settings.ini", "data.dvc"): (self.root / name).touch()
-        for name in ("nbs", "skinlesion", "tests", "benchmarks"): (self.root / name).mkdir()
+        for name in ("constraints.txt", "pyproject.toml", "setup.py", "settings.ini", "data.dvc"):
+            (self.root / name).touch()
+        for name in ("nbs", "skinlesion", "tests", "benchmarks"):
+            (self.root / name).mkdir()
         for name in TOOLS:
-            if shutil.which(name): (self.bin / name).symlink_to(shutil.which(name))
+            if shutil.which(name):
+                (self.bin / name).symlink_to(shutil.which(name))
         self.stub(root / "tool", TOOL)
-        self.env = {"PATH": str(self.bin), "HOME": str(root), "STUB_LOG": str(self.log), "STUB_TOOL": str(root / "tool")}
+        self.env = {
+            "PATH": str(self.bin),
+            "HOME": str(root),
+            "STUB_LOG": str(self.log),
+            "STUB_TOOL": str(root / "tool"),
+        }
 
     def stub(self, path, text):
         "Write an executable."
@@ -75,7 +100,14 @@ class Folder:
     def make(self, *words, **env):
         "Run make; (exit code, stdout, stderr), and forget earlier calls of the stubs."
         self.log.write_text("")
-        done = subprocess.run([shutil.which("make"), *words], cwd=self.root, env=self.env | env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [shutil.which("make"), *words],
+            cwd=self.root,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         return done.returncode, done.stdout, done.stderr
 
     @property
@@ -91,7 +123,11 @@ class Folder:
 
     def data(self):
         "Name -> text of what stands at data/."
-        return {p.relative_to(self.root / "data").as_posix(): p.read_text() for p in (self.root / "data").rglob("*") if p.is_file()}
+        return {
+            p.relative_to(self.root / "data").as_posix(): p.read_text()
+            for p in (self.root / "data").rglob("*")
+            if p.is_file()
+        }
 
 
 @pytest.fixture
@@ -115,14 +151,18 @@ WHOLE = {"first.txt": "first\n", "second.txt": "second\n"}
 def test_setup_runs_once(bare):
     code, out, err = bare.python("python3").make("setup")
     assert code == 0 and "setting up .venv with Python 3.12.1" in out, err
-    assert sum(call.startswith("uv pip install") for call in bare.calls) == 2 and (bare.root / ".venv/.installed").exists()
+    assert (
+        sum(call.startswith("uv pip install") for call in bare.calls) == 2 and (bare.root / ".venv/.installed").exists()
+    )
     assert bare.make("setup")[0] == 0 and bare.calls == []
 
 
 def test_changed_pins_are_installed_into_the_same_venv(ready):
     os.utime(ready.root / "constraints.txt", (2**31, 2**31))
     assert ready.make("setup")[0] == 0
-    assert any(call.startswith("uv pip install") for call in ready.calls) and not any("-m venv" in call for call in ready.calls)
+    assert any(call.startswith("uv pip install") for call in ready.calls) and not any(
+        "-m venv" in call for call in ready.calls
+    )
 
 
 def test_an_interrupted_setup_is_run_again(bare):
@@ -136,8 +176,15 @@ def test_an_interrupted_setup_is_run_again(bare):
 
 @pytest.mark.parametrize("words", [(), ("PYTHON=python3.9",), ("PYTHON=/nowhere/python3",)])
 def test_no_usable_python_names_the_remedy(bare, words):
-    code, out, err = bare.python("python3", "3.10.2", fits=False).python("python3.9", "3.9.1", fits=False).make(*words, "setup")
-    assert code != 0 and "none of Python 3.11, 3.12 and 3.13" in err and "apt install python3 python3-venv" in err and "make PYTHON=" in err
+    code, out, err = (
+        bare.python("python3", "3.10.2", fits=False).python("python3.9", "3.9.1", fits=False).make(*words, "setup")
+    )
+    assert (
+        code != 0
+        and "none of Python 3.11, 3.12 and 3.13" in err
+        and "apt install python3 python3-venv" in err
+        and "make PYTHON=" in err
+    )
     assert not words or words[0] in err
     assert not (bare.root / ".venv").exists()
 
@@ -158,7 +205,9 @@ def test_a_named_python_of_another_version_makes_the_venv_anew(ready):
     assert code == 0 and "with Python 3.11.9" in out, err
     assert not (ready.root / ".venv/old").exists() and (ready.root / ".venv/.installed").exists()
     for words in ([], ["PYTHON=python3.11"]):  # the same again, and no wish: it stays
-        assert ready.make(*words, "setup")[0] == 0 and not any("uv" in call or "venv" in call for call in ready.calls), words
+        assert ready.make(*words, "setup")[0] == 0 and not any(
+            "uv" in call or "venv" in call for call in ready.calls
+        ), words
 
 
 def test_the_venv_never_builds_itself(ready):
@@ -222,7 +271,11 @@ def test_bench_goes_on_after_a_failure_and_fails_at_the_end(ready):
     ready.write("benchmarks/a.py", "benchmarks/b.py", "benchmarks/c.py")
     code, out, err = ready.make("bench")
     assert code != 0 and "failed: benchmarks/b.py\n" in err
-    assert [call.split()[-1] for call in ready.calls if "benchmarks/" in call] == ["benchmarks/a.py", "benchmarks/b.py", "benchmarks/c.py"]
+    assert [call.split()[-1] for call in ready.calls if "benchmarks/" in call] == [
+        "benchmarks/a.py",
+        "benchmarks/b.py",
+        "benchmarks/c.py",
+    ]
 
 
 def test_tests_run_within_the_venv(ready):

@@ -28,20 +28,31 @@ class Store:
 
     def __init__(self, rows, seed=0):
         pixels = np.random.default_rng(seed).normal(110, 40, (len(rows), 32, 32, 3))
-        for image, code in zip(pixels, rows.diagnosis): image[..., 0 if code == "a" else 1] += 30
+        for image, code in zip(pixels, rows.diagnosis):
+            image[..., 0 if code == "a" else 1] += 30
         self.images = dict(zip(rows.image_id, pixels.clip(0, 255).astype(np.uint8)))
 
-    def position(self, image_id): return list(self.images).index(image_id)
-    def image(self, image_id): return self.images[image_id]
+    def position(self, image_id):
+        return list(self.images).index(image_id)
+    def image(self, image_id):
+        return self.images[image_id]
 
 
 def make_rows(n=48):
     "Rows of training, validation and without diagnosis."
     codes = ["abc"[i % 3] for i in range(n)]
-    rows = pd.DataFrame(dict(image_id=[f"ISIC_{i:03}" for i in range(n)], lesion_id=[f"L{i // 2}" for i in range(n)], diagnosis=codes,
-                             age=[60.0 if c == "c" else 30.0 for c in codes], sex="", site="",
-                             split=["valid" if i % 4 == 3 else "train" for i in range(n)],
-                             severity=[["mild", "", "severe", "moderate"][i % 4] for i in range(n)]))
+    rows = pd.DataFrame(
+        dict(
+            image_id=[f"ISIC_{i:03}" for i in range(n)],
+            lesion_id=[f"L{i // 2}" for i in range(n)],
+            diagnosis=codes,
+            age=[60.0 if c == "c" else 30.0 for c in codes],
+            sex="",
+            site="",
+            split=["valid" if i % 4 == 3 else "train" for i in range(n)],
+            severity=[["mild", "", "severe", "moderate"][i % 4] for i in range(n)],
+        )
+    )
     rows.loc[rows.index >= n - 6, ["split", "diagnosis"]] = "unlabelled", ""
     return rows
 
@@ -53,21 +64,26 @@ STORE = Store(ROWS)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def train(spec=SPEC, rows=ROWS, store=STORE, **more): return train_member(store, rows, LABELS, ENCODER, spec, **more)
+def train(spec=SPEC, rows=ROWS, store=STORE, **more):
+    return train_member(store, rows, LABELS, ENCODER, spec, **more)
 
 
-def weights(model): return {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
+def weights(model):
+    return {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
 
 
-class Killed(Exception): pass
+class Killed(Exception):
+    pass
 
 
 def killed_at(n, lines):
     "A progress that stops the run at its n-th line; lines that only a resumed run says do not count."
     def progress(line):
-        if line.startswith("↻ "): return
+        if line.startswith("↻ "):
+            return
         lines.append(line)
-        if len(lines) == n: raise Killed
+        if len(lines) == n:
+            raise Killed
     return progress
 
 
@@ -86,11 +102,19 @@ def test_what_is_asked_reaches_the_model():
     spec = replace(SPEC, metadata_dropout=0.3, heads=HEADS, train=replace(SPEC.train, epochs=2, loss="ldam"))
     result = train(spec)
     config = result.model.config
-    assert (config["head"], config["metadata_dropout"], config["image_size"], config["metadata_dim"]) == ("cosine", 0.3, 32, ENCODER.dim)
+    assert (config["head"], config["metadata_dropout"], config["image_size"], config["metadata_dim"]) == (
+        "cosine",
+        0.3,
+        32,
+        ENCODER.dim,
+    )
     assert [h["name"] for h in config["heads"]] == ["severity", "malignant"]
     assert {"valid_severity_mae", "valid_malignant_auroc"} <= set(result.history)
     train_ds, valid_ds = member_datasets(STORE, ROWS, LABELS, ENCODER, spec)
-    assert train_ds.targets_extra["severity"].unique().tolist() == [-1, 0, 2] and set(valid_ds.targets_extra) == {"severity", "malignant"}
+    assert train_ds.targets_extra["severity"].unique().tolist() == [-1, 0, 2] and set(valid_ds.targets_extra) == {
+        "severity",
+        "malignant",
+    }
 
 
 def test_metadata_alone():
@@ -103,15 +127,21 @@ def test_metadata_alone():
 def test_nothing_of_another_run_is_taken_over(change, tmp_path):
     "A finished step counts only for the same pixels, rows, recipe, first weights and number of threads."
     train(work_dir=tmp_path)
-    lines, more = [], {}
+    lines = []
+    more = {}
     if change == "pixel":
         more["store"] = Store(ROWS)
         more["store"].images["ISIC_000"][0, 0, 0] ^= 1
-    if change == "row": more["rows"] = ROWS.assign(age=ROWS.age.where(ROWS.image_id != "ISIC_000", 61.0))
-    if change == "recipe": more["spec"] = replace(SPEC, train=replace(SPEC.train, weight_decay=0.1))
-    if change == "start": more["spec"] = replace(SPEC, train=replace(SPEC.train, seed=2))
-    if change == "threads": torch.set_num_threads(2)
-    if change == "label set": return check_other_labels(tmp_path)
+    if change == "row":
+        more["rows"] = ROWS.assign(age=ROWS.age.where(ROWS.image_id != "ISIC_000", 61.0))
+    if change == "recipe":
+        more["spec"] = replace(SPEC, train=replace(SPEC.train, weight_decay=0.1))
+    if change == "start":
+        more["spec"] = replace(SPEC, train=replace(SPEC.train, seed=2))
+    if change == "threads":
+        torch.set_num_threads(2)
+    if change == "label set":
+        return check_other_labels(tmp_path)
     train(work_dir=tmp_path, progress=lines.append, **more)
     assert "↻ finished before" not in lines and len(lines) == 2
     train(work_dir=tmp_path, progress=lines.append, **more)
@@ -121,7 +151,15 @@ def test_nothing_of_another_run_is_taken_over(change, tmp_path):
 def check_other_labels(folder):
     "The same codes, of which others are malignant."
     lines = []
-    train_member(STORE, ROWS, LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("ab")), ENCODER, SPEC, folder, lines.append)
+    train_member(
+        STORE,
+        ROWS,
+        LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("ab")),
+        ENCODER,
+        SPEC,
+        folder,
+        lines.append,
+    )
     assert "↻ finished before" not in lines
 
 
@@ -129,24 +167,34 @@ def test_loader_processes_and_checkpoints_change_nothing(tmp_path):
     "What only moves work in time is no part of the key."
     whole = train(work_dir=tmp_path)
     lines = []
-    again = train(replace(SPEC, train=replace(SPEC.train, workers=2, checkpoint_seconds=0.0)), work_dir=tmp_path, progress=lines.append)
+    again = train(
+        replace(SPEC, train=replace(SPEC.train, workers=2, checkpoint_seconds=0.0)),
+        work_dir=tmp_path,
+        progress=lines.append,
+    )
     assert lines[0] == "↻ finished before" and weights(again.model) == weights(whole.model)
 
 
 class Log:
     "A logger that keeps the epochs it is told."
-    def __init__(self, book, name): self.rows = book[name] = []
-    def epoch(self, row): self.rows.append((row["epoch"], row["train_loss"]))
+    def __init__(self, book, name):
+        self.rows = book[name] = []
+    def epoch(self, row):
+        self.rows.append((row["epoch"], row["train_loss"]))
 
 
 def test_each_fit_has_a_log_of_all_its_epochs(tmp_path):
     "By name, in folds of two steps; the same again where all was finished before."
     for _ in range(2):
-        book, spec = {}, replace(STEPS, pretrain_epochs=0)
-        found = train_folds(STORE, ROWS, LABELS, ENCODER, spec, 2, work_dir=tmp_path, logger=lambda name: Log(book, name))
+        book = {}
+        spec = replace(STEPS, pretrain_epochs=0)
+        found = train_folds(
+            STORE, ROWS, LABELS, ENCODER, spec, 2, work_dir=tmp_path, logger=lambda name: Log(book, name)
+        )
         assert list(book) == ["fold_0/image", "fold_0/head", "fold_1/image", "fold_1/head"]
         for i, fit in enumerate(found.fits):
-            for step, history in fit.stages.items(): assert book[f"fold_{i}/{step}"] == list(zip(history.epoch, history.train_loss))
+            for step, history in fit.stages.items():
+                assert book[f"fold_{i}/{step}"] == list(zip(history.epoch, history.train_loss))
     book = {}
     train(logger=lambda name: Log(book, name))
     assert list(book) == [""]
@@ -157,7 +205,8 @@ def check_kills(spec, lines_of_kills, tmp_path):
     said = []
     whole = train(spec, progress=said.append)
     for n in lines_of_kills or range(1, len(said) + 1):
-        with pytest.raises(Killed): train(spec, work_dir=tmp_path, progress=killed_at(n, []))
+        with pytest.raises(Killed):
+            train(spec, work_dir=tmp_path, progress=killed_at(n, []))
     lines = []
     resumed = train(spec, work_dir=tmp_path, progress=killed_at(0, lines))
     assert lines == said and weights(resumed.model) == weights(whole.model)
@@ -165,7 +214,8 @@ def check_kills(spec, lines_of_kills, tmp_path):
     json.dumps(spec.to_dict())
 
 
-def test_killed_in_two_steps(tmp_path): check_kills(replace(STEPS, pretrain_epochs=1), (2, 4, 6), tmp_path)
+def test_killed_in_two_steps(tmp_path):
+    check_kills(replace(STEPS, pretrain_epochs=1), (2, 4, 6), tmp_path)
 
 
 AVERAGED = replace(SPEC.train, ema_decay=0.9, accumulate=2, epochs=3)
@@ -173,17 +223,20 @@ AVERAGED = replace(SPEC.train, ema_decay=0.9, accumulate=2, epochs=3)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, dict(heads=HEADS), dict(train=AVERAGED)], ids=["plain", "heads", "ema"])
-def test_killed_at_every_line(changes, tmp_path): check_kills(replace(STEPS, **changes), None, tmp_path)
+def test_killed_at_every_line(changes, tmp_path):
+    check_kills(replace(STEPS, **changes), None, tmp_path)
 
 
 @pytest.mark.slow
 def test_folds_killed_at_every_line(tmp_path):
     "Also where one folder sees all the kills one after another."
     said = []
-    folds = lambda **more: train_folds(STORE, ROWS, LABELS, ENCODER, replace(SPEC, pretrain_epochs=1), 3, **more)
+    def folds(**more):
+        return train_folds(STORE, ROWS, LABELS, ENCODER, replace(SPEC, pretrain_epochs=1), 3, **more)
     whole = folds(progress=said.append)
     for n in range(1, len(said) + 1):
-        with pytest.raises(Killed): folds(work_dir=tmp_path, progress=killed_at(n, []))
+        with pytest.raises(Killed):
+            folds(work_dir=tmp_path, progress=killed_at(n, []))
     lines = []
     found = folds(work_dir=tmp_path, progress=killed_at(0, lines))
     assert lines == said and found.predictions.equals(whole.predictions)
@@ -191,7 +244,8 @@ def test_folds_killed_at_every_line(tmp_path):
 
 
 def test_several_processes_need_a_store_on_the_disk():
-    with pytest.raises(ValueError, match="pass an ImageStore"): train(processes=2)
+    with pytest.raises(ValueError, match="pass an ImageStore"):
+        train(processes=2)
 
 
 def test_a_job_without_a_word_of_its_own_shows_its_last_lines(tmp_path):
@@ -199,7 +253,12 @@ def test_a_job_without_a_word_of_its_own_shows_its_last_lines(tmp_path):
     assert isinstance(error, RuntimeError) and "ended with status -9" in str(error) and "line 2" in str(error)
 
 
-KINDS = [("ValueError", ValueError), ("OutOfMemoryError", torch.OutOfMemoryError), ("UnicodeDecodeError", RuntimeError), ("Odd", RuntimeError)]
+KINDS = [
+    ("ValueError", ValueError),
+    ("OutOfMemoryError", torch.OutOfMemoryError),
+    ("UnicodeDecodeError", RuntimeError),
+    ("Odd", RuntimeError),
+]
 
 
 @pytest.mark.parametrize("kind, expected", KINDS)

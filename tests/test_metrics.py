@@ -53,21 +53,33 @@ TABLES = {"random": random_table, "tied": tied_table, "imbalanced": imbalanced_t
 
 def by_sklearn(targets, probs):
     "What scikit-learn calls them."
-    called, hot, every = probs.argmax(1), np.eye(C)[targets], range(C)
-    rest = lambda score: np.array([score(targets != c, called != c) for c in every])
+    called = probs.argmax(1)
+    hot = np.eye(C)[targets]
+    every = range(C)
+    def rest(score):
+        return np.array([score(targets != c, called != c) for c in every])
     return dict(
-        accuracy=sk.accuracy_score(targets, called), balanced_accuracy=sk.balanced_accuracy_score(targets, called),
+        accuracy=sk.accuracy_score(targets, called),
+        balanced_accuracy=sk.balanced_accuracy_score(targets, called),
         auroc_macro=sk.roc_auc_score(targets, probs, multi_class="ovr", average="macro"),
         auroc_weighted=sk.roc_auc_score(targets, probs, multi_class="ovr", average="weighted"),
         average_precision_macro=sk.average_precision_score(hot, probs, average="macro"),
         average_precision_weighted=sk.average_precision_score(hot, probs, average="weighted"),
-        f1_macro=sk.f1_score(targets, called, average="macro"), f1_weighted=sk.f1_score(targets, called, average="weighted"),
-        mcc=sk.matthews_corrcoef(targets, called), kappa=sk.cohen_kappa_score(targets, called),
-        log_loss=sk.log_loss(targets, probs), brier=sk.brier_score_loss(targets, probs),
-        sensitivity=sk.recall_score(targets, called, average=None), specificity=rest(sk.recall_score),
-        ppv=sk.precision_score(targets, called, average=None), npv=rest(sk.precision_score), f1=sk.f1_score(targets, called, average=None),
-        auroc=sk.roc_auc_score(hot, probs, average=None), average_precision=sk.average_precision_score(hot, probs, average=None),
-        class_brier=np.array([sk.brier_score_loss(targets == c, probs[:, c]) for c in every]))
+        f1_macro=sk.f1_score(targets, called, average="macro"),
+        f1_weighted=sk.f1_score(targets, called, average="weighted"),
+        mcc=sk.matthews_corrcoef(targets, called),
+        kappa=sk.cohen_kappa_score(targets, called),
+        log_loss=sk.log_loss(targets, probs),
+        brier=sk.brier_score_loss(targets, probs),
+        sensitivity=sk.recall_score(targets, called, average=None),
+        specificity=rest(sk.recall_score),
+        ppv=sk.precision_score(targets, called, average=None),
+        npv=rest(sk.precision_score),
+        f1=sk.f1_score(targets, called, average=None),
+        auroc=sk.roc_auc_score(hot, probs, average=None),
+        average_precision=sk.average_precision_score(hot, probs, average=None),
+        class_brier=np.array([sk.brier_score_loss(targets == c, probs[:, c]) for c in every]),
+    )
 
 
 def top2_by_sklearn(targets, probs):
@@ -77,23 +89,35 @@ def top2_by_sklearn(targets, probs):
 
 def by_torchmetrics(targets, probs):
     "What torchmetrics calls them; it counts in single precision."
-    t, p = torch.tensor(targets), torch.tensor(probs)
-    classes = np.array([float(tm.binary_calibration_error(p[:, c], (t == c).int(), n_bins=15, norm="l1")) for c in range(C)])
-    return dict(ece=float(tm.multiclass_calibration_error(p, t, C, n_bins=15, norm="l1")),
-                mce=float(tm.multiclass_calibration_error(p, t, C, n_bins=15, norm="max")), class_ece=classes, ece_classwise=classes.mean())
+    t = torch.tensor(targets)
+    p = torch.tensor(probs)
+    classes = np.array(
+        [float(tm.binary_calibration_error(p[:, c], (t == c).int(), n_bins=15, norm="l1")) for c in range(C)]
+    )
+    return dict(
+        ece=float(tm.multiclass_calibration_error(p, t, C, n_bins=15, norm="l1")),
+        mce=float(tm.multiclass_calibration_error(p, t, C, n_bins=15, norm="max")),
+        class_ece=classes,
+        ece_classwise=classes.mean(),
+    )
 
 
 def by_loops(targets, probs, lesions):
     "Calibration errors that neither has, written as one would on paper."
-    right, sure = probs.argmax(1) == targets, probs.max(1)
+    right = probs.argmax(1) == targets
+    sure = probs.max(1)
     order = np.lexsort((right, sure))
-    edges, total = [np.sort(sure)[int(np.ceil(len(sure) * b / 15)) - 1] for b in range(1, 15)], 0
+    edges = [np.sort(sure)[int(np.ceil(len(sure) * b / 15)) - 1] for b in range(1, 15)]
+    total = 0
     for low, high in zip([-1, *edges], [*edges, 2]):  # (low, high]; a bin is empty where ties span it
         inside = (sure[order] > low) & (sure[order] <= high)
         total += abs((right[order] * 1. - sure[order])[inside].sum()) / len(sure)
-    bins, pairs, mass = np.minimum((sure * 15).astype(int), 14), 0, 0
+    bins = np.minimum((sure * 15).astype(int), 14)
+    pairs = 0
+    mass = 0
     for b in range(15):
-        gap, own = (right - sure)[bins == b], lesions[bins == b]
+        gap = (right - sure)[bins == b]
+        own = lesions[bins == b]
         apart = own[:, None] != own[None]
         if apart.any():
             pairs += len(gap) * (np.outer(gap, gap) * apart).sum() / apart.sum()
@@ -105,15 +129,23 @@ def binary_by_sklearn(bad, score):
     "Malignancy by scikit-learn."
     called = score >= .5
     return dict(
-        auroc=sk.roc_auc_score(bad, score), average_precision=sk.average_precision_score(bad, score),
-        sensitivity=sk.recall_score(bad, called), specificity=sk.recall_score(~bad, ~called), ppv=sk.precision_score(bad, called),
-        npv=sk.precision_score(~bad, ~called), f1=sk.f1_score(bad, called), mcc=sk.matthews_corrcoef(bad, called),
-        brier=sk.brier_score_loss(bad, score), log_loss=sk.log_loss(bad, score))
+        auroc=sk.roc_auc_score(bad, score),
+        average_precision=sk.average_precision_score(bad, score),
+        sensitivity=sk.recall_score(bad, called),
+        specificity=sk.recall_score(~bad, ~called),
+        ppv=sk.precision_score(bad, called),
+        npv=sk.precision_score(~bad, ~called),
+        f1=sk.f1_score(bad, called),
+        mcc=sk.matthews_corrcoef(bad, called),
+        brier=sk.brier_score_loss(bad, score),
+        log_loss=sk.log_loss(bad, score),
+    )
 
 
 def binary_by_torchmetrics(bad, score):
     "Malignancy by torchmetrics."
-    s, b = torch.tensor(score), torch.tensor(bad).int()
+    s = torch.tensor(score)
+    b = torch.tensor(bad).int()
     pairs = {"sensitivity_at_{}_specificity": tm.binary_sensitivity_at_specificity,
              "specificity_at_{}_sensitivity": tm.binary_specificity_at_sensitivity}
     found = {name.format(level): float(ask(s, b, level / 100)[0]) for name, ask in pairs.items() for level in (90, 95)}
@@ -131,15 +163,21 @@ def by_isic2019(bad, score):
 
 def by_isic2024(bad, score):
     "The rule of the later one: turn the problem over, take scikit-learn's standardised partial area, undo the standardising."
-    scaled, least = sk.roc_auc_score(~bad, -score, max_fpr=.2), .2**2 / 2
+    scaled = sk.roc_auc_score(~bad, -score, max_fpr=.2)
+    least = .2**2 / 2
     return dict(pauc80_isic2024=least + (.2 - least) * (scaled - .5) / .5)
 
 
 def references(targets, probs, lesions):
     "Reference -> metric -> value, and what ours are called there."
-    bad, score = BAD[targets], probs[:, BAD].sum(1)
-    multiclass = {"scikit-learn": by_sklearn(targets, probs), "scikit-learn, classes reversed": top2_by_sklearn(targets, probs),
-                  "torchmetrics": by_torchmetrics(targets, probs), "loop over pairs or bins": by_loops(targets, probs, lesions)}
+    bad = BAD[targets]
+    score = probs[:, BAD].sum(1)
+    multiclass = {
+        "scikit-learn": by_sklearn(targets, probs),
+        "scikit-learn, classes reversed": top2_by_sklearn(targets, probs),
+        "torchmetrics": by_torchmetrics(targets, probs),
+        "loop over pairs or bins": by_loops(targets, probs, lesions),
+    }
     binary = {"scikit-learn": binary_by_sklearn(bad, score), "torchmetrics": binary_by_torchmetrics(bad, score),
               "ISIC 2019 scorer": by_isic2019(bad, score), "ISIC 2024 formula": by_isic2024(bad, score)}
     return multiclass, binary
@@ -151,14 +189,19 @@ def differences(rng):
         targets, probs = make(rng)
         lesions = rng.permutation(len(targets)) // 2
         weights = np.concatenate([np.ones((1, len(targets)), np.int16), lesion_weights(lesions, 40, seed=1)])
-        weights = weights[[np.bincount(np.repeat(targets, w), minlength=C).min() > 0 for w in weights]][:3]  # no class is lost
+        weights = weights[[np.bincount(np.repeat(targets, w), minlength=C).min() > 0 for w in weights]][
+            :3
+        ] # no class is lost
         whole = weighted_metrics(targets, probs, weights, lesion_ids=lesions)
         binary = malignancy_metrics(BAD[targets], probs[:, BAD].sum(1), weights)
         for r, weight in enumerate(weights):
             rows = np.repeat(np.arange(len(targets)), weight)
-            for kind, ours, theirs in zip(("", "malignant "), (whole, binary), references(targets[rows], probs[rows], lesions[rows])):
+            for kind, ours, theirs in zip(
+                ("", "malignant "), (whole, binary), references(targets[rows], probs[rows], lesions[rows])
+            ):
                 for source, values in theirs.items():
-                    for name, value in values.items(): yield kind + name, source, title, np.abs(ours[name][r] - value).max()
+                    for name, value in values.items():
+                        yield kind + name, source, title, np.abs(ours[name][r] - value).max()
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +211,14 @@ def parity():
         warnings.simplefilter("ignore", UserWarning)  # torchmetrics where no threshold keeps the specificity
         rows = list(differences(np.random.default_rng(0)))
     table = pd.DataFrame(rows, columns=["metric", "reference", "table", "difference"])
-    return table.pivot_table(index=["metric", "reference"], columns="table", values="difference", aggfunc="max", sort=False)
+    return table.pivot_table(
+        index=["metric", "reference"], columns="table", values="difference", aggfunc="max", sort=False
+    )
 
 
 def test_every_metric_agrees_with_its_reference(parity):
-    with pd.option_context("display.max_rows", None, "display.float_format", "{:.0e}".format): print("\n" + parity.to_string())
+    with pd.option_context("display.max_rows", None, "display.float_format", "{:.0e}".format):
+        print("\n" + parity.to_string())
     exact = ~parity.index.get_level_values("reference").str.startswith("torchmetrics")
     assert parity[exact].max().max() < 1e-9, parity[exact].max(axis=1).sort_values().tail(3)
     assert parity[~exact].max().max() < 2e-6, parity[~exact].max(axis=1).sort_values().tail(3)  # single precision
@@ -190,11 +236,16 @@ def test_shapes_and_ranges():
     targets, probs = random_table(np.random.default_rng(1))
     for name, values in weighted_metrics(targets, probs, lesion_weights(np.arange(400), 7)).items():
         assert values.shape == ((7, C) if name in PER_CLASS.values() else (7,)) and values.dtype == np.float64
-        low, high = METRICS[name].low, METRICS[name].high
+        low = METRICS[name].low
+        high = METRICS[name].high
         assert (low is None or values.min() >= low) and (high is None or values.max() <= high), name
-    for name, values in malignancy_metrics(BAD[targets], probs[:, BAD].sum(1), lesion_weights(np.arange(400), 7)).items():
+    for name, values in malignancy_metrics(
+        BAD[targets], probs[:, BAD].sum(1), lesion_weights(np.arange(400), 7)
+    ).items():
         metric = METRICS[name]
-        assert values.shape == (7,) and metric.low <= values.min() and (metric.high is None or values.max() <= metric.high), name
+        assert (
+            values.shape == (7,) and metric.low <= values.min() and (metric.high is None or values.max() <= metric.high)
+        ), name
 
 
 def test_ends_of_the_ranges():
@@ -202,12 +253,16 @@ def test_ends_of_the_ranges():
     targets = np.arange(2 * C) % C
     best, worst = (weighted_metrics(targets, np.eye(C)[(targets + shift) % C]) for shift in (0, 1))
     for name, metric in METRICS.items():
-        if name not in best: continue
+        if name not in best:
+            continue
         assert np.allclose(best[name], metric.high if metric.better == "higher" else metric.low), name
         if name in ("accuracy", "sensitivity", "f1_macro", "brier", "ece", "ece_debiased", "mce"):
             assert np.allclose(worst[name], metric.low if metric.better == "higher" else metric.high), name
-    bad, score = np.array([True, True, False, False]), np.array([.9, .8, .2, .1])
-    assert malignancy_metrics(bad, score)["pauc80_isic2019"] == 1 and np.isclose(malignancy_metrics(bad, score)["pauc80_isic2024"], .2)
+    bad = np.array([True, True, False, False])
+    score = np.array([.9, .8, .2, .1])
+    assert malignancy_metrics(bad, score)["pauc80_isic2019"] == 1 and np.isclose(
+        malignancy_metrics(bad, score)["pauc80_isic2024"], 0.2
+    )
     assert malignancy_metrics(bad, 1 - score)["pauc80_isic2024"] == 0
 
 
@@ -233,7 +288,9 @@ def test_an_absent_class_leaves_undefined_what_needs_it(targets, defined):
     probs = np.array([[.5, .3, .2], [.2, .5, .3], [.1, .6, .3], [.6, .3, .1]])
     metrics = weighted_metrics(np.array(targets), probs)
     assert {name for name in WHOLE if not np.isnan(metrics[name][0])} == defined
-    assert np.isnan(metrics["sensitivity"][0, 2]) and np.isnan(metrics["auroc"][0, 2]) and np.isnan(metrics["ppv"][0, 2])
+    assert (
+        np.isnan(metrics["sensitivity"][0, 2]) and np.isnan(metrics["auroc"][0, 2]) and np.isnan(metrics["ppv"][0, 2])
+    )
     assert metrics["specificity"][0, 2] == 1 and not np.isnan(metrics["class_brier"][0, 2])
 
 
@@ -242,21 +299,35 @@ def test_a_resample_without_a_class_is_undefined_alone():
     weights = lesion_weights(np.arange(500), 300)
     lost = weights[:, targets == 4].sum(1) == 0
     macro = weighted_metrics(targets, probs, weights, names=("auroc_macro", "auroc_weighted"))
-    assert 0 < lost.sum() < 60 and (np.isnan(macro["auroc_macro"]) == lost).all() and not np.isnan(macro["auroc_weighted"]).any()
+    assert (
+        0 < lost.sum() < 60
+        and (np.isnan(macro["auroc_macro"]) == lost).all()
+        and not np.isnan(macro["auroc_weighted"]).any()
+    )
 
 
 # ---- DeLong
 
 def delong_by_loops(positive, scores, lesions):
     "Difference of two AUROCs and its standard error, kernel by kernel, lesion by lesion, as Obuchowski 1997 writes them."
-    kernel = lambda score: np.array([[float(p > n) + .5 * (p == n) for n in score[~positive]] for p in score[positive]])
+    def kernel(score):
+        return np.array([[float(p > n) + .5 * (p == n) for n in score[~positive]] for p in score[positive]])
     gap = kernel(scores[0]) - kernel(scores[1])
-    won, beaten, theta = gap.mean(1), gap.mean(0), gap.mean()
-    own, other, every = lesions[positive], lesions[~positive], np.unique(lesions)
+    won = gap.mean(1)
+    beaten = gap.mean(0)
+    theta = gap.mean()
+    own = lesions[positive]
+    other = lesions[~positive]
+    every = np.unique(lesions)
     ten = np.array([(won[own == c] - theta).sum() for c in every])
     one = np.array([(beaten[other == c] - theta).sum() for c in every])
-    m, n, k10, k01, k = len(won), len(beaten), len(np.unique(own)), len(np.unique(other)), len(every)
-    s10, s01 = k10 / ((k10 - 1) * m) * (ten**2).sum(), k01 / ((k01 - 1) * n) * (one**2).sum()
+    m = len(won)
+    n = len(beaten)
+    k10 = len(np.unique(own))
+    k01 = len(np.unique(other))
+    k = len(every)
+    s10 = k10 / ((k10 - 1) * m) * (ten**2).sum()
+    s01 = k01 / ((k01 - 1) * n) * (one**2).sum()
     return theta, np.sqrt(s10 / m + s01 / n + 2 * k / (k - 1) * (ten * one).sum() / (m * n))
 
 
@@ -265,7 +336,8 @@ def delong_by_loops(positive, scores, lesions):
 def test_delong_agrees_with_its_paper(repeat, digits):
     "With lesions of one class only, and with lesions whose images differ in class (units may be patients), ties or none."
     rng = np.random.default_rng(digits)
-    positive, lesions = rng.random(90) < .4, rng.permutation(90) // repeat
+    positive = rng.random(90) < .4
+    lesions = rng.permutation(90) // repeat
     core = positive + rng.normal(size=90)
     a, b = ((core + s * rng.normal(size=90)).round(digits) for s in (.5, 1.))
     leaf, (gap, error) = delong(positive, a, b, lesions), delong_by_loops(positive, (a, b), lesions)
@@ -294,7 +366,9 @@ HONEST = ["accuracy", "sensitivity", "auroc", "auroc, DeLong", "brier", "ece_deb
 def test_intervals_hold_the_truth_in_forty_tables(coverage):
     table = coverage(tables=40, n_lesions=150, n_resamples=300, draws=100_000).set_index("metric")
     print("\n" + table.round(3).to_string())
-    assert (table.holds[HONEST] >= .825).all(), table.holds  # 33 of 40: fewer has a chance of one in 200 where 95 % hold it
+    assert (table.holds[HONEST] >= 0.825).all(), (
+        table.holds
+    ) # 33 of 40: fewer has a chance of one in 200 where 95 % hold it
     assert table.no_interval.sum() == 0
 
 
@@ -315,4 +389,5 @@ def test_stratified_resamples_keep_every_class():
     lesions = np.arange(500) // 2
     weights = lesion_weights(lesions, 50, strata=targets)
     first = targets[np.arange(0, 500, 2)]
-    for c in range(C): assert (weights[:, ::2][:, first == c].sum(1) == (first == c).sum()).all()
+    for c in range(C):
+        assert (weights[:, ::2][:, first == c].sum(1) == (first == c).sum()).all()

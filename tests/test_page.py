@@ -21,14 +21,23 @@ FACTS = dict(reference_standard="Histopathology.", funding="None.", data_source=
 
 def tables(n=240, seed=0, label_set=HAM):
     "Predictions and labels of `n` images, several to a lesion, in a validation and a test split."
-    rng, C = np.random.default_rng(seed), len(label_set)
+    rng = np.random.default_rng(seed)
+    C = len(label_set)
     lesion = rng.integers(0, n // 2, n)
     classes = np.random.default_rng(1).integers(0, C, n)[lesion]
     scores = np.exp(rng.normal(size=(n, C)) + 2 * np.eye(C)[classes])
     predictions = pd.DataFrame(scores / scores.sum(1, keepdims=True), columns=probability_columns(label_set))
     ids = [f"i{k:03}" for k in range(n)]
-    labels = pd.DataFrame(dict(image_id=ids, diagnosis=np.array(label_set.codes)[classes], lesion_id=[f"l{k}" for k in lesion],
-                               split=np.where(lesion % 2, "test", "valid"), sex=np.where(lesion % 3, "female", "male"), age=20. + lesion % 60))
+    labels = pd.DataFrame(
+        dict(
+            image_id=ids,
+            diagnosis=np.array(label_set.codes)[classes],
+            lesion_id=[f"l{k}" for k in lesion],
+            split=np.where(lesion % 2, "test", "valid"),
+            sex=np.where(lesion % 3, "female", "male"),
+            age=20.0 + lesion % 60,
+        )
+    )
     return predictions.assign(image_id=ids), labels
 
 
@@ -76,9 +85,12 @@ def test_same_tables_give_the_same_bytes(written, tmp_path):
     predictions, labels = tables()
     mixed = predictions.sample(frac=1, random_state=3), labels.sample(frac=1, random_state=4)
     shuffled = evaluated(*mixed, costs=cost_matrix(HAM), facts=FACTS, name="made <up>")
-    again = write_evaluation(shuffled, tmp_path / "out", folder_images(written.parent / "images"), provenance=dict(predictions="ab12"))
+    again = write_evaluation(
+        shuffled, tmp_path / "out", folder_images(written.parent / "images"), provenance=dict(predictions="ab12")
+    )
     assert {p.name for p in again.iterdir()} == {p.name for p in written.iterdir()}
-    for path in written.iterdir(): assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+    for path in written.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 
 def test_the_folder_holds_what_dvc_draws(written):
@@ -87,18 +99,28 @@ def test_the_folder_holds_what_dvc_draws(written):
     wanted = dict(roc={"class", "fpr", "tpr"}, pr={"class", "recall", "precision"}, confusion={"actual", "predicted"},
                   reliability={"confidence", "accuracy"}, risk_coverage={"coverage", "risk"},
                   decision_curve={"threshold", "model", "treat_all", "treat_none"})
-    for name, columns in wanted.items(): assert set(pd.read_csv(written / f"{name}.csv")) >= columns, name
+    for name, columns in wanted.items():
+        assert set(pd.read_csv(written / f"{name}.csv")) >= columns, name
 
 
 def test_every_metric_is_a_leaf_with_its_count_and_interval_or_reason(written):
     metrics = json.loads((written / "metrics.json").read_text())
     leaves = metric_leaves(metrics)
-    assert {"all.accuracy", "all.balanced_accuracy", "all.auroc_macro", "splits.test.accuracy", "decisions.sensitivity", "abstention.aurc",
-            "conformal.coverage", "cost.argmax"} <= {path for path, _ in leaves}
+    assert {
+        "all.accuracy",
+        "all.balanced_accuracy",
+        "all.auroc_macro",
+        "splits.test.accuracy",
+        "decisions.sensitivity",
+        "abstention.aurc",
+        "conformal.coverage",
+        "cost.argmax",
+    } <= {path for path, _ in leaves}
     for path, leaf in leaves:
         assert "n" in leaf, path
         assert leaf["value"] is not None or leaf.get("reason"), path
-        if leaf.get("low") is not None: assert leaf["low"] <= leaf["value"] <= leaf["high"], path
+        if leaf.get("low") is not None:
+            assert leaf["low"] <= leaf["value"] <= leaf["high"], path
 
 
 def test_the_page_runs_nothing_and_loads_nothing(html):
@@ -118,7 +140,11 @@ def test_what_is_not_covered_is_said_to_be_not_reported(result, undrawn):
     sections = page_sections(result)
     table = page.checklist_table(list(sections.values()))
     assert len(table) == len(CHECKLIST)
-    missing = set(table.loc[table["where"] == "not reported", "guideline"] + " " + table.loc[table["where"] == "not reported", "item"])
+    missing = set(
+        table.loc[table["where"] == "not reported", "guideline"]
+        + " "
+        + table.loc[table["where"] == "not reported", "item"]
+    )
     assert missing == set(CHECKLIST) - answered(sections)
     assert {"CLAIM 14", "CLAIM 44", "CLAIM 7", "CLAIM 39", "TRIPOD+AI 23a"} <= answered(sections)
     assert {"CLAIM 15", "CLAIM 30", "CLAIM 33", "TRIPOD+AI 17", "TRIPOD+AI 3a"} <= missing
@@ -135,18 +161,33 @@ def test_nothing_that_is_locked_has_seen_the_test_split():
     test = labels["split"] == "test"
     others = np.roll(HAM.codes, 1)[[HAM.index(code) for code in labels["diagnosis"]]]
     wrong = labels.assign(diagnosis=labels["diagnosis"].where(~test, others))
-    first, second = evaluated(predictions, labels), evaluated(predictions, wrong)
-    assert first.metrics["splits"]["test"]["accuracy"]["value"] > .5 > second.metrics["splits"]["test"]["accuracy"]["value"]
-    same = "decisions.threshold decisions.validation_sensitivity splits.valid.accuracy abstention.answered conformal.mean_set_size"
+    first = evaluated(predictions, labels)
+    second = evaluated(predictions, wrong)
+    assert (
+        first.metrics["splits"]["test"]["accuracy"]["value"]
+        > 0.5
+        > second.metrics["splits"]["test"]["accuracy"]["value"]
+    )
+    same = (
+        "decisions.threshold decisions.validation_sensitivity splits.valid.accuracy "
+        "abstention.answered conformal.mean_set_size"
+    )
     for path in same.split():
         assert find_leaf(first.metrics, path) == find_leaf(second.metrics, path), path
-    assert first.calibration == second.calibration and first.curves["calibration_choice"].equals(second.curves["calibration_choice"])
+    assert first.calibration == second.calibration and first.curves["calibration_choice"].equals(
+        second.curves["calibration_choice"]
+    )
 
 
 def test_without_splits_nothing_is_locked_and_the_page_says_so():
     predictions, labels = tables()
     result = evaluated(predictions, labels.drop(columns="split"))
-    assert result.part == "" and "splits" not in result.metrics and "decisions" not in result.metrics and result.calibration == ""
+    assert (
+        result.part == ""
+        and "splits" not in result.metrics
+        and "decisions" not in result.metrics
+        and result.calibration == ""
+    )
     assert "nothing here shows that these were new to it" in find_limits(result)[0]
     sections = {name: getattr(page, f"{name}_section")(result) for name in ("summary", "data", "decisions")}
     assert "none was locked" in text_of(sections["decisions"]) and "no split" in text_of(sections["data"])
@@ -161,7 +202,8 @@ def test_a_lesion_in_two_parts_is_told():
 
 @pytest.mark.parametrize("codes", [("nv",), ("mel",)])
 def test_one_class_in_the_test_split_is_null_with_a_reason(codes, request):
-    if codes == ("mel",): request.getfixturevalue("undrawn")
+    if codes == ("mel",):
+        request.getfixturevalue("undrawn")
     predictions, labels = tables()
     keep = (labels["split"] == "valid") | labels["diagnosis"].isin(codes)
     result = evaluated(predictions[keep], labels[keep])
@@ -176,75 +218,131 @@ def test_classes_of_unknown_malignancy_get_a_page_without_a_threshold(undrawn):
     own = LabelSet("own", ("a", "b", "c"))
     result = evaluated(*tables(label_set=own), own)
     made = page_sections(result)
-    assert "which of them are malignant nobody said" in made["summary"].text and "none was locked" in text_of(made["decisions"])
+    assert "which of them are malignant nobody said" in made["summary"].text and "none was locked" in text_of(
+        made["decisions"]
+    )
     assert not len(result.curves["decision_curve"]) and "decisions" not in result.metrics
 
 
 def test_a_number_has_one_interval_on_the_whole_page(result):
     data = result.data
-    card = page.calibration_card(data.probs, data.probs**2 / (data.probs**2).sum(1, keepdims=True), data.targets, data.lesion_ids, n_resamples=100)
+    card = page.calibration_card(
+        data.probs,
+        data.probs**2 / (data.probs**2).sum(1, keepdims=True),
+        data.targets,
+        data.lesion_ids,
+        n_resamples=100,
+    )
     for name, leaf in card["before"].items():
-        for key in ("value", "low", "high"): assert leaf[key] == pytest.approx(result.card[name][key]), (name, key)
+        for key in ("value", "low", "high"):
+            assert leaf[key] == pytest.approx(result.card[name][key]), (name, key)
 
 
 def test_the_page_is_about_all_images_only_where_it_says_so(result):
     "Splits of other names are pooled, and a huge lesion and shared patients are named."
     predictions, labels = tables(80)
-    pooled = evaluated(predictions, labels.assign(split=labels["split"].replace("test", "clinic A"), patient_id="p"), n_resamples=20)
+    pooled = evaluated(
+        predictions, labels.assign(split=labels["split"].replace("test", "clinic A"), patient_id="p"), n_resamples=20
+    )
     said = find_limits(pooled)
     assert said[0].startswith("None of the splits in the tables (clinic A, valid) is called `test`")
     assert "Some patients have several lesions" in " ".join(said)
     assert "1 patients stand in more than one part" in " ".join(said)
-    huge = evaluated(predictions, labels.assign(lesion_id=labels["lesion_id"].where(labels["split"] == "valid", "big")), n_resamples=20)
+    huge = evaluated(
+        predictions,
+        labels.assign(lesion_id=labels["lesion_id"].where(labels["split"] == "valid", "big")),
+        n_resamples=20,
+    )
     assert "images are of one lesion (*big*)" in find_limits(huge)[0]
 
 
 def test_ids_that_only_one_table_holds_stop_it():
     predictions, labels = tables()
-    with pytest.raises(ValueError, match="not in the labels"): evaluated(predictions, labels[1:])
-    with pytest.raises(ValueError, match="Did you mean 'funding'"): evaluated(predictions, labels, facts=dict(fundings="x"))
+    with pytest.raises(ValueError, match="not in the labels"):
+        evaluated(predictions, labels[1:])
+    with pytest.raises(ValueError, match="Did you mean 'funding'"):
+        evaluated(predictions, labels, facts=dict(fundings="x"))
 
 
 def test_an_error_leaves_the_earlier_evaluation_alone(result, undrawn, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/report.html").write_text("earlier")
     broken = replace(result, curves=dict(roc=None))
-    with pytest.raises(AttributeError): write_evaluation(broken, tmp_path / "out")
+    with pytest.raises(AttributeError):
+        write_evaluation(broken, tmp_path / "out")
     assert (tmp_path / "out/report.html").read_text() == "earlier" and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_model_card_tells_the_same_numbers(result):
     card = page.model_card(result)
-    for row in page.headline_table(result)["answer (95 % interval)"]: assert row in card
-    for sentence in find_limits(result): assert sentence in card
+    for row in page.headline_table(result)["answer (95 % interval)"]:
+        assert row in card
+    for sentence in find_limits(result):
+        assert sentence in card
     assert page.threshold_words(result) in card
 
 
 def stress(kind, **more):
     "A stress table of one change that costs something and one that is refused."
-    row = dict(metric="auroc", auroc=.9, drop=.1, drop_low=.05, drop_high=.15, ece=.1, ece_change=.02, ece_low=-.01, ece_high=.05, changed=.2,
-               n=120, n_lesions=60, method="paired", reason="")
+    row = dict(
+        metric="auroc",
+        auroc=0.9,
+        drop=0.1,
+        drop_low=0.05,
+        drop_high=0.15,
+        ece=0.1,
+        ece_change=0.02,
+        ece_low=-0.01,
+        ece_high=0.05,
+        changed=0.2,
+        n=120,
+        n_lesions=60,
+        method="paired",
+        reason="",
+    )
     none = row | dict.fromkeys(("drop", "drop_low", "drop_high", "ece_change", "ece_low", "ece_high"), np.nan)
-    first, second = (dict(kind="blur"), dict(kind="none")) if kind == "images" else (dict(field="age"), dict(field="none"))
+    first, second = (
+        (dict(kind="blur"), dict(kind="none")) if kind == "images" else (dict(field="age"), dict(field="none"))
+    )
     tried = [row | first | more, none | second | more]
-    if kind == "metadata": tried.append(none | dict(field="sex", change="out of range", reason="refused: sex 'x'"))
+    if kind == "metadata":
+        tried.append(none | dict(field="sex", change="out of range", reason="refused: sex 'x'"))
     return pd.DataFrame(tried)
 
 
 def test_what_only_a_stage_knows_is_shown_too(result, undrawn):
     leaf = dict(value=.9, low=.8, high=.95, n=120, n_lesions=60)
-    blocks = dict(ood=dict(noise=dict(auroc=leaf)), disagreement=dict(n_members=dict(value=2, n=2), error_auroc=leaf),
-                  members=dict(a=result.card, b=result.card), splits=result.metrics["splits"] | dict(external=result.card))
+    blocks = dict(
+        ood=dict(noise=dict(auroc=leaf)),
+        disagreement=dict(n_members=dict(value=2, n=2), error_auroc=leaf),
+        members=dict(a=result.card, b=result.card),
+        splits=result.metrics["splits"] | dict(external=result.card),
+    )
     curves = dict(stress_images=stress("images", grade=3), stress_metadata=stress("metadata", change="missing"),
                   choices=pd.DataFrame(dict(step=["views"], candidate=["none"], validation_log_loss=[.5])))
-    whole = replace(result, metrics=result.metrics | blocks, curves=result.curves | curves, calibration="temperature", calibrated=True,
-                    fitted_on=("valid",))
+    whole = replace(
+        result,
+        metrics=result.metrics | blocks,
+        curves=result.curves | curves,
+        calibration="temperature",
+        calibrated=True,
+        fitted_on=("valid",),
+    )
     made = page_sections(whole)
     assert {"CLAIM 30", "CLAIM 33", "TRIPOD+AI 27a"} <= answered(made)
     robustness = text_of(made["robustness"])
-    for words in ("blur, grade 3: the AUROC falls by 0.10 (0.05-0.15)", "refused at the gate", "+0.10 (0.05-0.15)"): assert words in robustness
+    for words in ("blur, grade 3: the AUROC falls by 0.10 (0.05-0.15)", "refused at the gate", "+0.10 (0.05-0.15)"):
+        assert words in robustness
     performance = text_of(made["performance"])
-    assert "valid (something was fitted here)" in performance and "The members alone" in performance and "external" in performance
+    assert (
+        "valid (something was fitted here)" in performance
+        and "The members alone" in performance
+        and "external" in performance
+    )
     assert "calibrated on validation (temperature)" in made["summary"].text + made["summary"].after
-    assert "noise" in text_of(made["abstention"]) and "tells wrong answers from right ones" in text_of(made["abstention"])
-    assert "What each choice brought" in text_of(made["model"]) and not any("elsewhere" in s for s in find_limits(whole))
+    assert "noise" in text_of(made["abstention"]) and "tells wrong answers from right ones" in text_of(
+        made["abstention"]
+    )
+    assert "What each choice brought" in text_of(made["model"]) and not any(
+        "elsewhere" in s for s in find_limits(whole)
+    )

@@ -22,13 +22,26 @@ from tiny import build_bundle, build_pictures, wait_for_address
 def serve(root, log):
     "A Voila process on the notebook of `root`; it takes a port that is free and says which in the file `log`."
     with open(log, "w") as out:
-        return subprocess.Popen([sys.executable, "-m", "voila", str(root / "nbs/apps/cam_explorer.ipynb"), "--no-browser", "--Voila.ip=127.0.0.1"],
-                                stdout=out, stderr=subprocess.STDOUT, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "voila",
+                str(root / "nbs/apps/cam_explorer.ipynb"),
+                "--no-browser",
+                "--Voila.ip=127.0.0.1",
+            ],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=root,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
 
 def fetch(address):
     "The page and its headers."
-    with urllib.request.urlopen(address, timeout=120) as answer: return answer.read().decode(), answer.headers
+    with urllib.request.urlopen(address, timeout=120) as answer:
+        return answer.read().decode(), answer.headers
 
 
 def texts(widget):
@@ -41,14 +54,17 @@ def texts(widget):
 def project(root, tmp_path):
     "A project that holds the page's notebook, its settings and nothing else."
     (tmp_path / "nbs/apps").mkdir(parents=True)
-    for name in ("settings.ini", "voila.json"): shutil.copy(root / name, tmp_path)
+    for name in ("settings.ini", "voila.json"):
+        shutil.copy(root / name, tmp_path)
     shutil.copy(root / "nbs/apps/cam_explorer.ipynb", tmp_path / "nbs/apps")
     return tmp_path
 
 
 def test_the_notebook_is_a_page_and_exports_nothing(root):
     sources = ["".join(c["source"]) for c in json.loads((root / "nbs/apps/cam_explorer.ipynb").read_text())["cells"]]
-    assert any("open_explorer(repo_root())" in s for s in sources) and not any("default_exp" in s or "#| export" in s for s in sources)
+    assert any("open_explorer(repo_root())" in s for s in sources) and not any(
+        "default_exp" in s or "#| export" in s for s in sources
+    )
 
 
 def test_without_a_bundle_it_says_what_to_run(tmp_path):
@@ -59,19 +75,38 @@ def test_without_a_bundle_it_says_what_to_run(tmp_path):
 def test_with_a_bundle_it_has_its_controls_and_says_what_it_is_not_for(tmp_path):
     build_bundle(tmp_path / "artifacts/ensemble")
     shown = " ".join(texts(open_explorer(tmp_path)))
-    for word in ("Picture", "Upload", "Age", "Sex", "Site", "Member", "Method", "Layer", "Class", "Opacity", "Probabilities", "never for diagnosis"):
+    for word in (
+        "Picture",
+        "Upload",
+        "Age",
+        "Sex",
+        "Site",
+        "Member",
+        "Method",
+        "Layer",
+        "Class",
+        "Opacity",
+        "Probabilities",
+        "never for diagnosis",
+    ):
         assert word in shown, word
 
 
 def test_a_bundle_that_abstains_says_so_before_what_it_would_have_said(tmp_path):
-    bundle, pictures = build_bundle(tmp_path / "bundle"), build_pictures(tmp_path)
+    bundle = build_bundle(tmp_path / "bundle")
+    pictures = build_pictures(tmp_path)
     policy = replace(Policy.plain(["image", "fused"], 7), abstention=LockedAbstention(.99, .1, .1, 60, 50))
     write_json(bundle / "bundle.json", read_json(bundle / "bundle.json") | dict(policy=policy.to_dict()))
     write_sums(bundle)
     explorer = CamExplorer(Predictor(bundle), pictures)
     shown = " ".join(texts(explorer.view()))
     assert explorer.prediction.abstain and explorer.prediction.abstain_reason.startswith("the answer is unsure")
-    assert 0 < shown.index("No answer for this picture:") < shown.index("the answer is unsure") < shown.index("It would have said")
+    assert (
+        0
+        < shown.index("No answer for this picture:")
+        < shown.index("the answer is unsure")
+        < shown.index("It would have said")
+    )
     assert "The model says" not in shown
 
 
@@ -79,7 +114,8 @@ def test_voila_serves_the_page(project):
     build_bundle(project / "artifacts/ensemble")
     log = project / "voila.log"
     process = serve(project, log)
-    try: page, headers = fetch(wait_for_address(process, log, r"running at:\s+(http://127\.0\.0\.1:\d+/)"))
+    try:
+        page, headers = fetch(wait_for_address(process, log, r"running at:\s+(http://127\.0\.0\.1:\d+/)"))
     finally:
         process.terminate()
         process.wait(30)
@@ -93,7 +129,8 @@ def test_voila_serves_the_page(project):
 def test_every_picture_of_the_image_gate_can_be_uploaded(root):
     "A picture goes to the kernel in one message, and a message over the limit would kill the page."
     settings = json.loads((root / "voila.json").read_text())["Voila"]["tornado_settings"]
-    page, lab = settings["websocket_max_message_size"], re.search(r'websocket_max_message_size": (\d+)', (root / "Makefile").read_text())
+    page = settings["websocket_max_message_size"]
+    lab = re.search(r'websocket_max_message_size": (\d+)', (root / "Makefile").read_text())
     assert page == int(lab[1]) >= MAX_BYTES + (1 << 20)
     policy = settings["headers"]["Content-Security-Policy"]
     assert "http" not in policy and "*" not in re.sub(r"ws://(localhost|127\.0\.0\.1):\*", "", policy)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tiny import copy_repository, edit_params, hashes, run, trained_repository  # noqa: F401  other tests take copy_repository from here
+from tiny import copy_repository, edit_params, hashes, run, trained_repository # noqa: F401  other tests take copy_repository from here
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,21 @@ def is_set(path):
 
 def leaf_problem(path, leaf):
     "What is wrong with a leaf of a metrics file, or ''. A metric has an interval around it, or a reason why there is none."
-    if not (isinstance(leaf, dict) and {"value", "n"} <= set(leaf)): return "has no value or no n"
-    if is_count(path): return "" if isinstance(leaf["value"], int) else "is no whole number"
-    if is_set(path): return ""
-    low, high = leaf.get("low"), leaf.get("high")
-    if None in (leaf["value"], low, high): return "" if leaf.get("reason") and low is None and high is None else "lacks its interval and a reason"
-    if not leaf.get("method"): return "does not say how its interval was made"
-    return "" if low - 1e-12 <= leaf["value"] <= high + 1e-12 else "lies outside its interval"  # a limit may be rounded, 0.9999999999999999 for 1
+    if not (isinstance(leaf, dict) and {"value", "n"} <= set(leaf)):
+        return "has no value or no n"
+    if is_count(path):
+        return "" if isinstance(leaf["value"], int) else "is no whole number"
+    if is_set(path):
+        return ""
+    low = leaf.get("low")
+    high = leaf.get("high")
+    if None in (leaf["value"], low, high):
+        return "" if leaf.get("reason") and low is None and high is None else "lacks its interval and a reason"
+    if not leaf.get("method"):
+        return "does not say how its interval was made"
+    return (
+        "" if low - 1e-12 <= leaf["value"] <= high + 1e-12 else "lies outside its interval"
+    ) # a limit may be rounded, 0.9999999999999999 for 1
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -79,7 +87,10 @@ def test_reports_load_nothing_from_elsewhere(repo):
         html = page.read_text()
         loads = re.findall(r"""<(?:script|link|img|iframe|source)[^>]+(?:src|href)\s*=\s*["']([^"']+)""", html)
         outside = [u for u in loads if re.match(r"(https?:)?//", u)]
-        assert not outside and "@import" not in html and not re.search(r"url\(\s*['\"]?(https?:)?//", html), (page, outside)
+        assert not outside and "@import" not in html and not re.search(r"url\(\s*['\"]?(https?:)?//", html), (
+            page,
+            outside,
+        )
 
 
 def test_a_second_run_has_nothing_to_do(repo):
@@ -118,7 +129,8 @@ def test_a_failing_stage_leaves_the_old_results_as_they_were(repo, tmp_path):
 
 
 def test_a_misspelt_parameter_stops_before_anything_runs(repo):
-    before, kept = hashes(repo, "artifacts", "reports"), (repo / "params.yaml").read_bytes()
+    before = hashes(repo, "artifacts", "reports")
+    kept = (repo / "params.yaml").read_bytes()
     try:
         edit_params(repo, lambda p: p["train"].update(learning_rat=1.0))
         failed = run(repo, sys.executable, "-m", "skinlesion.pipeline.cli", "run", "prepare", check=False)
@@ -134,7 +146,8 @@ def test_a_stage_runs_the_code_of_the_tree_it_is_called_in(repo, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(repo, copy, symlinks=True)
     for module in ("pipeline/stages.py", "data/splits.py"):
-        with open(copy / "skinlesion" / module, "a") as f: f.write(f"\nprint('this is {module} of the copy')\n")
+        with open(copy / "skinlesion" / module, "a") as f:
+            f.write(f"\nprint('this is {module} of the copy')\n")
     shown = run(copy / "nbs/data", Path(sys.executable).with_name("skinlesion"), "run", "prepare").stdout
     executed = (copy / "reports/prepare/executed.ipynb").read_text()
     assert "this is pipeline/stages.py of the copy" in shown, shown
@@ -144,15 +157,38 @@ def test_a_stage_runs_the_code_of_the_tree_it_is_called_in(repo, tmp_path):
 def test_the_page_answers_what_a_reviewer_asks(repo):
     "Every part of the page is there, and the metrics hold what it shows."
     page = (repo / "reports/evaluate/report.html").read_text()
-    for heading in ("Summary", "Data", "Reference standard", "Model", "Performance", "Discrimination", "Calibration", "Decisions", "Abstention",
-                    "Groups of patients", "Robustness", "Failures", "Limits", "Checklist"):
+    for heading in (
+        "Summary",
+        "Data",
+        "Reference standard",
+        "Model",
+        "Performance",
+        "Discrimination",
+        "Calibration",
+        "Decisions",
+        "Abstention",
+        "Groups of patients",
+        "Robustness",
+        "Failures",
+        "Limits",
+        "Checklist",
+    ):
         assert re.search(rf"<h2[^>]*>{heading}", page), heading
     test = json.loads((repo / "reports/evaluate/metrics.json").read_text())["test"]
-    assert {"decisions", "conformal", "abstention", "ood", "disagreement", "calibration", "cost"} <= set(test["ensemble"])
-    assert {"images", "metadata"} <= set(test["robustness"]) and "sex" in test["subgroups"] and set(test["members"]) == {"fused", "image"}
+    assert {"decisions", "conformal", "abstention", "ood", "disagreement", "calibration", "cost"} <= set(
+        test["ensemble"]
+    )
+    assert (
+        {"images", "metadata"} <= set(test["robustness"])
+        and "sex" in test["subgroups"]
+        and set(test["members"]) == {"fused", "image"}
+    )
     table = pd.read_csv(repo / "artifacts/predictions/ensemble.csv")
     assert {"predicted", "abstain", "abstain_reason", "prediction_set", "flagged"} <= set(table)
-    assert json.loads((repo / "artifacts/ensemble/bundle.json").read_text())["policy"]["combiner"]["members"] == ["fused", "image"]
+    assert json.loads((repo / "artifacts/ensemble/bundle.json").read_text())["policy"]["combiner"]["members"] == [
+        "fused",
+        "image",
+    ]
 
 
 def test_each_candidate_stands_beside_what_it_brought(repo):
@@ -175,7 +211,8 @@ def test_no_test_lesion_has_a_say(repo, tmp_path):
     rows.loc[test, "diagnosis"] = rows.loc[test, "diagnosis"].map(dict(zip(codes, codes[1:] + codes[:1])))
     path.unlink()
     rows.to_csv(path, index=False)
-    policy = lambda root: json.loads((root / "artifacts/ensemble/bundle.json").read_text())["policy"]
+    def policy(root):
+        return json.loads((root / "artifacts/ensemble/bundle.json").read_text())["policy"]
     before = policy(copy), hashes(copy, "artifacts/predictions"), (copy / "reports/evaluate/metrics.json").read_text()
     run(copy, sys.executable, "-m", "skinlesion.pipeline.cli", "run", "evaluate")
     assert (policy(copy), hashes(copy, "artifacts/predictions")) == before[:2]
@@ -185,7 +222,8 @@ def test_no_test_lesion_has_a_say(repo, tmp_path):
 @pytest.mark.slow
 def test_two_runs_from_clean_give_the_same_bytes(repo):
     before = hashes(repo, "artifacts", "reports")
-    for made in ("artifacts", "reports", ".work", ".dvc/cache/runs"): shutil.rmtree(repo / made, ignore_errors=True)
+    for made in ("artifacts", "reports", ".work", ".dvc/cache/runs"):
+        shutil.rmtree(repo / made, ignore_errors=True)
     (repo / "dvc.lock").unlink()
     shown = run(repo, "dvc", "repro", "--no-run-cache").stdout
     for stage in ("prepare", "train@image", "train@fused", "evaluate", "explain", "report"):
@@ -211,7 +249,8 @@ def test_a_changed_member_retrains_alone_and_a_removed_one_is_gone(repo, tmp_pat
 @pytest.mark.slow
 def test_experiments_run_in_place_and_from_the_queue(repo, tmp_path):
     "Both run the library of their own tree: a sentence planted there shows up in the reports they make."
-    copy, planted = tmp_path / "copy", "For education, research and this test."
+    copy = tmp_path / "copy"
+    planted = "For education, research and this test."
     shutil.copytree(repo, copy, symlinks=True)
     library = copy / "skinlesion/taxonomy.py"
     text = re.sub(r'(?m)^DISCLAIMER = ".*"$', f'DISCLAIMER = "{planted}"', library.read_text())
@@ -227,7 +266,9 @@ def test_experiments_run_in_place_and_from_the_queue(repo, tmp_path):
     run(copy, "dvc", "exp", "apply", "queued")
     assert "resamples: 70" in (copy / "params.yaml").read_text()
     assert planted in (copy / "reports/evaluate/report.html").read_text()
-    assert json.loads((copy / "reports/evaluate/metrics.json").read_text())["test"]["ensemble"]["auroc_macro"]["method"].endswith("70 resamples")
+    assert json.loads((copy / "reports/evaluate/metrics.json").read_text())["test"]["ensemble"]["auroc_macro"][
+        "method"
+    ].endswith("70 resamples")
 
 
 @pytest.mark.slow
@@ -237,8 +278,10 @@ def test_folds_further_heads_and_a_member_without_image_run_through(repo, tmp_pa
     shutil.copytree(repo, copy, symlinks=True)
     def change(params):
         params["train"].update(folds=2, epochs=1, warmup_epochs=0.5)
-        params["train"]["members"] = {"ages": {"backbone": None, "fusion": "metadata"},
-                                      "heads": {"backbone": "small_cnn_3", "fusion": "film", "heads": {"malignant": {"kind": "binary"}}}}
+        params["train"]["members"] = {
+            "ages": {"backbone": None, "fusion": "metadata"},
+            "heads": {"backbone": "small_cnn_3", "fusion": "film", "heads": {"malignant": {"kind": "binary"}}},
+        }
     edit_params(copy, change)
     run(copy, "dvc", "repro")
     for member in ("ages", "heads"):

@@ -24,18 +24,23 @@ def answered(n=240, seed=0, members=("a", "b", "c")):
     "What members of different skill say of n made-up images of n / 2 lesions, in one view."
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, HAM.num_classes, n // 2).repeat(2)
-    said = {name: softmax(2.5 * (skill * np.eye(HAM.num_classes)[targets] + rng.normal(size=(n, HAM.num_classes))), axis=1)
-            for skill, name in zip((2.0, 1.0, 0.3), members)}
+    said = {
+        name: softmax(2.5 * (skill * np.eye(HAM.num_classes)[targets] + rng.normal(size=(n, HAM.num_classes))), axis=1)
+        for skill, name in zip((2.0, 1.0, 0.3), members)
+    }
     return Answered({"identity": said}, targets, np.array([f"L{i // 2:03}" for i in range(n)]))
 
 
-def through_json(policy): return Policy.from_dict(json.loads(json.dumps(policy.to_dict(), allow_nan=False)))
+def through_json(policy):
+    return Policy.from_dict(json.loads(json.dumps(policy.to_dict(), allow_nan=False)))
 
 
 @pytest.mark.parametrize("combination, calibration", [*((kind, "vector") for kind in COMBINATIONS), *(("logit_mean", kind) for kind in CALIBRATIONS)])
 def test_a_row_alone_gets_what_it_gets_in_the_table(combination, calibration):
     "Also from the file, and whatever the order of members and rows."
-    policy = through_json(choose_policy(answered(), HAM, combination=combination, calibration=calibration, n_resamples=10).policy)
+    policy = through_json(
+        choose_policy(answered(), HAM, combination=combination, calibration=calibration, n_resamples=10).policy
+    )
     assert (policy.combiner.kind, policy.calibrator.kind) == (combination, calibration)
     shown = answered(12, 1).by_view["identity"]
     table = policy.answer(shown, HAM)
@@ -50,8 +55,10 @@ def test_a_row_alone_gets_what_it_gets_in_the_table(combination, calibration):
 
 def numbers(values):
     "Every number in nested values."
-    if isinstance(values, dict): return [n for v in values.values() for n in numbers(v)]
-    if isinstance(values, list): return [n for v in values for n in numbers(v)]
+    if isinstance(values, dict):
+        return [n for v in values.values() for n in numbers(v)]
+    if isinstance(values, list):
+        return [n for v in values for n in numbers(v)]
     return [values] if isinstance(values, float) else []
 
 
@@ -59,15 +66,32 @@ def test_choosing_twice_gives_the_same_bytes_and_eight_digits():
     kinds = dict(combination="stacking", calibration="dirichlet")
     first, second = (choose_policy(answered(120), HAM, **kinds, n_resamples=10).policy.to_dict() for _ in range(2))
     assert json.dumps(first) == json.dumps(second)
-    fitted = numbers([first["combiner"], first["calibrator"], first["conformal"], first["threshold"]["value"], first["abstention"]["value"]])
+    fitted = numbers(
+        [
+            first["combiner"],
+            first["calibrator"],
+            first["conformal"],
+            first["threshold"]["value"],
+            first["abstention"]["value"],
+        ]
+    )
     assert len(fitted) > 3 * 49 and all(float(f"{n:.8g}") == n for n in fitted)
 
 
 def test_what_is_locked_holds_on_the_lesions_it_was_locked_on():
     "On cross-fitted answers: the target sensitivity, the coverage, the share of abstentions."
     fit = answered(600)
-    choice = choose_policy(fit, HAM, combination="convex", calibration="vector", target_sensitivity=.9, coverage=.8, conformal="split",
-                           abstain_share=.2, n_resamples=10)
+    choice = choose_policy(
+        fit,
+        HAM,
+        combination="convex",
+        calibration="vector",
+        target_sensitivity=0.9,
+        coverage=0.8,
+        conformal="split",
+        abstain_share=0.2,
+        n_resamples=10,
+    )
     decided = choice.policy.decide(choice.answers, HAM)
     malignant = np.isin(fit.targets, [HAM.index(code) for code in ("akiec", "bcc", "mel")])
     assert .9 <= decided.flagged[malignant].mean() < .92
@@ -86,7 +110,9 @@ def test_a_label_set_without_malignancy_has_no_flag_and_no_threshold():
 @pytest.fixture(scope="module")
 def written():
     "A policy as a bundle holds it."
-    return choose_policy(answered(), HAM, combination="mean", calibration="temperature", n_resamples=10).policy.to_dict()
+    return choose_policy(
+        answered(), HAM, combination="mean", calibration="temperature", n_resamples=10
+    ).policy.to_dict()
 
 
 @pytest.mark.parametrize("part, change, words", [
@@ -100,18 +126,27 @@ def written():
 def test_a_policy_that_does_not_hold_together_is_refused_with_its_place(written, part, change, words):
     values = copy.deepcopy(written)
     values[part] = (values[part] or {}) | change if isinstance(change, dict) else change
-    with pytest.raises(ValueError, match=words.replace("?", r"\?")): Policy.from_dict(values)
+    with pytest.raises(ValueError, match=words.replace("?", r"\?")):
+        Policy.from_dict(values)
 
 
 def test_a_bundle_from_before_policies_answers_as_it_did(tmp_path):
-    bundle, pictures = build_bundle(tmp_path / "bundle"), build_pictures(tmp_path)
+    bundle = build_bundle(tmp_path / "bundle")
+    pictures = build_pictures(tmp_path)
     before = Predictor(bundle).predict(pictures["a"], 50)
     facts = read_json(bundle / "bundle.json")
     write_json(bundle / "bundle.json", {k: v for k, v in facts.items() if k not in ("policy", "colour", "views")})
     write_sums(bundle)
-    older, after = load_bundle(bundle), Predictor(bundle).predict(pictures["a"], 50)
+    older = load_bundle(bundle)
+    after = Predictor(bundle).predict(pictures["a"], 50)
     assert older.policy is None and after.probabilities == before.probabilities
-    assert (after.abstain, after.prediction_set, after.flagged, after.threshold, after.coverage) == (False, None, None, None, None)
+    assert (after.abstain, after.prediction_set, after.flagged, after.threshold, after.coverage) == (
+        False,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def test_the_table_of_use_goes_through_the_file_of_evaluation(tmp_path):
@@ -119,7 +154,8 @@ def test_the_table_of_use_goes_through_the_file_of_evaluation(tmp_path):
     names = ("image", "fused", "another")
     kinds = dict(combination="logit_mean", calibration="vector", n_resamples=10)
     two, three = (choose_policy(answered(members=names[:k]), HAM, **kinds).policy for k in (2, 3))
-    bundle, pictures = build_bundle(tmp_path / "bundle"), build_pictures(tmp_path)
+    bundle = build_bundle(tmp_path / "bundle")
+    pictures = build_pictures(tmp_path)
     def with_policy(policy):
         write_json(bundle / "bundle.json", read_json(bundle / "bundle.json") | dict(policy=policy.to_dict()))
         write_sums(bundle)
@@ -127,6 +163,9 @@ def test_the_table_of_use_goes_through_the_file_of_evaluation(tmp_path):
     table = with_policy(two).predict_many(pictures.values())
     back = read_predictions(write_predictions(table, tmp_path / "out.csv"), HAM)
     assert back.predicted.tolist() == table.predicted.tolist() and np.allclose(back.p_mel, table.p_mel, atol=1e-7)
-    for column in ("abstain", "flagged"): assert back[column].astype(str).tolist() == table[column].astype(str).tolist()
-    for column in ("abstain_reason", "prediction_set"): assert back[column].fillna("").tolist() == table[column].tolist()
-    with pytest.raises(BundleError, match="the policy combines the members .*'another'.*, but the bundle has"): with_policy(three)
+    for column in ("abstain", "flagged"):
+        assert back[column].astype(str).tolist() == table[column].astype(str).tolist()
+    for column in ("abstain_reason", "prediction_set"):
+        assert back[column].fillna("").tolist() == table[column].tolist()
+    with pytest.raises(BundleError, match="the policy combines the members .*'another'.*, but the bundle has"):
+        with_policy(three)

@@ -27,11 +27,16 @@ def texts(root):
     "Tracked texts as (place, text): a file, or one cell of a notebook with its textual outputs; pictures are left out."
     for path in tracked(root):
         data = (root / path).read_bytes()
-        if path.as_posix().startswith(REMOTE) or b"\0" in data: continue
-        try: text = data.decode()
-        except UnicodeDecodeError: continue
-        if path.suffix == ".ipynb": yield from ((f"{path} cell {c['id']}", cell_text(c)) for c in json.loads(text)["cells"])
-        else: yield path.as_posix(), text
+        if path.as_posix().startswith(REMOTE) or b"\0" in data:
+            continue
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            continue
+        if path.suffix == ".ipynb":
+            yield from ((f"{path} cell {c['id']}", cell_text(c)) for c in json.loads(text)["cells"])
+        else:
+            yield path.as_posix(), text
 
 
 def cell_text(c):
@@ -45,12 +50,20 @@ def cell_text(c):
 
 def finds(root, pattern):
     "Where a pattern stands in the tracked texts, as (place, words)."
-    return [(f"{place} line {text.count(chr(10), 0, m.start()) + 1}", m[0]) for place, text in texts(root) for m in re.finditer(pattern, text)]
+    return [
+        (f"{place} line {text.count(chr(10), 0, m.start()) + 1}", m[0])
+        for place, text in texts(root)
+        for m in re.finditer(pattern, text)
+    ]
 
 
 def check_texts(root):
     "No machine's path, package index, secret or unfinished business in a tracked text."
-    return [f"{place} holds {what}: {words!r}" for what, pattern in FORBIDDEN.items() for place, words in finds(root, pattern)]
+    return [
+        f"{place} holds {what}: {words!r}"
+        for what, pattern in FORBIDDEN.items()
+        for place, words in finds(root, pattern)
+    ]
 
 
 def check_version(root):
@@ -58,7 +71,8 @@ def check_version(root):
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(root / "settings.ini", encoding="utf-8")
     version = settings["DEFAULT"].get("version", "")
-    if not re.fullmatch(r"\d+\.\d+\.\d+\S*", version): return [f"settings.ini: version is {version!r}; write it as 1.2.3"]
+    if not re.fullmatch(r"\d+\.\d+\.\d+\S*", version):
+        return [f"settings.ini: version is {version!r}; write it as 1.2.3"]
     pattern = rf"__version__\s*=\s*[\"']|version[\"']?\s*[:=]\s*[\"']?{re.escape(version)}(?![\w.])"
     return [f"{place} states the version ({words!r}); settings.ini alone does" for place, words in finds(root, pattern)
             if not place.startswith("settings.ini ")]
@@ -81,8 +95,11 @@ def committed_data(root):
 def check_remote(root):
     "The embedded remote holds the objects of the default dataset, whole, and no others."
     held = {p.as_posix() for p in tracked(root, REMOTE)}
-    place = lambda name: f"{REMOTE}/files/md5/{name[:2]}/{name[2:]}"
-    problems, named, listing = [], set(), committed_data(root)
+    def place(name):
+        return f"{REMOTE}/files/md5/{name[:2]}/{name[2:]}"
+    problems = []
+    named = set()
+    listing = committed_data(root)
     if listing and place(listing) in held:
         named = {place(listing), *(place(entry["md5"]) for entry in json.loads((root / place(listing)).read_text()))}
     remedy = "images from elsewhere are never committed: git rm --cached"
@@ -90,15 +107,20 @@ def check_remote(root):
     problems += [f"{path} is named by data.dvc and not tracked: git add -f {path}" for path in sorted(named - held)]
     for path in sorted(held & named):
         name = "".join(path.split("/")[-2:]).removesuffix(".dir")
-        if hashlib.md5((root / path).read_bytes()).hexdigest() != name: problems.append(f"{path} is not what its name says; fetch it anew")
+        if hashlib.md5((root / path).read_bytes()).hexdigest() != name:
+            problems.append(f"{path} is not what its name says; fetch it anew")
     return problems
 
 
 def check_ignored(root):
     "Git tracks neither data, nor artifacts, nor what a run leaves behind."
-    pattern = r"(data|artifacts|\.venv|\.work)/.*|\.dvc/(cache|tmp|config\.local).*|.*/(__pycache__|\.ipynb_checkpoints)/.*|" \
-              r"reports/(.*/)?(report\.html|index\.html|executed\.ipynb|failed\.ipynb|run\.json)"
-    return [f"{path} is tracked; git rm --cached {path}" for path in tracked(root) if re.fullmatch(pattern, path.as_posix())]
+    pattern = (
+        r"(data|artifacts|\.venv|\.work)/.*|\.dvc/(cache|tmp|config\.local).*|.*/(__pycache__|\.ipynb_checkpoints)/.*|"
+        r"reports/(.*/)?(report\.html|index\.html|executed\.ipynb|failed\.ipynb|run\.json)"
+    )
+    return [
+        f"{path} is tracked; git rm --cached {path}" for path in tracked(root) if re.fullmatch(pattern, path.as_posix())
+    ]
 
 
 CHECKS = [f for name, f in list(globals().items()) if name.startswith("check_") and f.__module__ == __name__]
@@ -107,27 +129,46 @@ FOREIGN, _ = remote_object(b"somebody's skin")
 IMAGE, _ = remote_object(b"\xff\xd8made up\0")
 NB = "nbs/model/20_grow.ipynb"
 FAULTS = [
-    (check_texts, {"notes.md": "first\nsee /wo" "rk/main/nbs\n"}, "notes.md line 2 holds a machine's path: '/wo" "rk/m'"),
-    (check_texts, {"Makefile": "x:\n\tls /ho" "me/someone\n"}, "Makefile line 2 holds a machine's path"),
-    (check_texts, {NB: library("model.grow", cell("x", outputs=[dict(output_type="stream", name="stdout", text=["at /ro" "ot/x\n"])]))},
-     "holds a machine's path"),
-    (check_texts, {"constraints.txt": "--extra-index" "-url https://mirror.nowhere.example/simple\n"}, "holds a package index"),
-    (check_texts, {"setup.cfg": "url = https://py" "pi.nowhere.example/simple\n"}, "holds a package index"),
-    (check_texts, {"setup.cfg": "url = http://10." "1.2.3:8080/\n"}, "holds a machine's address"),
-    (check_texts, {"conf.py": "api_" "key = 'abcdefgh1234'\n"}, "holds a secret"),
-    (check_texts, {"conf.py": "x = 'gh" "p_" + "a1" * 18 + "'\n"}, "holds a secret"),
-    (check_texts, {"key.pem": "-----BEGIN RSA PRIVATE" " KEY-----\n"}, "holds a secret"),
-    (check_texts, {NB: library("model.grow", "x = 1 # TO" "DO: more")}, "line 1 holds something left to do"),
+    (check_texts, {"notes.md": "first\nsee /work/main/nbs\n"}, "notes.md line 2 holds a machine's path: '/work/m'"),
+    (check_texts, {"Makefile": "x:\n\tls /home/someone\n"}, "Makefile line 2 holds a machine's path"),
+    (
+        check_texts,
+        {
+            NB: library(
+                "model.grow", cell("x", outputs=[dict(output_type="stream", name="stdout", text=["at /root/x\n"])])
+            )
+        },
+        "holds a machine's path",
+    ),
+    (
+        check_texts,
+        {"constraints.txt": "--extra-index-url https://mirror.nowhere.example/simple\n"},
+        "holds a package index",
+    ),
+    (check_texts, {"setup.cfg": "url = https://pypi.nowhere.example/simple\n"}, "holds a package index"),
+    (check_texts, {"setup.cfg": "url = http://10.1.2.3:8080/\n"}, "holds a machine's address"),
+    (check_texts, {"conf.py": "api_key = 'abcdefgh1234'\n"}, "holds a secret"),
+    (check_texts, {"conf.py": "x = 'ghp_" + "a1" * 18 + "'\n"}, "holds a secret"),
+    (check_texts, {"key.pem": "-----BEGIN RSA PRIVATE KEY-----\n"}, "holds a secret"),
+    (check_texts, {NB: library("model.grow", "x = 1 # TODO: more")}, "line 1 holds something left to do"),
     (check_version, {"settings.ini": swap("version = 4.5.6", "version = four")}, "version is 'four'"),
-    (check_version, {"pyproject.toml": swap('dynamic = ["version"]', 'version = "4.5.6"')}, "pyproject.toml line 3 states the version"),
-    (check_version, {"skinlesion/base.py": "__ver" "sion__ = '1'\n"}, "skinlesion/base.py line 1 states the version"),
+    (
+        check_version,
+        {"pyproject.toml": swap('dynamic = ["version"]', 'version = "4.5.6"')},
+        "pyproject.toml line 3 states the version",
+    ),
+    (check_version, {"skinlesion/base.py": "__version__ = '1'\n"}, "skinlesion/base.py line 1 states the version"),
     (check_readme, {"README.md": "# Something else\n"}, "README.md differs from nbs/index.ipynb"),
     (check_readme, {"README.md": None}, "README.md differs from nbs/index.ipynb"),
     (check_remote, {FOREIGN: b"somebody's skin"}, f"{FOREIGN} belongs to no file that data.dvc names"),
     (check_remote, {f"{REMOTE}/face.jpg": b"\xff\xd8"}, "face.jpg belongs to no file"),
     (check_remote, {IMAGE: None}, f"{IMAGE} is named by data.dvc and not tracked"),
     (check_remote, {IMAGE: b"another"}, f"{IMAGE} is not what its name says"),
-    (check_remote, {"data.dvc": f"outs:\n- md5: {'0' * 32}.dir\n  path: data\n"}, f"{IMAGE} belongs to no file that data.dvc names"),
+    (
+        check_remote,
+        {"data.dvc": f"outs:\n- md5: {'0' * 32}.dir\n  path: data\n"},
+        f"{IMAGE} belongs to no file that data.dvc names",
+    ),
     (check_ignored, {"data/images/a.jpg": b"\xff\xd8"}, "data/images/a.jpg is tracked"),
     (check_ignored, {"reports/train/image/run.json": "{}"}, "run.json is tracked"),
 ]
@@ -138,7 +179,10 @@ test_repository, test_good_tree, test_planted, test_every_check_is_tested = chec
 
 def test_harmless_texts(good_tree, tmp_path):
     "What only looks like a fault is let through."
-    harmless = 'root/work/x, https://example.org/home/page, "{root}/opt/x", /path/to/python3, http://127.0.0.1:8000, token = get_token(), data/work/x'
+    harmless = (
+        'root/work/x, https://example.org/home/page, "{root}/opt/x", /path/to/python3, '
+        'http://127.0.0.1:8000, token = get_token(), data/work/x'
+    )
     assert check_texts(plant(good_tree, tmp_path / "tree", {"notes.md": harmless})) == []
 
 

@@ -33,23 +33,31 @@ def forget(repo):
     lock = yaml.safe_load((repo / "dvc.lock").read_text())
     del lock["stages"]["train@image"]
     (repo / "dvc.lock").write_text(yaml.safe_dump(lock))
-    for folder in (".dvc/cache/runs", ".work/cache/resume", *OUTPUTS): shutil.rmtree(repo / folder, ignore_errors=True)
+    for folder in (".dvc/cache/runs", ".work/cache/resume", *OUTPUTS):
+        shutil.rmtree(repo / folder, ignore_errors=True)
 
 
 class Reached:
     "Whether the run could go on from after so many epochs and steps, or from later."
-    def __init__(self, repo, epoch, step): self.folder, self.goal = repo / ".work/cache/resume", (epoch, step)
+    def __init__(self, repo, epoch, step):
+        self.folder = repo / ".work/cache/resume"
+        self.goal = (epoch, step)
 
     def __call__(self, log):
-        if any(self.folder.rglob("finished.json")): return True
+        if any(self.folder.rglob("finished.json")):
+            return True
         for path in self.folder.rglob("unfinished.pt"):
-            try: state = torch.load(path, weights_only=True)
-            except FileNotFoundError: continue  # just finished
-            if (state["epoch"], state["done"]) >= self.goal: return True
+            try:
+                state = torch.load(path, weights_only=True)
+            except FileNotFoundError:
+                continue  # just finished
+            if (state["epoch"], state["done"]) >= self.goal:
+                return True
         return False
 
 
-def said(words): return lambda log: words in log.read_text(errors="replace")
+def said(words):
+    return lambda log: words in log.read_text(errors="replace")
 
 
 def lock_holder(repo):
@@ -61,25 +69,37 @@ def kill(repo, moment, whom="dvc"):
     "Start `dvc repro`, and kill dvc, the runner or all that belongs to them when the moment has come; what was printed until then."
     log = repo.parent / "log"
     with open(log, "w") as out:
-        process = subprocess.Popen(["dvc", "repro", "train@image"], cwd=repo, env=plain_environment(), stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            ["dvc", "repro", "train@image"],
+            cwd=repo,
+            env=plain_environment(),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
     try:
         end = time.monotonic() + 300
         while not moment(log):
             assert process.poll() is None, f"it ended before the moment came:\n{log.read_text()[-3000:]}"
             assert time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(.002)
-        if whom == "all": os.killpg(process.pid, signal.SIGKILL)
-        else: os.kill(process.pid if whom == "dvc" else lock_holder(repo), signal.SIGKILL)
+        if whom == "all":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(process.pid if whom == "dvc" else lock_holder(repo), signal.SIGKILL)
     finally:
-        if whom != "runner" and process.poll() is None: process.kill()
+        if whom != "runner" and process.poll() is None:
+            process.kill()
         process.wait()
     return log.read_text()
 
 
-def finish(repo): return run(repo, "dvc", "repro", "train@image").stdout
+def finish(repo):
+    return run(repo, "dvc", "repro", "train@image").stdout
 
 
-def kept(repo): return [p for p in (repo / ".work/cache/resume").glob("*") if p.is_dir()]
+def kept(repo):
+    return [p for p in (repo / ".work/cache/resume").glob("*") if p.is_dir()]
 
 
 def test_killed_in_the_first_epoch_and_in_the_last(repo):

@@ -21,7 +21,16 @@ from skinlesion.data.synthetic import synthesise
 from skinlesion.evaluate.figures import plot_stress
 from skinlesion.evaluate.intervals import lesion_weights, percentile_interval
 from skinlesion.evaluate.metrics import weighted_auroc, weighted_ece, weighted_metrics
-from skinlesion.evaluate.robustness import CORRUPTIONS, GRADES, corrupt, corrupt_images, permuted_fields, stress_card, stress_images, stress_metadata
+from skinlesion.evaluate.robustness import (
+    CORRUPTIONS,
+    GRADES,
+    corrupt,
+    corrupt_images,
+    permuted_fields,
+    stress_card,
+    stress_images,
+    stress_metadata,
+)
 from skinlesion.images import read_image, resize_image
 from skinlesion.model.bundle import predict_probs
 from skinlesion.model.fusion import create_model
@@ -61,9 +70,14 @@ def test_another_process_gives_the_same_bytes():
             "p = np.add.outer(np.arange(64), np.arange(64))[..., None].repeat(3, 2).astype('uint8'); "
             "print(hashlib.sha256(b''.join(corrupt(p, k, 3, 7, 'x').tobytes() for k in CORRUPTIONS)).hexdigest())")
     elsewhere = os.environ | dict(PYTHONHASHSEED="1", PYTHONPATH=str(ROOT))
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=elsewhere).stdout
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=elsewhere
+    ).stdout
     picture = np.add.outer(np.arange(64), np.arange(64))[..., None].repeat(3, 2).astype("uint8")
-    assert other.strip() == hashlib.sha256(b"".join(corrupt(picture, kind, 3, 7, "x").tobytes() for kind in CORRUPTIONS)).hexdigest()
+    assert (
+        other.strip()
+        == hashlib.sha256(b"".join(corrupt(picture, kind, 3, 7, "x").tobytes() for kind in CORRUPTIONS)).hexdigest()
+    )
 
 
 def test_a_picture_does_not_hang_on_its_neighbours():
@@ -74,7 +88,8 @@ def test_a_picture_does_not_hang_on_its_neighbours():
         turned = corrupt_images(pictures[::-1], kind, 3, 2, ids[::-1])
         np.testing.assert_array_equal(whole, turned[::-1])
         np.testing.assert_array_equal(whole[1], corrupt(pictures[1], kind, 3, 2, "b"))
-    with pytest.raises(ValueError): corrupt_images(pictures, "hair", 1, 0, ["a"])
+    with pytest.raises(ValueError):
+        corrupt_images(pictures, "hair", 1, 0, ["a"])
 
 
 def test_a_higher_grade_holds_the_lower_one():
@@ -88,7 +103,9 @@ def test_a_higher_grade_holds_the_lower_one():
 
 def test_blur_and_rotation_against_opencv_and_jpeg_against_pillow():
     picture = disc(100)
-    np.testing.assert_allclose(corrupt(picture, "blur", 5), cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 3.), atol=.51)
+    np.testing.assert_allclose(
+        corrupt(picture, "blur", 5), cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 3.0), atol=0.51
+    )
     turned = [corrupt(picture, "rotation", 5, seed) for seed in range(8)]
     assert len({t.tobytes() for t in turned}) == 2  # to either side
     bars = np.zeros((101, 101, 3), np.uint8)
@@ -97,15 +114,23 @@ def test_blur_and_rotation_against_opencv_and_jpeg_against_pillow():
     assert np.abs(np.abs(slope[:, 0]) - np.abs(slope[:, 1])).max() <= 1  # a level bar lies on a diagonal
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=8)
-    assert away(corrupt(picture, "jpeg", 5), np.asarray(Image.open(buffer))) < 2 < away(np.asarray(Image.open(buffer)), picture) + 1.5
+    assert (
+        away(corrupt(picture, "jpeg", 5), np.asarray(Image.open(buffer)))
+        < 2
+        < away(np.asarray(Image.open(buffer)), picture) + 1.5
+    )
 
 
 def test_light_by_hand():
     "Stops multiply linear light; a cast leaves the picture's light as it was and turns its colour."
-    linear = lambda v: ((np.asarray(v, float) / 255 + .055) / 1.055) ** 2.4
+    def linear(v):
+        return ((np.asarray(v, float) / 255 + .055) / 1.055) ** 2.4
     grey = np.full((32, 32, 3), 120, np.uint8)
     for grade, stops in zip(GRADES, (.25, .5, .8, 1.1, 1.5)):
-        seen = {round(float(np.log2(linear(corrupt(grey, "brightness", grade, s)[0, 0, 0]) / linear(120))), 1) for s in range(12)}
+        seen = {
+            round(float(np.log2(linear(corrupt(grey, "brightness", grade, s)[0, 0, 0]) / linear(120))), 1)
+            for s in range(12)
+        }
         assert len(seen) == 2 and all(abs(abs(s) - stops) < .06 for s in seen), (grade, seen)
     for seed in range(12):
         cast = linear(corrupt(grey, "colour_cast", 3, seed)[0, 0])
@@ -136,7 +161,8 @@ def test_the_audit_sees_what_was_laid_over():
 
 
 def test_the_audit_sees_what_was_laid_over_real_pictures():
-    if not ARCHIVE.exists(): pytest.skip("no ../shared/data/ham10000: HAM10000 is not distributed with the project")
+    if not ARCHIVE.exists():
+        pytest.skip("no ../shared/data/ham10000: HAM10000 is not distributed with the project")
     with zipfile.ZipFile(ARCHIVE) as z:
         names = sorted(n for n in z.namelist() if n.endswith(".jpg"))[::400][:12]
         check_seen([working_image(read_image(z.read(n), n)) for n in names], names)
@@ -153,28 +179,40 @@ def draw(n, rng, blunt):
     lesion = np.repeat(np.arange(n), rng.integers(1, 3, n))
     ill = (rng.random(n) < .4)[lesion]
     signal = np.where(ill, 1.3, -1.3) + 1.2 * rng.normal(size=n)[lesion]
-    before, after = signal + .5 * rng.normal(size=len(ill)), (1 - blunt) * signal + 1.2 * rng.normal(size=len(ill))
-    return ill.astype(int), lesion, *(np.stack([1 - p, p], 1) for p in (1 / (1 + np.exp(-1.6 * before)), 1 / (1 + np.exp(-1.6 * after))))
+    before = signal + .5 * rng.normal(size=len(ill))
+    after = (1 - blunt) * signal + 1.2 * rng.normal(size=len(ill))
+    return (
+        ill.astype(int),
+        lesion,
+        *(np.stack([1 - p, p], 1) for p in (1 / (1 + np.exp(-1.6 * before)), 1 / (1 + np.exp(-1.6 * after)))),
+    )
 
 
 @pytest.fixture(scope="module")
 def truth():
     "What that disturbance takes, from so many lesions that it does not move."
     targets, lesion, before, after = draw(300_000, np.random.default_rng(99), .4)
-    ece = lambda p: weighted_metrics(targets, p, None, ("ece_debiased",), lesion)["ece_debiased"][0]
-    over = lambda p: p.max(1).mean() - (p.argmax(1) == targets).mean()
-    auroc = lambda p: weighted_auroc(targets, p[:, 1])[0]
+    def ece(p):
+        return weighted_metrics(targets, p, None, ("ece_debiased",), lesion)["ece_debiased"][0]
+    def over(p):
+        return p.max(1).mean() - (p.argmax(1) == targets).mean()
+    def auroc(p):
+        return weighted_auroc(targets, p[:, 1])[0]
     return dict(drop=auroc(before) - auroc(after), ece=ece(after) - ece(before), over=over(after) - over(before))
 
 
 def coverage(truth, runs, seed):
     "How often the limits hold the truth."
-    held, values = dict.fromkeys(truth, 0), []
+    held = dict.fromkeys(truth, 0)
+    values = []
     for k in range(runs):
         targets, lesion, before, after = draw(200, np.random.default_rng([seed, k]), .4)
         blank = np.zeros((len(targets), 4, 4, 3), np.uint8)
-        row = stress_images(scripted(before, after), blank, None, targets, lesion, TWO, ["blur"], [1], n_resamples=400, seed=k).iloc[1]
-        for name in truth: held[name] += row[f"{name}_low"] <= truth[name] <= row[f"{name}_high"]
+        row = stress_images(
+            scripted(before, after), blank, None, targets, lesion, TWO, ["blur"], [1], n_resamples=400, seed=k
+        ).iloc[1]
+        for name in truth:
+            held[name] += row[f"{name}_low"] <= truth[name] <= row[f"{name}_high"]
         values.append((row["drop"], row["ece_change"], row["over_change"]))
     return held, np.mean(values, axis=0)
 
@@ -182,15 +220,19 @@ def coverage(truth, runs, seed):
 def test_limits_of_a_planted_drop_hold_the_truth_subset(truth):
     assert truth["drop"] > .05 and truth["ece"] > .03, truth
     held, mean = coverage(truth, 40, seed=5)
-    for name, hits in held.items(): assert report(name, hits, 40)[1] >= .95, (name, hits)
+    for name, hits in held.items():
+        assert report(name, hits, 40)[1] >= .95, (name, hits)
     assert np.abs(mean - list(truth.values())).max() < .03
 
 
 def plain_ece(runs, seed):
     "What plain ECE would say of the same disturbance: truth, mean of the estimates, and how often percentile limits hold the truth."
-    ece = lambda p, targets, weights=None: weighted_ece(p.argmax(1) == targets, p.max(1), weights)
+    def ece(p, targets, weights=None):
+        return weighted_ece(p.argmax(1) == targets, p.max(1), weights)
     targets, _, before, after = draw(300_000, np.random.default_rng(99), .4)
-    truth, held, values = ece(after, targets)[0] - ece(before, targets)[0], 0, []
+    truth = ece(after, targets)[0] - ece(before, targets)[0]
+    held = 0
+    values = []
     for k in range(runs):
         targets, lesion, before, after = draw(200, np.random.default_rng([seed, k]), .4)
         weights = lesion_weights(lesion, 400, k)
@@ -203,8 +245,10 @@ def plain_ece(runs, seed):
 @pytest.mark.slow
 def test_limits_of_a_planted_drop_hold_the_truth(truth):
     held, mean = coverage(truth, 1000, seed=6)
-    for (name, value), found in zip(truth.items(), mean): print(f"{name}: truth {value:.4f}, mean {found:.4f}")
-    for name, hits in held.items(): assert report(name, hits, 1000)[0] >= .91, (name, hits)
+    for (name, value), found in zip(truth.items(), mean):
+        print(f"{name}: truth {value:.4f}, mean {found:.4f}")
+    for name, hits in held.items():
+        assert report(name, hits, 1000)[0] >= .91, (name, hits)
     plain, found, hits = plain_ece(400, seed=6)
     print(f"plain ece: truth {plain:.4f}, mean {found:.4f}")
     assert report("plain ece", hits, 400)[1] < .93  # were it as good, there would be no need for another
@@ -213,22 +257,47 @@ def test_limits_of_a_planted_drop_hold_the_truth(truth):
 def test_a_model_of_the_library_under_stress(one_thread):
     "From pictures and a table of people through `predict_probs`: every row is there, and the pictures draw."
     rng = np.random.default_rng(0)
-    lesion, targets = np.repeat(np.arange(14), 2), np.repeat(np.arange(14) % 7, 2)
-    images = np.stack([resize_image(synthesise(HAM.codes[t], np.random.default_rng(k)).image, 48) for k, t in enumerate(targets)])
-    sexes, sites = rng.choice(["female", "male", ""], 28), rng.choice(["back", "face", ""], 28)
+    lesion = np.repeat(np.arange(14), 2)
+    targets = np.repeat(np.arange(14) % 7, 2)
+    images = np.stack(
+        [resize_image(synthesise(HAM.codes[t], np.random.default_rng(k)).image, 48) for k, t in enumerate(targets)]
+    )
+    sexes = rng.choice(["female", "male", ""], 28)
+    sites = rng.choice(["back", "face", ""], 28)
     people = pd.DataFrame(dict(age=rng.integers(20, 90, 28).astype(float), sex=sexes, site=sites))
     encoder = MetadataEncoder.fit(people)
     model = create_model("small_cnn_3", 7, encoder.dim, "concat", seed=1)
-    answer = lambda images, metadata: predict_probs(model, images, metadata)
-    table = stress_images(answer, images, encoder.encode(people), targets, lesion, HAM, ("hair", "blur"), (1, 5), n_resamples=50)
-    assert table[["kind", "grade"]].to_numpy().tolist() == [["none", 0], ["hair", 1], ["hair", 5], ["blur", 1], ["blur", 5]]
-    assert (table.metric == "malignant").all() and table.n.eq(28).all() and table.n_lesions.eq(14).all() and table["drop"].notna().all()
+    def answer(images, metadata):
+        return predict_probs(model, images, metadata)
+    table = stress_images(
+        answer, images, encoder.encode(people), targets, lesion, HAM, ("hair", "blur"), (1, 5), n_resamples=50
+    )
+    assert table[["kind", "grade"]].to_numpy().tolist() == [
+        ["none", 0],
+        ["hair", 1],
+        ["hair", 5],
+        ["blur", 1],
+        ["blur", 5],
+    ]
+    assert (
+        (table.metric == "malignant").all()
+        and table.n.eq(28).all()
+        and table.n_lesions.eq(14).all()
+        and table["drop"].notna().all()
+    )
     fields = stress_metadata(answer, images, people, encoder, targets, lesion, HAM, permutations=2, n_resamples=50)
     refused = fields.reason.str.startswith("refused")
-    assert fields.change[refused].str.startswith("out of range").all() and refused.sum() == 4 and fields["drop"][~refused].notna().all()
+    assert (
+        fields.change[refused].str.startswith("out of range").all()
+        and refused.sum() == 4
+        and fields["drop"][~refused].notna().all()
+    )
     alone = stress_images(answer, images, encoder.encode(people), targets, lesion, HAM, ("hair",), (5,), n_resamples=50)
-    np.testing.assert_array_equal(alone.iloc[1, 3:-2].to_numpy(float), table.iloc[2, 3:-2].to_numpy(float))  # whatever else was asked
-    for drawn in (table, fields): assert len(plot_stress(drawn)) == 2
+    np.testing.assert_array_equal(
+        alone.iloc[1, 3:-2].to_numpy(float), table.iloc[2, 3:-2].to_numpy(float)
+    ) # whatever else was asked
+    for drawn in (table, fields):
+        assert len(plot_stress(drawn)) == 2
     assert stress_card(table)["hair"]["5"]["drop"]["n_lesions"] == 14
     plt.close("all")
 
@@ -239,4 +308,8 @@ def test_shuffles_move_lesions_and_no_images():
     for seed in range(10):
         turned = permuted_fields(table, lesion, ["age"], np.random.default_rng(seed))
         given = turned.age.to_numpy().reshape(10, 3)
-        assert (given == given[:, :1]).all() and sorted(given[:, 0]) == list(range(0, 30, 3)) and (given[:, 0] != np.arange(0, 30, 3)).all()
+        assert (
+            (given == given[:, :1]).all()
+            and sorted(given[:, 0]) == list(range(0, 30, 3))
+            and (given[:, 0] != np.arange(0, 30, 3)).all()
+        )

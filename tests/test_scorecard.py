@@ -9,8 +9,19 @@ from sklearn import metrics as sk
 from skinlesion.evaluate.benchmarks import BenchmarkError, BenchmarkId, check_comparable, identify
 from skinlesion.evaluate.intervals import expanded_level, lesion_weights, wilson_interval
 from skinlesion.evaluate.metrics import BINARY, METRICS, PER_CLASS, WHOLE
-from skinlesion.evaluate.scorecard import (SHARES, align_tables, compare_predictions, deciding_lesions, infer_label_set,
-                                           probability_columns, read_labels, read_predictions, scorecard, scorecard_table, write_predictions)
+from skinlesion.evaluate.scorecard import (
+    SHARES,
+    align_tables,
+    compare_predictions,
+    deciding_lesions,
+    infer_label_set,
+    probability_columns,
+    read_labels,
+    read_predictions,
+    scorecard,
+    scorecard_table,
+    write_predictions,
+)
 from skinlesion.taxonomy import LABEL_SETS, LabelSet, get_label_set
 
 HAM = get_label_set("ham10000")
@@ -21,18 +32,26 @@ def made(n=400, lesions=260, classes=7, skill=1.5, seed=0, label_set=HAM):
     rng = np.random.default_rng(seed)
     lesion = rng.integers(0, lesions, n)
     targets = rng.permutation(np.arange(lesions) % classes)[lesion]
-    scores = rng.normal(size=(n, label_set.num_classes)) + .7 * rng.normal(size=(lesions, label_set.num_classes))[lesion]
+    scores = (
+        rng.normal(size=(n, label_set.num_classes)) + 0.7 * rng.normal(size=(lesions, label_set.num_classes))[lesion]
+    )
     scores = np.exp(scores + skill * np.eye(label_set.num_classes)[targets])
     ids = [f"i{k}" for k in range(n)]
-    labels = pd.DataFrame(dict(image_id=ids, lesion_id=[f"l{k}" for k in lesion], diagnosis=[label_set.codes[t] for t in targets]))
-    return pd.DataFrame(scores / scores.sum(1, keepdims=True), columns=probability_columns(label_set)).assign(image_id=ids), labels
+    labels = pd.DataFrame(
+        dict(image_id=ids, lesion_id=[f"l{k}" for k in lesion], diagnosis=[label_set.codes[t] for t in targets])
+    )
+    return pd.DataFrame(scores / scores.sum(1, keepdims=True), columns=probability_columns(label_set)).assign(
+        image_id=ids
+    ), labels
 
 
 def leaves(card, path=()):
     "Every leaf with its place."
-    if "value" in card: yield ".".join(path), card
+    if "value" in card:
+        yield ".".join(path), card
     else:
-        for key, inner in card.items(): yield from leaves(inner, (*path, key))
+        for key, inner in card.items():
+            yield from leaves(inner, (*path, key))
 
 
 def check_card(card, n, resamples=True):
@@ -42,52 +61,87 @@ def check_card(card, n, resamples=True):
     assert all({*c} == {"n", *PER_CLASS} for c in card["per_class"].values())
     for place, leaf in leaves(card):
         assert 0 <= leaf["n"] <= n, place
-        if place.endswith(".n"): continue
+        if place.endswith(".n"):
+            continue
         assert {"value", "low", "high", "n", "n_lesions", "method"} <= {*leaf} and leaf["n_lesions"] <= leaf["n"], place
-        if leaf["value"] is None or leaf["low"] is None: assert leaf["reason"] and leaf["low"] is None and leaf["high"] is None, place
-        else: assert leaf["low"] <= leaf["value"] <= leaf["high"] and "reason" not in leaf and resamples, place
+        if leaf["value"] is None or leaf["low"] is None:
+            assert leaf["reason"] and leaf["low"] is None and leaf["high"] is None, place
+        else:
+            assert leaf["low"] <= leaf["value"] <= leaf["high"] and "reason" not in leaf and resamples, place
         name = place.split(".")[-1]
         metric = METRICS[PER_CLASS.get(name, name) if "." in place else name]
         for limit, sign in ((metric.low, 1), (metric.high, -1)):
-            if leaf["value"] is not None and limit is not None: assert sign * (leaf["value"] - limit) >= -1e-12, place
+            if leaf["value"] is not None and limit is not None:
+                assert sign * (leaf["value"] - limit) >= -1e-12, place
 
 
 def test_four_images_by_hand():
     "Two classes, four images of four lesions, every number worked out on paper."
     pair = get_label_set("melanoma")
-    labels = pd.DataFrame(dict(image_id=list("abcd"), lesion_id=list("wxyz"), diagnosis=["mel", "mel", "benign", "benign"]))
+    labels = pd.DataFrame(
+        dict(image_id=list("abcd"), lesion_id=list("wxyz"), diagnosis=["mel", "mel", "benign", "benign"])
+    )
     mel = np.array([.9, .4, .6, .1])  # called mel, benign, mel, benign: one of each right
     card = scorecard(labels[["image_id"]].assign(p_mel=mel, p_benign=1 - mel), labels, pair, 200)
     check_card(card, 4)
-    value = lambda place: dict(leaves(card))[place]["value"]
-    assert value("accuracy") == value("balanced_accuracy") == value("malignant.sensitivity") == value("per_class.mel.ppv") == .5
-    assert value("auroc_macro") == value("malignant.auroc") == value("per_class.benign.auroc") == .75  # three of four pairs in order
+    def value(place):
+        return dict(leaves(card))[place]["value"]
+    assert (
+        value("accuracy")
+        == value("balanced_accuracy")
+        == value("malignant.sensitivity")
+        == value("per_class.mel.ppv")
+        == 0.5
+    )
+    assert (
+        value("auroc_macro") == value("malignant.auroc") == value("per_class.benign.auroc") == 0.75
+    ) # three of four pairs in order
     assert value("top2_accuracy") == 1 and abs(value("mcc")) < 1e-12 and abs(value("kappa")) < 1e-12
     assert abs(value("log_loss") + np.log([.9, .4, .4, .9]).mean()) < 1e-12
-    assert abs(value("brier") - 2 * np.mean([.01, .36, .36, .01])) < 1e-12 and abs(value("malignant.brier") - np.mean([.01, .36, .36, .01])) < 1e-12
+    assert (
+        abs(value("brier") - 2 * np.mean([0.01, 0.36, 0.36, 0.01])) < 1e-12
+        and abs(value("malignant.brier") - np.mean([0.01, 0.36, 0.36, 0.01])) < 1e-12
+    )
     assert value("malignant.specificity") == .5 and value("malignant.n") == 2
     np.testing.assert_allclose([card["accuracy"]["low"], card["accuracy"]["high"]], wilson_interval(.5, 4))
-    assert card["accuracy"]["method"] == "Wilson, each lesion once" and card["malignant"]["sensitivity"]["n_lesions"] == 2
+    assert (
+        card["accuracy"]["method"] == "Wilson, each lesion once" and card["malignant"]["sensitivity"]["n_lesions"] == 2
+    )
 
 
 def test_intervals_are_those_of_a_plain_loop():
     "A loop that repeats the rows of the lesions drawn and calls scikit-learn gives the same ends."
     predictions, labels = made(150, 90)
-    card, probs = scorecard(predictions, labels, HAM, 60, seed=3), predictions[probability_columns(HAM)].to_numpy()
-    targets, order = labels.diagnosis.map(HAM.index).to_numpy(), np.argsort(labels.image_id.to_numpy(object), kind="stable")
+    card = scorecard(predictions, labels, HAM, 60, seed=3)
+    probs = predictions[probability_columns(HAM)].to_numpy()
+    targets = labels.diagnosis.map(HAM.index).to_numpy()
+    order = np.argsort(labels.image_id.to_numpy(object), kind="stable")
     rows = [np.repeat(order, w) for w in lesion_weights(labels.lesion_id.to_numpy()[order], 60, 3)]
     assert all(len(np.unique(targets[r])) == 7 for r in rows)
     call = probs.argmax(1)
-    slow = dict(balanced_accuracy=lambda r: sk.balanced_accuracy_score(targets[r], call[r]),
-                f1_macro=lambda r: sk.f1_score(targets[r], call[r], average="macro"),
-                auroc_macro=lambda r: sk.roc_auc_score(targets[r], probs[r], multi_class="ovr"), log_loss=lambda r: sk.log_loss(targets[r], probs[r]),
-                mcc=lambda r: sk.matthews_corrcoef(targets[r], call[r]), kappa=lambda r: sk.cohen_kappa_score(targets[r], call[r]))
-    lesions, data = labels.lesion_id.nunique(), align_tables(predictions, labels, HAM)
-    def ends(values, hangs_on): return np.quantile(values, [(1 + sign * expanded_level(min(hangs_on, lesions))) / 2 for sign in (-1, 1)])
+    slow = dict(
+        balanced_accuracy=lambda r: sk.balanced_accuracy_score(targets[r], call[r]),
+        f1_macro=lambda r: sk.f1_score(targets[r], call[r], average="macro"),
+        auroc_macro=lambda r: sk.roc_auc_score(targets[r], probs[r], multi_class="ovr"),
+        log_loss=lambda r: sk.log_loss(targets[r], probs[r]),
+        mcc=lambda r: sk.matthews_corrcoef(targets[r], call[r]),
+        kappa=lambda r: sk.cohen_kappa_score(targets[r], call[r]),
+    )
+    lesions = labels.lesion_id.nunique()
+    data = align_tables(predictions, labels, HAM)
+    def ends(values, hangs_on):
+        return np.quantile(values, [(1 + sign * expanded_level(min(hangs_on, lesions))) / 2 for sign in (-1, 1)])
     for name, measure in slow.items():
         low, high = ends([measure(r) for r in rows], deciding_lesions(name, data, HAM) or lesions)
-        np.testing.assert_allclose([card[name][k] for k in ("value", "low", "high")], [measure(np.arange(150)), low, high], rtol=1e-9, err_msg=name)
-    low, high = ends([sk.precision_score(targets[r] == 5, call[r] == 5) for r in rows], labels.lesion_id[call == 5].nunique())
+        np.testing.assert_allclose(
+            [card[name][k] for k in ("value", "low", "high")],
+            [measure(np.arange(150)), low, high],
+            rtol=1e-9,
+            err_msg=name,
+        )
+    low, high = ends(
+        [sk.precision_score(targets[r] == 5, call[r] == 5) for r in rows], labels.lesion_id[call == 5].nunique()
+    )
     np.testing.assert_allclose([card["per_class"]["nv"]["ppv"][k] for k in ("low", "high")], [low, high])
 
 
@@ -104,19 +158,30 @@ def test_every_label_set_has_a_whole_card(name):
 
 def test_each_metric_counts_the_images_it_is_over():
     predictions, labels = made()
-    card, call = scorecard(predictions, labels, HAM, 50), predictions[probability_columns(HAM)].to_numpy().argmax(1)
+    card = scorecard(predictions, labels, HAM, 50)
+    call = predictions[probability_columns(HAM)].to_numpy().argmax(1)
     mel = card["per_class"]["mel"]
-    over = dict(sensitivity=labels.diagnosis == "mel", specificity=labels.diagnosis != "mel", ppv=call == 4, npv=call != 4, auroc=call >= 0)
-    for name, mask in over.items(): assert (mel[name]["n"], mel[name]["n_lesions"]) == (mask.sum(), labels.lesion_id[mask].nunique()), name
+    over = dict(
+        sensitivity=labels.diagnosis == "mel",
+        specificity=labels.diagnosis != "mel",
+        ppv=call == 4,
+        npv=call != 4,
+        auroc=call >= 0,
+    )
+    for name, mask in over.items():
+        assert (mel[name]["n"], mel[name]["n_lesions"]) == (mask.sum(), labels.lesion_id[mask].nunique()), name
     assert set(SHARES) - {"accuracy", "top2_accuracy"} == {*over} - {"auroc"}
 
 
 def test_order_of_rows_and_of_columns_changes_no_byte():
     predictions, labels = made(120, 80)
     shuffled = predictions.sample(frac=1, random_state=0)[sorted(predictions.columns, reverse=True)]
-    one, two = scorecard(predictions, labels, HAM, 50), scorecard(shuffled, labels.sample(frac=1, random_state=1), HAM, 50)
+    one = scorecard(predictions, labels, HAM, 50)
+    two = scorecard(shuffled, labels.sample(frac=1, random_state=1), HAM, 50)
     assert json.dumps(one) == json.dumps(two)
-    first, second = (compare_predictions(p, made(120, 80, seed=0, skill=3)[0], labels, HAM, 50) for p in (predictions, shuffled))
+    first, second = (
+        compare_predictions(p, made(120, 80, seed=0, skill=3)[0], labels, HAM, 50) for p in (predictions, shuffled)
+    )
     assert json.dumps(first) == json.dumps(second)
 
 
@@ -147,7 +212,10 @@ def test_too_few_for_an_interval():
     check_card(none, 60, resamples=False)
     assert none["brier"]["value"] is not None and none["brier"]["reason"] == "no interval: no resamples were asked for"
     never = scorecard(predictions.assign(p_df=0., p_nv=predictions.p_nv + predictions.p_df), labels, HAM, 50)
-    assert never["per_class"]["df"]["ppv"]["reason"] == "no image is called df" and never["per_class"]["df"]["sensitivity"]["value"] == 0
+    assert (
+        never["per_class"]["df"]["ppv"]["reason"] == "no image is called df"
+        and never["per_class"]["df"]["sensitivity"]["value"] == 0
+    )
 
 
 def test_stratified_resamples_keep_a_rare_class():
@@ -164,14 +232,21 @@ def test_without_malignancy_only_that_is_missing():
     predictions, labels = made()
     card = scorecard(predictions, labels, LabelSet("own", HAM.codes), 20)
     check_card(card, 400)
-    assert {leaf["reason"] for leaf in card["malignant"].values()} == {"label set own does not say which classes are malignant"}
-    assert "malignant_auroc" not in compare_predictions(predictions, predictions, labels, LabelSet("own", HAM.codes), 20)
+    assert {leaf["reason"] for leaf in card["malignant"].values()} == {
+        "label set own does not say which classes are malignant"
+    }
+    assert "malignant_auroc" not in compare_predictions(
+        predictions, predictions, labels, LabelSet("own", HAM.codes), 20
+    )
 
 
 def test_the_table_of_a_card_has_a_row_per_leaf():
     card = scorecard(*made(), HAM, 20)
     table = scorecard_table(card)
-    assert len(table) == len(list(leaves(card))) and table[(table.metric == "mcc") & (table["class"] == "")].value.item() == card["mcc"]["value"]
+    assert (
+        len(table) == len(list(leaves(card)))
+        and table[(table.metric == "mcc") & (table["class"] == "")].value.item() == card["mcc"]["value"]
+    )
 
 
 @pytest.mark.parametrize("old, new, said", [
@@ -183,19 +258,31 @@ def test_the_table_of_a_card_has_a_row_per_leaf():
 def test_a_bad_table_names_file_row_and_remedy(tmp_path, old, new, said):
     write_predictions(made(20, 15)[0], tmp_path / "p.csv")
     (tmp_path / "bad.csv").write_text((tmp_path / "p.csv").read_text().replace(old, new))
-    with pytest.raises(ValueError) as caught: read_predictions(tmp_path / "bad.csv", HAM)
+    with pytest.raises(ValueError) as caught:
+        read_predictions(tmp_path / "bad.csv", HAM)
     assert said in str(caught.value) and "bad.csv" in str(caught.value)
 
 
 def test_tables_as_other_programs_save_them(tmp_path):
     predictions, labels = made(20, 15)
     write_predictions(predictions, tmp_path / "p.csv")
-    plain, text = read_predictions(tmp_path / "p.csv", HAM), (tmp_path / "p.csv").read_bytes()
-    forms = (b"\xef\xbb\xbf" + text, text.replace(b",", b";"), text.replace(b",", b"\t"), text.replace(b"\n", b"\r\n"), text.replace(b"\n", b"\n\n"))
+    plain = read_predictions(tmp_path / "p.csv", HAM)
+    text = (tmp_path / "p.csv").read_bytes()
+    forms = (
+        b"\xef\xbb\xbf" + text,
+        text.replace(b",", b";"),
+        text.replace(b",", b"\t"),
+        text.replace(b"\n", b"\r\n"),
+        text.replace(b"\n", b"\n\n"),
+    )
     assert all(read_predictions(form, HAM).equals(plain) for form in forms)
     labels.assign(age="", site="back").to_csv(tmp_path / "l.csv", index=False)
     table = read_labels(tmp_path / "l.csv", HAM)
-    assert table.columns.tolist() == ["image_id", "diagnosis", "lesion_id", "age", "site"] and table.age.isna().all() and "lines" not in table.attrs
+    assert (
+        table.columns.tolist() == ["image_id", "diagnosis", "lesion_id", "age", "site"]
+        and table.age.isna().all()
+        and "lines" not in table.attrs
+    )
 
 
 def test_label_sets_are_read_off_the_columns():
@@ -206,8 +293,10 @@ def test_label_sets_are_read_off_the_columns():
 
 def test_the_better_of_two_is_found_and_equals_are_not_told_apart():
     _, labels = made()
-    good, bad = made(skill=2.5)[0], made(skill=1.)[0]
-    found, back = compare_predictions(good, bad, labels, HAM, 300), compare_predictions(bad, good, labels, HAM, 300)
+    good = made(skill=2.5)[0]
+    bad = made(skill=1.)[0]
+    found = compare_predictions(good, bad, labels, HAM, 300)
+    back = compare_predictions(bad, good, labels, HAM, 300)
     for name in ("accuracy", "auroc_macro", "log_loss", "malignant_auroc", "malignant_auroc_delong"):
         assert (found[name]["verdict"], back[name]["verdict"]) == ("better", "worse"), name
         assert found[name]["value"] == pytest.approx(found[name]["first"] - found[name]["second"])
@@ -215,7 +304,9 @@ def test_the_better_of_two_is_found_and_equals_are_not_told_apart():
     assert found["malignant_auroc_delong"]["high"] - found["malignant_auroc_delong"]["low"] == pytest.approx(
         found["malignant_auroc"]["high"] - found["malignant_auroc"]["low"], rel=.25)  # two ways to one interval
     same = compare_predictions(good, good, labels, HAM, 50)
-    assert {leaf["verdict"] for leaf in same.values()} == {"not distinguishable"} and all(leaf["value"] == 0 for leaf in same.values())
+    assert {leaf["verdict"] for leaf in same.values()} == {"not distinguishable"} and all(
+        leaf["value"] == 0 for leaf in same.values()
+    )
 
 
 @pytest.mark.slow
@@ -224,8 +315,10 @@ def test_a_verdict_is_rarely_wrong_where_there_is_no_difference():
     wrong = 0
     for seed in range(200):
         _, labels = made(200, 140, seed=seed)
-        one, two = made(200, 140, seed=seed)[0], made(200, 140, seed=seed)[0]
-        rng, columns = np.random.default_rng(seed), probability_columns(HAM)
+        one = made(200, 140, seed=seed)[0]
+        two = made(200, 140, seed=seed)[0]
+        rng = np.random.default_rng(seed)
+        columns = probability_columns(HAM)
         for table in (one, two):
             noisy = np.exp(np.log(table[columns].to_numpy()) + rng.normal(size=(200, 7)))
             table[columns] = noisy / noisy.sum(1, keepdims=True)
@@ -235,20 +328,30 @@ def test_a_verdict_is_rarely_wrong_where_there_is_no_difference():
 
 
 def test_a_result_of_a_leaked_split_is_not_held_against_a_clean_one():
-    rows = pd.DataFrame(dict(image_id=list("abcd"), lesion_id=["1", "1", "2", "3"], split=["train", "train", "valid", "test"]))
-    clean, leaked = (identify(BenchmarkId("made-up"), rows.assign(split=s)) for s in (rows.split, ["train", "test", "valid", "test"]))
-    with pytest.raises(BenchmarkError, match="leak: A 0, B 1"): check_comparable(clean, leaked, ("A", "B"))
+    rows = pd.DataFrame(
+        dict(image_id=list("abcd"), lesion_id=["1", "1", "2", "3"], split=["train", "train", "valid", "test"])
+    )
+    clean, leaked = (
+        identify(BenchmarkId("made-up"), rows.assign(split=s)) for s in (rows.split, ["train", "test", "valid", "test"])
+    )
+    with pytest.raises(BenchmarkError, match="leak: A 0, B 1"):
+        check_comparable(clean, leaked, ("A", "B"))
     assert check_comparable(clean, clean, ("A", "B")) == tuple(f"{x} (made-up): unknown kind of images" for x in "AB")
 
 
 def test_who_holds_the_test_images_alone_names_the_same_split():
-    rows = pd.DataFrame(dict(image_id=list("abcd"), lesion_id=["1", "1", "2", "3"], split=["train", "train", "valid", "test"]))
-    whole, part, more = (identify(BenchmarkId("made-up"), t) for t in (rows, rows[2:], rows.replace(dict(split=dict(valid="train")))))
+    rows = pd.DataFrame(
+        dict(image_id=list("abcd"), lesion_id=["1", "1", "2", "3"], split=["train", "train", "valid", "test"])
+    )
+    whole, part, more = (
+        identify(BenchmarkId("made-up"), t) for t in (rows, rows[2:], rows.replace(dict(split=dict(valid="train"))))
+    )
     said = ("A (made-up): unknown kind of images", "B (made-up): unknown kind of images, leak between its parts")
     assert check_comparable(whole, part, ("A", "B")) == said
     assert whole == more and part.leak is None
     other = identify(BenchmarkId("made-up"), rows.assign(image_id=list("abce")))
-    with pytest.raises(BenchmarkError, match="split_sha256: A"): check_comparable(whole, other, ("A", "B"))
+    with pytest.raises(BenchmarkError, match="split_sha256: A"):
+        check_comparable(whole, other, ("A", "B"))
 
 
 def test_splits_are_known_by_their_usual_words(tmp_path):
@@ -257,9 +360,16 @@ def test_splits_are_known_by_their_usual_words(tmp_path):
     meant = ["test", "valid", "valid", "train", "clinic A"] * 4
     labels.assign(split=words).to_csv(tmp_path / "l.csv", index=False)
     write_predictions(predictions.assign(split=words), tmp_path / "p.csv")
-    assert read_labels(tmp_path / "l.csv", HAM).split.tolist() == read_predictions(tmp_path / "p.csv", HAM).split.tolist() == meant
+    assert (
+        read_labels(tmp_path / "l.csv", HAM).split.tolist()
+        == read_predictions(tmp_path / "p.csv", HAM).split.tolist()
+        == meant
+    )
 
 
 def test_a_single_column_of_probabilities_is_no_table():
-    with pytest.raises(ValueError, match="p_mel is the only column of probabilities; give one for each class, for two classes such as p_benign"):
+    with pytest.raises(
+        ValueError,
+        match="p_mel is the only column of probabilities; give one for each class, for two classes such as p_benign",
+    ):
         infer_label_set(pd.DataFrame(columns=["image_id", "p_mel"]))

@@ -37,8 +37,11 @@ def served(made):
     "The address of a running service, on a port that the system chose."
     log = made[0].parent / "service.log"
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "skinlesion.pipeline.cli", "serve", "--bundle", str(made[0]), "--port", "0"],
-                                   stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "skinlesion.pipeline.cli", "serve", "--bundle", str(made[0]), "--port", "0"],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
     try:
         address = wait_for_address(process, log, r"running on (http://127\.0\.0\.1:\d+)")
         urllib.request.urlopen(address + "/", timeout=60).close()
@@ -53,10 +56,14 @@ def post(address, path, picture, **fields):
     parts = [f'--B\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode() for k, v in fields.items()]
     head = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\nContent-Type: image/png\r\n\r\n'
     parts.append(head + picture + b"\r\n--B--\r\n")
-    request = urllib.request.Request(address + path, b"".join(parts), {"Content-Type": "multipart/form-data; boundary=B"})
+    request = urllib.request.Request(
+        address + path, b"".join(parts), {"Content-Type": "multipart/form-data; boundary=B"}
+    )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer: return answer.status, json.load(answer)
-    except urllib.error.HTTPError as e: return e.code, json.load(e)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as e:
+        return e.code, json.load(e)
 
 
 def test_infer_over_the_network(served, made):
@@ -76,15 +83,21 @@ def test_predict_and_health_over_the_network(served, made):
     direct = Predictor(bundle).predict(pictures["b"])
     assert status == 200 and answer["probabilities"] == direct.probabilities and answer["class"] == direct.predicted
     assert "never for diagnosis" in answer["disclaimer"] and answer["heads"] == {}
-    with urllib.request.urlopen(served + "/health", timeout=30) as health: assert json.load(health)["bundle_id"] == direct.bundle_id
+    with urllib.request.urlopen(served + "/health", timeout=30) as health:
+        assert json.load(health)["bundle_id"] == direct.bundle_id
 
 
 def test_further_heads_and_folds_answer_over_http(tmp_path, made):
-    ham, urgent = get_label_set("ham10000"), dict(name="urgent", kind="binary", levels=["can wait", "today"])
-    fits = [Member(f"asked.fold_{i}", create_model("small_cnn_3", ham.num_classes, heads=[urgent], seed=i).eval(), {}) for i in range(2)]
+    ham = get_label_set("ham10000")
+    urgent = dict(name="urgent", kind="binary", levels=["can wait", "today"])
+    fits = [
+        Member(f"asked.fold_{i}", create_model("small_cnn_3", ham.num_classes, heads=[urgent], seed=i).eval(), {})
+        for i in range(2)
+    ]
     direct = Predictor(save_bundle(tmp_path / "bundle", fits, ham, None, 32, {})).predict(made[1]["a"])
     client = TestClient(create_app(tmp_path / "bundle"))
-    with client: answer = client.post("/predict", files={"file": ("a.png", made[1]["a"].read_bytes())}).json()
+    with client:
+        answer = client.post("/predict", files={"file": ("a.png", made[1]["a"].read_bytes())}).json()
     assert answer["heads"] == direct.heads and list(answer["heads"]["urgent"]) == ["can wait", "today"]
     assert answer["probabilities"] == direct.probabilities and abs(sum(answer["heads"]["urgent"].values()) - 1) < 1e-9
 
@@ -93,16 +106,30 @@ def test_further_heads_and_folds_answer_over_http(tmp_path, made):
 def test_an_abstention_stands_before_everything_else(tmp_path, made, bound, abstains):
     "Nothing that reads the answer from its beginning can miss it; the numbers are those of the predictor."
     plain = Policy.plain(["image", "fused"], 7)
-    policy = replace(plain, ood=OutOfDistribution("energy", "image", LockedOod(bound, .95, 60, 50)), threshold=LockedThreshold(.2, .95, {}, 50, 40),
-                     conformal=ConformalSets("split", "lac", .9, (.86,) * 7, (40,) * 7))
+    policy = replace(
+        plain,
+        ood=OutOfDistribution("energy", "image", LockedOod(bound, 0.95, 60, 50)),
+        threshold=LockedThreshold(0.2, 0.95, {}, 50, 40),
+        conformal=ConformalSets("split", "lac", 0.9, (0.86,) * 7, (40,) * 7),
+    )
     bundle = build_bundle(tmp_path / "bundle")
     write_json(bundle / "bundle.json", read_json(bundle / "bundle.json") | dict(policy=policy.to_dict()))
     write_sums(bundle)
-    direct, client = Predictor(bundle).predict(made[1]["a"]).to_dict(), TestClient(create_app(bundle))
-    pair, answer = (client.post(path, files={"file": ("a.png", made[1]["a"].read_bytes())}).json() for path in ("/infer", "/predict"))
+    direct = Predictor(bundle).predict(made[1]["a"]).to_dict()
+    client = TestClient(create_app(bundle))
+    pair, answer = (
+        client.post(path, files={"file": ("a.png", made[1]["a"].read_bytes())}).json()
+        for path in ("/infer", "/predict")
+    )
     assert list(pair) == [*(["abstain", "abstain_reason"] if abstains else []), "probs", "camPngUrl"]
-    assert list(answer)[:2] == ["abstain", "abstain_reason"] and answer["abstain"] is abstains and bool(answer["abstain_reason"]) is abstains
-    assert answer["class"] == direct["predicted"] and all(answer[name] == direct[name] for name in set(direct) - {"image_id", "predicted"})
+    assert (
+        list(answer)[:2] == ["abstain", "abstain_reason"]
+        and answer["abstain"] is abstains
+        and bool(answer["abstain_reason"]) is abstains
+    )
+    assert answer["class"] == direct["predicted"] and all(
+        answer[name] == direct[name] for name in set(direct) - {"image_id", "predicted"}
+    )
     assert (answer["flagged"], answer["threshold"], answer["coverage"]) == (True, .2, .9)
     assert set(answer["prediction_set"]) < set(answer["probabilities"])
 
@@ -112,11 +139,17 @@ def test_many_at_once_get_each_their_own_answer(served, made):
     predictor = Predictor(bundle)
     names = list(pictures) * 4
     with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda n: post(served, "/predict" if n != "b" else "/infer", pictures[n].read_bytes()), names))
+        answers = list(
+            pool.map(lambda n: post(served, "/predict" if n != "b" else "/infer", pictures[n].read_bytes()), names)
+        )
     for name, (status, answer) in zip(names, answers):
         direct = predictor.predict(pictures[name])
         assert status == 200
-        assert answer["probs"]["malignant"] == direct.malignancy if name == "b" else answer["probabilities"] == direct.probabilities
+        assert (
+            answer["probs"]["malignant"] == direct.malignancy
+            if name == "b"
+            else answer["probabilities"] == direct.probabilities
+        )
 
 
 @pytest.mark.parametrize("picture, fields, status, words", [
@@ -135,8 +168,10 @@ def test_too_long_a_body_is_refused_before_it_is_whole(served, stated):
     connection = http.client.HTTPConnection(served.removeprefix("http://"), timeout=60)
     connection.putrequest("POST", "/infer")
     connection.putheader("Content-Type", "multipart/form-data; boundary=B")
-    if stated: connection.putheader("Content-Length", str(21 << 20))
-    else: connection.putheader("Transfer-Encoding", "chunked")
+    if stated:
+        connection.putheader("Content-Length", str(21 << 20))
+    else:
+        connection.putheader("Transfer-Encoding", "chunked")
     connection.endheaders()
     limit = (20 << 20) + (64 << 10)  # of the picture, and of all around it
     head = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
@@ -148,8 +183,14 @@ def test_too_long_a_body_is_refused_before_it_is_whole(served, stated):
 
 
 def test_a_map_is_found_by_its_id_alone(served):
-    for path in ("/cams/none.png", "/cams/%2e%2e%2fbundle.json", "/cams/..%2f..%2fetc%2fpasswd", "/cams/" + "0" * 32 + ".png"):
-        with pytest.raises(urllib.error.HTTPError) as caught: urllib.request.urlopen(served + path, timeout=30)
+    for path in (
+        "/cams/none.png",
+        "/cams/%2e%2e%2fbundle.json",
+        "/cams/..%2f..%2fetc%2fpasswd",
+        "/cams/" + "0" * 32 + ".png",
+    ):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(served + path, timeout=30)
         assert caught.value.code == 404
 
 
@@ -161,10 +202,15 @@ def test_without_a_sound_bundle_there_is_no_class(tmp_path, made, damage):
         weights = bundle / "fused.safetensors"
         data = bytearray(weights.read_bytes())
         data[len(data) // 2] ^= 1
-        if damage == "extra": (bundle / "extra.pt").write_bytes(b"x")
-        else: weights.write_bytes(bytes(data) if damage == "flipped" else bytes(data[:100]))
+        if damage == "extra":
+            (bundle / "extra.pt").write_bytes(b"x")
+        else:
+            weights.write_bytes(bytes(data) if damage == "flipped" else bytes(data[:100]))
     client = TestClient(create_app(bundle))
-    for answer in (client.get("/health"), *(client.post(p, files={"file": ("a.png", made[1]["a"].read_bytes())}) for p in ("/infer", "/predict"))):
+    for answer in (
+        client.get("/health"),
+        *(client.post(p, files={"file": ("a.png", made[1]["a"].read_bytes())}) for p in ("/infer", "/predict")),
+    ):
         assert answer.status_code == 503
         said = answer.json().get("detail") or answer.json()["reason"]
         assert said.startswith("no usable bundle: ") and not {"class", "probs", "probabilities"} & set(answer.json())

@@ -19,8 +19,18 @@ from skinlesion.model.losses import LOSSES
 from skinlesion.model.member import SPEC_KEYS, MemberSpec, member_spec
 from skinlesion.model.training import METRICS, PRECISIONS, TrainConfig
 from skinlesion.pipeline.closure import expected_params
-from skinlesion.pipeline.params import (Evaluate, Head, Member, MemberKeys, ParamsError, Recipe, load_params, parse_params, stage_defaults,
-                                         stage_parameters)
+from skinlesion.pipeline.params import (
+    Evaluate,
+    Head,
+    Member,
+    MemberKeys,
+    ParamsError,
+    Recipe,
+    load_params,
+    parse_params,
+    stage_defaults,
+    stage_parameters,
+)
 from skinlesion.views import VIEW_SETS
 
 SETTINGS = sorted((ROOT / "nbs/settings").glob("*.yaml"))
@@ -44,7 +54,8 @@ def test_settings_write_out_what_dvc_watches(path):
     values = yaml.safe_load(path.read_text())
     for key in [k for k in expected_params("train") if "{" not in k]:
         at = values
-        for part in key.split("."): at = at[part]
+        for part in key.split("."):
+            at = at[part]
 
 
 def test_there_are_settings():
@@ -56,14 +67,17 @@ def test_members_of_the_comparison_differ_in_one_thing():
     "From the base member; a model without an image has neither backbone nor weights to start from."
     members = load_params(ROOT / "nbs/settings/ham10000-compare.yaml").train.members
     base = members["base"].model_dump()
-    changed = {name: sorted(k for k, v in member.model_dump().items() if v != base[k]) for name, member in members.items()}
+    changed = {
+        name: sorted(k for k, v in member.model_dump().items() if v != base[k]) for name, member in members.items()
+    }
     assert changed.pop("base") == [] and changed.pop("metadata-only") == ["backbone", "fusion", "pretrained"]
     assert len(changed) == 6 and all(len(keys) == 1 for keys in changed.values()), changed
 
 
 def words(annotation):
     "Every word that a key, or an element of it, may be."
-    if get_origin(annotation) is Literal: return set(get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
     return set().union(*(words(inner) for inner in get_args(annotation)))
 
 
@@ -93,22 +107,36 @@ def test_defaults_are_those_of_the_model_room():
 
 def accepted(make):
     "Whether something can be made."
-    try: make()
-    except (ParamsError, ValueError): return False
+    try:
+        make()
+    except (ParamsError, ValueError):
+        return False
     return True
 
 
 def with_member(**keys):
     "The committed params.yaml with one member of these keys."
-    text = re.sub(r"(?s)  members:.*?\n\n", f"  members: {{a: {yaml.safe_dump(keys, default_flow_style=True).strip()}}}\n\n", FILES[0].read_text())
+    text = re.sub(
+        r"(?s)  members:.*?\n\n",
+        f"  members: {{a: {yaml.safe_dump(keys, default_flow_style=True).strip()}}}\n\n",
+        FILES[0].read_text(),
+    )
     return parse_params(text).train.members["a"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_loss_takes_here_what_it_takes_there(loss):
     "Before the run as in it: a constant that another loss reads is refused."
-    changes = [{}, *({key: value} for key, value in product(
-        ("gamma", "gamma_negative", "beta", "margin", "tau", "deferred", "weight_power", "label_smoothing"), (0., .25, .75)))]
+    changes = [
+        {},
+        *(
+            {key: value}
+            for key, value in product(
+                ("gamma", "gamma_negative", "beta", "margin", "tau", "deferred", "weight_power", "label_smoothing"),
+                (0.0, 0.25, 0.75),
+            )
+        ),
+    ]
     for change in changes:
         here = accepted(lambda: with_member(backbone="resnet10t", loss=loss, **change))
         assert here == accepted(lambda: TrainConfig(loss=loss, **change)), change
@@ -123,7 +151,8 @@ def test_a_loss_takes_here_what_it_takes_there(loss):
 def test_a_member_refused_there_is_refused_here(keys):
     "What would stop a run after minutes stops it before; the typed keys may be stricter, never laxer."
     keys = {"backbone": "resnet10t"} | keys
-    if not accepted(lambda: with_member(**keys)): return
+    if not accepted(lambda: with_member(**keys)):
+        return
     member = with_member(**keys)
     own = member.model_dump(include=set(MemberKeys.model_fields) - {"seed"}) | member.model_dump(exclude_unset=True)
     member_spec({"epochs": 30, "warmup_epochs": 2.} | {k: v for k, v in own.items() if k in SPEC_KEYS})

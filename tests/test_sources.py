@@ -12,7 +12,6 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -28,48 +27,88 @@ real = pytest.mark.skipif(not REAL.is_dir(), reason="no real data in ../shared/d
 def picture(seed, size=(20, 16)):
     "A small JPEG of noise."
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(out, "JPEG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(
+        out, "JPEG"
+    )
     return out.getvalue()
 
 
-def csv(head, *rows): return "\n".join([head, *rows, ""]).encode()
+def csv(head, *rows):
+    return "\n".join([head, *rows, ""]).encode()
 
 
 def one_hot(columns, classes, image="image"):
     "A ground truth of the ISIC challenges: id -> class."
     names = columns.split()
-    return csv(f"{image},{','.join(names)}", *(f"{i},{','.join('1.0' if n == c else '0.0' for n in names)}" for i, c in classes.items()))
+    return csv(
+        f"{image},{','.join(names)}",
+        *(f"{i},{','.join('1.0' if n == c else '0.0' for n in names)}" for i, c in classes.items()),
+    )
 
 
-SEVEN, NINE = "MEL NV BCC AKIEC BKL DF VASC", "MEL NV BCC AK BKL DF VASC SCC UNK"
-HAM = {"HAM10000_metadata.csv": csv("lesion_id,image_id,dx,dx_type,age,sex,localization", "HAM_1,I_1,nv,follow_up,50,male,back",
-                                    "HAM_1,I_2,nv,follow_up,50,male,back", "HAM_2,I_3,mel,histo,0.0,unknown,unknown"),
-       "HAM10000_images_part_1.zip/I_1.jpg": picture(1), "HAM10000_images_part_1.zip/I_2.jpg": picture(2),
-       "HAM10000_images_part_2.zip/I_3.jpg": picture(3)}
-ISIC2018 = {"ISIC2018_Task3_Training_GroundTruth.zip/ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv":
-            one_hot(SEVEN, dict(I_1="NV", I_2="MEL", I_3="MEL")),
-            "ISIC2018_Task3_Validation_GroundTruth.zip/ISIC2018_Task3_Validation_GroundTruth.csv": one_hot(SEVEN, dict(I_4="AKIEC")),
-            "ISIC2018_Task3_Test_GroundTruth.zip/ISIC2018_Task3_Test_GroundTruth.csv": one_hot(SEVEN, dict(I_5="NV")),
-            "ISIC2018_Task3_Training_LesionGroupings.csv": csv("image,lesion_id,diagnosis_confirm_type", "I_3,HAM_2,histopathology",
-                                                               "I_2,HAM_2,histopathology", "I_1,HAM_1,serial imaging showing no change"),
-            "ISIC2018_Task3_Training_Input.zip/ISIC2018_Task3_Training_Input/LICENSE.txt": b"CC BY-NC",
-            **{f"ISIC2018_Task3_Training_Input.zip/ISIC2018_Task3_Training_Input/I_{i}.jpg": picture(i) for i in (1, 2, 3)},
-            "ISIC2018_Task3_Validation_Input.zip/I_4.jpg": picture(4), "ISIC2018_Task3_Test_Input.zip/I_5.jpg": picture(5)}
-ISIC2019 = {"ISIC_2019_Training_GroundTruth.csv": one_hot(NINE, dict(I_1="NV", I_2_downsampled="SCC", I_3="AK")),
-            "ISIC_2019_Training_Metadata.csv": csv("image,age_approx,anatom_site_general,lesion_id,sex", "I_1,0.0,anterior torso,HAM_1,female",
-                                                   "I_2_downsampled,0.0,head/neck,BCN_7,male", "I_3,,,,"),
-            "ISIC_2019_Test_GroundTruth.csv": one_hot(NINE, dict(I_9="UNK")),
-            "ISIC_2019_Test_Metadata.csv": csv("image,age_approx,anatom_site_general,sex", "I_9,40.0,palms/soles,male"),
-            "ISIC_2019_Training_Input.zip/ISIC_2019_Training_Input/I_1.jpg": picture(1),
-            "ISIC_2019_Training_Input.zip/ISIC_2019_Training_Input/I_2_downsampled.jpg": picture(2),
-            "ISIC_2019_Training_Input.zip/ISIC_2019_Training_Input/I_3.jpg": picture(3), "ISIC_2019_Test_Input.zip/I_9.jpg": picture(9)}
-HEAD2020 = "image_name,patient_id,lesion_id,sex,age_approx,anatom_site_general_challenge,diagnosis,benign_malignant,target"
-ROWS2020 = ("I_1,IP_1,IL_1,male,60.0,upper extremity,unknown,benign,0", "I_2,IP_1,IL_2,male,60.0,torso,melanoma,malignant,1",
-            "I_3,IP_2,IL_3,,0.0,oral/genital,nevus,benign,0")
-ISIC2020 = {"ISIC_2020_Training_GroundTruth_v2.csv": csv(HEAD2020, *ROWS2020),
-            "ISIC_2020_Training_GroundTruth.csv": csv(HEAD2020.replace("lesion_id,", ""), *(r.replace(f"IL_{r[2]},", "") for r in ROWS2020)),
-            "ISIC_2020_Training_Duplicates.csv": csv("image_name_1,image_name_2", "I_3,I_1", "I_8,I_2"),
-            **{f"ISIC_2020_Training_JPEG.zip/train/I_{i}.jpg": picture(i) for i in (1, 2, 3)}}
+SEVEN = "MEL NV BCC AKIEC BKL DF VASC"
+NINE = "MEL NV BCC AK BKL DF VASC SCC UNK"
+HAM = {
+    "HAM10000_metadata.csv": csv(
+        "lesion_id,image_id,dx,dx_type,age,sex,localization",
+        "HAM_1,I_1,nv,follow_up,50,male,back",
+        "HAM_1,I_2,nv,follow_up,50,male,back",
+        "HAM_2,I_3,mel,histo,0.0,unknown,unknown",
+    ),
+    "HAM10000_images_part_1.zip/I_1.jpg": picture(1),
+    "HAM10000_images_part_1.zip/I_2.jpg": picture(2),
+    "HAM10000_images_part_2.zip/I_3.jpg": picture(3),
+}
+ISIC2018 = {
+    "ISIC2018_Task3_Training_GroundTruth.zip/ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv": one_hot(
+        SEVEN, dict(I_1="NV", I_2="MEL", I_3="MEL")
+    ),
+    "ISIC2018_Task3_Validation_GroundTruth.zip/ISIC2018_Task3_Validation_GroundTruth.csv": one_hot(
+        SEVEN, dict(I_4="AKIEC")
+    ),
+    "ISIC2018_Task3_Test_GroundTruth.zip/ISIC2018_Task3_Test_GroundTruth.csv": one_hot(SEVEN, dict(I_5="NV")),
+    "ISIC2018_Task3_Training_LesionGroupings.csv": csv(
+        "image,lesion_id,diagnosis_confirm_type",
+        "I_3,HAM_2,histopathology",
+        "I_2,HAM_2,histopathology",
+        "I_1,HAM_1,serial imaging showing no change",
+    ),
+    "ISIC2018_Task3_Training_Input.zip/ISIC2018_Task3_Training_Input/LICENSE.txt": b"CC BY-NC",
+    **{f"ISIC2018_Task3_Training_Input.zip/ISIC2018_Task3_Training_Input/I_{i}.jpg": picture(i) for i in (1, 2, 3)},
+    "ISIC2018_Task3_Validation_Input.zip/I_4.jpg": picture(4),
+    "ISIC2018_Task3_Test_Input.zip/I_5.jpg": picture(5),
+}
+ISIC2019 = {
+    "ISIC_2019_Training_GroundTruth.csv": one_hot(NINE, dict(I_1="NV", I_2_downsampled="SCC", I_3="AK")),
+    "ISIC_2019_Training_Metadata.csv": csv(
+        "image,age_approx,anatom_site_general,lesion_id,sex",
+        "I_1,0.0,anterior torso,HAM_1,female",
+        "I_2_downsampled,0.0,head/neck,BCN_7,male",
+        "I_3,,,,",
+    ),
+    "ISIC_2019_Test_GroundTruth.csv": one_hot(NINE, dict(I_9="UNK")),
+    "ISIC_2019_Test_Metadata.csv": csv("image,age_approx,anatom_site_general,sex", "I_9,40.0,palms/soles,male"),
+    "ISIC_2019_Training_Input.zip/ISIC_2019_Training_Input/I_1.jpg": picture(1),
+    "ISIC_2019_Training_Input.zip/ISIC_2019_Training_Input/I_2_downsampled.jpg": picture(2),
+    "ISIC_2019_Training_Input.zip/ISIC_2019_Training_Input/I_3.jpg": picture(3),
+    "ISIC_2019_Test_Input.zip/I_9.jpg": picture(9),
+}
+HEAD2020 = (
+    "image_name,patient_id,lesion_id,sex,age_approx,anatom_site_general_challenge,diagnosis,benign_malignant,target"
+)
+ROWS2020 = (
+    "I_1,IP_1,IL_1,male,60.0,upper extremity,unknown,benign,0",
+    "I_2,IP_1,IL_2,male,60.0,torso,melanoma,malignant,1",
+    "I_3,IP_2,IL_3,,0.0,oral/genital,nevus,benign,0",
+)
+ISIC2020 = {
+    "ISIC_2020_Training_GroundTruth_v2.csv": csv(HEAD2020, *ROWS2020),
+    "ISIC_2020_Training_GroundTruth.csv": csv(
+        HEAD2020.replace("lesion_id,", ""), *(r.replace(f"IL_{r[2]},", "") for r in ROWS2020)
+    ),
+    "ISIC_2020_Training_Duplicates.csv": csv("image_name_1,image_name_2", "I_3,I_1", "I_8,I_2"),
+    **{f"ISIC_2020_Training_JPEG.zip/train/I_{i}.jpg": picture(i) for i in (1, 2, 3)},
+}
 LAYOUTS = dict(ham10000=HAM, isic2018=ISIC2018, isic2019=ISIC2019, isic2020=ISIC2020)
 
 
@@ -77,7 +116,8 @@ def in_zip(files):
     "The bytes of a zip archive."
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, data in files.items(): z.writestr(name, data)
+        for name, data in files.items():
+            z.writestr(name, data)
     return out.getvalue()
 
 
@@ -94,20 +134,29 @@ def in_tar(files, mode="w"):
 
 def packed(files, pack):
     "The layout with its archives made: each `X.zip/...` goes into one."
-    out, inside = {}, {}
+    out = {}
+    inside = {}
     for name, data in files.items():
         outer, slash, rest = name.partition(".zip/")
-        if slash: inside.setdefault(outer, {})[rest] = data
-        else: out[name] = data
+        if slash:
+            inside.setdefault(outer, {})[rest] = data
+        else:
+            out[name] = data
     return out | {f"{name}{'.zip' if pack is in_zip else '.tar'}": pack(held) for name, held in inside.items()}
 
 
 PACKINGS = dict(
-    published=lambda files: packed(files, in_zip), unpacked=lambda files: {n.replace(".zip/", "/"): d for n, d in files.items()},
-    flat=lambda files: {n.split("/")[-1]: d for n, d in files.items()}, tars=lambda files: packed(files, in_tar),
-    zip_of_zips=lambda files: {"all.zip": in_zip(packed(files, in_zip))}, tgz_of_tars=lambda files: {"a.tgz": in_tar(packed(files, in_tar), "w:gz")},
-    zip_of_files=lambda files: {"all.zip": in_zip(files)}, tar_xz=lambda files: {"all.tar.xz": in_tar(files, "w:xz")},
-    tar_bz2=lambda files: {"x/all.tar.bz2": in_tar(files, "w:bz2")}, twice=lambda files: packed(files, in_zip) | {"b.tar": in_tar(files)})
+    published=lambda files: packed(files, in_zip),
+    unpacked=lambda files: {n.replace(".zip/", "/"): d for n, d in files.items()},
+    flat=lambda files: {n.split("/")[-1]: d for n, d in files.items()},
+    tars=lambda files: packed(files, in_tar),
+    zip_of_zips=lambda files: {"all.zip": in_zip(packed(files, in_zip))},
+    tgz_of_tars=lambda files: {"a.tgz": in_tar(packed(files, in_tar), "w:gz")},
+    zip_of_files=lambda files: {"all.zip": in_zip(files)},
+    tar_xz=lambda files: {"all.tar.xz": in_tar(files, "w:xz")},
+    tar_bz2=lambda files: {"x/all.tar.bz2": in_tar(files, "w:bz2")},
+    twice=lambda files: packed(files, in_zip) | {"b.tar": in_tar(files)},
+)
 
 
 def lay(folder, files):
@@ -118,13 +167,19 @@ def lay(folder, files):
     return folder
 
 
-def sums(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+def sums(folder):
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     "Each collection imported as it is published, and its report."
-    folder, reports = tmp_path_factory.mktemp("expected"), {}
+    folder = tmp_path_factory.mktemp("expected")
+    reports = {}
     for name, files in LAYOUTS.items():
         reports[name] = SOURCES[name](lay(folder / "in" / name, packed(files, in_zip)), folder / name)
     return folder, reports
@@ -145,32 +200,61 @@ def table_of(expected, name):
 
 
 def test_ham10000(expected):
-    table, report = table_of(expected, "ham10000"), expected[1]["ham10000"]
+    table = table_of(expected, "ham10000")
+    report = expected[1]["ham10000"]
     assert table.diagnosis.to_dict() == dict(I_1="nv", I_2="nv", I_3="mel") and table.lesion_id["I_2"] == "HAM_1"
-    assert table.age.tolist() == [50, 50, -1] and (report.age_zero, report.age_missing, report.site_missing) == (1, 1, 1)
+    assert table.age.tolist() == [50, 50, -1] and (report.age_zero, report.age_missing, report.site_missing) == (
+        1,
+        1,
+        1,
+    )
     assert (report.classes["nv"], report.lesions["nv"], report.n_patients, report.source) == (2, 1, 0, "HAM10000")
     assert "2 lesions in" in str(report) and "nv 2 (1)" in str(report)
 
 
 def test_isic2018(expected):
-    table, report = table_of(expected, "isic2018"), expected[1]["isic2018"]
+    table = table_of(expected, "isic2018")
+    report = expected[1]["isic2018"]
     assert table.split.to_dict() == dict(I_1="train", I_2="train", I_3="train", I_4="valid", I_5="test")
     assert table.diagnosis.tolist() == ["nv", "mel", "mel", "akiec", "nv"] and "MEL" not in table
-    assert table.lesion_id.tolist() == ["HAM_1", "HAM_2", "HAM_2", "I_4", "I_5"] and table.diagnosis_confirm_type["I_2"] == "histopathology"
-    assert report.classes == dict(akiec=1, bcc=0, bkl=0, df=0, mel=2, nv=2, vasc=0) and report.other_files[0].endswith("LICENSE.txt")
+    assert (
+        table.lesion_id.tolist() == ["HAM_1", "HAM_2", "HAM_2", "I_4", "I_5"]
+        and table.diagnosis_confirm_type["I_2"] == "histopathology"
+    )
+    assert report.classes == dict(akiec=1, bcc=0, bkl=0, df=0, mel=2, nv=2, vasc=0) and report.other_files[0].endswith(
+        "LICENSE.txt"
+    )
 
 
 def test_isic2019(expected):
-    table, report = table_of(expected, "isic2019"), expected[1]["isic2019"]
+    table = table_of(expected, "isic2019")
+    report = expected[1]["isic2019"]
     assert table.diagnosis.tolist() == ["nv", "scc", "ak", "unk"] and table.split.tolist() == ["train"] * 3 + ["test"]
-    assert table.age.tolist() == [-1, 0, -1, 40] and (report.age_zero, report.age_missing) == (1, 2)  # 0 is missing in HAM10000's images only
-    assert table.site.tolist() == ["trunk", "head/neck", "", "acral"] and table.lesion_id.tolist() == ["HAM_1", "BCN_7", "I_3", "I_9"]
+    assert table.age.tolist() == [-1, 0, -1, 40] and (report.age_zero, report.age_missing) == (
+        1,
+        2,
+    )  # 0 is missing in HAM10000's images only
+    assert table.site.tolist() == ["trunk", "head/neck", "", "acral"] and table.lesion_id.tolist() == [
+        "HAM_1",
+        "BCN_7",
+        "I_3",
+        "I_9",
+    ]
 
 
 def test_isic2020(expected):
-    table, report = table_of(expected, "isic2020"), expected[1]["isic2020"]
-    assert table.diagnosis.tolist() == ["benign", "mel", "benign"] and table.diagnosis_fine.tolist() == ["unknown", "melanoma", "nevus"]
-    assert table.patient_id.tolist() == ["IP_1", "IP_1", "IP_2"] and table.lesion_id.tolist() == ["IL_1", "IL_2", "IL_3"]
+    table = table_of(expected, "isic2020")
+    report = expected[1]["isic2020"]
+    assert table.diagnosis.tolist() == ["benign", "mel", "benign"] and table.diagnosis_fine.tolist() == [
+        "unknown",
+        "melanoma",
+        "nevus",
+    ]
+    assert table.patient_id.tolist() == ["IP_1", "IP_1", "IP_2"] and table.lesion_id.tolist() == [
+        "IL_1",
+        "IL_2",
+        "IL_3",
+    ]
     assert table.age["I_3"] == 0 and (report.n_patients, report.age_zero) == (2, 0)
     assert table.duplicate_of.tolist() == ["", "", "I_1"] and report.duplicates == ("I_3",)
     assert report.notes == ("isic2020/ISIC_2020_Training_Duplicates.csv: 1 of 2 pairs name an image that has no row",)
@@ -180,7 +264,11 @@ def test_isic2020(expected):
 def test_isic2020_without_lesions_and_list(tmp_path):
     files = {n: d for n, d in ISIC2020.items() if "v2" not in n and "Duplicates" not in n}
     report = SOURCES["isic2020"](lay(tmp_path / "in", files), tmp_path / "data")
-    assert (report.n_lesions, report.n_patients, report.duplicates) == (3, 2, ()) and "there is no column duplicate_of" in str(report)
+    assert (report.n_lesions, report.n_patients, report.duplicates) == (
+        3,
+        2,
+        (),
+    ) and "there is no column duplicate_of" in str(report)
     assert "duplicate_of" not in read_dataset(tmp_path / "data").table
 
 
@@ -198,7 +286,8 @@ def changed(files, **edits):
         names = [n for n in files if key in n]
         assert names, key
         for n in names:
-            if edit is None: del out[n]
+            if edit is None:
+                del out[n]
             else:
                 assert edit[0].encode() in out[n], edit
                 out[n] = out[n].replace(*(e.encode() for e in edit))
@@ -206,28 +295,88 @@ def changed(files, **edits):
 
 
 BAD = [
-    ("isic2018", dict(Training_GroundTruth=("I_1,0.0,1.0", "I_1,1.0,1.0")), "Training_GroundTruth.csv row 2: MEL and NV are 1; exactly one of"),
-    ("isic2018", dict(Training_GroundTruth=("I_1,0.0,1.0", "I_1,0.0,0.0")), "Training_GroundTruth.csv row 2: no class is 1; exactly one"),
+    (
+        "isic2018",
+        dict(Training_GroundTruth=("I_1,0.0,1.0", "I_1,1.0,1.0")),
+        "Training_GroundTruth.csv row 2: MEL and NV are 1; exactly one of",
+    ),
+    (
+        "isic2018",
+        dict(Training_GroundTruth=("I_1,0.0,1.0", "I_1,0.0,0.0")),
+        "Training_GroundTruth.csv row 2: no class is 1; exactly one",
+    ),
     ("isic2018", dict(Training_GroundTruth=("I_1,0.0,1.0", "I_1,0.0,0.9")), "row 2: NV is '0.9'; allowed are 0 and 1"),
     ("isic2018", dict(Training_GroundTruth=("I_1,0.0,1.0", "I_1,,1.0")), "row 2: MEL is ''; allowed are 0 and 1"),
-    ("isic2018", dict(Validation_GroundTruth=("I_4", "I_1")), "Validation_GroundTruth.csv row 2: image_id 'I_1' is already in "),
-    ("isic2018", dict(Groupings=("I_1,", "I_7,")), "Training_GroundTruth.csv row 2: image 'I_1' has no row in in/ISIC2018_"),
+    (
+        "isic2018",
+        dict(Validation_GroundTruth=("I_4", "I_1")),
+        "Validation_GroundTruth.csv row 2: image_id 'I_1' is already in ",
+    ),
+    (
+        "isic2018",
+        dict(Groupings=("I_1,", "I_7,")),
+        "Training_GroundTruth.csv row 2: image 'I_1' has no row in in/ISIC2018_",
+    ),
     ("isic2018", dict(Groupings=("I_1,", "I_7,")), "LesionGroupings.csv row 4: image 'I_7' has no row in "),
-    ("isic2018", dict(Groupings=("I_1,", "I_2,")), "LesionGroupings.csv row 4: image 'I_2' is already in row 3; keep one"),
-    ("isic2018", {"Training_Input/I_2": None}, "Training_GroundTruth.csv row 3: there is no image 'I_2' in what was given"),
-    ("isic2018", dict(GroundTruth=None), "no ground truth (a table with the columns image, MEL, NV, BCC, AKIEC, BKL, DF and VASC, such as"),
-    ("isic2019", dict(Training_Metadata=None), "no table of details for in/ISIC_2019_Training_GroundTruth.csv (a table with the columns age_approx"),
-    ("isic2019", dict(Test_Metadata=("I_9", "I_8")), "ISIC_2019_Test_GroundTruth.csv row 2: image 'I_9' has no row in in/ISIC_2019_Test_M"),
-    ("isic2019", dict(Training_Metadata=("anterior torso", "anterior trso")), "row 2: site 'anterior trso' is not known"),
+    (
+        "isic2018",
+        dict(Groupings=("I_1,", "I_2,")),
+        "LesionGroupings.csv row 4: image 'I_2' is already in row 3; keep one",
+    ),
+    (
+        "isic2018",
+        {"Training_Input/I_2": None},
+        "Training_GroundTruth.csv row 3: there is no image 'I_2' in what was given",
+    ),
+    (
+        "isic2018",
+        dict(GroundTruth=None),
+        "no ground truth (a table with the columns image, MEL, NV, BCC, AKIEC, BKL, DF and VASC, such as",
+    ),
+    (
+        "isic2019",
+        dict(Training_Metadata=None),
+        "no table of details for in/ISIC_2019_Training_GroundTruth.csv (a table with the columns age_approx",
+    ),
+    (
+        "isic2019",
+        dict(Test_Metadata=("I_9", "I_8")),
+        "ISIC_2019_Test_GroundTruth.csv row 2: image 'I_9' has no row in in/ISIC_2019_Test_M",
+    ),
+    (
+        "isic2019",
+        dict(Training_Metadata=("anterior torso", "anterior trso")),
+        "row 2: site 'anterior trso' is not known",
+    ),
     ("isic2019", dict(Training_Metadata=("anterior torso", "anterior trso")), "--map 'anterior trso="),
-    ("isic2019", dict(Training_Metadata=(",female", ",femal")), "sex 'femal' is not known; allowed are female, male, or empty for unknown."),
+    (
+        "isic2019",
+        dict(Training_Metadata=(",female", ",femal")),
+        "sex 'femal' is not known; allowed are female, male, or empty for unknown.",
+    ),
     ("isic2019", dict(Training_Metadata=("0.0,head", "850,head")), "row 3: age '850' is not a number of years"),
     ("isic2019", dict(Training_GroundTruth=("SCC,UNK", "SCC,UNC")), "ISIC_2019_Test"),
-    ("isic2020", dict(GroundTruth_v2=(",malignant", ",malignnt")), "row 3: diagnosis 'malignnt' is not in label set melanoma (benign, mel)"),
-    ("isic2020", dict(GroundTruth_v2=("malignant,1", "malignant,0")), "row 3: target is '0' where the diagnosis is 'malignant'; it must be 1"),
-    ("isic2020", dict(GroundTruth_v2=("patient_id", "patient")), "row 1: the column 'patient_id' is missing; ISIC 2020 has image_name, patient_id"),
+    (
+        "isic2020",
+        dict(GroundTruth_v2=(",malignant", ",malignnt")),
+        "row 3: diagnosis 'malignnt' is not in label set melanoma (benign, mel)",
+    ),
+    (
+        "isic2020",
+        dict(GroundTruth_v2=("malignant,1", "malignant,0")),
+        "row 3: target is '0' where the diagnosis is 'malignant'; it must be 1",
+    ),
+    (
+        "isic2020",
+        dict(GroundTruth_v2=("patient_id", "patient")),
+        "row 1: the column 'patient_id' is missing; ISIC 2020 has image_name, patient_id",
+    ),
     ("isic2020", dict(GroundTruth_v2=("I_2,", "I_1,")), "row 3: image_id 'I_1' is already in row 2"),
-    ("isic2020", {"train/I_2": None}, "row 3: there is no image 'I_2' in what was given; give its archive or folder, or remove the row"),
+    (
+        "isic2020",
+        {"train/I_2": None},
+        "row 3: there is no image 'I_2' in what was given; give its archive or folder, or remove the row",
+    ),
     ("ham10000", dict(metadata=("mel", "mole x")), "row 4: diagnosis 'mole x' is not in label set ham10000"),
 ]
 
@@ -235,7 +384,8 @@ BAD = [
 @pytest.mark.parametrize("name, edits, said", BAD)
 def test_a_fault_is_named_and_leaves_no_folder(tmp_path, name, edits, said):
     source = lay(tmp_path / "in", {n.replace(".zip/", "/"): d for n, d in changed(LAYOUTS[name], **edits).items()})
-    with pytest.raises(ValueError) as caught: SOURCES[name](source, tmp_path / "data")
+    with pytest.raises(ValueError) as caught:
+        SOURCES[name](source, tmp_path / "data")
     assert said in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
@@ -243,42 +393,59 @@ def test_a_fault_is_named_and_leaves_no_folder(tmp_path, name, edits, said):
 def test_all_faults_of_a_table_come_at_once(tmp_path):
     truth = one_hot(NINE, {f"I_{i}": "NV" for i in range(1, 6)}).replace(b"0.0,1.0", b"1.0,1.0")
     source = lay(tmp_path / "in", ISIC2019 | {"ISIC_2019_Training_GroundTruth.csv": truth})
-    with pytest.raises(ValueError) as caught: SOURCES["isic2019"](source, tmp_path / "data")
+    with pytest.raises(ValueError) as caught:
+        SOURCES["isic2019"](source, tmp_path / "data")
     assert len(caught.value.problems) == 5 + 3 + 1 and "ISIC 2019: 9 problems" in str(caught.value)
 
 
 @pytest.mark.parametrize("name, given, said", [
     ("isic2018", "isic2019", "What was given is of isic2019: skinlesion import isic2019"),
     ("isic2020", "ham10000", "What was given is of ham10000: skinlesion import ham10000"),
-    ("ham10000", "isic2020", "no metadata table (a table with the columns image_id and dx, such as HAM10000_metadata.csv) was given")])
+    ("ham10000", "isic2020", "no metadata table (a table with the columns image_id and dx, such as HAM10000_metadata.csv) " "was given")])
 def test_a_collection_under_another_name(tmp_path, name, given, said):
-    with pytest.raises(ValueError) as caught: SOURCES[name](lay(tmp_path / "in", LAYOUTS[given]), tmp_path / "data")
+    with pytest.raises(ValueError) as caught:
+        SOURCES[name](lay(tmp_path / "in", LAYOUTS[given]), tmp_path / "data")
     assert said in str(caught.value) and not (tmp_path / "data").exists()
 
 
 def test_a_table_whose_part_nobody_knows(tmp_path):
     files = {("truth.csv" if n.endswith("Training_GroundTruth.csv") else n): d for n, d in ISIC2019.items()}
-    with pytest.raises(ValueError, match="truth.csv: the name does not say which part of ISIC 2019 it is; it must hold one of train, test"):
+    with pytest.raises(
+        ValueError,
+        match="truth.csv: the name does not say which part of ISIC 2019 it is; it must hold one of train, test",
+    ):
         SOURCES["isic2019"](lay(tmp_path / "in", files), tmp_path / "data")
 
 
 def test_words_that_are_mapped(tmp_path):
     files = changed(HAM, metadata=("mel", "Melanom"))
     files["HAM10000_metadata.csv"] = files["HAM10000_metadata.csv"].replace(b"male", b"M\xc3\xa4nnlich")
-    source, words = lay(tmp_path / "in", files), {"melanom": "mel", "MÄNNLICH": "male"}
+    source = lay(tmp_path / "in", files)
+    words = {"melanom": "mel", "MÄNNLICH": "male"}
     report = SOURCES["ham10000"](source, tmp_path / "data", word_map=words)
-    assert report.mapped == {"melanom=mel": 1, "MÄNNLICH=male": 2} and "words mapped: melanom=mel in 1 cells" in str(report)
+    assert report.mapped == {"melanom=mel": 1, "MÄNNLICH=male": 2} and "words mapped: melanom=mel in 1 cells" in str(
+        report
+    )
     assert read_dataset(tmp_path / "data").table.sex.tolist() == ["male", "male", ""]
-    for wrong, said in ((words | {"melanon": "mel"}, "the word 'melanon' stands nowhere in diagnosis, site or sex. Did you mean 'Melanom'?"),
-                        (words | {"back": "bakc"}, "site 'bakc' is not known")):
-        with pytest.raises(ValueError) as caught: SOURCES["ham10000"](source, tmp_path / "other", word_map=wrong)
+    for wrong, said in (
+        (
+            words | {"melanon": "mel"},
+            "the word 'melanon' stands nowhere in diagnosis, site or sex. Did you mean 'Melanom'?",
+        ),
+        (words | {"back": "bakc"}, "site 'bakc' is not known"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            SOURCES["ham10000"](source, tmp_path / "other", word_map=wrong)
         assert said in str(caught.value) and not (tmp_path / "other").exists()
 
 
 def test_skip_bad_says_what_it_left_out(tmp_path):
     files = ISIC2018 | {"ISIC2018_Task3_Training_Input.zip/ISIC2018_Task3_Training_Input/I_2.jpg": picture(2)[:300]}
     source = lay(tmp_path / "in", PACKINGS["zip_of_zips"](files))
-    with pytest.raises(ValueError, match="row 3: all.zip/ISIC2018_Task3_Training_Input.zip/ISIC2018_Task3_Training_Input/I_2.jpg: truncated"):
+    with pytest.raises(
+        ValueError,
+        match="row 3: all.zip/ISIC2018_Task3_Training_Input.zip/ISIC2018_Task3_Training_Input/I_2.jpg: truncated",
+    ):
         SOURCES["isic2018"](source, tmp_path / "data")
     report = SOURCES["isic2018"](source, tmp_path / "data", skip_bad=True)
     assert report.n_images == 4 and len(report.skipped) == 1 and report.classes["mel"] == 1
@@ -287,34 +454,43 @@ def test_skip_bad_says_what_it_left_out(tmp_path):
 def test_an_older_dataset_survives_a_failed_import(expected, tmp_path):
     shutil.copytree(expected[0] / "isic2020", tmp_path / "data")
     before = sums(tmp_path / "data")
-    with pytest.raises(ValueError): SOURCES["isic2020"](lay(tmp_path / "in", changed(ISIC2020, **{"train/I_2": None})), tmp_path / "data")
-    with pytest.raises(FileExistsError, match="holds the dataset 'ISIC 2020'"): SOURCES["ham10000"](lay(tmp_path / "ham", HAM), tmp_path / "data")
+    with pytest.raises(ValueError):
+        SOURCES["isic2020"](lay(tmp_path / "in", changed(ISIC2020, **{"train/I_2": None})), tmp_path / "data")
+    with pytest.raises(FileExistsError, match="holds the dataset 'ISIC 2020'"):
+        SOURCES["ham10000"](lay(tmp_path / "ham", HAM), tmp_path / "data")
     assert sums(tmp_path / "data") == before
 
 
 def test_links_in_a_folder(tmp_path):
     source = lay(tmp_path / "in", HAM)
     (source / "more").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match="more: it is a link to a folder, which is not followed; give that folder itself"):
+    with pytest.raises(
+        ValueError, match="more: it is a link to a folder, which is not followed; give that folder itself"
+    ):
         SOURCES["ham10000"](source, tmp_path / "data")
     (source / "more").unlink()
     (source / "I_9.jpg").symlink_to(tmp_path / "gone.jpg")
-    with pytest.raises(ValueError, match="I_9.jpg: it is a link to nothing"): SOURCES["ham10000"](source, tmp_path / "data")
+    with pytest.raises(ValueError, match="I_9.jpg: it is a link to nothing"):
+        SOURCES["ham10000"](source, tmp_path / "data")
 
 
 def fuzz(tmp_path, archive, name, places):
     "Every broken archive is read all the same, or refused by name; nothing is left."
-    source, out = tmp_path / "in", tmp_path / "data"
+    source = tmp_path / "in"
+    out = tmp_path / "data"
     source.mkdir()
     (source / "HAM10000_metadata.csv").write_bytes(HAM["HAM10000_metadata.csv"])
     for at, broken in places:
         (source / name).write_bytes(broken)
-        try: SOURCES["ham10000"](source, out)
-        except ValueError as e: assert name in str(e) or "there is no image" in str(e) or "points outside" in str(e), (at, e)
+        try:
+            SOURCES["ham10000"](source, out)
+        except ValueError as e:
+            assert name in str(e) or "there is no image" in str(e) or "points outside" in str(e), (at, e)
         assert {p.name for p in tmp_path.iterdir()} <= {"in", "data"}, at
 
 
-def flips(data, step): return [(at, data[:at] + bytes([data[at] ^ 0xff]) + data[at + 1:]) for at in range(0, len(data), step)]
+def flips(data, step):
+    return [(at, data[:at] + bytes([data[at] ^ 0xff]) + data[at + 1:]) for at in range(0, len(data), step)]
 
 
 IMAGES = {n.split("/")[-1]: d for n, d in HAM.items() if n.endswith(".jpg")}
@@ -340,7 +516,11 @@ def test_real_isic2019(tmp_path):
         lines = (REAL / "isic2019" / f"ISIC_2019_Training_{table}.csv").read_text().splitlines(True)
         (tmp_path / f"ISIC_2019_Training_{table}.csv").write_text("".join([lines[0], *lines[6900:7000]]))
     report = SOURCES["isic2019"]([REAL / "ham10000", *tmp_path.glob("*.csv")], tmp_path / "data")
-    assert report.n_images == report.n_masks == 100 and sum(report.classes.values()) == 100 and len(report.images_without_row) == 2 * 6964
+    assert (
+        report.n_images == report.n_masks == 100
+        and sum(report.classes.values()) == 100
+        and len(report.images_without_row) == 2 * 6964
+    )
 
 
 @real
@@ -348,7 +528,12 @@ def test_real_isic2020(tmp_path):
     report = SOURCES["isic2020"](REAL / "isic2020", tmp_path / "data")
     assert (report.n_images, report.n_patients, report.classes) == (115, 13, dict(benign=104, mel=11))
     table = read_dataset(tmp_path / "data").table
-    assert (table.diagnosis == "mel").equals(table.target == "1") and set(table.site) == {"trunk", "lower extremity", "upper extremity", "head/neck"}
+    assert (table.diagnosis == "mel").equals(table.target == "1") and set(table.site) == {
+        "trunk",
+        "lower extremity",
+        "upper extremity",
+        "head/neck",
+    }
 
 
 # ---- fetching, from a server on this machine
@@ -367,10 +552,12 @@ def server(answer):
             asked.append(int((self.headers["Range"] or "bytes=0-")[6:-1]))
             answer(self, asked[-1])
 
-        def log_message(self, *args): pass
+        def log_message(self, *args):
+            pass
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
-    try: yield f"http://127.0.0.1:{running.server_port}/part.zip", asked
+    try:
+        yield f"http://127.0.0.1:{running.server_port}/part.zip", asked
     finally:
         running.shutdown()
         running.server_close()
@@ -380,13 +567,16 @@ def send(handler, start, content=CONTENT, upto=None, tag='"1"', kind="applicatio
     "The content from `start`, cut off at `upto`."
     handler.send_response(206 if start else 200)
     for name, value in {"ETag": tag, "Content-Type": kind, "Content-Length": len(content) - start}.items():
-        if value: handler.send_header(name, str(value))
-    if start: handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if value:
+            handler.send_header(name, str(value))
+    if start:
+        handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
     handler.end_headers()
     handler.wfile.write(content[start:upto])
 
 
-def remote(url, **known): return RemoteFile("part.zip", url, **known)
+def remote(url, **known):
+    return RemoteFile("part.zip", url, **known)
 
 
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -395,17 +585,24 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 def test_a_download_goes_on_after_a_cut(tmp_path):
     seen = []
     with server(lambda h, start: send(h, start, upto=start + 120_000)) as (url, asked):
-        with pytest.raises(DownloadError, match="part.zip: the connection broke 180,000 bytes before the end. Run it again, it goes on"):
+        with pytest.raises(
+            DownloadError, match="part.zip: the connection broke 180,000 bytes before the end. Run it again, it goes on"
+        ):
             fetch_file(remote(url), tmp_path, tries=1)
         assert [p.name for p in tmp_path.glob("*.zip")] == []
         path = fetch_file(remote(url, size=300_000, md5=MD5), tmp_path, lambda *state: seen.append(state))
-        assert asked == [0, 120_000, 240_000] and path.read_bytes() == CONTENT and seen[-1] == ("part.zip", 300_000, 300_000)
+        assert (
+            asked == [0, 120_000, 240_000]
+            and path.read_bytes() == CONTENT
+            and seen[-1] == ("part.zip", 300_000, 300_000)
+        )
         assert [p.name for p in tmp_path.iterdir()] == ["part.zip"]
         assert fetch_file(remote(url, md5=MD5), tmp_path) == path and len(asked) == 3
 
 
 def test_a_server_without_range_sends_all_again(tmp_path):
-    def whole(handler, start): send(handler, 0, upto=120_000 if len(asked) == 1 else None)
+    def whole(handler, start):
+        send(handler, 0, upto=120_000 if len(asked) == 1 else None)
     with server(whole) as (url, asked):
         assert fetch_file(remote(url, md5=MD5), tmp_path).read_bytes() == CONTENT
         assert asked == [0, 120_000]
@@ -413,10 +610,12 @@ def test_a_server_without_range_sends_all_again(tmp_path):
 
 def test_a_file_that_changed_meanwhile_is_fetched_anew(tmp_path):
     def answer(handler, start):
-        if len(asked) == 1: return send(handler, 0, upto=1000)
+        if len(asked) == 1:
+            return send(handler, 0, upto=1000)
         assert handler.headers["If-Range"] == '"1"'
         send(handler, 0, CONTENT[::-1], tag='"2"')
-    with server(answer) as (url, asked): assert fetch_file(remote(url), tmp_path).read_bytes() == CONTENT[::-1]
+    with server(answer) as (url, asked):
+        assert fetch_file(remote(url), tmp_path).read_bytes() == CONTENT[::-1]
 
 
 def test_a_part_that_is_whole_already(tmp_path):
@@ -426,7 +625,8 @@ def test_a_part_that_is_whole_already(tmp_path):
         handler.end_headers()
     (tmp_path / "part.zip.part").write_bytes(CONTENT)
     (tmp_path / "part.zip.part.tag").write_text('"1"')
-    with server(answer) as (url, asked): assert fetch_file(remote(url, md5=MD5), tmp_path).read_bytes() == CONTENT
+    with server(answer) as (url, asked):
+        assert fetch_file(remote(url, md5=MD5), tmp_path).read_bytes() == CONTENT
     assert [p.name for p in tmp_path.iterdir()] == ["part.zip"]
 
 
@@ -434,33 +634,52 @@ def test_a_part_that_is_whole_already(tmp_path):
     (dict(md5="0" * 32), f"its MD5 sum is {MD5} where the publisher's is 000"),
     (dict(size=9), "offers 300,000 bytes where 9 are known; the file has")])
 def test_a_download_that_is_not_the_file(tmp_path, known, said):
-    with server(send) as (url, asked), pytest.raises(DownloadError) as caught: fetch_file(remote(url, **known), tmp_path)
+    with server(send) as (url, asked), pytest.raises(DownloadError) as caught:
+        fetch_file(remote(url, **known), tmp_path)
     assert said in str(caught.value) and not [*tmp_path.iterdir()]
 
 
 def test_answers_that_are_no_file(tmp_path):
-    for code, said in ((404, "answers 404 (it is not there any more)"), (403, "answers 403 (the publisher does not give it out)")):
-        with server(lambda h, start: h.send_error(code)) as (url, asked), pytest.raises(DownloadError) as caught: fetch_file(remote(url), tmp_path)
-        assert said in str(caught.value) and "fetch it by hand and give it to the import" in str(caught.value) and asked == [0]
-    with server(lambda h, start: send(h, 0, b"<html>", kind="text/html")) as (url, _), pytest.raises(DownloadError, match="a web page came instead"):
+    for code, said in (
+        (404, "answers 404 (it is not there any more)"),
+        (403, "answers 403 (the publisher does not give it out)"),
+    ):
+        with server(lambda h, start: h.send_error(code)) as (url, asked), pytest.raises(DownloadError) as caught:
+            fetch_file(remote(url), tmp_path)
+        assert (
+            said in str(caught.value)
+            and "fetch it by hand and give it to the import" in str(caught.value)
+            and asked == [0]
+        )
+    with (
+        server(lambda h, start: send(h, 0, b"<html>", kind="text/html")) as (url, _),
+        pytest.raises(DownloadError, match="a web page came instead"),
+    ):
         fetch_file(remote(url), tmp_path)
     with server(lambda h, start: h.send_error(503) if len(asked) == 1 else send(h, start)) as (url, asked):
         assert fetch_file(remote(url), tmp_path).read_bytes() == CONTENT  # a server that is busy is asked again
 
 
 def test_no_connection_and_no_room(tmp_path):
-    with server(send) as (url, _): pass
-    with pytest.raises(DownloadError, match="part.zip: the publisher's server cannot be reached .* fetch http://.* by hand and give the file"):
+    with server(send) as (url, _):
+        pass
+    with pytest.raises(
+        DownloadError,
+        match="part.zip: the publisher's server cannot be reached .* fetch http://.* by hand and give the file",
+    ):
         fetch_file(remote(url), tmp_path, tries=2)
     free = shutil._ntuple_diskusage(10, 5, 5)
     with server(send) as (url, _), mock.patch.object(sources.shutil, "disk_usage", return_value=free):
-        with pytest.raises(DownloadError, match="300,000 bytes are needed for part.zip and 5 are free; free some space"):
+        with pytest.raises(
+            DownloadError, match="300,000 bytes are needed for part.zip and 5 are free; free some space"
+        ):
             fetch_file(remote(url), tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.name == "part.zip"]
 
 
 def test_a_download_that_never_began_leaves_no_folder(tmp_path):
-    with server(send) as (url, _): pass
+    with server(send) as (url, _):
+        pass
     c = replace(COLLECTIONS["isic2020"], files=(remote(url),))
     with mock.patch.dict(COLLECTIONS, isic2020=c), mock.patch.object(sources.time, "sleep"):
         said = r"part.zip: the publisher's server cannot be reached \(Connection refused\)\. Run it again, it goes on"
@@ -468,7 +687,8 @@ def test_a_download_that_never_began_leaves_no_folder(tmp_path):
             download_source("isic2020", tmp_path / "new")
         assert not (tmp_path / "new").exists()
         lay(tmp_path / "old", {"notes.txt": b"mine"})
-        with pytest.raises(DownloadError): download_source("isic2020", tmp_path / "old")
+        with pytest.raises(DownloadError):
+            download_source("isic2020", tmp_path / "old")
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["notes.txt"]
 
 
@@ -477,9 +697,11 @@ def test_a_source_is_fetched_and_imported(tmp_path):
     with server(lambda h, start: send(h, start, files[h.path[1:]])) as (url, _):
         root = url.rsplit("/", 1)[0]
         c = replace(COLLECTIONS["ham10000"], files=tuple(RemoteFile(n, f"{root}/{n}") for n in files))
-        with mock.patch.dict(COLLECTIONS, ham10000=c): got = download_source("ham10000", tmp_path / "in")
+        with mock.patch.dict(COLLECTIONS, ham10000=c):
+            got = download_source("ham10000", tmp_path / "in")
     assert SOURCES["ham10000"](got, tmp_path / "data").n_images == 3
     for name in COLLECTIONS:  # every address is one of the publisher's, every file has a name of its own
         assert all(f.url.startswith("https://") for f in COLLECTIONS[name].files)
         assert len({f.name for f in COLLECTIONS[name].files}) == len(COLLECTIONS[name].files) > 0
-    with pytest.raises(ValueError, match="'folder' offers no plain files; choose one of ham10000, isic2018"): download_source("folder", tmp_path)
+    with pytest.raises(ValueError, match="'folder' offers no plain files; choose one of ham10000, isic2018"):
+        download_source("folder", tmp_path)

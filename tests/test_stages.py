@@ -31,8 +31,13 @@ WORK = '''
 
 def make_tree(root, *cells):
     "A repository with data, earlier outputs, and a stage notebook whose code cells are `cells`."
-    for name, text in {'data/a.csv': '1', 'artifacts/toy/old.txt': 'old', 'reports/toy/metrics.json': '{"a": {"value": 0}}',
-                       'reports/toy/report.html': '<p>old</p>', 'reports/toy/failed.ipynb': 'of an earlier failure'}.items():
+    for name, text in {
+        'data/a.csv': '1',
+        'artifacts/toy/old.txt': 'old',
+        'reports/toy/metrics.json': '{"a": {"value": 0}}',
+        'reports/toy/report.html': '<p>old</p>',
+        'reports/toy/failed.ipynb': 'of an earlier failure',
+    }.items():
         (root/name).parent.mkdir(parents=True, exist_ok=True)
         (root/name).write_text(text)
     write_notebook(root, *cells)
@@ -45,28 +50,45 @@ def write_notebook(root, *cells):
     nb = new_notebook(cells=[new_markdown_cell('# Toy\n\n> Does it run?', id='title'),
                              new_code_cell(source, id='params', metadata={'tags': ['parameters']})])
     for i, cell in enumerate(cells or [WORK]):
-        nb.cells += [new_markdown_cell(f'## Step {i + 1}', id=f'head{i}'), new_code_cell(textwrap.dedent(cell).strip(), id=f'step{i}')]
+        nb.cells += [
+            new_markdown_cell(f'## Step {i + 1}', id=f'head{i}'),
+            new_code_cell(textwrap.dedent(cell).strip(), id=f'step{i}'),
+        ]
     (root/'nbs').mkdir(exist_ok=True)
     nbformat.write(nb, root/'nbs/toy.ipynb')
 
 
 def run(root, stream=None, **changes):
     "Run the notebook of a tree."
-    call = dict(notebook='nbs/toy.ipynb', parameters=PARAMETERS, inputs=['data'], outputs=['artifacts/toy', 'reports/toy'],
-                report_dir='reports/toy', root=root, stream=stream or io.StringIO())
+    call = dict(
+        notebook='nbs/toy.ipynb',
+        parameters=PARAMETERS,
+        inputs=['data'],
+        outputs=['artifacts/toy', 'reports/toy'],
+        report_dir='reports/toy',
+        root=root,
+        stream=stream or io.StringIO(),
+    )
     run_notebook(**(call | changes))
 
 
 def contents(root, *leave_out):
     "Sum of every file of outputs and reports."
-    files = [p for top in ('artifacts', 'reports') for p in (root/top).rglob('*') if p.is_file() and p.name not in leave_out]
+    files = [
+        p
+        for top in ('artifacts', 'reports')
+        for p in (root / top).rglob('*')
+        if p.is_file() and p.name not in leave_out
+    ]
     return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def fails(root, **changes):
     "Run a tree that must fail; what was printed. The old bytes stand, and no scratch is left."
-    before, log = contents(root, 'failed.ipynb'), io.StringIO()
-    with pytest.raises(StageError) as info: run(root, log, **changes)
+    before = contents(root, 'failed.ipynb')
+    log = io.StringIO()
+    with pytest.raises(StageError) as info:
+        run(root, log, **changes)
     assert contents(root, 'failed.ipynb') == before
     assert info.value.exit_code != 0
     assert not [*(root/'.work/stages').glob('*')]
@@ -74,7 +96,8 @@ def fails(root, **changes):
 
 
 def test_success_replaces_every_output_whole(tmp_path):
-    root, log = make_tree(tmp_path), io.StringIO()
+    root = make_tree(tmp_path)
+    log = io.StringIO()
     run(root, log)
     assert sorted(contents(root)) == ['artifacts/toy/new.txt', 'reports/toy/executed.ipynb', 'reports/toy/metrics.json',
                                       'reports/toy/report.html', 'reports/toy/run.json']
@@ -91,7 +114,8 @@ def test_two_runs_give_the_same_bytes(tmp_path):
     plt.figure(figsize=(1, 1)); plt.plot([1, 2]); plt.show()
     pd.DataFrame({'a': [1, 2]}).style.highlight_max()
     '''
-    one, two = make_tree(tmp_path/'one', body), make_tree(tmp_path/'somewhere/else', body)
+    one = make_tree(tmp_path/'one', body)
+    two = make_tree(tmp_path/'somewhere/else', body)
     run(one), run(two)
     first = contents(one, 'run.json')
     assert contents(two, 'run.json') == first
@@ -117,12 +141,13 @@ def test_failure_keeps_the_old_and_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize('parameters, said', [
     ({**PARAMETERS, 'sead': 1},
-     "nbs/toy.ipynb: parameter 'sead' is not in its parameters cell (seed, data_dir, out_dir, report_dir). Did you mean 'seed'?"),
+     "nbs/toy.ipynb: parameter 'sead' is not in its parameters cell (seed, data_dir, out_dir, " "report_dir). Did you mean 'seed'?"),
     ({'seed': 1}, "'data_dir', 'out_dir', 'report_dir', which params.yaml does not give")])
 def test_misspelt_parameter_touches_nothing(tmp_path, parameters, said):
     root = make_tree(tmp_path)
     before = contents(root)
-    with pytest.raises(StageError, match=re.escape(said)): run(root, parameters=parameters)
+    with pytest.raises(StageError, match=re.escape(said)):
+        run(root, parameters=parameters)
     assert contents(root) == before and not (root/'.work').exists()
 
 
@@ -134,7 +159,9 @@ def test_outputs_are_what_was_declared(tmp_path, cell, said):
 
 
 def test_missing_input_is_named(tmp_path):
-    assert 'nbs/toy.ipynb reads artifacts/prepared, which is not there' in fails(make_tree(tmp_path), inputs=['artifacts/prepared'])
+    assert 'nbs/toy.ipynb reads artifacts/prepared, which is not there' in fails(
+        make_tree(tmp_path), inputs=['artifacts/prepared']
+    )
 
 
 def test_dead_kernel_is_a_failure(tmp_path):
@@ -146,7 +173,8 @@ def test_lock_names_its_holder(tmp_path):
     root = make_tree(tmp_path)
     before = contents(root)
     with run_lock(root, 'prepare'):
-        with pytest.raises(StageError, match=f"toy: the stage 'prepare' is running here, pid {os.getpid()}"): run(root)
+        with pytest.raises(StageError, match=f"toy: the stage 'prepare' is running here, pid {os.getpid()}"):
+            run(root)
     assert contents(root) == before
     run(root)
 
@@ -161,7 +189,8 @@ def test_kernel_imports_the_library_of_its_tree(tmp_path):
 
 def test_stage_refuses_the_library_of_another_tree(tmp_path):
     (tmp_path/'settings.ini').write_text('[DEFAULT]')
-    with pytest.raises(StageError, match='a tree runs its own code'): run_stage('prepare', root=tmp_path)
+    with pytest.raises(StageError, match='a tree runs its own code'):
+        run_stage('prepare', root=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ['settings.ini']
 
 
@@ -183,16 +212,20 @@ def test_full_disk_keeps_the_old(tmp_path):
             log = fails(make_tree(disk, big))
             assert 'No space left on device' in log and 'Free some space' in log
             assert nbformat.read(disk/'reports/toy/failed.ipynb', as_version=4).cells[-1].outputs
-        finally: subprocess.run(['umount', disk], check=True)
+        finally:
+            subprocess.run(['umount', disk], check=True)
     else: # without the right to mount, a limit on the size of files stops the write
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, limit[1]))
-        try: assert 'File too large' in fails(make_tree(disk, big))
-        finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        try:
+            assert 'File too large' in fails(make_tree(disk, big))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_full_disk_while_the_report_is_written(tmp_path, monkeypatch):
-    def full(*args): raise OSError(28, 'No space left on device')
+    def full(*args):
+        raise OSError(28, 'No space left on device')
     monkeypatch.setattr('skinlesion.pipeline.stages.render_report', full)
     log = fails(make_tree(tmp_path))
     assert 'No space left on device' in log and 'Free some space' in log
@@ -201,7 +234,8 @@ def test_full_disk_while_the_report_is_written(tmp_path, monkeypatch):
 def test_failed_swap_puts_all_outputs_back(tmp_path, monkeypatch):
     rename = os.rename
     def refuse(old, new):
-        if str(new).endswith('repo/reports/toy') and 'tree' in str(old): raise OSError(28, 'No space left on device')
+        if str(new).endswith('repo/reports/toy') and 'tree' in str(old):
+            raise OSError(28, 'No space left on device')
         rename(old, new)
     root = make_tree(tmp_path/'repo')
     monkeypatch.setattr(os, 'rename', refuse)
@@ -242,12 +276,19 @@ def die(root, monkeypatch, step, **changes):
     return log
 
 
-def kept(root): return sorted(p.relative_to(root/'.work/cache/resume').as_posix() for p in (root/'.work/cache/resume').rglob('*') if p.is_file())
+def kept(root):
+    return sorted(
+        p.relative_to(root / '.work/cache/resume').as_posix()
+        for p in (root / '.work/cache/resume').rglob('*')
+        if p.is_file()
+    )
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, begun):
     "Twice killed; what it says of that stands in the log and in no output. When it is done nothing is kept."
-    undisturbed, killed, log = make_tree(tmp_path/'a', STEPS), make_tree(tmp_path/'b', STEPS), io.StringIO()
+    undisturbed = make_tree(tmp_path/'a', STEPS)
+    killed = make_tree(tmp_path/'b', STEPS)
+    log = io.StringIO()
     run(undisturbed)
     assert begun.read_text() == '0'
     die(killed, monkeypatch, 2)
@@ -261,10 +302,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, begun):
     assert not kept(killed) and not [*(killed/'.work/cache/resume').iterdir()]
 
 
-def change_file(name, text): return lambda root: (root/name).write_text(text) and {}
+def change_file(name, text):
+    return lambda root: (root/name).write_text(text) and {}
 
 
-def more(name, change): return pytest.param(change, id=name, marks=pytest.mark.slow)
+def more(name, change):
+    return pytest.param(change, id=name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize('change', [
@@ -275,7 +318,8 @@ def test_nothing_stale_is_gone_on_from(tmp_path, monkeypatch, begun, change):
     "Whatever decides the outputs has changed: the run begins anew, and what the killed one kept goes with it, unless it is another member's."
     root = make_tree(tmp_path/'repo', STEPS)
     (root/'skinlesion').mkdir()
-    for name in ('__init__.py', 'losses.py'): (root/'skinlesion'/name).write_text('')
+    for name in ('__init__.py', 'losses.py'):
+        (root/'skinlesion'/name).write_text('')
     (root/'weights.bin').write_text('some')
     options = {'stage': 'train/a', 'parameters': PARAMETERS | {'seed': 'weights.bin'}, 'code': ['skinlesion/losses.py']}
     die(root, monkeypatch, 3, **options)
@@ -317,34 +361,45 @@ except StageError as error: sys.exit(error.exit_code)
 
 def gone(pid):
     "Whether a process has ended (a zombie has)."
-    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] in 'ZX'
-    except (FileNotFoundError, ProcessLookupError): return True
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] in 'ZX'
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def wait_for(condition, seconds):
     "Wait until `condition()`; whether it came true."
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end: time.sleep(.05)
+    while not condition() and time.monotonic() < end:
+        time.sleep(.05)
     return condition()
 
 
 def heed_signals():
     "In the child: undo what a shell in the background or nohup told this test run to ignore."
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(signum, signal.SIG_DFL)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 @pytest.fixture
 def busy(tmp_path):
     "A runner in a process of its own, inside an endless cell: (root, starter, pids of kernel and its children)."
-    if sys.platform != 'linux': pytest.skip('reads /proc')
-    started, pids = [], []
+    if sys.platform != 'linux':
+        pytest.skip('reads /proc')
+    started = []
+    pids = []
     def start(prefix=(), **options):
         note = tmp_path/'pids'
         root = make_tree(tmp_path/'repo', BUSY.format(note=str(note)))
         code = RUNNER.format(tests=str(REPO/'tests'), root=str(root))
         with open(tmp_path/'stderr', 'w') as stderr:
-            process = subprocess.Popen([*prefix, sys.executable, '-c', code], stderr=stderr, env=os.environ | {'PYTHONPATH': str(REPO)},
-                                       preexec_fn=heed_signals, **options)
+            process = subprocess.Popen(
+                [*prefix, sys.executable, '-c', code],
+                stderr=stderr,
+                env=os.environ | {'PYTHONPATH': str(REPO)},
+                preexec_fn=heed_signals,
+                **options,
+            )
         started.append(process)
         assert wait_for(note.exists, 60), (tmp_path/'stderr').read_text()
         pids.extend(int(p) for p in note.read_text().split())
@@ -354,7 +409,8 @@ def busy(tmp_path):
         process.kill()
         process.wait()
     for pid in pids:
-        if not gone(pid): os.kill(pid, signal.SIGKILL)
+        if not gone(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def assert_untouched_and_free(root, before):
@@ -376,7 +432,8 @@ def test_kill_9_takes_the_kernel_and_its_children_along(busy):
 
 @pytest.mark.parametrize('shell', ['/bin/sh', 'bash'])
 def test_killing_dvc_ends_the_run(busy, shell, monkeypatch):
-    if not shutil.which(shell): pytest.skip(f'no {shell}')
+    if not shutil.which(shell):
+        pytest.skip(f'no {shell}')
     monkeypatch.setenv('DVC_STAGE', 'toy')
     # As dvc does it: a process that starts a shell that runs the command; some shells stay in between.
     dvc = "import shlex, subprocess, sys; subprocess.run([sys.argv[1], '-c', shlex.join(sys.argv[2:])])"
@@ -397,7 +454,12 @@ def test_signals_end_the_run_in_order(busy, signum, code):
     error = (root.parent/'stderr').read_text()
     assert process.returncode == code
     assert wait_for(lambda: all(map(gone, pids)), 60) and not [*(root/'.work/stages').iterdir()]
-    assert f'stopped by {signum.name}' in error and 'Step 1' in error and 'Traceback' not in error and 'Task was' not in error
+    assert (
+        f'stopped by {signum.name}' in error
+        and 'Step 1' in error
+        and 'Traceback' not in error
+        and 'Task was' not in error
+    )
     assert (root/'reports/toy/failed.ipynb').read_text().startswith('{')
     assert_untouched_and_free(root, before)
 
@@ -408,18 +470,24 @@ class Loads(HTMLParser):
     "Collects what a browser would fetch by itself."
     def __init__(self):
         super().__init__()
-        self.found, self.tags = [], []
+        self.found = []
+        self.tags = []
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         for name, value in attrs:
             loads = name in ('src', 'srcset', 'data', 'poster', 'background', 'action', 'formaction')
-            if loads and not value.startswith('data:image/'): self.found.append((tag, value))
-            if name == 'href' and tag not in ('a',): self.found.append((tag, value))
-            if name.startswith('on') or name == 'style' and 'url' in value: self.found.append((tag, name))
+            if loads and not value.startswith('data:image/'):
+                self.found.append((tag, value))
+            if name == 'href' and tag not in ('a',):
+                self.found.append((tag, value))
+            if name.startswith('on') or name == 'style' and 'url' in value:
+                self.found.append((tag, name))
 
 
 def test_report_loads_and_runs_nothing(tmp_path):
-    body = WORK + '''
+    body = (
+        WORK
+        + '''
     from IPython.display import HTML, Javascript, SVG, Markdown, display
     display(HTML('<img src="http://example.org/x.png" onerror="f()"><script src="http://example.org/x.js"></script><b>kept</b>'))
     display(Javascript('fetch("http://example.org")'), Markdown('![x](http://example.org/y.png)'))
@@ -427,6 +495,7 @@ def test_report_loads_and_runs_nothing(tmp_path):
     import pandas as pd
     pd.DataFrame({'a': range(3)})
     '''
+    )
     root = make_tree(tmp_path, body)
     run(root)
     page = (root/'reports/toy/report.html').read_text()

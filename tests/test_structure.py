@@ -23,7 +23,11 @@ HEAVY = r"(lightning|pytorch_lightning|dvc|dvclive|papermill|jupyter\w*|notebook
 
 def cells(root, path, kind="code"):
     "Cells of a notebook with their source as one text."
-    return [c | dict(source="".join(c["source"])) for c in json.loads((root / path).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+    return [
+        c | dict(source="".join(c["source"]))
+        for c in json.loads((root / path).read_text(encoding="utf-8"))["cells"]
+        if c["cell_type"] == kind
+    ]
 
 
 def exported(root, path):
@@ -45,11 +49,13 @@ def libraries(root):
 
 def check_floors(root):
     "Imports go to lower numbers and never climb the floors; stage notebooks never reach into the pipeline."
-    books, problems = libraries(root), []
+    books = libraries(root)
+    problems = []
     number = {module: (n, room) for n, room, module in books.values()}
     for path, (n, room, _) in books.items():
         for module in library_imports(path, root):
-            if module not in number: continue  # check_modules tells
+            if module not in number:
+                continue  # check_modules tells
             below, floor = number[module]
             if FLOORS.index(floor) > FLOORS.index(room):
                 problems.append(f"{path} imports {module}: {room or 'the ground'} may not climb to {floor}")
@@ -64,15 +70,20 @@ def check_floors(root):
 
 def check_modules(root):
     "Every module has the one notebook its path says; rooms are known, numbers differ, package files are empty."
-    books, problems = libraries(root), []
+    books = libraries(root)
+    problems = []
     modules = {module for _, _, module in books.values()}
     for path, (n, room, module) in books.items():
         wanted = ".".join(module.with_suffix("").parts[1:])
-        if room not in FLOORS: problems.append(f"{path}: no room {room!r}; rooms are {', '.join(FLOORS[1:])}")
-        if f"#| default_exp {wanted}" not in [c["source"].strip() for c in cells(root, path)]: problems.append(f"{path} does not export {wanted}")
-        if sum(n == other for other, _, _ in books.values()) > 1: problems.append(f"{path}: number {n} is taken twice")
+        if room not in FLOORS:
+            problems.append(f"{path}: no room {room!r}; rooms are {', '.join(FLOORS[1:])}")
+        if f"#| default_exp {wanted}" not in [c["source"].strip() for c in cells(root, path)]:
+            problems.append(f"{path} does not export {wanted}")
+        if sum(n == other for other, _, _ in books.values()) > 1:
+            problems.append(f"{path}: number {n} is taken twice")
     for path in tracked(root, "skinlesion/*.py"):
-        if path.name == "__init__.py" and (root / path).read_text().strip(): problems.append(f"{path} is not empty")
+        if path.name == "__init__.py" and (root / path).read_text().strip():
+            problems.append(f"{path} is not empty")
         if path.name not in ("__init__.py", "_modidx.py") and path not in modules:
             problems.append(f"{path}: no notebook nbs/.../NN_{path.stem}.ipynb makes it")
     return problems
@@ -81,8 +92,13 @@ def check_modules(root):
 def check_rooms_take_arguments(root):
     "model, evaluate and explain read neither YAML nor the environment."
     forbidden = r"^\s*(import|from)\s+(yaml|ruamel|dvc|papermill)\b|\bos\.(environ\[|environ\.get|getenv)|params\.yaml"
-    return [f"{path}: {found[0].strip()!r}; hand it in as an argument" for path, (_, room, _) in libraries(root).items()
-            if room in ("model", "evaluate", "explain") for source in exported(root, path) for found in re.finditer(forbidden, source, re.M)]
+    return [
+        f"{path}: {found[0].strip()!r}; hand it in as an argument"
+        for path, (_, room, _) in libraries(root).items()
+        if room in ("model", "evaluate", "explain")
+        for source in exported(root, path)
+        for found in re.finditer(forbidden, source, re.M)
+    ]
 
 
 def check_stages(root):
@@ -93,20 +109,26 @@ def check_stages(root):
 def parameters_cell(root, path):
     "Values of the one cell tagged `parameters`, or a ValueError."
     found = [c for c in cells(root, path) if "parameters" in c["metadata"].get("tags", [])]
-    if len(found) != 1: raise ValueError(f"{path} has {len(found)} cells tagged `parameters`; it needs one")
+    if len(found) != 1:
+        raise ValueError(f"{path} has {len(found)} cells tagged `parameters`; it needs one")
     values = {}
     for node in ast.parse(found[0]["source"]).body:
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
             raise ValueError(f"{path}: `{ast.unparse(node)}` in the parameters cell is no plain `name = value`")
-        try: values[node.targets[0].id] = ast.literal_eval(node.value)
-        except ValueError: raise ValueError(f"{path}: {node.targets[0].id} in the parameters cell is no literal") from None
+        try:
+            values[node.targets[0].id] = ast.literal_eval(node.value)
+        except ValueError:
+            raise ValueError(f"{path}: {node.targets[0].id} in the parameters cell is no literal") from None
     return values
 
 
 def names_read(tree):
     "Names whose values a syntax tree takes; those of SPEC_KEYS at once where it takes them all."
     read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    if any(isinstance(node, ast.DictComp) and "globals()[name] for name in SPEC_KEYS" in ast.unparse(node) for node in ast.walk(tree)):
+    if any(
+        isinstance(node, ast.DictComp) and "globals()[name] for name in SPEC_KEYS" in ast.unparse(node)
+        for node in ast.walk(tree)
+    ):
         from skinlesion.model.member import SPEC_KEYS
         read |= {*SPEC_KEYS}
     return read
@@ -120,16 +142,27 @@ def check_stage_notebooks(root):
         if path not in tracked(root, "nbs/stages"):
             problems.append(f"{path} is not there, or git does not track it")
             continue
-        tree, values = ast.parse(python_source(root / path)), {}
-        try: values = check_stage_parameters(stage, parameters_cell(root, path), str(path))
-        except (ParamsError, ValueError) as e: problems.append(str(e))
-        problems += [f"{path}: {name} is {values[name]!r} in the parameters cell, and {default!r} where params.yaml leaves it out; make them the same"
-                     for name, default in stage_defaults(stage).items() if values and values[name] != default]
+        tree = ast.parse(python_source(root / path))
+        values = {}
+        try:
+            values = check_stage_parameters(stage, parameters_cell(root, path), str(path))
+        except (ParamsError, ValueError) as e:
+            problems.append(str(e))
+        problems += [
+            f"{path}: {name} is {values[name]!r} in the parameters cell, and {default!r} where "
+            "params.yaml leaves it out; make them the same"
+            for name, default in stage_defaults(stage).items()
+            if values and values[name] != default
+        ]
         read = names_read(tree)
         problems += [f"{path} never uses the parameter {name}" for name in sorted(set(values) - read)]
-        if exported(root, path): problems.append(f"{path} exports; move that to a library notebook")
-        problems += [f"{path}: {node.name} has more than three lines; move it to a library notebook" for node in ast.walk(tree)
-                     if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno - node.lineno > 2]
+        if exported(root, path):
+            problems.append(f"{path} exports; move that to a library notebook")
+        problems += [
+            f"{path}: {node.name} has more than three lines; move it to a library notebook"
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno - node.lineno > 2
+        ]
     return problems
 
 
@@ -137,9 +170,11 @@ def check_lessons(root):
     "A lesson is numbered, shows and lets do, and exports nothing."
     problems = []
     for path in tracked(root, "nbs/lessons/*.ipynb"):
-        if not re.fullmatch(r"\d\d_\w+", path.stem): problems.append(f"{path}: name it NN_subject, so that lessons have an order")
+        if not re.fullmatch(r"\d\d_\w+", path.stem):
+            problems.append(f"{path}: name it NN_subject, so that lessons have an order")
         exports = exported(root, path) or any("default_exp" in c["source"] for c in cells(root, path))
-        if exports: problems.append(f"{path} exports; a lesson only teaches")
+        if exports:
+            problems.append(f"{path} exports; a lesson only teaches")
         words = "\n".join(c["source"] for c in cells(root, path, "markdown"))
         problems += [f"{path} has no {what}" for what, pattern in (("title", r"^# "), ("exercise", r"^##.*[Ee]xercise"))
                      if not re.search(pattern, words, re.M)]
@@ -156,33 +191,56 @@ def check_nbdev(root):
             shutil.copyfile(root / path, copy / path)
         nbdev(copy)
         after = [p.relative_to(copy) for p in copy.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-        return [f"{path}: nbdev_export or nbdev_clean changes it; run both and commit" for path in sorted({*kept, *after})
-                if path not in kept or not (copy / path).exists() or (copy / path).read_bytes() != (root / path).read_bytes()]
+        return [
+            f"{path}: nbdev_export or nbdev_clean changes it; run both and commit"
+            for path in sorted({*kept, *after})
+            if path not in kept
+            or not (copy / path).exists()
+            or (copy / path).read_bytes() != (root / path).read_bytes()
+        ]
 
 
 def patched_class(node):
     "Name of the class that a top-level function is patched into (fastcore's `@patch`: its first parameter is `self:Class`), or ''."
-    if not isinstance(node, FUNCTION): return ""
+    if not isinstance(node, FUNCTION):
+        return ""
     first = [*node.args.posonlyargs, *node.args.args][:1]
     return ast.unparse(first[0].annotation) if first and first[0].arg == "self" and first[0].annotation else ""
 
 
 def public_symbols(body):
     "(name as a reader calls it, node) of the public functions, classes, methods and patched methods of a module."
-    named = sum([ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"], [])
+    named = sum(
+        [
+            ast.literal_eval(n.value)
+            for n in body
+            if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
+        ],
+        [],
+    )
     for node in body:
         owner = patched_class(node)
-        if owner and not owner.startswith("_") and not node.name.startswith("_"): yield f"{owner}.{node.name}", node
-        if not isinstance(node, (*FUNCTION, ast.ClassDef)) or node.name not in named: continue
+        if owner and not owner.startswith("_") and not node.name.startswith("_"):
+            yield f"{owner}.{node.name}", node
+        if not isinstance(node, (*FUNCTION, ast.ClassDef)) or node.name not in named:
+            continue
         yield node.name, node
         if isinstance(node, ast.ClassDef):
-            yield from ((f"{node.name}.{m.name}", m) for m in node.body if isinstance(m, FUNCTION) and not m.name.startswith("_"))
+            yield from (
+                (f"{node.name}.{m.name}", m)
+                for m in node.body
+                if isinstance(m, FUNCTION) and not m.name.startswith("_")
+            )
 
 
 def check_docstrings(root):
     "Every public function, class and method says what it is."
-    return [f"{path}: {name} has no docstring" for path in tracked(root, "skinlesion/*.py")
-            for name, node in public_symbols(ast.parse((root / path).read_text(encoding="utf-8")).body) if not ast.get_docstring(node)]
+    return [
+        f"{path}: {name} has no docstring"
+        for path in tracked(root, "skinlesion/*.py")
+        for name, node in public_symbols(ast.parse((root / path).read_text(encoding="utf-8")).body)
+        if not ast.get_docstring(node)
+    ]
 
 
 def check_cells(root):
@@ -190,20 +248,31 @@ def check_cells(root):
     problems = []
     for path in tracked(root, "nbs/*.ipynb"):
         ids = [c.get("id") for kind in ("code", "markdown", "raw") for c in cells(root, path, kind)]
-        problems += [f"{path}: cell id {i!r} is missing or there twice" for i in sorted(set(map(str, ids))) if ids.count(i) != 1]
+        problems += [
+            f"{path}: cell id {i!r} is missing or there twice" for i in sorted(set(map(str, ids))) if ids.count(i) != 1
+        ]
         for source in exported(root, path):
-            nodes, first = ast.parse(source).body, source.strip().splitlines()[:1]
+            nodes = ast.parse(source).body
+            first = source.strip().splitlines()[:1]
             imports = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
-            if imports and len(imports) < len(nodes): problems.append(f"{path}: an export cell mixes imports and code: {first}")
-            if any(a.name == "*" for n in imports for a in n.names): problems.append(f"{path}: import *: {first}")
-            if len(source.strip().splitlines()) > 40: problems.append(f"{path}: an export cell has more than forty lines: {first}")
+            if imports and len(imports) < len(nodes):
+                problems.append(f"{path}: an export cell mixes imports and code: {first}")
+            if any(a.name == "*" for n in imports for a in n.names):
+                problems.append(f"{path}: import *: {first}")
+            if len(source.strip().splitlines()) > 40:
+                problems.append(f"{path}: an export cell has more than forty lines: {first}")
     return problems
 
 
 def check_outputs(root):
     "No committed notebook holds an error."
-    return [f"{path}: the output of `{first_line(c)}` is an error: {o.get('ename')}" for path in tracked(root, "*.ipynb")
-            for c in cells(root, path) for o in c["outputs"] if o["output_type"] == "error"]
+    return [
+        f"{path}: the output of `{first_line(c)}` is an error: {o.get('ename')}"
+        for path in tracked(root, "*.ipynb")
+        for c in cells(root, path)
+        for o in c["outputs"]
+        if o["output_type"] == "error"
+    ]
 
 
 def first_line(c):
@@ -224,88 +293,182 @@ def check_foreign_pictures(root):
     for path in tracked(root, "*.ipynb"):
         code = cells(root, path)
         first = next((i for i, c in enumerate(code) if re.search(r"""["'/]shared\b""", c["source"])), len(code))
-        problems += [f"{path}: `{first_line(c)}` keeps a picture after ../shared was read; show numbers or a figure without its images"
-                     for c in code[first:] if any(map(is_picture, c["outputs"]))]
+        problems += [
+            f"{path}: `{first_line(c)}` keeps a picture after ../shared was read; show numbers or a "
+            "figure without its images"
+            for c in code[first:]
+            if any(map(is_picture, c["outputs"]))
+        ]
     return problems
 
 
 def check_lines(root):
     "No line of the tests and benchmarks is longer than 150 characters."
-    return [f"{path} line {n} has {len(line)} characters; 150 are allowed" for path in tracked(root, "tests/*.py", "benchmarks/*.py")
-            for n, line in enumerate((root / path).read_text(encoding="utf-8").splitlines(), 1) if len(line) > 150]
+    return [
+        f"{path} line {n} has {len(line)} characters; 150 are allowed"
+        for path in tracked(root, "tests/*.py", "benchmarks/*.py")
+        for n, line in enumerate((root / path).read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 150
+    ]
 
 
 def check_light_import(root):
     "A prediction needs none of the heavy tools."
-    code = "import sys, skinlesion.use.predict as m; print(m.__file__); print(*sorted({n.split('.')[0] for n in sys.modules}))"
+    code = (
+        "import sys, skinlesion.use.predict as m; print(m.__file__); print(*sorted({n.split('.')[0] "
+        "for n in sys.modules}))"
+    )
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, env=env)
-    if done.returncode: return [f"import skinlesion.use.predict fails: {done.stderr.strip().splitlines()[-1]}"]
+    if done.returncode:
+        return [f"import skinlesion.use.predict fails: {done.stderr.strip().splitlines()[-1]}"]
     place, names = done.stdout.splitlines()[-2:]
-    if Path(place).resolve() != (root / "skinlesion/use/predict.py").resolve(): return [f"skinlesion came from {place}"]
+    if Path(place).resolve() != (root / "skinlesion/use/predict.py").resolve():
+        return [f"skinlesion came from {place}"]
     return [f"import skinlesion.use.predict loads {name}" for name in names.split() if re.fullmatch(HEAVY, name)]
 
 
 CHECKS = [f for name, f in list(globals().items()) if name.startswith("check_") and f.__module__ == __name__]
 
 ERROR = dict(output_type="error", ename="KeyError", evalue="", traceback=[])
-PICTURE = dict(output_type="display_data", metadata={}, data={"image/png": "iVBORw0KGgo=\n", "text/plain": ["<Figure>"]})
-INLINE = dict(output_type="display_data", metadata={}, data={"text/html": ["<table><tr><td>\n", "<img src='data:image/png;base64,iVBORw0KGgo='>"]})
+PICTURE = dict(
+    output_type="display_data", metadata={}, data={"image/png": "iVBORw0KGgo=\n", "text/plain": ["<Figure>"]}
+)
+INLINE = dict(
+    output_type="display_data",
+    metadata={},
+    data={"text/html": ["<table><tr><td>\n", "<img src='data:image/png;base64,iVBORw0KGgo='>"]},
+)
 LONG = ADD.replace("    return a + 1", "    a += 1\n" * 36 + "    return a")
-NB, PY = "nbs/model/20_grow.ipynb", "skinlesion/model/grow.py"
+NB = "nbs/model/20_grow.ipynb"
+PY = "skinlesion/model/grow.py"
 PREDICT = "skinlesion/use/predict.py"
 TRAIN = "nbs/stages/train.ipynb"
 LESSON = "nbs/lessons/01_leak.ipynb"
 FAULTS = [
-    (check_floors, {"nbs/00_base.ipynb": library("base", "#| export\nfrom skinlesion.data.part import part", ADD)},
-     "the ground may not climb to data"),
-    (check_floors, {"nbs/data/10_part.ipynb": library("data.part", "def f():\n    from skinlesion.data.other import other")},
-     "number 11; import from numbers below 10"),
-    (check_floors, {TRAIN: stage_notebook("train", ["import skinlesion.pipeline.reports"])},
-     "nbs/stages/train.ipynb imports skinlesion/pipeline/reports.py"),
+    (
+        check_floors,
+        {"nbs/00_base.ipynb": library("base", "#| export\nfrom skinlesion.data.part import part", ADD)},
+        "the ground may not climb to data",
+    ),
+    (
+        check_floors,
+        {"nbs/data/10_part.ipynb": library("data.part", "def f():\n    from skinlesion.data.other import other")},
+        "number 11; import from numbers below 10",
+    ),
+    (
+        check_floors,
+        {TRAIN: stage_notebook("train", ["import skinlesion.pipeline.reports"])},
+        "nbs/stages/train.ipynb imports skinlesion/pipeline/reports.py",
+    ),
     (check_modules, {"skinlesion/data/gone.py": "x = 1\n"}, "skinlesion/data/gone.py: no notebook"),
     (check_modules, {NB: library("model.grew", ADD)}, "does not export model.grow"),
     (check_modules, {"nbs/data/20_twin.ipynb": library("data.twin")}, "number 20 is taken twice"),
     (check_modules, {"nbs/attic/90_old.ipynb": library("attic.old")}, "no room 'attic'"),
     (check_modules, {"skinlesion/__init__.py": "x = 1\n"}, "skinlesion/__init__.py is not empty"),
-    (check_rooms_take_arguments, {NB: library("model.grow", "#| export\nimport os", "#| export\nhome = os.environ['HOME']")}, "os.environ"),
+    (
+        check_rooms_take_arguments,
+        {NB: library("model.grow", "#| export\nimport os", "#| export\nhome = os.environ['HOME']")},
+        "os.environ",
+    ),
     (check_rooms_take_arguments, {NB: library("model.grow", "#| export\nimport yaml")}, "import yaml"),
-    (check_stages, {"dvc.yaml": swap("        - skinlesion/data/part.py\n", "")}, "stage train lacks the dep skinlesion/data/part.py"),
-    (check_stages, {"dvc.yaml": swap("      - data\n", "      - data\n      - README.md\n")}, "stage prepare names the dep README.md"),
+    (
+        check_stages,
+        {"dvc.yaml": swap("        - skinlesion/data/part.py\n", "")},
+        "stage train lacks the dep skinlesion/data/part.py",
+    ),
+    (
+        check_stages,
+        {"dvc.yaml": swap("      - data\n", "      - data\n      - README.md\n")},
+        "stage prepare names the dep README.md",
+    ),
     (check_stages, {PY: "from ..data.other import other\n"}, "stage train lacks the dep skinlesion/data/other.py"),
     (check_stages, {"dvc.yaml": swap("        - train.epochs\n", "")}, "stage train lacks the param train.epochs"),
     (check_stage_notebooks, {TRAIN: None}, "train.ipynb is not there"),
     (check_stage_notebooks, {TRAIN: swap("epochs = ", "epoch = ")}, "key 'epoch' is unknown"),
-    (check_stage_notebooks, {TRAIN: lambda text: re.sub(r"batch_size = \d+", "batch_size = 0", text)}, "batch_size is 0"),
-    (check_stage_notebooks, {TRAIN: lambda text: re.sub(r"batch_size = \d+", "batch_size = 2**5", text)},
-     "batch_size in the parameters cell is no literal"),
+    (
+        check_stage_notebooks,
+        {TRAIN: lambda text: re.sub(r"batch_size = \d+", "batch_size = 0", text)},
+        "batch_size is 0",
+    ),
+    (
+        check_stage_notebooks,
+        {TRAIN: lambda text: re.sub(r"batch_size = \d+", "batch_size = 2**5", text)},
+        "batch_size in the parameters cell is no literal",
+    ),
     (check_stage_notebooks, {TRAIN: swap('"parameters"', '"params"')}, "has 0 cells tagged `parameters`"),
-    (check_stage_notebooks, {TRAIN: swap("clip_norm = 1.0", "clip_norm = 2.0")}, "clip_norm is 2.0 in the parameters cell, and 1.0 where"),
+    (
+        check_stage_notebooks,
+        {TRAIN: swap("clip_norm = 1.0", "clip_norm = 2.0")},
+        "clip_norm is 2.0 in the parameters cell, and 1.0 where",
+    ),
     (check_stage_notebooks, {TRAIN: swap("loss, gamma", "loss")}, "train.ipynb never uses the parameter gamma"),
-    (check_stage_notebooks, {TRAIN: lambda text: re.sub(r"print\([^)]*\)", "{name: globals()[name] for name in SPEC_KEYS}", text)},
-     "train.ipynb never uses the parameter folds"),
+    (
+        check_stage_notebooks,
+        {TRAIN: lambda text: re.sub(r"print\([^)]*\)", "{name: globals()[name] for name in SPEC_KEYS}", text)},
+        "train.ipynb never uses the parameter folds",
+    ),
     (check_stage_notebooks, {TRAIN: stage_notebook("train", ["#| export\nx = 1"])}, "train.ipynb exports"),
-    (check_stage_notebooks, {TRAIN: stage_notebook("train", ["def f():\n    a = 1\n    b = 2\n    return a"])}, "f has more than three lines"),
+    (
+        check_stage_notebooks,
+        {TRAIN: stage_notebook("train", ["def f():\n    a = 1\n    b = 2\n    return a"])},
+        "f has more than three lines",
+    ),
     (check_lessons, {LESSON: library("lessons.leak")}, "01_leak.ipynb exports"),
     (check_lessons, {LESSON: notebook(cell("# A leak", "markdown"), "1 + 1")}, "01_leak.ipynb has no exercise"),
     (check_lessons, {"nbs/lessons/leak.ipynb": notebook("1 + 1")}, "leak.ipynb: name it NN_subject"),
     (check_nbdev, {PY: swap("return a + 1", "return a + 2")}, "skinlesion/model/grow.py: nbdev_export"),
-    (check_nbdev, {NB: swap('"execution_count": null', '"execution_count": 7')}, "nbs/model/20_grow.ipynb: nbdev_export"),
+    (
+        check_nbdev,
+        {NB: swap('"execution_count": null', '"execution_count": 7')},
+        "nbs/model/20_grow.ipynb: nbdev_export",
+    ),
     (check_docstrings, {PY: swap('    "Add one."\n', "")}, "skinlesion/model/grow.py: grow has no docstring"),
     (check_docstrings, {PY: swap('    "Grows."\n', "")}, "Grower has no docstring"),
     (check_docstrings, {PY: swap('        "Up."\n', "")}, "Grower.up has no docstring"),
-    (check_docstrings, {PY: lambda text: text + "\n@patch\ndef down(self:Grower, by=1):\n    return by\n"}, "Grower.down has no docstring"),
-    (check_docstrings, {PY: lambda text: text + "\n@patch(as_prop=True)\ndef tall(self:Grower):\n    return 1\n"}, "Grower.tall has no docstring"),
+    (
+        check_docstrings,
+        {PY: lambda text: text + "\n@patch\ndef down(self:Grower, by=1):\n    return by\n"},
+        "Grower.down has no docstring",
+    ),
+    (
+        check_docstrings,
+        {PY: lambda text: text + "\n@patch(as_prop=True)\ndef tall(self:Grower):\n    return 1\n"},
+        "Grower.tall has no docstring",
+    ),
     (check_cells, {NB: library("model.grow", "#| export\nimport json\nx = 1")}, "mixes imports and code"),
     (check_cells, {NB: library("model.grow", "#| export\nfrom json import *")}, "import *"),
     (check_cells, {NB: library("model.grow", LONG)}, "more than forty lines"),
-    (check_cells, {NB: library("model.grow", cell("x", id="aa"), cell("# x", "markdown", id="aa"))}, "cell id 'aa' is missing or there twice"),
-    (check_outputs, {NB: library("model.grow", cell("x = {}[0]", outputs=[ERROR]))}, "the output of `x = {}[0]` is an error: KeyError"),
-    (check_foreign_pictures, {NB: library("model.grow", cell("show(root.parent/'shared'/'a.jpg')", outputs=[PICTURE]))}, "'a.jpg')` keeps a picture"),
-    (check_foreign_pictures, {NB: library("model.grow", "real = Path('../shared')", "x = read(real)", cell("show(x)", outputs=[PICTURE]))},
-     "`show(x)` keeps a picture"),
-    (check_foreign_pictures, {NB: library("model.grow", "real = Path('../shared')", cell("table", outputs=[INLINE]))}, "`table` keeps a picture"),
-    (check_lines, {"benchmarks/wide.py": "x = 1\n#" + 150 * "-" + "\n"}, "benchmarks/wide.py line 2 has 151 characters"),
+    (
+        check_cells,
+        {NB: library("model.grow", cell("x", id="aa"), cell("# x", "markdown", id="aa"))},
+        "cell id 'aa' is missing or there twice",
+    ),
+    (
+        check_outputs,
+        {NB: library("model.grow", cell("x = {}[0]", outputs=[ERROR]))},
+        "the output of `x = {}[0]` is an error: KeyError",
+    ),
+    (
+        check_foreign_pictures,
+        {NB: library("model.grow", cell("show(root.parent/'shared'/'a.jpg')", outputs=[PICTURE]))},
+        "'a.jpg')` keeps a picture",
+    ),
+    (
+        check_foreign_pictures,
+        {NB: library("model.grow", "real = Path('../shared')", "x = read(real)", cell("show(x)", outputs=[PICTURE]))},
+        "`show(x)` keeps a picture",
+    ),
+    (
+        check_foreign_pictures,
+        {NB: library("model.grow", "real = Path('../shared')", cell("table", outputs=[INLINE]))},
+        "`table` keeps a picture",
+    ),
+    (
+        check_lines,
+        {"benchmarks/wide.py": "x = 1\n#" + 150 * "-" + "\n"},
+        "benchmarks/wide.py line 2 has 151 characters",
+    ),
     (check_light_import, {PREDICT: "import dvc\n"}, "loads dvc"),
     (check_light_import, {PREDICT: "import nothing_at_all\n"}, "No module named 'nothing_at_all'"),
 ]
@@ -322,10 +485,20 @@ def test_keys_of_a_member_are_used_at_once():
 
 def test_forty_lines_will_do(good_tree, tmp_path):
     "The limit itself is allowed."
-    assert check_cells(plant(good_tree, tmp_path / "tree", {NB: library("model.grow", LONG.replace("    a += 1\n", "", 1))})) == []
+    assert (
+        check_cells(
+            plant(good_tree, tmp_path / "tree", {NB: library("model.grow", LONG.replace("    a += 1\n", "", 1))})
+        )
+        == []
+    )
 
 
 def test_a_picture_before_the_foreign_data_may_stay(good_tree, tmp_path):
     "Own pictures are no foreign ones, and words that are shared are no folder."
-    cells_of = [cell("show(made_up)", outputs=[PICTURE]), "# each is shared out", cell("show(more)", outputs=[PICTURE]), "real = root / 'shared'"]
+    cells_of = [
+        cell("show(made_up)", outputs=[PICTURE]),
+        "# each is shared out",
+        cell("show(more)", outputs=[PICTURE]),
+        "real = root / 'shared'",
+    ]
     assert check_foreign_pictures(plant(good_tree, tmp_path / "tree", {NB: library("model.grow", *cells_of)})) == []

@@ -18,7 +18,8 @@ SAID = ("higher", "lower")
 def draw(n, rng, pull=1.2, groups=("A", "B"), shares=(.4, .6)):
     "Lesions of one to three images, a third malignant; in the first group malignant ones look `pull` less so. Returns truth, score, group, lesion."
     lesion = np.repeat(np.arange(n), rng.integers(1, 4, n))
-    ill, group = rng.random(n) < 1 / 3, rng.choice(len(groups), n, p=shares)
+    ill = rng.random(n) < 1 / 3
+    group = rng.choice(len(groups), n, p=shares)
     logit = 1.1 * rng.normal(size=n) + np.where(ill, 1.6 - pull * (group == 0), -1.4)
     logit = logit[lesion] + .6 * rng.normal(size=len(lesion))
     return ill[lesion], 1 / (1 + np.exp(-logit)), np.array(groups)[group[lesion]], lesion
@@ -28,7 +29,9 @@ def tables(ill, score, group, lesion):
     "The same as the two tables that evaluation takes."
     ids = [f"i{k:06d}" for k in range(len(ill))]
     predictions = pd.DataFrame(dict(image_id=ids, p_benign=1 - score, p_mel=score))
-    return predictions, pd.DataFrame(dict(image_id=ids, lesion_id=lesion, diagnosis=np.where(ill, "mel", "benign"), ward=group))
+    return predictions, pd.DataFrame(
+        dict(image_id=ids, lesion_id=lesion, diagnosis=np.where(ill, "mel", "benign"), ward=group)
+    )
 
 
 def plain(ill, score, rows):
@@ -56,18 +59,23 @@ def test_every_figure_equals_its_definition():
         assert leaf_at(card["A"], name)["value"] == pytest.approx(value, abs=1e-12)
         assert leaf_at(card["A"]["gap"], name)["value"] == pytest.approx(value - by_hand["B"][name], abs=1e-12)
         mirror = leaf_at(card["B"]["gap"], name)  # two groups: the gap of the one is that of the other, turned round
-        assert [-mirror["high"], -mirror["low"]] == pytest.approx([leaf_at(card["A"]["gap"], name)[k] for k in ("low", "high")], abs=1e-12)
+        assert [-mirror["high"], -mirror["low"]] == pytest.approx(
+            [leaf_at(card["A"]["gap"], name)[k] for k in ("low", "high")], abs=1e-12
+        )
 
 
 def coverage(truth, runs, seed, n=320, least=20):
     "How often the limits of each gap hold the truth (of how many that were given), and how often the planted one is called."
-    held, given, called = dict.fromkeys(truth, 0), dict.fromkeys(truth, 0), 0
+    held = dict.fromkeys(truth, 0)
+    given = dict.fromkeys(truth, 0)
+    called = 0
     for k in range(runs):
         drawn = tables(*draw(n, np.random.default_rng([seed, k])))
         cell = subgroup_scorecard(*drawn, TWO, ["ward"], min_lesions=least, n_resamples=400, seed=k)["ward"]["A"]
         for name in truth:
             leaf = leaf_at(cell["gap"], name)
-            if leaf["low"] is None: continue
+            if leaf["low"] is None:
+                continue
             held[name] += leaf["low"] <= truth[name] <= leaf["high"]
             given[name] += 1
         called += cell["gap"]["malignant"]["sensitivity"]["verdict"] == "lower"
@@ -79,12 +87,20 @@ def percentile_coverage(truth, runs, seed, n):
     held, given = (dict.fromkeys(("accuracy", "malignant.sensitivity", "malignant.auroc"), 0) for _ in range(2))
     for k in range(runs):
         ill, score, group, lesion = draw(n, np.random.default_rng([seed, k]))
-        weights, a = lesion_weights(lesion, 400, k), group == "A"
-        share = lambda rows, right: weights[:, rows] @ right[rows] / np.maximum(weights[:, rows].sum(1), 1)
-        gap = lambda inside, outside, right: share(inside, right) - share(outside, right)
-        area = lambda rows: weighted_auroc(ill[rows], score[rows], weights[:, rows])
+        weights = lesion_weights(lesion, 400, k)
+        a = group == "A"
+        def share(rows, right):
+            return weights[:, rows] @ right[rows] / np.maximum(weights[:, rows].sum(1), 1)
+        def gap(inside, outside, right):
+            return share(inside, right) - share(outside, right)
+        def area(rows):
+            return weighted_auroc(ill[rows], score[rows], weights[:, rows])
         right = (score >= .5) == ill
-        gaps = {"accuracy": gap(a, ~a, right), "malignant.sensitivity": gap(a & ill, ~a & ill, right), "malignant.auroc": area(a) - area(~a)}
+        gaps = {
+            "accuracy": gap(a, ~a, right),
+            "malignant.sensitivity": gap(a & ill, ~a & ill, right),
+            "malignant.auroc": area(a) - area(~a),
+        }
         for name, samples in gaps.items():
             low, high = percentile_interval(samples)
             held[name] += low <= truth[name] <= high
@@ -94,7 +110,8 @@ def percentile_coverage(truth, runs, seed, n):
 
 def test_limits_of_planted_gaps_hold_the_truth_subset(truth):
     held, given, called = coverage(truth, 40, seed=7)
-    for name, hits in held.items(): assert report(f"gap of {name}", hits, given[name])[1] >= .95, (name, hits)
+    for name, hits in held.items():
+        assert report(f"gap of {name}", hits, given[name])[1] >= .95, (name, hits)
     assert report("planted gap of sensitivity called", called, 40)[0] > .6, called
 
 
@@ -105,22 +122,33 @@ def test_limits_of_planted_gaps_hold_the_truth(truth, n, least):
     rivals, told = percentile_coverage(truth, 600, 8, n)
     for name, hits in held.items():
         low, high = report(f"{n} lesions, gap of {name}", hits, given[name])
-        if name in rivals: report(f"{n} lesions, gap of {name} by percentiles", rivals[name], told[name])
+        if name in rivals:
+            report(f"{n} lesions, gap of {name} by percentiles", rivals[name], told[name])
         assert high >= .95 and low >= .91, (name, hits)
     report("planted gap of sensitivity called", called, 600)
 
 
 def false_alarms(runs, seed):
     "On how many cards anything is called a gap where five columns of groups mean nothing: by the verdict and by plain limits."
-    metrics = "accuracy", "malignant.auroc", "malignant.sensitivity", "malignant.specificity", "malignant.calibration_in_the_large"
+    metrics = (
+        "accuracy",
+        "malignant.auroc",
+        "malignant.sensitivity",
+        "malignant.specificity",
+        "malignant.calibration_in_the_large",
+    )
     alarms, limits = (dict.fromkeys(metrics, 0) for _ in range(2))
     for k in range(runs):
         rng = np.random.default_rng([seed, k])
         ill, score, group, lesion = draw(320, rng, pull=0)
         predictions, labels = tables(ill, score, group, lesion)
-        for c in range(5): labels[f"c{c}"] = rng.choice(list("wxyz"), lesion.max() + 1)[lesion]
+        for c in range(5):
+            labels[f"c{c}"] = rng.choice(list("wxyz"), lesion.max() + 1)[lesion]
         card = subgroup_scorecard(predictions, labels, TWO, [f"c{c}" for c in range(5)], n_resamples=400, seed=k)
-        gaps = {name: [leaf_at(cell["gap"], name) for groups in card.values() for cell in groups.values()] for name in alarms}
+        gaps = {
+            name: [leaf_at(cell["gap"], name) for groups in card.values() for cell in groups.values()]
+            for name in alarms
+        }
         for name, leaves in gaps.items():
             alarms[name] += any(leaf["verdict"] in SAID for leaf in leaves)
             limits[name] += any(leaf["value"] is not None and (leaf["low"] > 0 or leaf["high"] < 0) for leaf in leaves)
@@ -130,14 +158,18 @@ def false_alarms(runs, seed):
 def test_no_gap_is_called_where_there_is_none_subset():
     alarms, limits = false_alarms(10, seed=3)
     assert max(alarms.values()) <= 2, alarms
-    assert limits["accuracy"] > alarms["accuracy"], "with twenty gaps, plain limits leave out zero somewhere; the verdict must know better"
+    assert limits["accuracy"] > alarms["accuracy"], (
+        "with twenty gaps, plain limits leave out zero somewhere; the verdict must know better"
+    )
 
 
 @pytest.mark.slow
 def test_no_gap_is_called_where_there_is_none():
     alarms, limits = false_alarms(300, seed=4)
-    for name, hits in alarms.items(): assert report(f"cards with a false alarm of {name}", hits, 300)[0] <= .06, (name, hits)
-    for name in alarms: report(f"{name}: by plain limits", limits[name], 300)
+    for name, hits in alarms.items():
+        assert report(f"cards with a false alarm of {name}", hits, 300)[0] <= .06, (name, hits)
+    for name in alarms:
+        report(f"{name}: by plain limits", limits[name], 300)
 
 
 def test_images_are_not_lesions():
@@ -145,10 +177,18 @@ def test_images_are_not_lesions():
     ill, score, group, lesion = draw(200, np.random.default_rng(5))
     once = np.unique(lesion, return_index=True)[1]
     four = np.repeat(once, 4)
-    one, many = (subgroup_scorecard(*tables(ill[rows], score[rows], group[rows], lesion[rows]), TWO, ["ward"])["ward"]["A"] for rows in (once, four))
+    one, many = (
+        subgroup_scorecard(*tables(ill[rows], score[rows], group[rows], lesion[rows]), TWO, ["ward"])["ward"]["A"]
+        for rows in (once, four)
+    )
     for name in ("accuracy", "malignant.auroc", "malignant.sensitivity"):
-        for a, b in ((leaf_at(one, name), leaf_at(many, name)), (leaf_at(one["gap"], name), leaf_at(many["gap"], name))):
-            assert [a[k] for k in ("value", "low", "high")] == pytest.approx([b[k] for k in ("value", "low", "high")], abs=1e-9)
+        for a, b in (
+            (leaf_at(one, name), leaf_at(many, name)),
+            (leaf_at(one["gap"], name), leaf_at(many["gap"], name)),
+        ):
+            assert [a[k] for k in ("value", "low", "high")] == pytest.approx(
+                [b[k] for k in ("value", "low", "high")], abs=1e-9
+            )
             assert a["n_lesions"] == b["n_lesions"] and 4 * a["n"] == b["n"]
 
 
@@ -159,28 +199,35 @@ def test_a_lesion_may_stand_on_both_sides():
     labels["age"] = np.where(np.arange(len(labels)) % 2, 29, 31)
     card = subgroup_scorecard(predictions, labels, TWO, ["age_band"], n_resamples=50)["age_band"]
     assert sum(cell["n"]["n_lesions"] for cell in card.values()) > labels.lesion_id.nunique() == 200
-    assert all(cell["gap"]["accuracy"]["low"] is not None and cell["gap"]["accuracy"]["n_lesions"] == 200 for cell in card.values())
+    assert all(
+        cell["gap"]["accuracy"]["low"] is not None and cell["gap"]["accuracy"]["n_lesions"] == 200
+        for cell in card.values()
+    )
 
 
 def test_what_is_too_few_is_counted_where_it_counts():
     "Two hundred lesions of which three are malignant say much about specificity and nothing about sensitivity."
     rng = np.random.default_rng(2)
-    ill, score = np.arange(200) < 3, rng.random(200)
+    ill = np.arange(200) < 3
+    score = rng.random(200)
     drawn = tables(ill, score, np.where(np.arange(200) < 100, "A", "B"), np.arange(200))
     cell = subgroup_scorecard(*drawn, TWO, ["ward"], n_resamples=50)["ward"]["A"]
     assert cell["malignant"]["specificity"]["value"] is not None and cell["accuracy"]["value"] is not None
-    for name in ("sensitivity", "auroc"): assert cell["malignant"][name]["reason"] == "too few to say: 3 malignant lesions, at least 20 are asked for"
+    for name in ("sensitivity", "auroc"):
+        assert cell["malignant"][name]["reason"] == "too few to say: 3 malignant lesions, at least 20 are asked for"
     assert cell["gap"]["malignant"]["auroc"]["verdict"] == "too few to say"
     assert subgroup_table(dict(ward=dict(A=cell)), ["malignant.auroc"]).text[0] == "too few to say"
 
 
 def test_a_perfect_side_does_not_make_a_gap_sure():
     "Twenty-one of twenty-one against four fifths: the one's certainty is only Wilson's."
-    ill, group = np.ones(121, bool), np.where(np.arange(121) < 21, "A", "B")
+    ill = np.ones(121, bool)
+    group = np.where(np.arange(121) < 21, "A", "B")
     score = np.where((group == "B") & (np.arange(121) % 5 == 0), .2, .8)
     predictions, labels = tables(np.r_[ill, ~ill], np.r_[score, 1 - score], np.r_[group, group], np.arange(242))
     gap = subgroup_scorecard(predictions, labels, TWO, ["ward"])["ward"]["A"]["gap"]["malignant"]["sensitivity"]
-    side = lambda share, n: dict(zip(("value", "low", "high"), (share, *wilson_interval(share, n))))
+    def side(share, n):
+        return dict(zip(("value", "low", "high"), (share, *wilson_interval(share, n))))
     near = combined_limits(side(1, 21), side(.8, 100))
     assert gap["value"] == pytest.approx(.2) and abs(gap["low"] - near[0]) < .02 and abs(gap["high"] - near[1]) < .02
 
@@ -188,22 +235,34 @@ def test_a_perfect_side_does_not_make_a_gap_sure():
 def test_groups_beyond_the_known_ones():
     ill, score, group, lesion = draw(300, np.random.default_rng(9))
     predictions, labels = tables(ill, score, group, lesion)
-    labels = labels.assign(source=np.where(group == "A", "clinic 1", None), sex=np.where(group == "A", "F", "male"), age=50, extra=7)
+    labels = labels.assign(
+        source=np.where(group == "A", "clinic 1", None), sex=np.where(group == "A", "F", "male"), age=50, extra=7
+    )
     card = subgroup_scorecard(predictions, labels, TWO, n_resamples=20)
-    assert {c: list(groups) for c, groups in card.items()} == dict(sex=["female", "male"], age_band=["50-69"], source=["clinic 1", "unknown"])
+    assert {c: list(groups) for c, groups in card.items()} == dict(
+        sex=["female", "male"], age_band=["50-69"], source=["clinic 1", "unknown"]
+    )
     assert card["age_band"]["50-69"]["gap"]["accuracy"]["reason"] == "every image is in this group"
-    with pytest.raises(ValueError, match="no column 'sxe' to group by.*Did you mean 'sex'"): subgroup_scorecard(predictions, labels, TWO, ["sxe"])
-    with pytest.raises(ValueError, match="column 'lesion_id' has 300 groups, at most 40"): subgroup_scorecard(predictions, labels, TWO, ["lesion_id"])
+    with pytest.raises(ValueError, match="no column 'sxe' to group by.*Did you mean 'sex'"):
+        subgroup_scorecard(predictions, labels, TWO, ["sxe"])
+    with pytest.raises(ValueError, match="column 'lesion_id' has 300 groups, at most 40"):
+        subgroup_scorecard(predictions, labels, TWO, ["lesion_id"])
     with pytest.raises(ValueError, match=r"labels row 4: age '180'"):
-        subgroup_scorecard(predictions, labels.assign(age=np.where(np.arange(len(labels)) == 2, 180, 50))[::1], TWO, ["age_band"])
+        subgroup_scorecard(
+            predictions, labels.assign(age=np.where(np.arange(len(labels)) == 2, 180, 50))[::1], TWO, ["age_band"]
+        )
 
 
 def test_undecided_classes_stand_aside_and_unknown_malignancy_says_so():
     rng = np.random.default_rng(0)
-    probs, targets = rng.dirichlet(np.ones(9), 400), np.arange(400) % 9
-    isic, ids = get_label_set("isic2019"), [f"i{k}" for k in range(400)]
+    probs = rng.dirichlet(np.ones(9), 400)
+    targets = np.arange(400) % 9
+    isic = get_label_set("isic2019")
+    ids = [f"i{k}" for k in range(400)]
     predictions = pd.DataFrame(probs, columns=[f"p_{c}" for c in isic.codes]).assign(image_id=ids)
-    labels = pd.DataFrame(dict(image_id=ids, diagnosis=np.array(isic.codes)[targets], ward=np.where(np.arange(400) % 2, "A", "B")))
+    labels = pd.DataFrame(
+        dict(image_id=ids, diagnosis=np.array(isic.codes)[targets], ward=np.where(np.arange(400) % 2, "A", "B"))
+    )
     cell = subgroup_scorecard(predictions, labels, isic, ["ward"], n_resamples=20)["ward"]["A"]
     decided = (labels.diagnosis != "unk").sum()
     assert cell["malignant"]["auroc"]["n"] < cell["accuracy"]["n"] and cell["gap"]["malignant"]["auroc"]["n"] == decided

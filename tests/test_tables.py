@@ -29,12 +29,14 @@ def noise(seed=0, size=(12, 16)):
     return np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
 
 
-def png(seed=0): return encode_png(noise(seed))
+def png(seed=0):
+    return encode_png(noise(seed))
 
 
 def jpeg_with_gps(seed=0):
     "A JPEG that is to be turned and carries a place."
-    out, exif = io.BytesIO(), Image.Exif()
+    out = io.BytesIO()
+    exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "SECRET-CAMERA"
     Image.fromarray(noise(seed)).save(out, "JPEG", exif=exif)
     return out.getvalue()
@@ -49,13 +51,15 @@ def lay(root, *names, **content):
     return root
 
 
-def cli(*words): return CliRunner().invoke(app, [str(w) for w in words])
+def cli(*words):
+    return CliRunner().invoke(app, [str(w) for w in words])
 
 
 def refused(folder, said, call, *args, error=(ValueError, OSError), **options):
     "The call fails with these words, and nothing new stands in the folder, hidden or not."
     before = sorted(str(p) for p in folder.rglob("*"))
-    with pytest.raises(error) as caught: call(*args, **options)
+    with pytest.raises(error) as caught:
+        call(*args, **options)
     assert said in str(caught.value), caught.value
     assert sorted(str(p) for p in folder.rglob("*")) == before
 
@@ -74,7 +78,8 @@ def test_class_folders_in_any_package(tmp_path, names, want, how):
     if how != "folder":
         packed = tmp_path / f"src.{how}"
         with (zipfile.ZipFile(packed, "w") if how == "zip" else tarfile.open(packed, "w:gz")) as archive:
-            for name in names: (archive.write if how == "zip" else archive.add)(source / name, name)
+            for name in names:
+                (archive.write if how == "zip" else archive.add)(source / name, name)
         source = packed
     import_folder(source, tmp_path / "out")
     table = read_dataset(tmp_path / "out").table.set_index("image_id")
@@ -86,7 +91,8 @@ def test_folders_given_one_by_one_and_archives_named_after_splits(tmp_path):
     assert import_folder([source / "nv", source / "mel"], tmp_path / "one").classes["mel"] == 1
     for split in ("train", "test"):
         with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as z:
-            for k, code in enumerate(("mel", "nv")): z.writestr(f"{code}/{split}{k}.png", png(len(split) + k))
+            for k, code in enumerate(("mel", "nv")):
+                z.writestr(f"{code}/{split}{k}.png", png(len(split) + k))
     import_folder([tmp_path / "train.zip", tmp_path / "test.zip"], tmp_path / "two", About(name="two"))
     assert read_dataset(tmp_path / "two").table.split.tolist() == ["train", "train", "test", "test"]
 
@@ -99,7 +105,7 @@ def test_folders_given_one_by_one_and_archives_named_after_splits(tmp_path):
     (["train/mel/a.png", "nv/b.png"], "src/train/mel/a.png lies below a split and src/nv/b.png does not (1 and 1 images)"),
     (["mel/a.png", "nv/A.png"], "src/nv/A.png: image_id 'A' is already in src/mel/a.png; there it is written 'a'"),
     (["mel/a.png", "mel/b.png"], "src: all 2 rows have the diagnosis 'mel'; one class cannot be told from itself"), ([], "no image was given"),
-    (["photos.rar"], "no image was given; allowed are CLASS/image and train|val|test/CLASS/image, in folders or archives; tables seen: "
+    (["photos.rar"], "no image was given; allowed are CLASS/image and train|val|test/CLASS/image, in folders or " "archives; tables seen: "
                      "none; of a kind that is not read (a table is CSV, an archive zip or tar): src/photos.rar")])
 def test_folders_that_cannot_be_meant(tmp_path, names, said):
     source = lay(tmp_path / "src", *names)
@@ -108,11 +114,24 @@ def test_folders_that_cannot_be_meant(tmp_path, names, said):
 
 
 def test_a_folder_with_other_things_in_it(tmp_path):
-    source = lay(tmp_path / "src", "mel/a.png", "nv/b.png", **{"nv/notes.docx": b"x", "nv/c.png": b"no picture", "nv/Thumbs.db": b"x"})
-    with pytest.raises(DatasetError) as caught: import_folder(source, tmp_path / "out")
-    assert str(caught.value).startswith("src/nv/c.png: its content is no known image") and str(caught.value).count("c.png") == 1
+    source = lay(
+        tmp_path / "src",
+        "mel/a.png",
+        "nv/b.png",
+        **{"nv/notes.docx": b"x", "nv/c.png": b"no picture", "nv/Thumbs.db": b"x"},
+    )
+    with pytest.raises(DatasetError) as caught:
+        import_folder(source, tmp_path / "out")
+    assert (
+        str(caught.value).startswith("src/nv/c.png: its content is no known image")
+        and str(caught.value).count("c.png") == 1
+    )
     report = import_folder(source, tmp_path / "out", skip_bad=True)
-    assert report.n_images == 2 and sorted(report.other_files) == ["src/nv/Thumbs.db", "src/nv/notes.docx"] and "c.png" in report.skipped[0]
+    assert (
+        report.n_images == 2
+        and sorted(report.other_files) == ["src/nv/Thumbs.db", "src/nv/notes.docx"]
+        and "c.png" in report.skipped[0]
+    )
 
 
 # ---- label sets
@@ -130,9 +149,22 @@ def test_a_built_in_set_only_where_every_class_is_in_it(tmp_path):
     assert said.codes == ("mel", "ecz") and said.malignant == {"mel"}
     import_folder(source, tmp_path / "mapped", word_map={"eczema": "bkl"})
     assert read_dataset(tmp_path / "mapped").info.label_set == "ham10000"
-    refused(tmp_path, "src/eczema/b.png: diagnosis 'eczema' is not in label set melanoma", import_folder, source, tmp_path / "out",
-            About(label_set="melanoma"))
-    refused(tmp_path, "'eczma=nv': the word 'eczma' stands nowhere", import_folder, source, tmp_path / "out", word_map={"eczma": "nv"})
+    refused(
+        tmp_path,
+        "src/eczema/b.png: diagnosis 'eczema' is not in label set melanoma",
+        import_folder,
+        source,
+        tmp_path / "out",
+        About(label_set="melanoma"),
+    )
+    refused(
+        tmp_path,
+        "'eczma=nv': the word 'eczma' stands nowhere",
+        import_folder,
+        source,
+        tmp_path / "out",
+        word_map={"eczma": "nv"},
+    )
 
 
 # ---- tables
@@ -145,8 +177,10 @@ def clinic(tmp_path):
     lay(tmp_path / "clinic", "photos/p1.png", "photos/p2.png", "photos/more/p3.png",
         **{"photos/p4.jpg": jpeg_with_gps(), "photos/p2_segmentation.png": mask})
     (tmp_path / "clinic" / "visits.csv").write_text(
-        "case;photo;finding;grade;refer;itch;years;place;device\nC1;photos/p1.png;Acne;mild;yes;7;31;Face;A\nC1;p2;acne ;2;0;;32;;A\n"
-        "C2;photos/more/p3.png;Eczema;;No;3;unknown;left arm;007\nC3;p4.jpg;eczema;3.0;;1;;;\n")
+        "case;photo;finding;grade;refer;itch;years;place;device\nC1;photos/p1.png;Acne;mild;yes;7;31;Face;A\nC1;p2;acne "
+        ";2;0;;32;;A\n"
+        "C2;photos/more/p3.png;Eczema;;No;3;unknown;left arm;007\nC3;p4.jpg;eczema;3.0;;1;;;\n"
+    )
     return tmp_path / "clinic"
 
 
@@ -155,20 +189,27 @@ def test_the_example_of_the_help_works_as_it_stands(tmp_path, monkeypatch):
     said = cli("import", "csv", "--help").stdout.replace("\\\n", " ").splitlines()
     example = shlex.split(next(line for line in said if "skinlesion import csv visits.csv" in line))
     monkeypatch.chdir(tmp_path)
-    Path("visits.csv").write_text("photo,finding,case,grade,refer\na.png,acne,1,mild,yes\nb.png,eczema,1,Severe,no\nc.png,acne,2,,\n")
+    Path("visits.csv").write_text(
+        "photo,finding,case,grade,refer\na.png,acne,1,mild,yes\nb.png,eczema,1,Severe,no\nc.png,acne,2,,\n"
+    )
     Path("classes.csv").write_text("code,name,malignant\nacn,acne,no\necz,eczema,no\n")
     with zipfile.ZipFile("photos.zip", "w") as z:
-        for k, name in enumerate("abc"): z.writestr(f"photos/{name}.png", png(k))
+        for k, name in enumerate("abc"):
+            z.writestr(f"photos/{name}.png", png(k))
     ended = cli(*example[1:])
     assert ended.exit_code == 0, ended.output
     table = read_dataset(tmp_path / "data").table
-    assert table[["diagnosis", "severity", "urgent"]].values.tolist() == [["acn", "1", "1"], ["ecz", "2", "0"], ["acn", "", ""]]
+    assert table[["diagnosis", "severity", "urgent"]].values.tolist() == [
+        ["acn", "1", "1"],
+        ["ecz", "2", "0"],
+        ["acn", "", ""],
+    ]
     assert table.patient_id.tolist() == ["1", "1", "2"]
     assert "severity: 'mild' read as '1' in 1 rows" in ended.stdout and "licence: not stated" in ended.stdout
 
 
 @pytest.mark.parametrize("words, said", [
-    (["mild=1", "rough=2"], "visits.csv: --map 'rough=2': the word 'rough' stands nowhere in diagnosis, site, age, severity, urgent."),
+    (["mild=1", "rough=2"], "visits.csv: --map 'rough=2': the word 'rough' stands nowhere in diagnosis, site, age, " "severity, urgent."),
     (["midl=1"], "Did you mean 'mild'?"),
     (["mild=one"], "visits.csv row 2: severity 'one' is not a whole number from 0"),
     (["mild=1", "MILD=2"], "--map 'mild=1' and --map 'MILD=2' give one word two meanings"),
@@ -176,9 +217,16 @@ def test_the_example_of_the_help_works_as_it_stands(tmp_path, monkeypatch):
     (["mild=1", "left arm=elbo"], "The word comes from --map 'left arm=elbo'; name a known one there"),
     (["mild=1", "left arm=unknown"], None)])
 def test_words_of_the_map_are_met_and_known(tmp_path, clinic, words, said):
-    ended = cli("import", "csv", clinic, *OWN, *(w for word in words for w in ("--map", word)), "--out", tmp_path / "out")
-    assert ended.exit_code == (said is not None) and (said or "") in ended.stderr and (tmp_path / "out").exists() == (said is None), ended.output
-    if said is None: assert read_dataset(tmp_path / "out").table.site.tolist() == ["face", "", "", ""]
+    ended = cli(
+        "import", "csv", clinic, *OWN, *(w for word in words for w in ("--map", word)), "--out", tmp_path / "out"
+    )
+    assert (
+        ended.exit_code == (said is not None)
+        and (said or "") in ended.stderr
+        and (tmp_path / "out").exists() == (said is None)
+    ), ended.output
+    if said is None:
+        assert read_dataset(tmp_path / "out").table.site.tolist() == ["face", "", "", ""]
 
 
 def test_a_class_that_is_nearly_known_is_pointed_out(tmp_path):
@@ -186,29 +234,77 @@ def test_a_class_that_is_nearly_known_is_pointed_out(tmp_path):
     assert "'melanma' became a class of its own. Did you mean 'melanoma'? Then say so (--map 'OLD=NEW')" in report.notes
 
 
-OWN = ("--image-column", "photo", "--label-column", "finding", "--patient-column", "case", "--severity-column", "grade", "--urgent-column", "refer",
-       "--age-column", "years", "--site-column", "place")
+OWN = (
+    "--image-column",
+    "photo",
+    "--label-column",
+    "finding",
+    "--patient-column",
+    "case",
+    "--severity-column",
+    "grade",
+    "--urgent-column",
+    "refer",
+    "--age-column",
+    "years",
+    "--site-column",
+    "place",
+)
 
 
 def test_a_table_of_many_targets_by_the_command(tmp_path, clinic):
-    ended = cli("import", "csv", clinic, *OWN, "--map", "mild=1", "--map", "left arm=upper extremity", "--licence", "CC0", "--out", tmp_path / "out")
+    ended = cli(
+        "import",
+        "csv",
+        clinic,
+        *OWN,
+        "--map",
+        "mild=1",
+        "--map",
+        "left arm=upper extremity",
+        "--licence",
+        "CC0",
+        "--out",
+        tmp_path / "out",
+    )
     assert ended.exit_code == 0, ended.output
-    assert "severity: 'mild' read as '1' in 1 rows" in ended.stdout and "columns kept as they are: itch, device" in ended.stdout
+    assert (
+        "severity: 'mild' read as '1' in 1 rows" in ended.stdout
+        and "columns kept as they are: itch, device" in ended.stdout
+    )
     data = read_dataset(tmp_path / "out")
     table = data.table.set_index("image_id")
-    assert table.severity.to_dict() == dict(p1="1", p2="2", p3="", p4="3") and table.urgent.to_dict() == dict(p1="1", p2="0", p3="0", p4="")
-    assert table.device["p3"] == "007" and table.itch["p1"] == "7" and table.patient_id.tolist() == ["C1", "C1", "C2", "C3"]
-    assert table.site.tolist() == ["face", "", "upper extremity", ""] and table.age[:2].tolist() == [31, 32] and table.age[2:].isna().all()
+    assert table.severity.to_dict() == dict(p1="1", p2="2", p3="", p4="3") and table.urgent.to_dict() == dict(
+        p1="1", p2="0", p3="0", p4=""
+    )
+    assert (
+        table.device["p3"] == "007"
+        and table.itch["p1"] == "7"
+        and table.patient_id.tolist() == ["C1", "C1", "C2", "C3"]
+    )
+    assert (
+        table.site.tolist() == ["face", "", "upper extremity", ""]
+        and table.age[:2].tolist() == [31, 32]
+        and table.age[2:].isna().all()
+    )
     assert (data.info.name, data.info.licence, data.label_set.codes) == ("clinic", "CC0", ("acne", "eczema"))
     assert data.mask_path("p2") and not data.mask_path("p1")
-    assert read_image(data.image_path("p4")).shape == (16, 12, 3) and b"SECRET" not in data.image_path("p4").read_bytes()
+    assert (
+        read_image(data.image_path("p4")).shape == (16, 12, 3) and b"SECRET" not in data.image_path("p4").read_bytes()
+    )
 
 
 def test_the_images_may_lie_in_an_archive_beside_the_table(tmp_path, clinic):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as z:
-        for p in sorted((clinic / "photos").rglob("*.*")): z.write(p, p.relative_to(clinic))
+        for p in sorted((clinic / "photos").rglob("*.*")):
+            z.write(p, p.relative_to(clinic))
     words = ("--map", "mild=1", "--map", "left arm=upper extremity")
-    assert cli("import", "csv", clinic / "visits.csv", tmp_path / "photos.zip", *OWN, *words, "--out", tmp_path / "out").exit_code == 0
+    assert (
+        cli(
+            "import", "csv", clinic / "visits.csv", tmp_path / "photos.zip", *OWN, *words, "--out", tmp_path / "out"
+        ).exit_code
+        == 0
+    )
     assert len(read_dataset(tmp_path / "out")) == 4
 
 
@@ -219,7 +315,7 @@ GOOD = "image_id,diagnosis\np1,mel\np2,nv\n"
     (GOOD + "/etc/passwd,nv\n", "t.csv row 4: image '/etc/passwd' is an absolute path; write it relative to the table"),
     (GOOD + "C:\\p3.png,nv\n", "t.csv row 4: image 'C:\\p3.png' is an absolute path"),
     (GOOD + "~/p3.png,nv\n", "t.csv row 4: image '~/p3.png' is an absolute path"),
-    (GOOD + "../secret.png,nv\n", "t.csv row 4: image '../secret.png' leaves what was given; give the folder it lies in too, or correct the path"),
+    (GOOD + "../secret.png,nv\n", "t.csv row 4: image '../secret.png' leaves what was given; give the folder it lies in too, or " "correct the path"),
     (GOOD + "photos/../../secret.png,nv\n", "t.csv row 4: image 'photos/../../secret.png' leaves what was given"),
     (GOOD + "link.png,nv\n", "t.csv row 4: image 'link.png' is a symbolic link; give the file itself"),
     (GOOD + "https://nowhere.example/p.png,nv\n", "t.csv row 4: image 'https://nowhere.example/p.png' is an address; fetch the files first"),
@@ -238,7 +334,7 @@ GOOD = "image_id,diagnosis\np1,mel\np2,nv\n"
     ("image_id,diagnosis,age\np1,mel,850\np2,nv,3\n", "t.csv row 2: age '850' is not a number of years from 0 to 120"),
     ("image_id,diagnosis,age\np1,mel,fifty\np2,nv,3\n", "t.csv row 2: age 'fifty' is not a number of years from 0 to 120"),
     ("image_id,diagnosis,site\np1,mel,bakc\np2,nv,\n", "t.csv row 2: site 'bakc' is not known"),
-    ("image_id,diagnosis\np1,mel\nP1,nv\n", "t.csv row 3: image_id 'P1' is already in row 2; there it is written 'p1', and a disk that ignores"),
+    ("image_id,diagnosis\np1,mel\nP1,nv\n", "t.csv row 3: image_id 'P1' is already in row 2; there it is written 'p1', and a disk that " "ignores"),
     ("image_id,diagnosis\nNaN,mel\np2,nv\n", "t.csv row 2: image_id 'NaN' names no image"),
     ("image_id,diagnosis\np1,mel\n", "one class cannot be told from itself")])
 def test_a_table_that_cannot_be_used(tmp_path, text, said):
@@ -248,26 +344,46 @@ def test_a_table_that_cannot_be_used(tmp_path, text, said):
     (tmp_path / "in" / "t.csv").write_text(text)
     refused(tmp_path, said, import_csv, tmp_path / "in", tmp_path / "out")
     ended = cli("import", "csv", tmp_path / "in", "--out", tmp_path / "out")
-    assert ended.exit_code == 1 and said in ended.stderr and ended.stderr.startswith("error: ") and not (tmp_path / "out").exists()
+    assert (
+        ended.exit_code == 1
+        and said in ended.stderr
+        and ended.stderr.startswith("error: ")
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_every_bad_row_is_named_at_once(tmp_path):
     lay(tmp_path / "in", "p0.png", "p1.png")
     (tmp_path / "in" / "t.csv").write_text("image_id,diagnosis,age,sex\np0,mel,900,f\np1,nvv,3,x\n")
-    with pytest.raises(DatasetError) as caught: import_csv(tmp_path / "in", tmp_path / "out", about=About(label_set="ham10000"))
+    with pytest.raises(DatasetError) as caught:
+        import_csv(tmp_path / "in", tmp_path / "out", about=About(label_set="ham10000"))
     assert [p.split(":")[0] for p in caught.value.problems] == ["in/t.csv row 2", "in/t.csv row 3", "in/t.csv row 3"]
 
 
 def test_columns_that_cannot_be_meant(tmp_path, clinic):
-    def said(words, **columns): refused(tmp_path, words, import_csv, clinic, tmp_path / "out", Columns(image="photo", **columns))
-    said("visits.csv row 1: the column 'yaers' (--age-column) is missing; the table has case, photo, finding", label="finding", age="yaers")
+    def said(words, **columns):
+        refused(tmp_path, words, import_csv, clinic, tmp_path / "out", Columns(image="photo", **columns))
+    said(
+        "visits.csv row 1: the column 'yaers' (--age-column) is missing; the table has case, photo, finding",
+        label="finding",
+        age="yaers",
+    )
     said("Did you mean 'years'?", label="finding", age="yaers")
-    said("no table has the columns photo, findng; tables seen: clinic/visits.csv (case, photo, finding, ", label="findng")
+    said(
+        "no table has the columns photo, findng; tables seen: clinic/visits.csv (case, photo, finding, ", label="findng"
+    )
     text = (clinic / "visits.csv").read_text()
     (clinic / "visits.csv").write_text(text.replace("years", "age").replace("place", "site"))
-    said("'itch' (--age-column) is to fill the column 'age', which the table has too; rename that one or leave", label="finding", age="itch")
+    said(
+        "'itch' (--age-column) is to fill the column 'age', which the table has too; rename that one or leave",
+        label="finding",
+        age="itch",
+    )
     shutil.copy(clinic / "visits.csv", clinic / "copy.csv")
-    said("2 tables have the columns photo, finding: clinic/copy.csv, clinic/visits.csv; give only the one that is meant", label="finding")
+    said(
+        "2 tables have the columns photo, finding: clinic/copy.csv, clinic/visits.csv; give only the one that is meant",
+        label="finding",
+    )
 
 
 def test_rows_without_a_diagnosis_for_pretraining(tmp_path):
@@ -280,7 +396,8 @@ def test_rows_without_a_diagnosis_for_pretraining(tmp_path):
     assert data.info.unlabelled and data.table.diagnosis.tolist() == ["mel", "", "nv"]
     facts = json.loads((tmp_path / "out" / "dataset.json").read_text())
     (tmp_path / "out" / "dataset.json").write_text(json.dumps({k: v for k, v in facts.items() if k != "unlabelled"}))
-    with pytest.raises(DatasetError, match="row 3: the diagnosis is empty"): read_dataset(tmp_path / "out")
+    with pytest.raises(DatasetError, match="row 3: the diagnosis is empty"):
+        read_dataset(tmp_path / "out")
     (tmp_path / "in" / "t.csv").write_text("image_id\np0\np1\np2\n")
     import_csv(tmp_path / "in", tmp_path / "none", unlabelled=True)
     assert read_dataset(tmp_path / "none").table.diagnosis.tolist() == [""] * 3
@@ -320,7 +437,10 @@ def test_parquet_with_splits(tmp_path, library):
     assert ended.exit_code == 0 and ended.stderr == "", ended.output
     table = read_dataset(tmp_path / "out").table
     assert table.split.value_counts().to_dict() == dict(train=4, valid=2, test=2) and (table.age == 50).all()
-    assert table.image_id.tolist()[:2] == ["test-000000", "test-000001"] and table.diagnosis.tolist()[:2] == ["mel", "nv"]
+    assert table.image_id.tolist()[:2] == ["test-000000", "test-000001"] and table.diagnosis.tolist()[:2] == [
+        "mel",
+        "nv",
+    ]
     assert (read_image(read_dataset(tmp_path / "out").image_path("train-000003")) == noise(3)).all()
 
 
@@ -345,30 +465,57 @@ def test_plain_parquet_of_another_writer(tmp_path, library):
 def test_pictures_that_are_broken_or_only_paths(tmp_path, library):
     features = library.Features(image=library.Image(), dx=library.Value("string"))
     held = [dict(bytes=png(0), path=None), dict(bytes=png(1)[:99], path=None), dict(bytes=png(2), path=None)]
-    library.Dataset.from_dict(dict(image=held, dx=["mel", "nv", "nv"]), features=features).to_parquet(tmp_path / "cut.parquet")
-    refused(tmp_path, "cut.parquet[1]: truncated or damaged PNG", import_hf, tmp_path / "cut.parquet", tmp_path / "out", Columns(label="dx"))
+    library.Dataset.from_dict(dict(image=held, dx=["mel", "nv", "nv"]), features=features).to_parquet(
+        tmp_path / "cut.parquet"
+    )
+    refused(
+        tmp_path,
+        "cut.parquet[1]: truncated or damaged PNG",
+        import_hf,
+        tmp_path / "cut.parquet",
+        tmp_path / "out",
+        Columns(label="dx"),
+    )
     assert import_hf(tmp_path / "cut.parquet", tmp_path / "out", Columns(label="dx"), skip_bad=True).n_images == 2
     lay(tmp_path, "secret.png")
     (tmp_path / "paths").mkdir()
     for k, path in enumerate((tmp_path / "secret.png", tmp_path / "paths" / ".." / "secret.png")):
-        rows = pd.DataFrame(dict(image=[dict(bytes=None, path=str(path)), dict(bytes=png(1), path="")], dx=["mel", "nv"]))
+        rows = pd.DataFrame(
+            dict(image=[dict(bytes=None, path=str(path)), dict(bytes=png(1), path="")], dx=["mel", "nv"])
+        )
         rows.to_parquet(tmp_path / "paths" / "rows.parquet")
-        refused(tmp_path, "paths[0]: it holds no picture, only the path", import_hf, tmp_path / "paths", tmp_path / "new", Columns(label="dx"))
+        refused(
+            tmp_path,
+            "paths[0]: it holds no picture, only the path",
+            import_hf,
+            tmp_path / "paths",
+            tmp_path / "new",
+            Columns(label="dx"),
+        )
 
 
 def test_what_cannot_be_fetched_or_read(tmp_path, library):
     with mock.patch.object(library, "load_dataset", side_effect=ConnectionError("nobody answers")):
         ended = cli("import", "hf", "somebody/skin", "--out", tmp_path / "out")
     assert ended.exit_code == 1 and ended.stderr.count("\n") == 1
-    assert "'somebody/skin' is no file or folder here, and could not be fetched from the hub (ConnectionError: nobody answers)" in ended.stderr
+    assert (
+        "'somebody/skin' is no file or folder here, and could not be fetched from the hub "
+        "(ConnectionError: nobody answers)" in ended.stderr
+    )
     (tmp_path / "text.parquet").write_text("hello")
     ended = cli("import", "hf", tmp_path / "text.parquet", "--out", tmp_path / "out")
     assert "not readable as a Hugging Face dataset" in ended.stderr and ended.stderr.count("\n") == 1
     (tmp_path / "empty").mkdir()
-    assert "no Parquet file and no saved dataset in this folder" in cli("import", "hf", tmp_path / "empty", "--out", tmp_path / "out").stderr
+    assert (
+        "no Parquet file and no saved dataset in this folder"
+        in cli("import", "hf", tmp_path / "empty", "--out", tmp_path / "out").stderr
+    )
     assert "gone: no such file or folder" in cli("import", "hf", tmp_path / "gone", "--out", tmp_path / "out").stderr
     with mock.patch.dict("sys.modules", datasets=None):
-        assert "not installed; pip install 'skinlesion[hf]'" in cli("import", "hf", tmp_path / "empty", "--out", tmp_path / "out").stderr
+        assert (
+            "not installed; pip install 'skinlesion[hf]'"
+            in cli("import", "hf", tmp_path / "empty", "--out", tmp_path / "out").stderr
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -379,7 +526,9 @@ def made(folder, name, rows, label_set="ham10000", licence="CC0", **more):
     "A dataset folder; rows are (image_id, lesion_id, patient_id, diagnosis, seed of the picture)."
     table = pd.DataFrame([r[:4] for r in rows], columns=["image_id", "lesion_id", "patient_id", "diagnosis"])
     table = table.assign(diagnosis_confirm_type="", age="", sex="", site="", **more)
-    return write_dataset(folder / name, DatasetInfo(name, label_set, licence), table, {r[0]: png(r[4]) for r in rows}).root
+    return write_dataset(
+        folder / name, DatasetInfo(name, label_set, licence), table, {r[0]: png(r[4]) for r in rows}
+    ).root
 
 
 def test_a_shared_picture_ties_the_lesions_of_two_sources(tmp_path):
@@ -394,13 +543,20 @@ def test_a_shared_picture_ties_the_lesions_of_two_sources(tmp_path):
 
 
 def test_layers_columns_and_licences_travel(tmp_path):
-    one = made(tmp_path, "one", [("a", "", "", "mel", 0), ("b", "", "", "nv", 1)], licence="CC BY-NC 4.0", severity=["1", "2"])
-    two = made(tmp_path, "two", [("c", "", "", "ak", 2), ("d", "", "", "nv", 3)], "isic2019", licence="", camera=["X", ""])
+    one = made(
+        tmp_path, "one", [("a", "", "", "mel", 0), ("b", "", "", "nv", 1)], licence="CC BY-NC 4.0", severity=["1", "2"]
+    )
+    two = made(
+        tmp_path, "two", [("c", "", "", "ak", 2), ("d", "", "", "nv", 3)], "isic2019", licence="", camera=["X", ""]
+    )
     (one / "masks").mkdir()
     (one / "masks" / "a.png").write_bytes(encode_png(np.eye(12, 16) > 0))
     ended = cli("import", "merge", one, two, "--label-set", "ham10000", "--out", tmp_path / "out")
     assert ended.exit_code == 0, ended.output
-    assert "the licence of 'one' (CC BY-NC 4.0) allows no commercial use" in ended.stdout and "the licence of 'two' is not known" in ended.stdout
+    assert (
+        "the licence of 'one' (CC BY-NC 4.0) allows no commercial use" in ended.stdout
+        and "the licence of 'two' is not known" in ended.stdout
+    )
     data = read_dataset(tmp_path / "out")
     assert data.info.licence == "one: CC BY-NC 4.0; two: unknown" and data.mask_path("a")
     assert data.table.diagnosis.tolist() == ["mel", "nv", "akiec", "nv"]
@@ -410,35 +566,77 @@ def test_layers_columns_and_licences_travel(tmp_path):
 def test_datasets_that_do_not_go_together(tmp_path):
     one = made(tmp_path, "one", [("a", "", "", "mel", 0), ("b", "", "", "nv", 1)])
     two = made(tmp_path, "two", [("a", "", "", "mel", 5), ("d", "", "", "scc", 3)], "isic2019")
-    refused(tmp_path, "say which set both are to be read in (--label-set NAME, or --labels FILE)", merge_datasets, [one, two], tmp_path / "out")
-    refused(tmp_path, "1 images of class 'scc' of 'two' have no place in label set ham10000", merge_datasets, [one, two], tmp_path / "out",
-            About(label_set="ham10000"))
-    refused(tmp_path, "image_id 'a' names different pictures in 'one' and 'two'", merge_datasets, [one, two], tmp_path / "out",
-            About(label_set="isic2019"))
-    refused(tmp_path, "--map 'scc=foo': diagnosis 'foo' is not in label set ham10000", merge_datasets, [one, two], tmp_path / "out",
-            About(label_set="ham10000"), word_map=dict(scc="foo"))
+    refused(
+        tmp_path,
+        "say which set both are to be read in (--label-set NAME, or --labels FILE)",
+        merge_datasets,
+        [one, two],
+        tmp_path / "out",
+    )
+    refused(
+        tmp_path,
+        "1 images of class 'scc' of 'two' have no place in label set ham10000",
+        merge_datasets,
+        [one, two],
+        tmp_path / "out",
+        About(label_set="ham10000"),
+    )
+    refused(
+        tmp_path,
+        "image_id 'a' names different pictures in 'one' and 'two'",
+        merge_datasets,
+        [one, two],
+        tmp_path / "out",
+        About(label_set="isic2019"),
+    )
+    refused(
+        tmp_path,
+        "--map 'scc=foo': diagnosis 'foo' is not in label set ham10000",
+        merge_datasets,
+        [one, two],
+        tmp_path / "out",
+        About(label_set="ham10000"),
+        word_map=dict(scc="foo"),
+    )
     (two / "images" / "d.png").unlink()
-    refused(tmp_path, "two/metadata.csv row 3: there is no images/d.jpg or .png", merge_datasets, [one, two], tmp_path / "out")
+    refused(
+        tmp_path,
+        "two/metadata.csv row 3: there is no images/d.jpg or .png",
+        merge_datasets,
+        [one, two],
+        tmp_path / "out",
+    )
 
 
 def test_ids_that_differ_in_case_are_kept_apart(tmp_path):
     "On a disk that ignores case the second picture would take the place of the first."
     one = made(tmp_path, "one", [("x", "", "", "mel", 0), ("a", "", "", "nv", 1)])
     two = made(tmp_path, "two", [("A", "", "", "mel", 2), ("y", "", "", "nv", 3)])
-    said = "image_id 'a' of 'one' and 'A' of 'two' would be one file on a disk that ignores case; put the dataset before such ids with --prefix-on-co"
+    said = (
+        "image_id 'a' of 'one' and 'A' of 'two' would be one file on a disk that ignores case; put the "
+        "dataset before such ids with --prefix-on-co"
+    )
     refused(tmp_path, said, merge_datasets, [one, two], tmp_path / "out")
     merge_datasets([one, two], tmp_path / "out", prefix_on_collision=True)
     data = read_dataset(tmp_path / "out")
     assert data.table.image_id.tolist() == ["x", "one-a", "two-A", "y"]
-    assert (read_image(data.image_path("one-a")) == noise(1)).all() and (read_image(data.image_path("two-A")) == noise(2)).all()
+    assert (read_image(data.image_path("one-a")) == noise(1)).all() and (
+        read_image(data.image_path("two-A")) == noise(2)
+    ).all()
 
 
 def test_a_class_that_holds_more_is_not_read_as_the_narrower(tmp_path):
     "HAM10000's akiec holds Bowen's disease, which ISIC 2019 counts as scc: of the 224 images of akiec beside this repository, 126 are scc there."
     one = made(tmp_path, "one", [("a", "", "", "akiec", 0), ("b", "", "", "nv", 1)])
     two = made(tmp_path, "two", [("c", "", "", "ak", 2), ("d", "", "", "scc", 3)], "isic2019")
-    refused(tmp_path, "1 images of class 'akiec' of 'one' have no place in label set isic2019", merge_datasets, [one, two], tmp_path / "out",
-            About(label_set="isic2019"))
+    refused(
+        tmp_path,
+        "1 images of class 'akiec' of 'one' have no place in label set isic2019",
+        merge_datasets,
+        [one, two],
+        tmp_path / "out",
+        About(label_set="isic2019"),
+    )
     merge_datasets([one, two], tmp_path / "out", About(label_set="isic2019"), word_map=dict(akiec="ak"))
     assert read_dataset(tmp_path / "out").table.diagnosis.tolist() == ["ak", "nv", "ak", "scc"]
 
@@ -454,13 +652,34 @@ def test_a_mapped_class_is_reported_by_a_merge(tmp_path):
 
 
 def test_a_synthetic_set_by_the_command(tmp_path):
-    ended = cli("import", "synthetic", "--per-class", 3, "--size", "64x48", "--seed", 3, "--shortcut", "none", "--out", tmp_path / "out")
+    ended = cli(
+        "import",
+        "synthetic",
+        "--per-class",
+        3,
+        "--size",
+        "64x48",
+        "--seed",
+        3,
+        "--shortcut",
+        "none",
+        "--out",
+        tmp_path / "out",
+    )
     assert ended.exit_code == 0, ended.output
     data = read_dataset(tmp_path / "out")
-    assert (tmp_path / "out" / "truth.json").is_file() and read_image(data.image_path(data.table.image_id[0])).shape == (48, 64, 3)
+    assert (tmp_path / "out" / "truth.json").is_file() and read_image(
+        data.image_path(data.table.image_id[0])
+    ).shape == (48, 64, 3)
     assert set(data.table.diagnosis) == set(LABEL_SETS["ham10000"].codes)
-    assert "--size '64': write WIDTHxHEIGHT" in cli("import", "synthetic", "--size", "64", "--out", tmp_path / "new").stderr
-    assert cli("import", "synthetic", "--shortcut", "rulr", "--out", tmp_path / "new").exit_code == 1 and not (tmp_path / "new").exists()
+    assert (
+        "--size '64': write WIDTHxHEIGHT"
+        in cli("import", "synthetic", "--size", "64", "--out", tmp_path / "new").stderr
+    )
+    assert (
+        cli("import", "synthetic", "--shortcut", "rulr", "--out", tmp_path / "new").exit_code == 1
+        and not (tmp_path / "new").exists()
+    )
 
 
 @pytest.mark.parametrize("source", ["folder", "csv", "merge", "hf"])
@@ -486,10 +705,14 @@ def test_an_import_that_is_interrupted_leaves_what_was_there(tmp_path):
     import_folder(data, tmp_path / "out")
     before = {p: p.read_bytes() for p in sorted((tmp_path / "out").rglob("*.*"))}
     def interrupt(done, total):
-        if done == 2: raise KeyboardInterrupt
+        if done == 2:
+            raise KeyboardInterrupt
     for out in ("out", "new"):
-        with pytest.raises(KeyboardInterrupt): import_folder(data, tmp_path / out, About(name="in"), progress=interrupt)
-    assert {p: p.read_bytes() for p in sorted((tmp_path / "out").rglob("*.*"))} == before and sorted(os.listdir(tmp_path)) == ["in", "out"]
+        with pytest.raises(KeyboardInterrupt):
+            import_folder(data, tmp_path / out, About(name="in"), progress=interrupt)
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "out").rglob("*.*"))} == before and sorted(
+        os.listdir(tmp_path)
+    ) == ["in", "out"]
 
 
 @pytest.mark.slow
@@ -499,6 +722,7 @@ def test_the_publishers_table_as_any_table(tmp_path):
     from skinlesion.data.sources import import_ham10000
     import_ham10000(SHARED / "ham10000", tmp_path / "ham")
     import_csv(SHARED / "ham10000", tmp_path / "csv", Columns(label="dx", confirm="dx_type", site="localization"))
-    known, read = read_dataset(tmp_path / "ham").table, read_dataset(tmp_path / "csv").table
+    known = read_dataset(tmp_path / "ham").table
+    read = read_dataset(tmp_path / "csv").table
     pd.testing.assert_frame_equal(known.drop(columns="age"), read.drop(columns="age"))
     assert (read.age[~((known.age == read.age) | known.age.isna() & read.age.isna())] == 0).all()

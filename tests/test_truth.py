@@ -12,15 +12,40 @@ from sklearn.metrics import roc_auc_score
 import skinlesion.data.truth as made
 from skinlesion.data.schema import read_dataset
 from skinlesion.data.synthetic import LOOKALIKES, TONES
-from skinlesion.data.truth import (NEAR_KINDS, READERS, Recipe, alter, bayes_figures, bayes_model, information, make_recipe, make_synthetic,
-                                   plan_synthetic, read_truth)
+from skinlesion.data.truth import (
+    NEAR_KINDS,
+    READERS,
+    Recipe,
+    alter,
+    bayes_figures,
+    bayes_model,
+    information,
+    make_recipe,
+    make_synthetic,
+    plan_synthetic,
+    read_truth,
+)
 from skinlesion.evaluate.intervals import wilson_interval
 from skinlesion.images import read_image, read_mask
 
 LEVEL = .9999  # of intervals: about a hundred are looked at, so that a false alarm is rare
-FAULTY = make_recipe(per_class=8, size=(56, 64), seed=2, views=2, exact_duplicates=3, recoded_duplicates=3, near_duplicates=24, label_errors=.06,
-                     duplicate_lesions="mixed", duplicate_splits="mixed", crossing_lesions=2, crossing_patients=1, conflicting_lesions=2,
-                     skin_tones="range", severity=True)
+FAULTY = make_recipe(
+    per_class=8,
+    size=(56, 64),
+    seed=2,
+    views=2,
+    exact_duplicates=3,
+    recoded_duplicates=3,
+    near_duplicates=24,
+    label_errors=0.06,
+    duplicate_lesions="mixed",
+    duplicate_splits="mixed",
+    crossing_lesions=2,
+    crossing_patients=1,
+    conflicting_lesions=2,
+    skin_tones="range",
+    severity=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +60,11 @@ def faulty(tmp_path_factory):
 def large(request):
     "A plan of 10^5 images, one to a lesion, and its law."
     ambiguity, signal = request.param
-    recipe = Recipe(n_images=100_000, views=1, exact_duplicates=0, ambiguity=ambiguity, metadata_signal=signal, missing=.1, seed=5)
-    plan, law = plan_synthetic(recipe), bayes_model(recipe)
+    recipe = Recipe(
+        n_images=100_000, views=1, exact_duplicates=0, ambiguity=ambiguity, metadata_signal=signal, missing=0.1, seed=5
+    )
+    plan = plan_synthetic(recipe)
+    law = bayes_model(recipe)
     return plan, law, plan.true_diagnosis.to_numpy()[:, None] == np.array(law.codes)
 
 
@@ -46,7 +74,8 @@ def answers(plan, law, reader):
     return law.posterior(plan.appearance if picture else None, plan if metadata else None)
 
 
-def pixels(data, image_id): return read_image(data.image_path(image_id))
+def pixels(data, image_id):
+    return read_image(data.image_path(image_id))
 
 
 # ---- the law
@@ -59,7 +88,8 @@ def test_best_reader_is_calibrated(large, reader):
     for k in range(len(law.codes)):
         for low, high in itertools.pairwise(np.linspace(0, 1, 11)):
             rows = (said[:, k] > low) & (said[:, k] <= high) & (said[:, k] < 1)
-            if rows.sum() < 200: continue
+            if rows.sum() < 200:
+                continue
             lowest, highest = wilson_interval(truth[rows, k].mean(), int(rows.sum()), LEVEL)
             assert lowest <= said[rows, k].mean() <= highest, (law.codes[k], low, high, int(rows.sum()))
             looked += 1
@@ -69,13 +99,20 @@ def test_best_reader_is_calibrated(large, reader):
 @pytest.mark.parametrize("reader", READERS)
 def test_figures_are_what_the_best_reader_reaches(large, reader):
     plan, law, truth = large
-    said, stated = answers(plan, law, reader), bayes_figures(law.joint(*READERS[reader]))
-    loss, hit = -np.log(said[truth]), said.argmax(1) == truth.argmax(1)
+    said = answers(plan, law, reader)
+    stated = bayes_figures(law.joint(*READERS[reader]))
+    loss = -np.log(said[truth])
+    hit = said.argmax(1) == truth.argmax(1)
     assert abs(loss.mean() - stated["log_loss"]) <= 4 * loss.std() / math.sqrt(len(loss)) + 1e-9
-    assert abs(hit.mean() - stated["accuracy"]) <= 4 * math.sqrt(stated["accuracy"] * (1 - stated["accuracy"]) / len(hit)) + 1e-9
+    assert (
+        abs(hit.mean() - stated["accuracy"])
+        <= 4 * math.sqrt(stated["accuracy"] * (1 - stated["accuracy"]) / len(hit)) + 1e-9
+    )
     assert roc_auc_score(truth, said) == pytest.approx(stated["auroc_macro"], abs=.004)
     balanced = (said / law.prior).argmax(1) == truth.argmax(1)
-    assert np.mean([balanced[truth[:, k]].mean() for k in range(7)]) == pytest.approx(stated["balanced_accuracy"], abs=.012)
+    assert np.mean([balanced[truth[:, k]].mean() for k in range(7)]) == pytest.approx(
+        stated["balanced_accuracy"], abs=0.012
+    )
 
 
 def test_words_and_appearances_keep_their_law(large):
@@ -122,14 +159,16 @@ def test_two_classes_by_hand():
     assert law.posterior(None, man)[0, 0] == pytest.approx(.25 * .6 / (.25 * .6 + .75 * .52))
     assert law.posterior(["mel"], man)[0, 0] == pytest.approx(.225 * .6 / (.225 * .6 + .075 * .52))
     assert bayes_figures(law.joint(True, False))["accuracy"] == pytest.approx(.9)
-    entropy = lambda p: -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+    def entropy(p):
+        return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
     assert information(law)["I(Y;Z)"] == pytest.approx(entropy(.25) - .3 * entropy(.75) - .7 * entropy(.025 / .7))
 
 
 def test_one_person_stays_one_person(large):
     plan, _, _ = large
     assert (plan.groupby("lesion_id").patient_id.nunique() == 1).all()
-    for column in ("age", "sex"): assert (plan.groupby("patient_id")[column].nunique(dropna=False) == 1).all()
+    for column in ("age", "sex"):
+        assert (plan.groupby("patient_id")[column].nunique(dropna=False) == 1).all()
     several = plan.groupby("patient_id").true_diagnosis.nunique()
     assert (several > 1).any() and (plan.groupby("patient_id").split.nunique() == 1).all()
 
@@ -140,7 +179,9 @@ def test_views_share_what_is_true_of_the_lesion():
         assert (plan.groupby("lesion_id")[column].nunique(dropna=False) == 1).all(), column
     own = plan[plan.copy_of < 0]
     assert len(own) / own.lesion_id.nunique() == pytest.approx(2.5, abs=.05)
-    assert own.drop_duplicates("patient_id").tone.value_counts().reindex(TONES).min() > .9 * own.patient_id.nunique() / 6
+    assert (
+        own.drop_duplicates("patient_id").tone.value_counts().reindex(TONES).min() > 0.9 * own.patient_id.nunique() / 6
+    )
 
 
 def test_stated_probabilities_are_those_of_the_table(faulty):
@@ -153,7 +194,8 @@ def test_stated_probabilities_are_those_of_the_table(faulty):
             weight = law["prior"][k] * law["appearance"][k][codes.index(row.appearance)]
             for name in ("age", "sex", "site"):
                 word = getattr(row, name)
-                if word == word and word != "": weight *= law[name]["probability"][k][law[name]["words"].index(word)]
+                if word == word and word != "":
+                    weight *= law[name]["probability"][k][law[name]["words"].index(word)]
             weights.append(weight)
         assert [getattr(row, f"bayes_{c}") for c in codes] == pytest.approx(np.array(weights) / sum(weights), abs=2e-6)
 
@@ -167,41 +209,57 @@ def test_copies_are_copies(faulty):
     assert {(d["lesion"], d["split"]) for d in planted} == set(itertools.product(("same", "new"), ("same", "other")))
     table = data.table.set_index("image_id")
     for d in planted:
-        copy, original = pixels(data, d["image_id"]), pixels(data, d["original"])
-        a, b = table.loc[d["image_id"]], table.loc[d["original"]]
+        copy = pixels(data, d["image_id"])
+        original = pixels(data, d["original"])
+        a = table.loc[d["image_id"]]
+        b = table.loc[d["original"]]
         equal = copy.shape == original.shape and np.array_equal(copy, original)
         assert equal == (d["kind"] == "exact") == (d["transform"] in ("same", "recoded")), d
-        assert (data.image_path(d["image_id"]).read_bytes() == data.image_path(d["original"]).read_bytes()) == (d["transform"] == "same"), d
+        assert (data.image_path(d["image_id"]).read_bytes() == data.image_path(d["original"]).read_bytes()) == (
+            d["transform"] == "same"
+        ), d
         assert (a.lesion_id == b.lesion_id) == (a.patient_id == b.patient_id) == (d["lesion"] == "same"), d
         assert (a.split == b.split) == (d["split"] == "same") and a.diagnosis == b.diagnosis, d
         assert a.duplicate_of == (d["original"] if (d["lesion"], d["split"]) == ("same", "same") else ""), d
         if d["kind"] == "near":
-            again, mask = alter(original, d["transform"]), read_mask(data.mask_path(d["image_id"]))
+            again = alter(original, d["transform"])
+            mask = read_mask(data.mask_path(d["image_id"]))
             assert copy.shape == again.shape and np.abs(copy.astype(int) - again).mean() < 6, d
-            assert mask.shape == copy.shape[:2] and np.array_equal(mask, alter(read_mask(data.mask_path(d["original"])), d["transform"])), d
+            assert mask.shape == copy.shape[:2] and np.array_equal(
+                mask, alter(read_mask(data.mask_path(d["original"])), d["transform"])
+            ), d
 
 
 def test_no_other_pictures_agree(faulty):
     data, true = faulty
     of = true.table.set_index("image_id").duplicate_of
     seen = {}
-    for i in data.table.image_id: seen.setdefault(pixels(data, i).tobytes(), []).append(i)
+    for i in data.table.image_id:
+        seen.setdefault(pixels(data, i).tobytes(), []).append(i)
     pairs = {frozenset(ids) for ids in seen.values() if len(ids) > 1}
-    assert pairs == {frozenset((d["image_id"], d["original"])) for d in true.facts["planted"]["duplicates"] if d["kind"] == "exact"}
+    assert pairs == {
+        frozenset((d["image_id"], d["original"])) for d in true.facts["planted"]["duplicates"] if d["kind"] == "exact"
+    }
     assert (of != "").sum() == 30
 
 
 def test_label_errors_are_listed_and_hidden(faulty):
     data, true = faulty
-    planted, lesions = true.facts["planted"], true.table.merge(data.table, on="image_id")
+    planted = true.facts["planted"]
+    lesions = true.table.merge(data.table, on="image_id")
     wrong = lesions[lesions.diagnosis != lesions.true_diagnosis]
-    assert {e["lesion_id"]: e["true_diagnosis"] for e in planted["label_errors"]} == dict(zip(wrong.lesion_id, wrong.true_diagnosis))
+    assert {e["lesion_id"]: e["true_diagnosis"] for e in planted["label_errors"]} == dict(
+        zip(wrong.lesion_id, wrong.true_diagnosis)
+    )
     assert sorted(itertools.chain(*(e["images"] for e in planted["label_errors"]))) == sorted(wrong.image_id)
     own = lesions[lesions.duplicate_of_x == ""]
     assert len(planted["label_errors"]) == round(.06 * own.lesion_id.nunique()) + 2
-    for e in planted["label_errors"]: assert e["diagnosis"] in LOOKALIKES[e["true_diagnosis"]]
+    for e in planted["label_errors"]:
+        assert e["diagnosis"] in LOOKALIKES[e["true_diagnosis"]]
     torn = lesions.groupby("lesion_id").diagnosis.nunique()
-    assert {e["lesion_id"] for e in planted["conflicting_lesions"]} == set(torn.index[torn > 1]) and (torn > 1).sum() == 2
+    assert {e["lesion_id"] for e in planted["conflicting_lesions"]} == set(torn.index[torn > 1]) and (
+        torn > 1
+    ).sum() == 2
     assert not [c for c in data.table if "true" in c or c in ("appearance", "structures", "blend")]
 
 
@@ -211,12 +269,14 @@ def test_crossings_are_listed(faulty):
         splits = data.table.groupby(f"{unit}_id").split.nunique()
         stated = true.facts["planted"][f"crossing_{unit}s"]
         assert {e[f"{unit}_id"] for e in stated} == set(splits.index[splits > 1]) and len(stated) >= least
-        for e in stated: assert e["splits"] == sorted(set(data.table[data.table[f"{unit}_id"] == e[f"{unit}_id"]].split))
+        for e in stated:
+            assert e["splits"] == sorted(set(data.table[data.table[f"{unit}_id"] == e[f"{unit}_id"]].split))
 
 
 def test_severity_can_be_seen(faulty):
     data, true = faulty
-    table, rule = true.table, true.facts["planted"]["severity"]
+    table = true.table
+    rule = true.facts["planted"]["severity"]
     assert list(table.severity) == [sum(a >= t for t in rule["thresholds"]) for a in table.area]
     assert list(data.table.severity) == [str(s) for s in table.severity] and table.severity.nunique() == 4
     shown = [read_mask(data.mask_path(i)).mean() for i in table.image_id]
@@ -235,15 +295,23 @@ def test_artefacts_are_listed_and_in_the_pictures(faulty):
 @pytest.mark.parametrize("name", ["ruler", "ink", "cast"])
 @pytest.mark.parametrize("where", ["train", "all"])
 def test_shortcut_stands_where_it_is_said(name, where):
-    plan = plan_synthetic(n_images=6000, shortcut=name, shortcut_class="nv", shortcut_rate=.7, shortcut_where=where, rates={name: .1})
+    plan = plan_synthetic(
+        n_images=6000, shortcut=name, shortcut_class="nv", shortcut_rate=0.7, shortcut_where=where, rates={name: 0.1}
+    )
     for (split, code), rows in plan.groupby(["split", "true_diagnosis"]):
         wanted = .7 if code == "nv" and (split == "train" or where == "all") else .1
         assert abs(rows[name].mean() - wanted) <= 1 / len(rows) + .02, (split, code)
 
 
 def test_shortcut_is_seen_in_training_only(tmp_path):
-    data = make_synthetic(tmp_path / "a", per_class=dict(mel=15, nv=15), size=(48, 48), shortcut="cast", shortcut_rate=1.,
-                          rates=dict(corners=0, hair=0))
+    data = make_synthetic(
+        tmp_path / "a",
+        per_class=dict(mel=15, nv=15),
+        size=(48, 48),
+        shortcut="cast",
+        shortcut_rate=1.0,
+        rates=dict(corners=0, hair=0),
+    )
     colour = np.array([np.median(pixels(data, i)[~read_mask(data.mask_path(i))], 0) for i in data.table.image_id])
     orange = colour[:, 0] / colour[:, 2]
     tied = (data.table.diagnosis == "mel") & (data.table.split == "train")
@@ -253,7 +321,15 @@ def test_shortcut_is_seen_in_training_only(tmp_path):
 
 
 def test_skin_tone_is_the_stated_one(tmp_path):
-    data = make_synthetic(tmp_path / "a", per_class=12, size=(48, 56), skin_tones="range", views=1, exact_duplicates=0, rates=dict(corners=0, hair=0))
+    data = make_synthetic(
+        tmp_path / "a",
+        per_class=12,
+        size=(48, 56),
+        skin_tones="range",
+        views=1,
+        exact_duplicates=0,
+        rates=dict(corners=0, hair=0),
+    )
     table = read_truth(data.root).table.dropna(subset="ita_shown")
     assert len(table) > 70 and set(table.tone) == set(TONES)
     away = table.ita_shown - table.ita
@@ -265,12 +341,16 @@ def test_skin_tone_is_the_stated_one(tmp_path):
 
 # ---- the folder
 
-def files(root): return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+def files(root):
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 def test_same_seed_same_bytes(tmp_path):
     recipe = make_recipe(per_class=dict(akiec=5, mel=5), size=(48, 48), near_duplicates=6, skin_tones="range")
-    one, three, other = (make_synthetic(tmp_path / name, recipe, **more) for name, more in (("1", {}), ("3", dict(workers=3)), ("o", dict(seed=3))))
+    one, three, other = (
+        make_synthetic(tmp_path / name, recipe, **more)
+        for name, more in (("1", {}), ("3", dict(workers=3)), ("o", dict(seed=3)))
+    )
     assert files(one.root) == files(three.root)
     assert files(one.root)["truth.csv"] != files(other.root)["truth.csv"]
 
@@ -285,29 +365,42 @@ def test_pictures_stay_when_copies_are_added(tmp_path):
 def test_folder_reads_back(faulty):
     data, true = faulty
     again = read_dataset(data.root)
-    assert len(again) == len(true.table) == true.facts["n_images"] and list(again.table.image_id) == list(true.table.image_id)
-    assert true.facts["recipe"]["label_errors"] == .06 and make_recipe(**true.facts["recipe"] | dict(size=(56, 64))) == FAULTY
+    assert len(again) == len(true.table) == true.facts["n_images"] and list(again.table.image_id) == list(
+        true.table.image_id
+    )
+    assert (
+        true.facts["recipe"]["label_errors"] == 0.06
+        and make_recipe(**true.facts["recipe"] | dict(size=(56, 64))) == FAULTY
+    )
     for reader in READERS:
         for split, leaves in true.facts["realised"][reader].items():
-            for leaf in leaves.values(): assert leaf["low"] <= leaf["value"] <= leaf["high"] and leaf["n"] >= leaf["n_lesions"] > 0, (reader, split)
+            for leaf in leaves.values():
+                assert leaf["low"] <= leaf["value"] <= leaf["high"] and leaf["n"] >= leaf["n_lesions"] > 0, (
+                    reader,
+                    split,
+                )
 
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    draw, drawn = made._draw_lesion_files, []
+    draw = made._draw_lesion_files
+    drawn = []
     def fail(task):
-        if len(drawn) == 5: raise OSError("the lamp went out")
+        if len(drawn) == 5:
+            raise OSError("the lamp went out")
         drawn.append(1)
         return draw(task)
     monkeypatch.setattr(made, "_draw_lesion_files", fail)
     for workers in (1, 2):
         drawn.clear()
-        with pytest.raises(OSError, match="the lamp went out"): make_synthetic(tmp_path / "a", per_class=4, size=(48, 64), workers=workers)
+        with pytest.raises(OSError, match="the lamp went out"):
+            make_synthetic(tmp_path / "a", per_class=4, size=(48, 64), workers=workers)
         assert list(tmp_path.iterdir()) == []
 
 
 def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty and is no dataset folder"): make_synthetic(tmp_path, per_class=4, size=(48, 64))
+    with pytest.raises(FileExistsError, match="not empty and is no dataset folder"):
+        make_synthetic(tmp_path, per_class=4, size=(48, 64))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -333,18 +426,25 @@ def test_other_folders_are_left_alone(tmp_path):
 ], ids=lambda v: str(v)[:40] if isinstance(v, dict) else "")
 def test_bad_options_are_named(options, said, tmp_path):
     try:
-        with pytest.raises(ValueError, match=said): make_synthetic(tmp_path / "a", **options)
-    finally: assert not (tmp_path / "a").exists()
+        with pytest.raises(ValueError, match=said):
+            make_synthetic(tmp_path / "a", **options)
+    finally:
+        assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow(tmp_path):
     "Ten times the images, and no more than a few rows more in memory."
-    code = ("import resource, sys; from skinlesion.data.truth import make_synthetic; "
-            "make_synthetic(sys.argv[1], n_images=int(sys.argv[2]), size=(48, 48)); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+    code = (
+        "import resource, sys; from skinlesion.data.truth import make_synthetic; "
+        "make_synthetic(sys.argv[1], n_images=int(sys.argv[2]), size=(48, 48)); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
     def peak_of(n):
         "MiB that drawing `n` images takes at its height, in a process of its own."
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / n), n], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / n), n], capture_output=True, text=True, check=True
+        )
         return float(done.stdout)
 
     peak = [peak_of(n) for n in ("300", "3000")]

@@ -29,7 +29,9 @@ def build_bundle(folder, label_set=None, size=64):
     "Write a bundle of an image-only and a fused member."
     torch.set_num_threads(1)
     label_set = label_set or get_label_set("ham10000")
-    encoder = MetadataEncoder.fit(pd.DataFrame({"age": [30.0, 60.0, 45.0], "sex": ["female", "male", ""], "site": ["back", "scalp", ""]}))
+    encoder = MetadataEncoder.fit(
+        pd.DataFrame({"age": [30.0, 60.0, 45.0], "sex": ["female", "male", ""], "site": ["back", "scalp", ""]})
+    )
     models = {"image": create_model("resnet10t", label_set.num_classes, seed=1),
               "fused": create_model("resnet10t", label_set.num_classes, encoder.dim, "concat", seed=2)}
     members = [Member(name, model.eval(), model.config) for name, model in models.items()]
@@ -41,8 +43,10 @@ def wait_for_address(process, log, pattern, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found = re.search(pattern, log.read_text(errors="replace"))
-        if found: return found[1]
-        if process.poll() is not None: break
+        if found:
+            return found[1]
+        if process.poll() is not None:
+            break
         time.sleep(.1)
     why = f"no address after {seconds} s" if process.poll() is None else f"it ended with {process.returncode}"
     raise AssertionError(f"no server: {why}\n{log.read_text(errors='replace')[-3000:]}")
@@ -52,22 +56,40 @@ def build_pictures(folder, names=("a", "b", "c")):
     "Write PNGs of noise over a spot; name -> path."
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:60, :90]
     spot = ((y - 30) ** 2 + (x - 45) ** 2 < 300)[..., None]
-    return {name: save_png(np.clip(np.where(spot, 90, 200) + rng.integers(-40, 40, (60, 90, 3)), 0, 255).astype(np.uint8), folder / f"{name}.png")
-            for name in names}
+    return {
+        name: save_png(
+            np.clip(np.where(spot, 90, 200) + rng.integers(-40, 40, (60, 90, 3)), 0, 255).astype(np.uint8),
+            folder / f"{name}.png",
+        )
+        for name in names
+    }
 
 
 def run(cwd, *args, check=True, **kwargs):
     "Run a command in `cwd`; its output as text, with the exit status beside it."
-    done = subprocess.run([str(a) for a in args], cwd=cwd, env=plain_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          **kwargs)
+    done = subprocess.run(
+        [str(a) for a in args],
+        cwd=cwd,
+        env=plain_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **kwargs,
+    )
     assert not check or done.returncode == 0, done.stdout[-6000:]
     return done
 
 
 def plain_environment():
     "The environment of a user of the copy: its own code, no settings of whoever runs the tests; one thread, which is fastest for tiny models."
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "", "NO_ALBUMENTATIONS_UPDATE": "1",
-            "OMP_NUM_THREADS": "1", **PLAIN_GIT}
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": "",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "OMP_NUM_THREADS": "1",
+        **PLAIN_GIT,
+    }
 
 
 def edit_params(repo, change):
@@ -89,12 +111,15 @@ def make_tiny(params):
 
 def copy_repository(to):
     "The files git knows or would add, as they are now, in a repository of their own; own settings and own data stay behind."
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
     for name in names.decode().split("\0"):
         if name and (ROOT / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, to / name)
-    for name in ("params.yaml", "data.dvc"): (to / name).write_text(committed(name))
+    for name in ("params.yaml", "data.dvc"):
+        (to / name).write_text(committed(name))
     run(to, "git", "init", "-q", "-b", "main")
     run(to, "git", "config", "user.email", "test@example.org")
     run(to, "git", "config", "user.name", "test")

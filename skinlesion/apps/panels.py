@@ -24,7 +24,7 @@ from ..images import IMAGE_TYPES, MAX_BYTES, encode_png
 from ..taxonomy import DISCLAIMER, SEXES, SITES, class_colours
 from ..use.predict import Prediction, Predictor, as_image
 
-# %% ../../nbs/apps/60_panels.ipynb #41a92de8
+# %% ../../nbs/apps/60_panels.ipynb #f5ba5fbe
 def class_name(
     label_set, # LabelSet
     code:str, # of the class
@@ -32,36 +32,48 @@ def class_name(
     "The class in words."
     return label_set.names[code].replace('_', ' ')
 
+# %% ../../nbs/apps/60_panels.ipynb #41a92de8
 def bars_html(
     label_set, # LabelSet
     probabilities:dict, # code -> probability
     chosen:str='', # code of the class the map explains, marked
 ) -> str: # HTML without scripts
     "The probabilities as labelled bars, largest first."
-    colours, rows = class_colours(label_set), []
+    colours = class_colours(label_set)
+    rows = []
     for code, p in sorted(probabilities.items(), key=lambda item: -item[1]):
         mark = ' <b title="the map explains this class">&#9673;</b>' if code == chosen else ''
-        rows.append(f'<div class="sk-name">{escape(class_name(label_set, code))} <span>{escape(code)}</span>{mark}</div>'
-                    f'<div class="sk-track"><i style="width:{100 * p:.1f}%;background:{colours[code]}"></i></div><div class="sk-num">{100 * p:.1f}%</div>')
+        rows.append(
+            f'<div class="sk-name">{escape(class_name(label_set, code))} '
+            f'<span>{escape(code)}</span>{mark}</div>'
+            '<div class="sk-track"><i '
+            f'style="width:{100 * p:.1f}%;background:{colours[code]}"></i></div><div '
+            f'class="sk-num">{100 * p:.1f}%</div>'
+        )
     legend = '<div class="sk-caption">&#9673; the class that the map explains</div>' if chosen else ''
     return f'<div class="sk-bars">{"".join(rows)}</div>{legend}'
 
-# %% ../../nbs/apps/60_panels.ipynb #cc810c72
+# %% ../../nbs/apps/60_panels.ipynb #892ccc23
 def set_words(
     label_set, # LabelSet
     answer:Prediction, # with a prediction set, or without
 ) -> str: # a sentence; '' where the bundle has no such sets
     "The prediction set in words, the most probable class first."
-    if answer.prediction_set is None: return ''
-    names = [class_name(label_set, code) for code in sorted(answer.prediction_set, key=lambda c: -answer.probabilities[c])]
+    if answer.prediction_set is None:
+        return ''
+    names = [
+        class_name(label_set, code) for code in sorted(answer.prediction_set, key=lambda c: -answer.probabilities[c])
+    ]
     held = ', '.join(names) or 'none, since no diagnosis is probable enough'
     return f'In the set that is to hold the true diagnosis of {answer.coverage:.0%} of lesions: {held}.'
 
+# %% ../../nbs/apps/60_panels.ipynb #cc810c72
 def flag_words(
     answer:Prediction, # with a threshold, or without
 ) -> str: # a sentence; '' where there is none
     "Whether malignancy reaches the threshold that validation locked."
-    if answer.flagged is None: return ''
+    if answer.flagged is None:
+        return ''
     return (f'Flagged: malignancy reaches the threshold of {answer.threshold:.2g}.' if answer.flagged else
             f'Not flagged: malignancy stays below the threshold of {answer.threshold:.2g}, which does not rule it out.')
 
@@ -72,14 +84,27 @@ def answer_html(
     truth:str='', # the recorded diagnosis in words; '' where unknown
 ) -> str: # HTML without scripts
     "The answer in sentences, and what is on record."
-    if answer is None: return ''
-    silent = f'<div class="sk-abstain" role="status"><b>No answer for this picture:</b> {escape(answer.abstain_reason)}.</div>' if answer.abstain else ''
+    if answer is None:
+        return ''
+    silent = (
+        '<div class="sk-abstain" role="status"><b>No answer for this picture:</b> '
+        f'{escape(answer.abstain_reason)}.</div>'
+        if answer.abstain
+        else ''
+    )
     said = 'It would have said' if answer.abstain else 'The model says'
-    lines = [f'{said} <b>{escape(class_name(label_set, answer.predicted))}</b>, with a probability of {answer.confidence:.0%}.']
-    if answer.malignancy is not None: lines.append(f'Malignant classes together: {answer.malignancy:.0%}.')
-    promised = '' if answer.abstain else set_words(label_set, answer) # a set promises nothing for a picture unlike those of validation
+    lines = [
+        f'{said} <b>{escape(class_name(label_set, answer.predicted))}</b>, with a probability of '
+        f'{answer.confidence:.0%}.'
+    ]
+    if answer.malignancy is not None:
+        lines.append(f'Malignant classes together: {answer.malignancy:.0%}.')
+    promised = (
+        '' if answer.abstain else set_words(label_set, answer)
+    ) # a set promises nothing for a picture unlike those of validation
     lines += [escape(words) for words in (flag_words(answer), promised) if words]
-    if truth: lines.append(f'On record: {escape(truth)}.')
+    if truth:
+        lines.append(f'On record: {escape(truth)}.')
     return f'{silent}<div class="sk-answer">{" ".join(lines)}</div>'
 
 # %% ../../nbs/apps/60_panels.ipynb #1eee0893
@@ -93,43 +118,59 @@ class CamExplorer(HasTraits):
     opacity = Float(.5) # of the map, 0 to 1
     prediction = Any(None, allow_none=True) # Prediction, or None
     cam = Any(None, allow_none=True) # (S,S) map, or None
-    image, picture = Any(None, allow_none=True), Any(None, allow_none=True) # (H,W,3) uint8: as taken, and under the map
-    error, note = Unicode(''), Unicode('') # a sentence, or nothing
+    # (H,W,3) uint8: as taken, and under the map
+    image = Any(None, allow_none=True)
+    picture = Any(None, allow_none=True)
+    # a sentence, or nothing
+    error = Unicode('')
+    note = Unicode('')
     working = Bool(False) # an answer is being computed
 
     def __init__(self,
         predictor:Predictor, # who answers
         images:dict|None=None, # name -> array, path or bytes; the first is shown
-        people:pd.DataFrame|None=None, # image_id (a name of `images`), age, sex, site and, where known, diagnosis: fills the form
+        # image_id (a name of `images`), age, sex, site and, where known, diagnosis: fills the form
+        people:pd.DataFrame|None=None,
         auto:bool=True, # answer at every change
     ):
         super().__init__()
-        self.predictor, self.images, self.auto = predictor, dict(images or {}), auto
+        self.predictor = predictor
+        self.images = dict(images or {})
+        self.auto = auto
         self.people = None if people is None else people.set_index('image_id')
-        self.computed, self._cache = 0, (None, None)
+        self.computed = 0
+        self._cache = (None, None)
         self.observe(self._changed, [n for n, t in self.traits().items() if t.metadata.get('input')])
         self.observe(lambda _: self._blend(), 'opacity')
-        if self.images: self.choose(next(iter(self.images)))
+        if self.images:
+            self.choose(next(iter(self.images)))
 
-# %% ../../nbs/apps/60_panels.ipynb #d7fa23e3
+# %% ../../nbs/apps/60_panels.ipynb #d07bfecf
 @contextmanager
 def _held(explorer):
     "Changes inside answer once, at the end."
-    auto, explorer.auto = explorer.auto, False
-    try: yield
-    finally: explorer.auto = auto
+    auto = explorer.auto
+    explorer.auto = False
+    try:
+        yield
+    finally:
+        explorer.auto = auto
 
+# %% ../../nbs/apps/60_panels.ipynb #4cc0c8f8
 def _text(value):
     "A cell as the form holds it."
-    if value is None or value != value: return ''
+    if value is None or value != value:
+        return ''
     return f'{value:g}' if isinstance(value, (int, float)) else str(value)
 
+# %% ../../nbs/apps/60_panels.ipynb #d7fa23e3
 def _record(explorer, name):
     "What is on record about a picture."
-    if explorer.people is None or name not in explorer.people.index: return {}
+    if explorer.people is None or name not in explorer.people.index:
+        return {}
     return explorer.people.loc[name].to_dict()
 
-# %% ../../nbs/apps/60_panels.ipynb #cd0be1d5
+# %% ../../nbs/apps/60_panels.ipynb #324471a1
 @patch
 def choose(self:CamExplorer,
     name:str, # a key of `images`
@@ -137,10 +178,12 @@ def choose(self:CamExplorer,
     "Show a picture of `images`, with what is on record about the person."
     record = _record(self, name)
     with _held(self):
-        self.image_name, self.target = name, ''
+        self.image_name = name
+        self.target = ''
         self.age, self.sex, self.site = (_text(record.get(k)) for k in ('age', 'sex', 'site'))
     self._changed()
 
+# %% ../../nbs/apps/60_panels.ipynb #99d21d8d
 @patch
 def upload(self:CamExplorer,
     name:str, # of the file
@@ -148,27 +191,32 @@ def upload(self:CamExplorer,
 ):
     "Take a picture in and show it; about the person nothing is known."
     self.images = self.images | {name: data}
-    if self.people is not None: self.people = self.people.drop(index=name, errors='ignore')
+    if self.people is not None:
+        self.people = self.people.drop(index=name, errors='ignore')
     self._cache = (None, None)
     self.choose(name)
 
+# %% ../../nbs/apps/60_panels.ipynb #cd0be1d5
 @patch(as_prop=True)
 def truth(self:CamExplorer) -> str: # '' where unknown
     "The recorded diagnosis of the picture, in words."
     code = _text(_record(self, self.image_name).get('diagnosis'))
     return class_name(self.predictor.label_set, code) if code in self.predictor.label_set.codes else code
 
-# %% ../../nbs/apps/60_panels.ipynb #77a61897
+# %% ../../nbs/apps/60_panels.ipynb #58faa613
 @patch
 def _read(self:CamExplorer):
     "The picture chosen."
-    if self.image_name not in self.images: raise ValueError(f"there is no picture '{self.image_name}'; choose one of the list, or upload one")
+    if self.image_name not in self.images:
+        raise ValueError(f"there is no picture '{self.image_name}'; choose one of the list, or upload one")
     return as_image(self.images[self.image_name], self.image_name)
 
+# %% ../../nbs/apps/60_panels.ipynb #77a61897
 @patch
 def _answer(self:CamExplorer, image):
     "Prediction and map for the state as it is, from the cache where they are in it."
-    person, key = (self.age, self.sex, self.site), (self.image_name, self.age, self.sex, self.site)
+    person = (self.age, self.sex, self.site)
+    key = (self.image_name, self.age, self.sex, self.site)
     if self._cache[0] != key:
         self._cache = (key, dict(prediction=self.predictor.predict(image, *person, image_id=self.image_name), cams={}))
     found = self._cache[1]
@@ -178,32 +226,54 @@ def _answer(self:CamExplorer, image):
         self.computed += 1
     return found['prediction'], found['cams'][which]
 
-# %% ../../nbs/apps/60_panels.ipynb #109fd47d
+# %% ../../nbs/apps/60_panels.ipynb #ef929c73
 @patch
 def submit(self:CamExplorer) -> Prediction|None: # None where there is an error
     "Answer for the state as it is; a fault becomes the sentence in `error`."
-    self.working, image, prediction, cam, error, note = True, None, None, None, '', ''
+    self.working = True
+    image = None
+    prediction = None
+    cam = None
+    error = ''
+    note = ''
     try:
         image = self._read()
         prediction, cam = self._answer(image)
-        if is_flat(cam): note = f'{CAM_NAMES[self.method]}: nothing in this picture stood out for this class, so there is no map to draw.'
-    except (ValueError, OSError) as e: error, prediction, cam = str(e), None, None
-    finally: self.working = False
-    self.image, self.cam, self.prediction, self.error, self.note = image, cam, prediction, error, note
+        if is_flat(cam):
+            note = (
+                f'{CAM_NAMES[self.method]}: nothing in this picture stood out for this class, so there '
+                'is no map to draw.'
+            )
+    except (ValueError, OSError) as e:
+        error = str(e)
+        prediction = None
+        cam = None
+    finally:
+        self.working = False
+    self.image = image
+    self.cam = cam
+    self.prediction = prediction
+    self.error = error
+    self.note = note
     self._blend()
     return prediction
 
+# %% ../../nbs/apps/60_panels.ipynb #850e155f
 @patch
 def _changed(self:CamExplorer, change=None):
     "Answer where answers are wanted at every change."
-    if self.auto: self.submit()
+    if self.auto:
+        self.submit()
 
+# %% ../../nbs/apps/60_panels.ipynb #109fd47d
 @patch
 def _blend(self:CamExplorer):
     "The picture under the map, in the opacity of the moment."
-    self.picture = None if self.cam is None else self.image if is_flat(self.cam) else overlay(self.image, self.cam, self.opacity)
+    self.picture = (
+        None if self.cam is None else self.image if is_flat(self.cam) else overlay(self.image, self.cam, self.opacity)
+    )
 
-# %% ../../nbs/apps/60_panels.ipynb #41cfbf18
+# %% ../../nbs/apps/60_panels.ipynb #effb73af
 STYLE = """<style>
 .sk-panel {font-family: system-ui, sans-serif; max-width: 1180px; line-height: 1.4}
 .sk-panel h3 {font-size: .95rem; margin: .5rem 0 .1rem; color: #334}
@@ -224,32 +294,49 @@ def _box(kind, text):
     "A sentence in a coloured box, or nothing."
     return f'<div class="sk-{kind}" role="status">{escape(text)}</div>' if text else ''
 
+# %% ../../nbs/apps/60_panels.ipynb #41cfbf18
 def shown(
     image:np.ndarray|None, # (H,W,3) uint8
     max_side:int=320, # larger pictures are scaled down to this, in pixels
 ) -> bytes: # a PNG file; a blank one where there is no picture
     "A picture as the page shows it."
-    if image is None: image = np.full((240, 320, 3), 238, np.uint8)
+    if image is None:
+        image = np.full((240, 320, 3), 238, np.uint8)
     scale = max_side / max(image.shape[:2])
-    return encode_png(cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC))
+    return encode_png(
+        cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    )
 
-# %% ../../nbs/apps/60_panels.ipynb #d4a17163
+# %% ../../nbs/apps/60_panels.ipynb #518673ff
 def _controls(explorer):
     "The form, by name of the state it sets."
-    labels, wide = explorer.predictor.label_set, dict(style=dict(description_width='5rem'), layout=W.Layout(width='19rem'))
+    labels = explorer.predictor.label_set
+    wide = dict(style=dict(description_width='5rem'), layout=W.Layout(width='19rem'))
     names = explorer.predictor.member_names
     people = dict(
         age=W.Text(description='Age', placeholder='years, empty if unknown', continuous_update=False, **wide),
         sex=W.Dropdown(description='Sex', options=[('unknown', ''), *((s, s) for s in SEXES)], **wide),
         site=W.Dropdown(description='Site', options=[('unknown', ''), *((s, s) for s in SITES)], **wide))
     maps = dict(
-        member=W.Dropdown(description='Member', options=[(n, '' if i == 0 else n) for i, n in enumerate(names)], **wide),
-        method=W.Dropdown(description='Method', options=[(f'{CAM_NAMES[m]} (slow)' if m == 'scorecam' else CAM_NAMES[m], m) for m in CAM_METHODS], **wide),
+        member=W.Dropdown(
+            description='Member', options=[(n, '' if i == 0 else n) for i, n in enumerate(names)], **wide
+        ),
+        method=W.Dropdown(
+            description='Method',
+            options=[(f'{CAM_NAMES[m]} (slow)' if m == 'scorecam' else CAM_NAMES[m], m) for m in CAM_METHODS],
+            **wide,
+        ),
         layer=W.Dropdown(description='Layer', options=[], **wide),
-        target=W.Dropdown(description='Class', options=[('the one predicted', ''), *((class_name(labels, c), c) for c in labels.codes)], **wide),
-        opacity=W.FloatSlider(description='Opacity', min=0, max=1, step=.05, readout_format='.0%', **wide))
+        target=W.Dropdown(
+            description='Class',
+            options=[('the one predicted', ''), *((class_name(labels, c), c) for c in labels.codes)],
+            **wide,
+        ),
+        opacity=W.FloatSlider(description='Opacity', min=0, max=1, step=0.05, readout_format='.0%', **wide),
+    )
     return people | maps
 
+# %% ../../nbs/apps/60_panels.ipynb #d4a17163
 def layer_options(
     explorer:CamExplorer, # whose member
 ) -> list: # (label, layer) pairs; the default is ''
@@ -258,39 +345,64 @@ def layer_options(
     default = explorer.predictor.default_layer(member)
     return [(f'{n} (default)', '') if n == default else (n, n) for n in explorer.predictor.layers(member)[::-1]]
 
-# %% ../../nbs/apps/60_panels.ipynb #f7a9be92
+# %% ../../nbs/apps/60_panels.ipynb #207b4a38
 def explained(
     explorer:CamExplorer, # with an answer, or without
 ) -> str: # a code; '' where the map is for no class
     "The class that the map explains."
-    if explorer.prediction is None or explorer.method == 'eigencam': return ''
+    if explorer.prediction is None or explorer.method == 'eigencam':
+        return ''
     return explorer.target or explorer.prediction.predicted
 
+# %% ../../nbs/apps/60_panels.ipynb #f7a9be92
 def caption_html(
     explorer:CamExplorer, # with an answer, or without
 ) -> str: # HTML without scripts
     "What the map shows, in words."
-    method, code = CAM_NAMES[explorer.method], explained(explorer)
-    what = f'evidence for <b>{escape(class_name(explorer.predictor.label_set, code))}</b>' if code else 'what stands out, for <b>no class</b>'
-    if explorer.cam is None or is_flat(explorer.cam): what, method = 'No map', ''
+    method = CAM_NAMES[explorer.method]
+    code = explained(explorer)
+    what = (
+        f'evidence for <b>{escape(class_name(explorer.predictor.label_set, code))}</b>'
+        if code
+        else 'what stands out, for <b>no class</b>'
+    )
+    if explorer.cam is None or is_flat(explorer.cam):
+        what = 'No map'
+        method = ''
     return f'<div class="sk-caption">{method}{": " if method else ""}{what}</div>'
 
 # %% ../../nbs/apps/60_panels.ipynb #e2c9dff4
 def _outputs(explorer):
     "What the page shows, kept in step with the state."
-    labels, out = explorer.predictor.label_set, {n: W.HTML() for n in ('answer', 'error', 'status', 'bars', 'caption')}
-    for n in ('image', 'picture'): out[n] = W.Image(format='png', layout=W.Layout(align_self='flex-start', max_width='100%'))
+    labels = explorer.predictor.label_set
+    out = {n: W.HTML() for n in ('answer', 'error', 'status', 'bars', 'caption')}
+    for n in ('image', 'picture'):
+        out[n] = W.Image(format='png', layout=W.Layout(align_self='flex-start', max_width='100%'))
     def results(_):
         answer = explorer.prediction
         out['answer'].value = answer_html(labels, answer, explorer.truth)
-        out['bars'].value = bars_html(labels, answer.probabilities, explained(explorer)) if answer else '<div class="sk-caption">No answer</div>'
+        out['bars'].value = (
+            bars_html(labels, answer.probabilities, explained(explorer))
+            if answer
+            else '<div class="sk-caption">No answer</div>'
+        )
         out['caption'].value = caption_html(explorer)
-    def pictures(_): out['image'].value, out['picture'].value = shown(explorer.image), shown(explorer.picture)
-    def messages(_): out['error'].value = _box('error', explorer.error) + _box('note', explorer.note)
+    def pictures(_):
+        out['image'].value = shown(explorer.image)
+        out['picture'].value = shown(explorer.picture)
+    def messages(_):
+        out['error'].value = _box('error', explorer.error) + _box('note', explorer.note)
     def status(_):
-        slow = ' (Score-CAM asks the model hundreds of times; give it a moment)' if explorer.method == 'scorecam' else ''
+        slow = (
+            ' (Score-CAM asks the model hundreds of times; give it a moment)' if explorer.method == 'scorecam' else ''
+        )
         out['status'].value = _box('note', f'Working ...{slow}') if explorer.working else ''
-    for watch, names in ((results, ['prediction', 'cam']), (pictures, ['image', 'picture']), (messages, ['error', 'note']), (status, ['working'])):
+    for watch, names in (
+        (results, ['prediction', 'cam']),
+        (pictures, ['image', 'picture']),
+        (messages, ['error', 'note']),
+        (status, ['working']),
+    ):
         explorer.observe(watch, names)
         watch(None)
     return out
@@ -300,13 +412,21 @@ def _pickers(explorer):
     "Choosing a picture, and bringing one's own."
     wide = dict(style=dict(description_width='5rem'), layout=W.Layout(width='19rem'))
     pick = W.Dropdown(description='Picture', options=list(explorer.images), value=explorer.image_name or None, **wide)
-    bring = W.FileUpload(accept='image/*', description='Upload a picture', tooltip=f'{", ".join(IMAGE_TYPES)}; at most {MAX_BYTES >> 20} MB', layout=W.Layout(width='13.6rem', margin='2px 2px 2px 5.4rem'))
+    bring = W.FileUpload(
+        accept='image/*',
+        description='Upload a picture',
+        tooltip=f'{", ".join(IMAGE_TYPES)}; at most {MAX_BYTES >> 20} MB',
+        layout=W.Layout(width='13.6rem', margin='2px 2px 2px 5.4rem'),
+    )
     busy = []
     def picked(change):
-        if not busy and change['new'] not in (None, explorer.image_name): explorer.choose(change['new'])
+        if not busy and change['new'] not in (None, explorer.image_name):
+            explorer.choose(change['new'])
     def uploaded(change):
-        for file in change['new'][:1]: explorer.upload(file['name'], bytes(file['content']))
-        if change['new']: bring.value = ()  # the same file may come again
+        for file in change['new'][:1]:
+            explorer.upload(file['name'], bytes(file['content']))
+        if change['new']:
+            bring.value = ()  # the same file may come again
     def show_name(_):
         busy.append(1)
         pick.options = list(explorer.images)
@@ -322,27 +442,60 @@ def _pickers(explorer):
 def view(self:CamExplorer) -> W.Widget: # to be displayed
     "The page: controls, picture with and without its map, probabilities."
     controls, out, (pick, bring) = _controls(self), _outputs(self), _pickers(self)
-    def layers(_): controls['layer'].options = layer_options(self)
+    def layers(_):
+        controls['layer'].options = layer_options(self)
     layers(None)
-    for name, control in controls.items(): link((self, name), (control, 'value'))
+    for name, control in controls.items():
+        link((self, name), (control, 'value'))
     def member(_):
-        with _held(self): self.layer, _ = '', layers(None)
+        with _held(self):
+            self.layer = ''
+            _ = layers(None)
     controls['member'].observe(member, 'value')
-    title = lambda text: W.HTML(f'<h3>{text}</h3>')
-    ramp = W.HTML('<div class="sk-ramp"></div><div class="sk-scale"><span>0: nothing</span><span>1: strongest in this picture</span></div>')
-    hint = W.HTML(f'<div class="sk-hint">{", ".join(t.upper() for t in IMAGE_TYPES)}; at most {MAX_BYTES >> 20} MB</div>')
-    form = W.VBox([title('Picture'), pick, bring, hint, title('Person'), *(controls[n] for n in ('age', 'sex', 'site')),
-                   title('Map'), *(controls[n] for n in ('member', 'method', 'layer', 'target', 'opacity')), out['status']], layout=W.Layout(flex='0 0 20rem'))
-    column = lambda *parts: W.VBox(parts, layout=W.Layout(width='328px', max_width='100%'))
-    shots = W.HBox([column(W.HTML('<div class="sk-caption">As taken</div>'), out['image']), column(out['caption'], out['picture'], ramp)],
-                   layout=W.Layout(flex_flow='row wrap', grid_gap='1rem'))
-    right = W.VBox([out['answer'], out['error'], shots, title('Probabilities'), out['bars']], layout=W.Layout(flex='1 1 24rem', min_width='0', margin='0 0 0 1.5rem'))
-    foot = W.HTML(f'<div class="sk-disclaimer"><b>{escape(DISCLAIMER)}</b> Bundle {escape(self.predictor.bundle_id[:12])}.</div>')
+    def title(text):
+        return W.HTML(f'<h3>{text}</h3>')
+    ramp = W.HTML(
+        '<div class="sk-ramp"></div><div class="sk-scale"><span>0: nothing</span><span>1: strongest in '
+        'this picture</span></div>'
+    )
+    hint = W.HTML(
+        f'<div class="sk-hint">{", ".join(t.upper() for t in IMAGE_TYPES)}; at most {MAX_BYTES >> 20} MB</div>'
+    )
+    form = W.VBox(
+        [
+            title('Picture'),
+            pick,
+            bring,
+            hint,
+            title('Person'),
+            *(controls[n] for n in ('age', 'sex', 'site')),
+            title('Map'),
+            *(controls[n] for n in ('member', 'method', 'layer', 'target', 'opacity')),
+            out['status'],
+        ],
+        layout=W.Layout(flex='0 0 20rem'),
+    )
+    def column(*parts):
+        return W.VBox(parts, layout=W.Layout(width='328px', max_width='100%'))
+    shots = W.HBox(
+        [
+            column(W.HTML('<div class="sk-caption">As taken</div>'), out['image']),
+            column(out['caption'], out['picture'], ramp),
+        ],
+        layout=W.Layout(flex_flow='row wrap', grid_gap='1rem'),
+    )
+    right = W.VBox(
+        [out['answer'], out['error'], shots, title('Probabilities'), out['bars']],
+        layout=W.Layout(flex='1 1 24rem', min_width='0', margin='0 0 0 1.5rem'),
+    )
+    foot = W.HTML(
+        f'<div class="sk-disclaimer"><b>{escape(DISCLAIMER)}</b> Bundle {escape(self.predictor.bundle_id[:12])}.</div>'
+    )
     page = W.VBox([W.HTML(STYLE), W.HBox([form, right], layout=W.Layout(flex_flow='row wrap')), foot])
     page.add_class('sk-panel')
     return page
 
-# %% ../../nbs/apps/60_panels.ipynb #a47c1315
+# %% ../../nbs/apps/60_panels.ipynb #4809c7a7
 def example_images(
     root:Path|str, # of the project: holds data/ and, after `prepare`, artifacts/prepared/splits.csv
     per_class:int=6, # pictures of each class
@@ -350,24 +503,33 @@ def example_images(
     "Pictures of the test split, or of all data where there is no split yet."
     root = Path(root)
     dataset = read_dataset(root / 'data')
-    table, splits = dataset.table, root / 'artifacts' / 'prepared' / 'splits.csv'
+    table = dataset.table
+    splits = root / 'artifacts' / 'prepared' / 'splits.csv'
     if splits.is_file():
         split = pd.read_csv(splits, dtype=str, keep_default_na=False)
         table = table[table.image_id.isin(split.image_id[split.split == 'test'])]
     table = table.groupby('diagnosis', sort=True).head(per_class).sort_values(['diagnosis', 'image_id'])
     return {i: dataset.image_path(i) for i in table.image_id}, table[['image_id', 'age', 'sex', 'site', 'diagnosis']]
 
+# %% ../../nbs/apps/60_panels.ipynb #a47c1315
 def open_explorer(
     root:Path|str, # of the project: holds artifacts/ensemble and data/
 ) -> W.Widget: # the panel, or a sentence that says what to run
     "The CAM explorer on a project's own bundle and pictures."
     root = Path(root)
-    try: predictor = Predictor(root / 'artifacts' / 'ensemble')
+    try:
+        predictor = Predictor(root / 'artifacts' / 'ensemble')
     except (ValueError, OSError) as e:
-        return W.HTML(STYLE + f'<div class="sk-panel">{_box("error", f"There is no bundle to explain yet: {e}")}<p>Run <code>make repro</code> in the project, then open this page again.</p></div>')
-    try: images, people = example_images(root)
+        return W.HTML(
+            STYLE + f'<div class="sk-panel">{_box("error", f"There is no bundle to explain yet: {e}")}<p>Run '
+            '<code>make repro</code> in the project, then open this page again.</p></div>'
+        )
+    try:
+        images, people = example_images(root)
     except (ValueError, OSError) as e:
         explorer = CamExplorer(predictor)
-        explorer.error = f'No example pictures ({e}). Run `make repro` in the project to fetch them, or upload a picture.'
+        explorer.error = (
+            f'No example pictures ({e}). Run `make repro` in the project to fetch them, or upload a picture.'
+        )
         return explorer.view()
     return CamExplorer(predictor, images, people).view()

@@ -37,9 +37,11 @@ class CamStore:
         limit:int=200, # most files kept
     ):
         self._own = tempfile.TemporaryDirectory(prefix='skinlesion-cams-') if folder is None else None
-        self.folder, self.limit = Path(self._own.name if self._own else folder), limit
+        self.folder = Path(self._own.name if self._own else folder)
+        self.limit = limit
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._files, self._lock = OrderedDict(), Lock()
+        self._files = OrderedDict()
+        self._lock = Lock()
 
     def put(self,
         png:bytes, # a PNG file
@@ -50,14 +52,16 @@ class CamStore:
         path.write_bytes(png)
         with self._lock:
             self._files[key] = path
-            while len(self._files) > self.limit: self._files.popitem(last=False)[1].unlink(missing_ok=True)
+            while len(self._files) > self.limit:
+                self._files.popitem(last=False)[1].unlink(missing_ok=True)
         return key
 
     def get(self,
         key:str, # an id that `put` gave
     ) -> bytes|None: # the file, or None where there is none
         "The file of an id."
-        with self._lock: return self._files[key].read_bytes() if key in self._files and self._files[key].is_file() else None
+        with self._lock:
+            return self._files[key].read_bytes() if key in self._files and self._files[key].is_file() else None
 
 # %% ../../nbs/apps/61_service.ipynb #8f403812
 class BundleHolder:
@@ -65,48 +69,60 @@ class BundleHolder:
     def __init__(self,
         bundle_dir:Path|str, # folder of the bundle; may be missing as yet
     ):
-        self.bundle_dir, self.lock, self._predictor = Path(bundle_dir), Lock(), None
+        self.bundle_dir = Path(bundle_dir)
+        self.lock = Lock()
+        self._predictor = None
 
     def get(self) -> Predictor: # ready to answer
         "The predictor; 503 with the reason where there is none."
         with self.lock:
             if self._predictor is None:
-                try: self._predictor = Predictor(self.bundle_dir)
-                except Exception as e: raise HTTPException(503, f"no usable bundle: {e}") from e
+                try:
+                    self._predictor = Predictor(self.bundle_dir)
+                except Exception as e:
+                    raise HTTPException(503, f"no usable bundle: {e}") from e
             return self._predictor
 
-# %% ../../nbs/apps/61_service.ipynb #e6ef61ab
+# %% ../../nbs/apps/61_service.ipynb #6b1a8f14
 def read_upload(
     upload:UploadFile, # the form's `file`
     max_bytes:int, # of the picture
 ): # -> (H,W,3) uint8 RGB
     "The picture of an upload; `HTTPException` 400, 413 or 415 where it is none."
     data = upload.file.read(max_bytes + 1)
-    if len(data) > max_bytes: raise HTTPException(413, f"the upload has more than the {max_bytes:,} bytes allowed; send a smaller picture")
-    if not data: raise HTTPException(400, "the upload is empty; send a picture as the form field 'file'")
-    try: return read_image(data, 'the upload')
+    if len(data) > max_bytes:
+        raise HTTPException(413, f"the upload has more than the {max_bytes:,} bytes allowed; send a smaller picture")
+    if not data:
+        raise HTTPException(400, "the upload is empty; send a picture as the form field 'file'")
+    try:
+        return read_image(data, 'the upload')
     except ImageError as e:
         status = 415 if sniff_type(data) not in IMAGE_TYPES else 413 if 'more than the' in str(e) else 400
         raise HTTPException(status, str(e)) from e
 
+# %% ../../nbs/apps/61_service.ipynb #e6ef61ab
 def read_person(
     age:str, # years; '' where unknown
     sex:str, # '' where unknown
     site:str, # '' where unknown
 ) -> dict: # age, sex, site, checked
     "The form's metadata; `HTTPException` 422 where a word is unknown."
-    try: return dict(age=parse_age(age), sex=parse_sex(sex), site=parse_site(site))
-    except ValueError as e: raise HTTPException(422, str(e)) from e
+    try:
+        return dict(age=parse_age(age), sex=parse_sex(sex), site=parse_site(site))
+    except ValueError as e:
+        raise HTTPException(422, str(e)) from e
 
 # %% ../../nbs/apps/61_service.ipynb #2f02eecf
 class BodyLimit:
     "ASGI middleware that ends a request whose body is too long, before it is stored anywhere."
     def __init__(self, app, max_bytes:int):
-        self.app, self.max_bytes = app, max_bytes
+        self.app = app
+        self.max_bytes = max_bytes
 
     async def __call__(self, scope, receive, send):
         "Count the bytes as they come."
-        if scope['type'] != 'http': return await self.app(scope, receive, send)
+        if scope['type'] != 'http':
+            return await self.app(scope, receive, send)
         stated = dict(scope['headers']).get(b'content-length', b'0')
         sentence = f"the request has more than the {self.max_bytes:,} bytes allowed; send a smaller picture"
         if not stated.isdigit() or int(stated) > self.max_bytes:
@@ -116,13 +132,20 @@ class BodyLimit:
             nonlocal seen
             message = await receive()
             seen += len(message.get('body', b''))
-            if seen > self.max_bytes: raise HTTPException(413, sentence)
+            if seen > self.max_bytes:
+                raise HTTPException(413, sentence)
             return message
         await self.app(scope, counted, send)
 
 # %% ../../nbs/apps/61_service.ipynb #8de79849
-_HEADERS = {'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY', 'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store',
-            'Content-Security-Policy': "default-src 'none'", 'X-Disclaimer': DISCLAIMER}
+_HEADERS = {
+    'X-Content-Type-Options': 'nosniff',
+    'X-Frame-Options': 'DENY',
+    'Referrer-Policy': 'no-referrer',
+    'Cache-Control': 'no-store',
+    'Content-Security-Policy': "default-src 'none'",
+    'X-Disclaimer': DISCLAIMER,
+}
 
 def _add_faults(app):
     "Headers on every answer, sentences for every fault."
@@ -134,38 +157,61 @@ def _add_faults(app):
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request:Request, error:RequestValidationError):
-        texts = ["'file' is a text, not a file; with curl write -F file=@picture.jpg, with the @" for e in error.errors() if e['loc'][-1] == 'file' and e['type'] == 'value_error']
+        texts = [
+            "'file' is a text, not a file; with curl write -F file=@picture.jpg, with the @"
+            for e in error.errors()
+            if e['loc'][-1] == 'file' and e['type'] == 'value_error'
+        ]
         faults = '; '.join(texts or [f"{e['loc'][-1]}: {e['msg'].lower()}" for e in error.errors()])
-        return JSONResponse(dict(detail=f"{faults}. Send multipart/form-data with a picture as 'file' and, if known, 'age', 'sex' and 'site'"), 422)
+        return JSONResponse(
+            dict(
+                detail=f"{faults}. Send multipart/form-data with a picture as 'file' and, if known, 'age', 'sex' "
+                "and 'site'"
+            ),
+            422,
+        )
 
     @app.exception_handler(RoutingFault)
     async def elsewhere(request:Request, error:RoutingFault):
-        detail, allowed = error.detail, {k.lower(): v for k, v in (error.headers or {}).items()}.get('allow', '')
-        if error.status_code == 404 and detail == 'Not Found': detail = f"nothing is at {request.url.path}; POST a picture to /infer or /predict, or GET /health"
-        if error.status_code == 405: detail = f"{request.url.path} does not answer {request.method}; send {allowed}"
+        detail = error.detail
+        allowed = {k.lower(): v for k, v in (error.headers or {}).items()}.get('allow', '')
+        if error.status_code == 404 and detail == 'Not Found':
+            detail = f"nothing is at {request.url.path}; POST a picture to /infer or /predict, or GET /health"
+        if error.status_code == 405:
+            detail = f"{request.url.path} does not answer {request.method}; send {allowed}"
         return JSONResponse(dict(detail=detail), error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def broken(request:Request, error:Exception):
-        return JSONResponse(dict(detail=f"the service failed ({type(error).__name__}); its log says more"), 500, headers=_HEADERS)
+        return JSONResponse(
+            dict(detail=f"the service failed ({type(error).__name__}); its log says more"), 500, headers=_HEADERS
+        )
 
-# %% ../../nbs/apps/61_service.ipynb #67c71487
+# %% ../../nbs/apps/61_service.ipynb #6524a4c3
 def _answer(holder, person, image):
     "A prediction; 503 where the bundle's model gives none."
     predictor = holder.get()
     try:
-        with holder.lock: return predictor, predictor.predict(image, **person)
-    except ValueError as e: raise HTTPException(503, f"no usable bundle: {e}") from e
+        with holder.lock:
+            return predictor, predictor.predict(image, **person)
+    except ValueError as e:
+        raise HTTPException(503, f"no usable bundle: {e}") from e
 
+# %% ../../nbs/apps/61_service.ipynb #e35c4db4
 def _pair(predictor, answer):
     "Benign and malignant probability; 409 where they mean nothing."
-    if answer.malignancy is not None: return dict(benign=1 - answer.malignancy, malignant=answer.malignancy)
+    if answer.malignancy is not None:
+        return dict(benign=1 - answer.malignancy, malignant=answer.malignancy)
     labels = predictor.label_set
-    if labels.malignant is None: reason = f"label set '{labels.name}' does not say which of {', '.join(labels.codes)} are malignant"
-    else: reason = f"the prediction is '{answer.predicted}', which may be either"
-    if answer.abstain: reason += f", and the bundle abstains: {answer.abstain_reason}"
+    if labels.malignant is None:
+        reason = f"label set '{labels.name}' does not say which of {', '.join(labels.codes)} are malignant"
+    else:
+        reason = f"the prediction is '{answer.predicted}', which may be either"
+    if answer.abstain:
+        reason += f", and the bundle abstains: {answer.abstain_reason}"
     raise HTTPException(409, f"no benign/malignant pair: {reason}; POST the picture to /predict for all classes")
 
+# %% ../../nbs/apps/61_service.ipynb #67c71487
 def cam_png(
     predictor:Predictor, # who explains
     image, # (H,W,3) uint8 RGB
@@ -176,11 +222,24 @@ def cam_png(
     "Grad-CAM laid over the picture; the bare picture where nothing stood out."
     cam = predictor.explain(image, 'gradcam', target=target, **person)
     scale = min(1, max_side / max(image.shape[:2]))
-    if scale < 1: image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    if scale < 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return encode_png(image if is_flat(cam) else overlay(image, cam))
 
 # %% ../../nbs/apps/61_service.ipynb #5f8205f8
-_TOLD = ('confidence', 'probabilities', 'prediction_set', 'coverage', 'malignancy', 'flagged', 'threshold', 'disagreement', 'heads', 'bundle_id', 'disclaimer')
+_TOLD = (
+    'confidence',
+    'probabilities',
+    'prediction_set',
+    'coverage',
+    'malignancy',
+    'flagged',
+    'threshold',
+    'disagreement',
+    'heads',
+    'bundle_id',
+    'disclaimer',
+)
 _File = Annotated[UploadFile, File(description='a JPEG, PNG, WebP, BMP or TIFF picture')]
 _Word = Annotated[str, Form(max_length=100)]
 
@@ -189,26 +248,35 @@ def _add_answers(app, holder, store, max_bytes):
     @app.post('/infer')
     def infer(file:_File, age:_Word='', sex:_Word='', site:_Word=''):
         holder.get()
-        person, image = read_person(age, sex, site), read_upload(file, max_bytes)
+        person = read_person(age, sex, site)
+        image = read_upload(file, max_bytes)
         predictor, answer = _answer(holder, person, image)
         pair = _pair(predictor, answer)
-        with holder.lock: png = cam_png(predictor, image, answer.predicted, person)
+        with holder.lock:
+            png = cam_png(predictor, image, answer.predicted, person)
         silent = dict(abstain=True, abstain_reason=answer.abstain_reason) if answer.abstain else {}
         return silent | dict(probs=pair, camPngUrl=f'/cams/{store.put(png)}.png')
 
     @app.post('/predict')
     def predict(file:_File, age:_Word='', sex:_Word='', site:_Word=''):
         holder.get()
-        person, image = read_person(age, sex, site), read_upload(file, max_bytes)
+        person = read_person(age, sex, site)
+        image = read_upload(file, max_bytes)
         predictor, answer = _answer(holder, person, image)
         said = answer.to_dict()
-        return {'abstain': answer.abstain, 'abstain_reason': answer.abstain_reason,
-                'class': answer.predicted, 'name': predictor.label_set.names[answer.predicted], **{name: said[name] for name in _TOLD}}
+        return {
+            'abstain': answer.abstain,
+            'abstain_reason': answer.abstain_reason,
+            'class': answer.predicted,
+            'name': predictor.label_set.names[answer.predicted],
+            **{name: said[name] for name in _TOLD},
+        }
 
     @app.get('/cams/{name}')
     def cam(name:str):
         png = store.get(name.removesuffix('.png')) if name.endswith('.png') else None
-        if png is None: raise HTTPException(404, "no such map; only the newest are kept, so POST the picture to /infer again")
+        if png is None:
+            raise HTTPException(404, "no such map; only the newest are kept, so POST the picture to /infer again")
         return Response(png, media_type='image/png')
     app.head('/cams/{name}', include_in_schema=False)(cam)
 
@@ -220,7 +288,8 @@ def create_app(
     max_cams:int=200, # maps kept
 ) -> FastAPI: # to be served by uvicorn
     "The service: POST /infer, POST /predict, GET /health and the maps."
-    holder, store = BundleHolder(bundle_dir), CamStore(cam_dir, max_cams)
+    holder = BundleHolder(bundle_dir)
+    store = CamStore(cam_dir, max_cams)
     app = FastAPI(title='skinlesion', description=DISCLAIMER, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_bytes=max_bytes + (64 << 10))
     _add_faults(app)
@@ -228,14 +297,21 @@ def create_app(
 
     @app.get('/health')
     def health():
-        try: return dict(status='ok', bundle_id=holder.get().bundle_id)
-        except HTTPException as e: return JSONResponse(dict(status='unavailable', reason=e.detail), e.status_code)
+        try:
+            return dict(status='ok', bundle_id=holder.get().bundle_id)
+        except HTTPException as e:
+            return JSONResponse(dict(status='unavailable', reason=e.detail), e.status_code)
 
     @app.get('/')
     def root():
-        return dict(service='skinlesion', disclaimer=DISCLAIMER, use="POST a picture as multipart 'file' (and age, sex, site) to /infer or /predict; GET /health")
+        return dict(
+            service='skinlesion',
+            disclaimer=DISCLAIMER,
+            use="POST a picture as multipart 'file' (and age, sex, site) to /infer or /predict; GET /health",
+        )
 
-    for path, answer in (('/health', health), ('/', root)): app.head(path, include_in_schema=False)(answer)
+    for path, answer in (('/health', health), ('/', root)):
+        app.head(path, include_in_schema=False)(answer)
     return app
 
 # %% ../../nbs/apps/61_service.ipynb #a29ff3d5
@@ -245,9 +321,13 @@ def check_port(
     "Refuse a port that cannot be taken."
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try: s.bind(('127.0.0.1', port))
+        try:
+            s.bind(('127.0.0.1', port))
         except (OSError, OverflowError) as e:
-            raise ValueError(f"port {port} of 127.0.0.1 cannot be taken ({getattr(e, 'strerror', None) or e}); end what uses it, or choose another (0 takes a free one)") from None
+            raise ValueError(
+                f"port {port} of 127.0.0.1 cannot be taken ({getattr(e, 'strerror', None) or e}); end "
+                "what uses it, or choose another (0 takes a free one)"
+            ) from None
 
 # %% ../../nbs/apps/61_service.ipynb #0646e283
 def serve(
@@ -257,6 +337,8 @@ def serve(
     "Run the service until it is interrupted."
     import uvicorn
     check_port(port)
-    try: verify_bundle(bundle_dir)
-    except BundleError as e: print(f'warning: {e}. Until then every answer is 503', file=sys.stderr)
+    try:
+        verify_bundle(bundle_dir)
+    except BundleError as e:
+        print(f'warning: {e}. Until then every answer is 503', file=sys.stderr)
     uvicorn.run(create_app(bundle_dir), host='127.0.0.1', port=port, server_header=False, timeout_graceful_shutdown=2)

@@ -21,40 +21,47 @@ from ..data.splits import tied_groups
 from ..evaluate.intervals import format_leaf, interval_leaf, lesion_weights, wilson_interval
 from ..taxonomy import LabelSet
 
-# %% ../../nbs/audit/50_artefacts.ipynb #c35b4db2
+# %% ../../nbs/audit/50_artefacts.ipynb #afc09dc0
 def _lab(image):
     "CIELAB: L* in [0, 100], a* towards red, b* towards yellow."
     return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
 
+# %% ../../nbs/audit/50_artefacts.ipynb #ee6d381e
 def _sample(values, most=4000):
     "Every k-th row, so that at most `most` are left: quantiles of thousands need no more."
     return values[::-(-len(values) // most) or 1]
 
+# %% ../../nbs/audit/50_artefacts.ipynb #767e016a
 def _disc(diameter):
     "A round brush."
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter, diameter))
 
+# %% ../../nbs/audit/50_artefacts.ipynb #41d89aeb
 def _odd(x):
     "The odd number next to `x`, at least 3."
     return max(3, int(x) // 2 * 2 + 1)
 
+# %% ../../nbs/audit/50_artefacts.ipynb #6fce89f6
 def _grow(mask, diameter, brush=_disc):
     "The mask and its neighbourhood."
     return cv2.dilate(mask.astype(np.uint8), brush(diameter)) > 0
 
+# %% ../../nbs/audit/50_artefacts.ipynb #c35b4db2
 def _touching_corners(dark):
     "The parts of `dark` that hold a corner of the picture."
     labels = cv2.connectedComponents(dark.astype(np.uint8), connectivity=4)[1]
     ids = set(labels[[0, 0, -1, -1], [0, -1, 0, -1]].tolist()) - {0}
     return np.isin(labels, list(ids)) if ids else np.zeros_like(dark)
 
-# %% ../../nbs/audit/50_artefacts.ipynb #66e7a5d4
+# %% ../../nbs/audit/50_artefacts.ipynb #4792ee68
 def _distance_from_skin(lab, outside):
     "How far each pixel's colour is from that of the rim; 0 in the dark corners."
     h, w = outside.shape
     rim = np.ones((h, w), np.uint8)
-    if outside.any(): rim = cv2.distanceTransform(np.pad((~outside).astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1] < h * .22
-    else: rim[round(.1 * h):round(.9 * h), round(.1 * w):round(.9 * w)] = 0
+    if outside.any():
+        rim = cv2.distanceTransform(np.pad((~outside).astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1] < h * .22
+    else:
+        rim[round(.1 * h):round(.9 * h), round(.1 * w):round(.9 * w)] = 0
     rim = (rim > 0) & ~outside
     pixels = lab[rim] if rim.sum() >= 50 else lab.reshape(-1, 3)
     skin = np.median(pixels[pixels[:, 0] >= np.median(pixels[:, 0])], 0)
@@ -62,9 +69,11 @@ def _distance_from_skin(lab, outside):
     far = np.sqrt(np.where(light > 0, .25 * light, light)**2 + ((lab[..., 1:] - skin[1:])**2).sum(-1))
     return cv2.GaussianBlur(np.where(outside, 0, far), (0, 0), 1.5)
 
+# %% ../../nbs/audit/50_artefacts.ipynb #66e7a5d4
 def _central(h, w, spread):
     "A bell over the picture, 1 in its middle; `spread` in half-sides."
-    y, x = np.linspace(-1, 1, h)[:, None], np.linspace(-1, 1, w)
+    y = np.linspace(-1, 1, h)[:, None]
+    x = np.linspace(-1, 1, w)
     return np.exp(-(y * y + x * x) / (2 * spread * spread))
 
 # %% ../../nbs/audit/50_artefacts.ipynb #57796d42
@@ -77,7 +86,8 @@ def estimate_mask(
     small = cv2.resize(image, (max(8, round(w * scale)), max(8, round(h * scale))), interpolation=cv2.INTER_AREA)
     lab = _lab(cv2.medianBlur(small, 5))
     outside = _grow(_touching_corners(lab[..., 0] < 25), 7)
-    if outside.all(): return np.zeros((h, w), bool)
+    if outside.all():
+        return np.zeros((h, w), bool)
     far = _distance_from_skin(lab, outside) * _central(*outside.shape, .9)
     level = np.clip(far * 255 / max(np.percentile(far, 99.5), 4), 0, 255).astype(np.uint8)
     cut = cv2.threshold(level[~outside][:, None], 0, 255, cv2.THRESH_OTSU)[0]
@@ -120,7 +130,9 @@ class Look:
         return ~(self.near | self.frame)
 
     @cached_property
-    def skin(self) -> np.ndarray: # (n,3) float32 CIELAB, n at most 4000; empty where less than `LEAST_SKIN` of the picture is bare
+    def skin(
+        self,
+    ) -> np.ndarray: # (n,3) float32 CIELAB, n at most 4000; empty where less than `LEAST_SKIN` of the picture is bare
         "Colours of the bare skin."
         bare = self.background & (self.thin_dark < 15) & (self.thin_light < 15)
         at = np.flatnonzero(bare)
@@ -131,69 +143,86 @@ class Look:
         "Where the picture is marked with a pen."
         return ink_pixels(self)
 
-# %% ../../nbs/audit/50_artefacts.ipynb #b7751595
+# %% ../../nbs/audit/50_artefacts.ipynb #14dd47ce
 def _corner_light(lightness):
     "Median lightness of the four corner triangles, each with legs of a tenth of the sides."
     h, w = lightness.shape
-    a, b = max(3, round(.1 * h)), max(3, round(.1 * w))
+    a = max(3, round(.1 * h))
+    b = max(3, round(.1 * w))
     inside = np.arange(a)[:, None] / a + np.arange(b) / b < 1
     corners = [lightness[::i, ::j][:a, :b][inside] for i in (1, -1) for j in (1, -1)]
     return np.sort(np.median(corners, axis=1))
 
+# %% ../../nbs/audit/50_artefacts.ipynb #b7751595
 def look_at(
     image:np.ndarray, # (h,w,3) uint8 RGB, a working image
     mask:np.ndarray|None=None, # (h,w) bool; None estimates it
 ) -> Look: # for the detectors
     "Prepare an image."
     if mask is not None and mask.shape != image.shape[:2]:
-        raise ValueError(f"the mask has {mask.shape[0]} x {mask.shape[1]} pixels, the image {image.shape[0]} x {image.shape[1]}; resize the mask with the image")
+        raise ValueError(
+            f"the mask has {mask.shape[0]} x {mask.shape[1]} pixels, the image {image.shape[0]} x "
+            f"{image.shape[1]}; resize the mask with the image"
+        )
     lesion = estimate_mask(image) if mask is None else mask > 0
-    lab, side = _lab(image), max(image.shape)
+    lab = _lab(image)
+    side = max(image.shape)
     skin = lab[..., 0][~lesion]
     bright = np.percentile(_sample(skin if skin.size > .1 * lesion.size else lab[..., 0].ravel()), 75)
     corners = _corner_light(lab[..., 0]) / max(bright, 1)
     frame = _touching_corners(lab[..., 0] < .55 * bright) if corners[0] < .6 else np.zeros(lesion.shape, bool)
-    if frame.any(): frame = _grow(frame, _odd(.05 * side), lambda n: np.ones((n, n), np.uint8))
-    brush, outside = _disc(_odd(.045 * side)), ~frame
+    if frame.any():
+        frame = _grow(frame, _odd(.05 * side), lambda n: np.ones((n, n), np.uint8))
+    brush = _disc(_odd(.045 * side))
+    outside = ~frame
     dark = cv2.morphologyEx(image[..., 0], cv2.MORPH_BLACKHAT, brush) * outside
     darkest = cv2.min(cv2.min(image[..., 0], image[..., 1]), image[..., 2])
     pale = cv2.morphologyEx(darkest, cv2.MORPH_TOPHAT, brush) * outside
     close = _grow(lesion, _odd(.05 * side))
-    return Look(image, lab, lesion, close, _grow(close, _odd(.05 * side)), frame, corners, darkest, dark, pale, mask is None)
+    return Look(
+        image, lab, lesion, close, _grow(close, _odd(0.05 * side)), frame, corners, darkest, dark, pale, mask is None
+    )
 
 # %% ../../nbs/audit/50_artefacts.ipynb #694bb2f7
 def ink_pixels(
     look:Look, # a prepared image
 ) -> np.ndarray: # (h,w) bool
     "Where the picture is marked with a pen."
-    if not len(look.skin): return np.zeros(look.lesion.shape, bool)
+    if not len(look.skin):
+        return np.zeros(look.lesion.shape, bool)
     light, red, yellow = np.median(look.skin, 0)
-    a, b = look.lab[..., 1], look.lab[..., 2]
+    a = look.lab[..., 1]
+    b = look.lab[..., 2]
     darker = ~(look.close | look.frame) & (look.lab[..., 0] > 8) & (look.lab[..., 0] < light - 3)
     ink = darker & ((b < yellow - 12) | (a < red - 20)) & ((a - red)**2 + (b - yellow)**2 > 18**2)
     hue = np.degrees(np.arctan2(b[ink], a[ink])) % 360
     ink[ink] = (hue > 130) & (hue < 330) & (a[ink]**2 + b[ink]**2 > 14**2)
-    if not ink.any(): return ink
+    if not ink.any():
+        return ink
     labels, stats = cv2.connectedComponentsWithStats(ink.astype(np.uint8), connectivity=8)[1:3]
     return ink & (stats[labels, cv2.CC_STAT_AREA] >= 8)
 
-# %% ../../nbs/audit/50_artefacts.ipynb #8167edb9
+# %% ../../nbs/audit/50_artefacts.ipynb #ecaff6c8
 @lru_cache
 def _segments(length, directions=12):
     "Straight brushes through the middle of a square, one per direction."
-    brushes, middle = [], length // 2
+    brushes = []
+    middle = length // 2
     for angle in np.pi * np.arange(directions) / directions:
-        x, y = round(middle * np.cos(angle)), round(middle * np.sin(angle))
+        x = round(middle * np.cos(angle))
+        y = round(middle * np.sin(angle))
         brush = np.zeros((length, length), np.uint8)
         brushes.append(cv2.line(brush, (middle - x, middle - y), (middle + x, middle + y), 1))
     return brushes
 
+# %% ../../nbs/audit/50_artefacts.ipynb #8167edb9
 def _lines(thin, side):
     "What of `thin` lies on a straight line of 9 % of the side."
     thin, best = thin.astype(np.uint8), np.zeros(thin.shape, np.uint8)
     for brush in _segments(_odd(.09 * side)):
         core = cv2.erode(thin, brush, borderValue=0)
-        if cv2.countNonZero(core): cv2.max(best, cv2.dilate(core, brush), dst=best)
+        if cv2.countNonZero(core):
+            cv2.max(best, cv2.dilate(core, brush), dst=best)
     return best > 0
 
 # %% ../../nbs/audit/50_artefacts.ipynb #74ece7a7
@@ -204,31 +233,37 @@ def hair_shares(
 ) -> tuple: # dark, light: shares of the looked-at pixels, in [0, 1]
     "How much of the skin lies under dark and under light hairs."
     where = ~(look.close | look.frame)
-    if where.mean() < LEAST_SKIN: where = ~look.frame
+    if where.mean() < LEAST_SKIN:
+        where = ~look.frame
     brighter = look.darkest > np.median(_sample(look.darkest[where])) + HAIR_CONTRAST if where.any() else where
     total = max(where.sum(), 1)
     dark, light = (_lines(relief > HAIR_CONTRAST, look.side) for relief in (look.thin_dark, look.thin_light))
-    if look.ink.any(): dark &= ~_grow(look.ink, _odd(.03 * look.side))
+    if look.ink.any():
+        dark &= ~_grow(look.ink, _odd(.03 * look.side))
     light = light & brighter & ~_grow(dark, _odd(.045 * look.side))
     return float((dark & where).sum() / total), float((light & where).sum() / total)
 
-# %% ../../nbs/audit/50_artefacts.ipynb #bdf04c30
+# %% ../../nbs/audit/50_artefacts.ipynb #61ab5655
 def _bars(look, contrast=30, most=80):
     "Middle (n,2) and direction (n,) of the short dark bars around the lesion."
     dark = ((look.thin_dark > contrast) & ~look.close).astype(np.uint8)
     count, labels, stats, middle = cv2.connectedComponentsWithStats(dark, connectivity=8)
-    reach, area = np.hypot(stats[:, 2], stats[:, 3]), stats[:, 4]
+    reach = np.hypot(stats[:, 2], stats[:, 3])
+    area = stats[:, 4]
     fits = (reach > .018 * look.side) & (reach < .12 * look.side) & (area >= 4) & (area < .035 * look.side * reach + 4)
     fits[0] = False
     y, x = np.nonzero(labels)
     part = labels[y, x]
-    x, y = x - middle[part, 0], y - middle[part, 1]
+    x = x - middle[part, 0]
+    y = y - middle[part, 1]
     xx, yy, xy = (np.bincount(part, v, count)[fits] / area[fits] for v in (x * x, y * y, x * y))
-    angle, spread = np.arctan2(2 * xy, xx - yy) / 2, np.hypot(xx - yy, 2 * xy)
+    angle = np.arctan2(2 * xy, xx - yy) / 2
+    spread = np.hypot(xx - yy, 2 * xy)
     long = xx + yy + spread + .17 > 2.5 * (xx + yy - spread + .17)
     order = np.argsort(-area[fits][long], kind='stable')[:most]
     return middle[fits][long][order], angle[long][order]
 
+# %% ../../nbs/audit/50_artefacts.ipynb #bdf04c30
 def _apart(a, b):
     "Angle between two directions, in [0, pi / 2]."
     return np.abs((a - b + np.pi / 2) % np.pi - np.pi / 2)
@@ -239,26 +274,36 @@ def ruler_ticks(
 ) -> int: # ticks of the longest ladder; 0 where it holds less than half of the bars that point its way
     "How many ticks of a ruler stand in a row."
     at, angle = _bars(look)
-    if len(at) < 4: return 0
+    if len(at) < 4:
+        return 0
     step = at[None] - at[:, None]
     gap = np.hypot(step[..., 0], step[..., 1])
     alike = _apart(angle[None], angle[:, None]) < np.radians(20)
     across = _apart(np.arctan2(step[..., 1], step[..., 0]), angle[:, None]) > np.radians(50)
     i, j = np.nonzero((gap > .015 * look.side) & (gap < .12 * look.side) & alike & across)
-    if not len(i): return 0
+    if not len(i):
+        return 0
     rungs = np.arange(-10, 11)
     wanted = at[i, None] + rungs[:, None] * step[i, j][:, None] # (pairs, rungs, 2)
     miss = np.hypot(*(wanted[:, :, None] - at).transpose(3, 0, 1, 2))
     met = ((miss < .25 * gap[i, j][:, None, None]) & alike[i][:, None]).any(-1)
-    run, best = np.zeros(len(i), int), np.zeros(len(i), int)
+    run = np.zeros(len(i), int)
+    best = np.zeros(len(i), int)
     for rung in met.T:
         run = np.where(rung, run + 1, 0)
         best = np.maximum(best, run)
     best[best < .5 * alike[i].sum(1)] = 0
     return int(best.max())
 
-# %% ../../nbs/audit/50_artefacts.ipynb #b7db9c2f
-SKIN_TONES = {'very light': 55., 'light': 41., 'intermediate': 28., 'tan': 10., 'brown': -30., 'dark': -np.inf} # name -> the angle it lies above
+# %% ../../nbs/audit/50_artefacts.ipynb #cd83c601
+SKIN_TONES = {
+    'very light': 55.0,
+    'light': 41.0,
+    'intermediate': 28.0,
+    'tan': 10.0,
+    'brown': -30.0,
+    'dark': -np.inf,
+} # name -> the angle it lies above
 
 def typology_angle(
     lightness:float, # L*, in [0, 100]
@@ -267,38 +312,46 @@ def typology_angle(
     "Individual typology angle of a skin colour."
     return float(np.degrees(np.arctan2(lightness - 50, yellowness)))
 
+# %% ../../nbs/audit/50_artefacts.ipynb #b7db9c2f
 def skin_tone(
     ita:float, # degrees
 ) -> str: # a key of `SKIN_TONES`; '' for NaN
     "Chardon's group of a typology angle."
     return next((name for name, above in SKIN_TONES.items() if ita > above), '')
 
-# %% ../../nbs/audit/50_artefacts.ipynb #551bea3d
+# %% ../../nbs/audit/50_artefacts.ipynb #4970ed78
 def blur_effect(
     look:Look, # a prepared image
 ) -> float: # in [0, 1]; higher is more blurred
     "How little the image has left to lose by blurring."
-    light, kept, worst = look.lab[..., 0], (~look.frame).astype(np.uint8), 0.
+    light = look.lab[..., 0]
+    kept = (~look.frame).astype(np.uint8)
+    worst = 0.
     for turned, part in ((light, kept), (light.T, kept.T)):
-        turned, part = np.ascontiguousarray(turned), np.ascontiguousarray(part[:, 1:])
+        turned = np.ascontiguousarray(turned)
+        part = np.ascontiguousarray(part[:, 1:])
         soft = cv2.blur(turned, (9, 1))
         sharp, left = (cv2.absdiff(v[:, 1:], v[:, :-1]) for v in (turned, soft))
         total = cv2.mean(sharp, part)[0]
-        if total > 0: worst = max(worst, 1 - cv2.mean(cv2.subtract(sharp, cv2.min(left, sharp)), part)[0] / total)
+        if total > 0:
+            worst = max(worst, 1 - cv2.mean(cv2.subtract(sharp, cv2.min(left, sharp)), part)[0] / total)
     return worst
 
+# %% ../../nbs/audit/50_artefacts.ipynb #551bea3d
 def exposure(
     look:Look, # a prepared image
 ) -> dict: # shares of what is not a dark corner, in [0, 1], and the brightest lightness (99th percentile of L*)
     "Burnt-out pixels, sparkle, and how light the lightest part is."
     seen = ~look.frame
-    total, light = max(np.count_nonzero(seen), 1), _sample(look.lab[..., 0][seen])
+    total = max(np.count_nonzero(seen), 1)
+    light = _sample(look.lab[..., 0][seen])
     usual = np.median(_sample(look.darkest[seen])) if light.size else 0
-    burnt, sparkle = (look.darkest >= 250) & seen, (look.thin_light > 50) & (look.darkest > max(190, usual + 40))
+    burnt = (look.darkest >= 250) & seen
+    sparkle = (look.thin_light > 50) & (look.darkest > max(190, usual + 40))
     return dict(burnt_share=np.count_nonzero(burnt) / total, glare_share=np.count_nonzero(sparkle) / total,
                 brightest=float(np.percentile(light, 99)) if light.size else 0.)
 
-# %% ../../nbs/audit/50_artefacts.ipynb #6b5dad91
+# %% ../../nbs/audit/50_artefacts.ipynb #b9421802
 FLAGS = { # name: (measure, limit; above it is yes, words)
     'dark_corners': ('corner_darkness', .42, 'dark corners'),
     'ruler': ('ruler_ticks', 3.5, 'a ruler'),
@@ -319,11 +372,29 @@ def measure_look(
     colour = np.median(look.skin, 0) if len(look.skin) else np.full(3, np.nan)
     edge = np.r_[look.lesion[0], look.lesion[-1], look.lesion[1:-1, 0], look.lesion[1:-1, -1]]
     dark, pale = hair_shares(look)
-    values = dict(corner_darkness=float(1 - min(look.corners[1], 1)), ruler_ticks=ruler_ticks(look), dark_hair_share=dark, light_hair_share=pale,
-        ink_share=float(look.ink.mean()), blur=blur_effect(look), **light, darkness=1 - light['brightest'] / 100, skin_l=float(colour[0]), skin_a=float(colour[1]),
-        skin_b=float(colour[2]), ita=typology_angle(colour[0], colour[2]), lesion_share=float(look.lesion.mean()), edge_share=float(edge.mean()))
-    return values | {name: values[measure] > limit for name, (measure, limit, _) in FLAGS.items()} | dict(mask_estimated=look.estimated)
+    values = dict(
+        corner_darkness=float(1 - min(look.corners[1], 1)),
+        ruler_ticks=ruler_ticks(look),
+        dark_hair_share=dark,
+        light_hair_share=pale,
+        ink_share=float(look.ink.mean()),
+        blur=blur_effect(look),
+        **light,
+        darkness=1 - light['brightest'] / 100,
+        skin_l=float(colour[0]),
+        skin_a=float(colour[1]),
+        skin_b=float(colour[2]),
+        ita=typology_angle(colour[0], colour[2]),
+        lesion_share=float(look.lesion.mean()),
+        edge_share=float(edge.mean()),
+    )
+    return (
+        values
+        | {name: values[measure] > limit for name, (measure, limit, _) in FLAGS.items()}
+        | dict(mask_estimated=look.estimated)
+    )
 
+# %% ../../nbs/audit/50_artefacts.ipynb #6b5dad91
 def measure_image(
     image:np.ndarray, # (h,w,3) uint8 RGB, a working image: longer side at most 256
     mask:np.ndarray|None=None, # (h,w) bool, the lesion; None estimates it
@@ -336,23 +407,30 @@ def detection_leaf(
     right:np.ndarray, # (n,) bool, whether the flag was right on each image
 ) -> dict: # value, low, high, n, method
     "The share of right answers with Wilson's interval."
-    n, share = len(right), float(np.mean(right)) if len(right) else np.nan
-    if not n: return dict(value=None, low=None, high=None, n=0, reason='no image to judge by')
+    n = len(right)
+    share = float(np.mean(right)) if len(right) else np.nan
+    if not n:
+        return dict(value=None, low=None, high=None, n=0, reason='no image to judge by')
     low, high = wilson_interval(share, n)
     return dict(value=share, low=low, high=high, n=n, method='Wilson over images')
 
-# %% ../../nbs/audit/50_artefacts.ipynb #25d17870
-RATIO, MARGIN, LEAST_LESIONS = 1.5, .05, 10 # times as frequent, difference of the rates, lesions of the class: below these no warning
+# %% ../../nbs/audit/50_artefacts.ipynb #045437c9
+# times as frequent, difference of the rates, lesions of the class: below these no warning
+RATIO = 1.5
+MARGIN = .05
+LEAST_LESIONS = 10
 
 def _share_leaf(value, samples, n, groups):
     "A share with its interval, by Wilson over groups where all images agree."
     exact = (*wilson_interval(value, groups), 'Wilson over groups, all alike') if value in (0, 1) else None
     return interval_leaf(value, samples, n, groups, fallback=exact, method='percentile bootstrap over groups')
 
+# %% ../../nbs/audit/50_artefacts.ipynb #6d45b81e
 def _over(top, bottom):
     "`top / bottom`, NaN where nothing was drawn."
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 0)
 
+# %% ../../nbs/audit/50_artefacts.ipynb #cd308bd1
 def _above(high, low, high_leaf, low_leaf):
     "Whether one rate is surely above the other; of a rate of 0 or 1 the resamples know no doubt, Wilson's interval does."
     bound = np.nanquantile(high - RATIO * low, .005), np.nanquantile(high - low, .005)
@@ -360,6 +438,7 @@ def _above(high, low, high_leaf, low_leaf):
         bound = np.minimum(bound, (high_leaf['low'] - RATIO * low_leaf['high'], high_leaf['low'] - low_leaf['high']))
     return bool(bound[0] > 0 and bound[1] > MARGIN)
 
+# %% ../../nbs/audit/50_artefacts.ipynb #25d17870
 def class_contrast(
     flag:np.ndarray, # (N,) bool, the artefact
     member:np.ndarray, # (N,) bool, the class
@@ -376,46 +455,64 @@ def class_contrast(
     values = [flag[s].mean() if s.any() else np.nan for s in sides]
     rate, rest = (_share_leaf(v, x, s.sum(), c) for v, x, s, c in zip(values, shares, sides, counts))
     sure = min(counts) >= LEAST_LESIONS
-    told = sure and any(_above(*pair) for pair in ((shares[0], shares[1], rate, rest), (shares[1], shares[0], rest, rate)))
+    told = sure and any(
+        _above(*pair) for pair in ((shares[0], shares[1], rate, rest), (shares[1], shares[0], rest, rate))
+    )
     return dict(rate=rate, rest=rest, told=told)
 
-# %% ../../nbs/audit/50_artefacts.ipynb #8e3eb256
+# %% ../../nbs/audit/50_artefacts.ipynb #f422fc25
 def _scopes(table):
     "What to look at: all images, then each split."
     scopes = {'': np.ones(len(table), bool)}
     if 'split' in table:
         split = table.split.fillna('').astype(str).to_numpy()
-        scopes |= {name: split == name for name in sorted(set(split) - {'', 'unlabelled'})} if len(set(split) - {'', 'unlabelled'}) > 1 else {}
+        scopes |= (
+            {name: split == name for name in sorted(set(split) - {'', 'unlabelled'})}
+            if len(set(split) - {'', 'unlabelled'}) > 1
+            else {}
+        )
     return scopes
 
+# %% ../../nbs/audit/50_artefacts.ipynb #8e3eb256
 def _told_item(name, code, scope, found, flag, member, measured, ids):
     "An item that names a class, the numbers, and images that show it: the clearest first."
-    rate, rest, where = found['rate'], found['rest'], f' in {scope}' if scope else ''
+    rate = found['rate']
+    rest = found['rest']
+    where = f' in {scope}' if scope else ''
     shown = np.flatnonzero(flag & member)
     images = ids[shown[np.argsort(-measured[shown], kind='stable')][:6]]
     note = f"{name}: {format_leaf(rate)} of {rate['n']} {code}{where}, {format_leaf(rest)} of {rest['n']} others"
     return dict(name=f'{code}/{scope}' if scope else code, images=tuple(images), note=note)
 
-# %% ../../nbs/audit/50_artefacts.ipynb #175a3d08
+# %% ../../nbs/audit/50_artefacts.ipynb #0718dfd4
 def _given_away(flag, classes, codes, groups, weights, within):
     "Classes that the artefact tells, clearest first: each against those that are left, so that one class does not drag in the others."
-    told, left = [], list(codes)
+    told = []
+    left = list(codes)
     while len(left) > 1:
-        found = {code: class_contrast(flag, classes == code, groups, weights, within & np.isin(classes, left)) for code in left}
+        found = {
+            code: class_contrast(flag, classes == code, groups, weights, within & np.isin(classes, left))
+            for code in left
+        }
         found = {code: f for code, f in found.items() if f['told']}
-        if not found: break
+        if not found:
+            break
         code = max(found, key=lambda c: abs(found[c]['rate']['value'] - found[c]['rest']['value']))
         told.append((code, found[code]))
         left.remove(code)
     return told
 
+# %% ../../nbs/audit/50_artefacts.ipynb #0b9368cb
 def _artefact_finding(flag_name, measures, table, codes, groups, weights):
     "The finding on one artefact."
     measure, limit, name = FLAGS[flag_name]
-    flag, ids = measures[flag_name].to_numpy(bool), table.image_id.to_numpy(str)
-    classes, measured = table.diagnosis.to_numpy(str), measures[measure].to_numpy(float)
+    flag = measures[flag_name].to_numpy(bool)
+    ids = table.image_id.to_numpy(str)
+    classes = table.diagnosis.to_numpy(str)
+    measured = measures[measure].to_numpy(float)
     metrics = {code: class_contrast(flag, classes == code, groups, weights)['rate'] for code in codes}
-    rates, items = ', '.join(f'{code} {format_leaf(leaf)}' for code, leaf in metrics.items()), []
+    rates = ', '.join(f'{code} {format_leaf(leaf)}' for code, leaf in metrics.items())
+    items = []
     for scope, within in _scopes(table).items():
         for code, found in _given_away(flag, classes, codes, groups, weights, within):
             item = _told_item(name, code, scope, found, flag, (classes == code) & within, measured, ids)
@@ -423,22 +520,40 @@ def _artefact_finding(flag_name, measures, table, codes, groups, weights):
             items.append((abs(found['rate']['value'] - found['rest']['value']), item))
     items = [item for _, item in sorted(items, key=lambda i: -i[0])]
     told = f"; it gives away {'; '.join(i['note'].removeprefix(name + ': ') for i in items)}" if items else ''
-    return Finding(f"artefact-{flag_name.replace('_', '-')}", 'warning' if items else 'note', f"{name} on {flag.sum()} of {len(flag)} images{told or ' (' + rates + ')'}",
-                   len(flag), int(flag.sum()), tuple(items), metrics, _remedy(flag_name) if items else '')
+    return Finding(
+        f"artefact-{flag_name.replace('_', '-')}",
+        'warning' if items else 'note',
+        f"{name} on {flag.sum()} of {len(flag)} images{told or ' (' + rates + ')'}",
+        len(flag),
+        int(flag.sum()),
+        tuple(items),
+        metrics,
+        _remedy(flag_name) if items else '',
+    )
 
+# %% ../../nbs/audit/50_artefacts.ipynb #175a3d08
 def _remedy(flag_name):
     "What to do about an artefact that gives a class away."
-    if flag_name == 'touches_edge': return 'Part of such lesions is not to be seen; compare the metrics with and without them'
-    return ('Cover or crop it, plant it on all classes alike in training (params.yaml: train.artefacts), or leave such images out of training; '
-            'then compare the metrics on images with and without it')
+    if flag_name == 'touches_edge':
+        return 'Part of such lesions is not to be seen; compare the metrics with and without them'
+    return (
+        'Cover or crop it, plant it on all classes alike in training (params.yaml: train.artefacts), '
+        'or leave such images out of training; '
+        'then compare the metrics on images with and without it'
+    )
 
-# %% ../../nbs/audit/50_artefacts.ipynb #74cd1450
+# %% ../../nbs/audit/50_artefacts.ipynb #5e570da5
 def _aligned(measures, table):
     "Measures in the order of the table."
     missing = [i for i in table.image_id if i not in measures.index]
-    if missing: raise ValueError(f"image '{missing[0]}' of the table has no measures ({len(missing)} of {len(table)} have none); measure every image")
+    if missing:
+        raise ValueError(
+            f"image '{missing[0]}' of the table has no measures ({len(missing)} of {len(table)} have "
+            "none); measure every image"
+        )
     return measures.loc[table.image_id]
 
+# %% ../../nbs/audit/50_artefacts.ipynb #74cd1450
 def artefact_findings(
     measures:pd.DataFrame, # of `measure_image`, indexed by image_id
     table:pd.DataFrame, # image_id, diagnosis, lesion_id, and patient_id and split where known
@@ -449,7 +564,8 @@ def artefact_findings(
     "Rates of each artefact by class, and the classes that they give away."
     labelled = (table.diagnosis.fillna('').astype(str) != '').to_numpy()
     table = table[labelled]
-    measures, groups = _aligned(measures, table), tied_groups(table)
+    measures = _aligned(measures, table)
+    groups = tied_groups(table)
     weights = lesion_weights(groups, n_resamples, seed).astype(np.float32)
     codes = [c for c in label_set.codes if (table.diagnosis == c).any()]
     return [_artefact_finding(name, measures, table, codes, groups, weights) for name in FLAGS if measures[name].any()]
@@ -464,38 +580,81 @@ def skin_findings(
     n_resamples:int=500, # of groups
 ) -> list[Finding]: # one, or none without images
     "How the skin tones of the collection are spread."
-    if not len(table): return []
-    measures, groups = _aligned(measures, table), tied_groups(table)
-    tones, ids = measures.ita.map(skin_tone).to_numpy(str), table.image_id.to_numpy(str)
-    weights, known = lesion_weights(groups, n_resamples, seed).astype(np.float32), tones != ''
-    if not known.any(): return [Finding('skin-tone', 'note', f'no skin tone is known: none of {len(ids)} images shows skin outside the lesion', len(ids), 0)]
-    metrics, items, total = {}, [], weights @ known.astype(np.float32)
+    if not len(table):
+        return []
+    measures = _aligned(measures, table)
+    groups = tied_groups(table)
+    tones = measures.ita.map(skin_tone).to_numpy(str)
+    ids = table.image_id.to_numpy(str)
+    weights = lesion_weights(groups, n_resamples, seed).astype(np.float32)
+    known = tones != ''
+    if not known.any():
+        return [
+            Finding(
+                'skin-tone',
+                'note',
+                f'no skin tone is known: none of {len(ids)} images shows skin outside the lesion',
+                len(ids),
+                0,
+            )
+        ]
+    metrics = {}
+    items = []
+    total = weights @ known.astype(np.float32)
     for tone in SKIN_TONES:
         where = tones == tone
         n_groups = len(np.unique(groups[where]))
-        metrics[tone] = _share_leaf(where[known].mean(), _over(weights @ where.astype(np.float32), total), known.sum(), len(np.unique(groups[known])))
+        metrics[tone] = _share_leaf(
+            where[known].mean(),
+            _over(weights @ where.astype(np.float32), total),
+            known.sum(),
+            len(np.unique(groups[known])),
+        )
         if n_groups < LEAST_OF_TONE:
-            items.append(dict(name=tone, images=tuple(ids[where][:6]), note=f'{where.sum()} images of {n_groups} lesions; fewer than {LEAST_OF_TONE} lesions'))
+            items.append(
+                dict(
+                    name=tone,
+                    images=tuple(ids[where][:6]),
+                    note=f'{where.sum()} images of {n_groups} lesions; fewer than {LEAST_OF_TONE} lesions',
+                )
+            )
     spread = ', '.join(f'{tone} {(tones == tone).sum()}' for tone in SKIN_TONES)
     few = f"; fewer than {LEAST_OF_TONE} lesions are {', '.join(i['name'] for i in items)}" if items else ''
-    summary = f"skin tone as photographed, by typology angle: {spread}, unknown {(~known).sum()} of {len(ids)} images{few}"
+    summary = (
+        f"skin tone as photographed, by typology angle: {spread}, unknown {(~known).sum()} of {len(ids)} images{few}"
+    )
     rare = int(np.isin(tones, [i['name'] for i in items]).sum())
-    return [Finding('skin-tone', 'warning' if items else 'note', summary, len(ids), rare, tuple(items), metrics, SKIN_REMEDY if items else '')]
+    return [
+        Finding(
+            'skin-tone',
+            'warning' if items else 'note',
+            summary,
+            len(ids),
+            rare,
+            tuple(items),
+            metrics,
+            SKIN_REMEDY if items else '',
+        )
+    ]
 
 SKIN_REMEDY = ('Report metrics by skin tone and say for whom nothing is known; add images of the missing tones. '
                'The cameras are not calibrated: the groups are those of the photographs')
 
-# %% ../../nbs/audit/50_artefacts.ipynb #3fa09f99
+# %% ../../nbs/audit/50_artefacts.ipynb #7dfb5781
 OLDEST = 105 # years; more is a slip of the pen
 AGE_SPREAD = dict(lesion_id=10, patient_id=20) # years between two images of one owner; more asks for a second look
 
 def _age_finding(kind, severity, rows, table, words, remedy):
     "A finding on the rows of some ages, or none."
-    if not len(rows): return []
+    if not len(rows):
+        return []
     items = tuple(dict(name=name, images=tuple(images), note=note) for name, images, note in rows)
     count = len({i for item in items for i in item['images']})
-    return [Finding(kind, severity, f'{words} on {count} of {len(table)} images', len(table), count, items, remedy=remedy)]
+    return [
+        Finding(kind, severity, f'{words} on {count} of {len(table)} images', len(table), count, items, remedy=remedy)
+    ]
 
+# %% ../../nbs/audit/50_artefacts.ipynb #3fa09f99
 def age_findings(
     table:pd.DataFrame, # image_id, age in years (NaN unknown), lesion_id, and patient_id where known
 ) -> list[Finding]: # none where all ages are plausible
@@ -503,16 +662,39 @@ def age_findings(
     age = pd.to_numeric(table.age, errors='coerce')
     odd = table[(age < 0) | (age > OLDEST) | (age == 0)]
     rows = [(i, (i,), f'age {a:g}') for i, a in zip(odd.image_id, age[odd.index])]
-    found = _age_finding('implausible-age', 'warning', rows, table, f'an age of 0, below 0 or above {OLDEST}', 'Correct the age or leave it empty; 0 often stands for unknown')
+    found = _age_finding(
+        'implausible-age',
+        'warning',
+        rows,
+        table,
+        f'an age of 0, below 0 or above {OLDEST}',
+        'Correct the age or leave it empty; 0 often stands for unknown',
+    )
     rows = []
     for column, spread in AGE_SPREAD.items():
-        if column not in table: continue
+        if column not in table:
+            continue
         owner = table[column].fillna('').astype(str).str.strip()
         for name, ages in age[(owner != '') & age.notna()].groupby(owner):
             if ages.max() - ages.min() > spread:
-                rows.append((name, table.image_id[ages.index], f"{column[:-3]} of {', '.join(f'{a:g}' for a in sorted(set(ages)))} years"))
-    return found + _age_finding('age-conflict', 'warning', rows, table, 'ages more than ' + ' or '.join(f'{spread} years apart for one {column[:-3]}' for column, spread in AGE_SPREAD.items() if column in table),
-                                'Check whether the id ties two people together, or an age is wrong')
+                rows.append(
+                    (
+                        name,
+                        table.image_id[ages.index],
+                        f"{column[:-3]} of {', '.join(f'{a:g}' for a in sorted(set(ages)))} years",
+                    )
+                )
+    return found + _age_finding(
+        'age-conflict',
+        'warning',
+        rows,
+        table,
+        'ages more than '
+        + ' or '.join(
+            f'{spread} years apart for one {column[:-3]}' for column, spread in AGE_SPREAD.items() if column in table
+        ),
+        'Check whether the id ties two people together, or an age is wrong',
+    )
 
 # %% ../../nbs/audit/50_artefacts.ipynb #8ba816c8
 def pixel_findings(
@@ -522,4 +704,6 @@ def pixel_findings(
     seed:int=0, # of the resampling
 ) -> list[Finding]: # artefacts, skin tones, ages
     "All that this module finds."
-    return artefact_findings(measures, table, label_set, seed) + skin_findings(measures, table, seed) + age_findings(table)
+    return (
+        artefact_findings(measures, table, label_set, seed) + skin_findings(measures, table, seed) + age_findings(table)
+    )

@@ -37,30 +37,39 @@ from ..files import atomic_write, write_json
 from ..images import ImageError, encode_png, read_image, read_mask
 from ..taxonomy import DISCLAIMER, LabelSet, nearest
 
-# %% ../../nbs/audit/53_audit.ipynb #72c44c86
+# %% ../../nbs/audit/53_audit.ipynb #4f2feff7
 def _small_mask(path, image, small):
     "The lesion mask at the size of the working image; None without one."
-    if path is None: return None
+    if path is None:
+        return None
     mask = read_mask(path)
     if mask.shape != image.shape[:2]:
-        raise ImageError(f"{path.name}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels, its image {image.shape[1]}x{image.shape[0]}; export both at one size")
+        raise ImageError(
+            f"{path.name}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels, its image "
+            f"{image.shape[1]}x{image.shape[0]}; export both at one size"
+        )
     return cv2.resize(mask.astype(np.uint8), small.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
 
+# %% ../../nbs/audit/53_audit.ipynb #ff3543fb
 def _look(path, mask_path):
     "All that the checks need of one image, or in words why it cannot be read."
     try:
         image = read_image(path, path.name)
         small = working_image(image)
         mask = _small_mask(mask_path, image, small)
-    except (ImageError, OSError) as e: return str(e)
+    except (ImageError, OSError) as e:
+        return str(e)
     return pixel_digest(image), fingerprint(small), *pixel_features(small, mask)
 
+# %% ../../nbs/audit/53_audit.ipynb #72c44c86
 def _look_many(jobs):
     "A chunk of images, with one thread for each process."
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
-    try: return [_look(*job) for job in jobs]
-    finally: cv2.setNumThreads(threads)
+    try:
+        return [_look(*job) for job in jobs]
+    finally:
+        cv2.setNumThreads(threads)
 
 # %% ../../nbs/audit/53_audit.ipynb #04470cdf
 _CHUNK = 32 # images handed to a process at a time
@@ -68,10 +77,15 @@ _CHUNK = 32 # images handed to a process at a time
 def _chunks(jobs, workers):
     "Results of `_look_many`, chunk by chunk and in order; a few images are not worth starting processes."
     parts = [jobs[at:at + _CHUNK] for at in range(0, len(jobs), _CHUNK)]
-    if workers < 2 or len(parts) < 8: yield from map(_look_many, parts)
+    if workers < 2 or len(parts) < 8:
+        yield from map(_look_many, parts)
     else:
-        try: yield from Parallel(workers, return_as='generator', pre_dispatch='2*n_jobs')(delayed(_look_many)(part) for part in parts)
-        finally: get_reusable_executor().shutdown(wait=True)
+        try:
+            yield from Parallel(workers, return_as='generator', pre_dispatch='2*n_jobs')(
+                delayed(_look_many)(part) for part in parts
+            )
+        finally:
+            get_reusable_executor().shutdown(wait=True)
 
 # %% ../../nbs/audit/53_audit.ipynb #8e2e1992
 @dataclass(frozen=True)
@@ -87,7 +101,13 @@ class Scan:
 # %% ../../nbs/audit/53_audit.ipynb #1e4fd986
 class _Collector:
     "Rows of the pass, put into arrays as they come."
-    def __init__(self, n, folder): self.n, self.folder, self.rows, self.why, self.digests, self.arrays = n, folder, [], {}, [], None
+    def __init__(self, n, folder):
+        self.n = n
+        self.folder = folder
+        self.rows = []
+        self.why = {}
+        self.digests = []
+        self.arrays = None
 
     def add(self, row, found):
         "One result of `_look`."
@@ -98,8 +118,15 @@ class _Collector:
         if self.arrays is None:
             self.names = {k: isinstance(v, (bool, np.bool_)) for k, v in measures.items()}
             prints = np.lib.format.open_memmap(Path(self.folder)/'prints.npy', 'w+', np.uint8, (self.n, len(print_)))
-            self.arrays = prints, *(np.empty((self.n, len(v)), t) for v, t in [(measures, float), (background, np.float32), (lesion, np.float32)])
-        for array, values in zip(self.arrays, (print_, list(measures.values()), background, lesion)): array[len(self.rows)] = values
+            self.arrays = (
+                prints,
+                *(
+                    np.empty((self.n, len(v)), t)
+                    for v, t in [(measures, float), (background, np.float32), (lesion, np.float32)]
+                ),
+            )
+        for array, values in zip(self.arrays, (print_, list(measures.values()), background, lesion)):
+            array[len(self.rows)] = values
         self.digests.append(digest)
         self.rows.append(row)
 
@@ -118,18 +145,27 @@ def scan_images(
     ids = dataset.table.image_id.tolist()
     jobs = [(dataset.image_path(i), dataset.mask_path(i)) for i in ids]
     with tempfile.TemporaryDirectory() as folder:
-        seen, done = _Collector(len(ids), folder), 0
+        seen = _Collector(len(ids), folder)
+        done = 0
         for chunk in _chunks(jobs, workers):
             for found in chunk:
                 seen.add(done, found)
                 done += 1
-            if progress: progress(done, len(ids))
+            if progress:
+                progress(done, len(ids))
         why = {ids[row]: text for row, text in seen.why.items()}
-        if not seen.rows: raise ImageError(f"none of the {len(ids)} images of {dataset.info.name} can be read; the first: {next(iter(why.values()))}")
+        if not seen.rows:
+            raise ImageError(
+                f"none of the {len(ids)} images of {dataset.info.name} can be read; the first: "
+                f"{next(iter(why.values()))}"
+            )
         kept = [ids[row] for row in seen.rows]
-        with threadpool_limits(1): pairs = find_duplicates(kept, seen.digests, seen.arrays[0][:len(kept)], workers=workers)
+        with threadpool_limits(1):
+            pairs = find_duplicates(kept, seen.digests, seen.arrays[0][:len(kept)], workers=workers)
         background, lesion = (a[:len(kept)].copy() for a in seen.arrays[2:])
-    return Scan(dataset.table.iloc[seen.rows].reset_index(drop=True), pairs, seen.measures(kept), background, lesion, why)
+    return Scan(
+        dataset.table.iloc[seen.rows].reset_index(drop=True), pairs, seen.measures(kept), background, lesion, why
+    )
 
 # %% ../../nbs/audit/53_audit.ipynb #a720826e
 def crossing_findings(
@@ -141,28 +177,51 @@ def crossing_findings(
     for column, what in [('lesion_id', 'lesion'), ('patient_id', 'patient')]:
         known = table[(table[column] != '') & (side != 'aside')]
         torn = known[side[known.index].groupby(known[column]).transform('nunique') > 1]
-        items = [dict(name=name, images=tuple(rows.image_id), note=', '.join(f'{k} in {s}' for s, k in rows.split.value_counts().sort_index().items()))
-                 for name, rows in torn.groupby(column)]
+        items = [
+            dict(
+                name=name,
+                images=tuple(rows.image_id),
+                note=', '.join(f'{k} in {s}' for s, k in rows.split.value_counts().sort_index().items()),
+            )
+            for name, rows in torn.groupby(column)
+        ]
         n = known[column].nunique()
-        if not items: continue
+        if not items:
+            continue
         low, high = wilson_interval(len(items) / n, n)
-        found.append(Finding(f'{what}-crosses-splits', 'stop', f'{len(items)} of {n} {what}s have images in more than one part of the split.', n, len(items), items,
-                             dict(share=dict(value=len(items) / n, low=low, high=high, n=n, method=f'Wilson over {what}s')), f'put all images of a {what} into one part'))
+        found.append(
+            Finding(
+                f'{what}-crosses-splits',
+                'stop',
+                f'{len(items)} of {n} {what}s have images in more than one part of the split.',
+                n,
+                len(items),
+                items,
+                dict(share=dict(value=len(items) / n, low=low, high=high, n=n, method=f'Wilson over {what}s')),
+                f'put all images of a {what} into one part',
+            )
+        )
     return found
 
-# %% ../../nbs/audit/53_audit.ipynb #bd3be27d
+# %% ../../nbs/audit/53_audit.ipynb #2882d63e
 def _unreadable_findings(scan, n):
     "A finding that names every file that cannot be read."
     items = [dict(name=i, images=(), note=why) for i, why in scan.unreadable.items()]
-    if not items: return []
+    if not items:
+        return []
     return [Finding('unreadable-image', 'stop', f"{len(items)} of {n} images cannot be read.", n, len(items), items,
                     remedy='fetch or export these files again, or import with --skip-bad')]
 
+# %% ../../nbs/audit/53_audit.ipynb #bd3be27d
 def _out_of_sample(predictions, table, label_set):
     "Labelled rows that have predictions, and their probabilities; ids that the table lacks are an error."
     predictions = check_predictions(predictions, label_set, 'predictions').set_index('image_id')
     stray = [i for i in predictions.index if i not in set(table.image_id)]
-    if stray: raise ValueError(f"predictions: image_id '{stray[0]}' is not in the dataset ({len(stray)} such).{nearest(stray[0], table.image_id)}")
+    if stray:
+        raise ValueError(
+            f"predictions: image_id '{stray[0]}' is not in the dataset ({len(stray)} "
+            f"such).{nearest(stray[0], table.image_id)}"
+        )
     some = table.image_id.isin(predictions.index).to_numpy()
     return some, predictions.loc[table.image_id[some], probability_columns(label_set)].to_numpy()
 
@@ -170,25 +229,48 @@ def _out_of_sample(predictions, table, label_set):
 def _background_findings(table, label_set, seed, background, lesion, estimated):
     "What the background tells: in all images, and in training alone."
     found = shortcut_findings(background, BACKGROUND_NAMES, table, label_set, seed, lesion, estimated)
-    if 'split' not in table or not (table.split == 'train').any(): return found
-    rows, told = (table.split == 'train').to_numpy(), {i['name'] for f in found for i in f.items}
-    for f in shortcut_findings(background[rows], BACKGROUND_NAMES, table[rows].reset_index(drop=True), label_set, seed, lesion[rows], estimated[rows]):
+    if 'split' not in table or not (table.split == 'train').any():
+        return found
+    rows = (table.split == 'train').to_numpy()
+    told = {i['name'] for f in found for i in f.items}
+    for f in shortcut_findings(
+        background[rows],
+        BACKGROUND_NAMES,
+        table[rows].reset_index(drop=True),
+        label_set,
+        seed,
+        lesion[rows],
+        estimated[rows],
+    ):
         more = [i for i in f.items if i['name'] not in told]
-        if more: found = [*found, replace(f, kind=f'{f.kind}-in-train', summary=f'in the training part alone, {f.summary}', items=more)]
+        if more:
+            found = [
+                *found,
+                replace(f, kind=f'{f.kind}-in-train', summary=f'in the training part alone, {f.summary}', items=more),
+            ]
     return found
 
-# %% ../../nbs/audit/53_audit.ipynb #6b4f440d
+# %% ../../nbs/audit/53_audit.ipynb #300542a4
 def _model_findings(scan, table, label_set, predictions, seed):
     "Findings that need labels: shortcuts, telling columns, doubtful labels."
     rows = (table.diagnosis != '').to_numpy()
     some = table[rows].reset_index(drop=True)
-    if some.diagnosis.nunique() < 2: return []
-    lesion, background, estimated = scan.lesion[rows], scan.background[rows], scan.measures.mask_estimated.to_numpy(bool)[rows]
-    found = _background_findings(some, label_set, seed, background, lesion, estimated) + metadata_findings(some, label_set, seed)
-    if predictions is None: return found + label_findings(some, lesion, pairs=scan.pairs, seed=seed)
+    if some.diagnosis.nunique() < 2:
+        return []
+    lesion = scan.lesion[rows]
+    background = scan.background[rows]
+    estimated = scan.measures.mask_estimated.to_numpy(bool)[rows]
+    found = _background_findings(some, label_set, seed, background, lesion, estimated) + metadata_findings(
+        some, label_set, seed
+    )
+    if predictions is None:
+        return found + label_findings(some, lesion, pairs=scan.pairs, seed=seed)
     judged, probs = _out_of_sample(predictions, some, label_set)
-    return found + label_findings(some[judged].reset_index(drop=True), probs=probs, codes=label_set.codes, pairs=scan.pairs, seed=seed)
+    return found + label_findings(
+        some[judged].reset_index(drop=True), probs=probs, codes=label_set.codes, pairs=scan.pairs, seed=seed
+    )
 
+# %% ../../nbs/audit/53_audit.ipynb #6b4f440d
 _WORDS = dict(training='train', val='valid', validation='valid', testing='test') # other people's words
 
 def _known_split(table, split):
@@ -197,12 +279,16 @@ def _known_split(table, split):
     given = None if split is None else pd.Series(split).fillna('').astype(str)
     mine = given is None or own is not None and given.tolist() == own.tolist()
     words = (own if mine else given)
-    if words is None: return table
+    if words is None:
+        return table
     words = words.str.strip().str.lower().replace(_WORDS)
     odd = words[~words.isin([*SPLITS, *APART])].tolist()
-    if odd and mine: return table.drop(columns='split')  # folds, or some rows empty: no split that could be held against anything
-    if odd: raise ValueError(f"split: '{odd[0]}' is not one of {', '.join([*SPLITS, *APART])}.{nearest(odd[0], SPLITS)}")
-    if len(words) != len(table): raise ValueError(f"split has {len(words)} values for {len(table)} images; give one for each row of the table")
+    if odd and mine:
+        return table.drop(columns='split')  # folds, or some rows empty: no split that could be held against anything
+    if odd:
+        raise ValueError(f"split: '{odd[0]}' is not one of {', '.join([*SPLITS, *APART])}.{nearest(odd[0], SPLITS)}")
+    if len(words) != len(table):
+        raise ValueError(f"split has {len(words)} values for {len(table)} images; give one for each row of the table")
     return table.assign(split=words.to_numpy())
 
 # %% ../../nbs/audit/53_audit.ipynb #cf58c228
@@ -219,19 +305,26 @@ class Audit:
 def audit_dataset(
     dataset:Dataset, # that is looked at
     split:Sequence|None=None, # (N,) part of each row; by default the column `split`, where the table has a valid one
-    predictions:pd.DataFrame|None=None, # a predictions table, OUT OF SAMPLE for each image; by default a small model is fitted in folds
+    # a predictions table, OUT OF SAMPLE for each image; by default a small model is fitted in folds
+    predictions:pd.DataFrame|None=None,
     seed:int=0, # of folds and bootstrap
     progress:Callable=None, # called as progress(done, total)
     workers:int=2, # processes; the result does not depend on it
     scan:Scan|None=None, # of these images, where it is there already
 ) -> Audit:
     "Look at a dataset and say what a reader must know before believing a number."
-    table, scan = _known_split(dataset.table, split), scan or scan_images(dataset, workers, progress)
+    table = _known_split(dataset.table, split)
+    scan = scan or scan_images(dataset, workers, progress)
     seen = table[table.image_id.isin(scan.measures.index)].reset_index(drop=True)
     found = _unreadable_findings(scan, len(table)) + table_label_findings(table)
-    if 'split' in table: found += crossing_findings(table)
-    found += duplicate_findings(scan.pairs, seen, seen.split.replace({'aside': ''}) if 'split' in seen else None)  # aside meets nobody
-    with threadpool_limits(1):  # small models: threads of linear algebra only wait for one another, and one thread gives one result
+    if 'split' in table:
+        found += crossing_findings(table)
+    found += duplicate_findings(
+        scan.pairs, seen, seen.split.replace({'aside': ''}) if 'split' in seen else None
+    ) # aside meets nobody
+    with threadpool_limits(
+        1
+    ): # small models: threads of linear algebra only wait for one another, and one thread gives one result
         found += pixel_findings(scan.measures, seen, dataset.label_set, seed)
         found += _model_findings(scan, seen, dataset.label_set, predictions, seed)
     return Audit(sort_findings(found), scan.pairs, scan.measures, table, seed)
@@ -245,19 +338,33 @@ def _check_accept(findings, accept):
         kind, _, name = entry.partition(':')
         of_kind = [f for f in findings if f.kind == kind]
         if kind in NEVER_ACCEPTED:
-            raise ValueError(f"audit.accept: '{entry}' cannot be accepted ({', '.join(NEVER_ACCEPTED)} never can); mend the data or the split")
-        kinds, names = sorted({f.kind for f in findings}), sorted({i['name'] for f in of_kind for i in f.items})
-        if not of_kind: raise ValueError(f"audit.accept: '{entry}' matches no finding ({', '.join(kinds) or 'there is none'}).{nearest(kind, kinds)} Remove or correct the entry")
+            raise ValueError(
+                f"audit.accept: '{entry}' cannot be accepted ({', '.join(NEVER_ACCEPTED)} never can); "
+                "mend the data or the split"
+            )
+        kinds = sorted({f.kind for f in findings})
+        names = sorted({i['name'] for f in of_kind for i in f.items})
+        if not of_kind:
+            raise ValueError(
+                f"audit.accept: '{entry}' matches no finding "
+                f"({', '.join(kinds) or 'there is none'}).{nearest(kind, kinds)} Remove or correct the "
+                "entry"
+            )
         if name and name not in names:
             shown = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
-            raise ValueError(f"audit.accept: '{entry}' matches no item of '{kind}' ({shown or 'it has none'}).{nearest(name, names)} Remove or correct the entry")
+            raise ValueError(
+                f"audit.accept: '{entry}' matches no item of '{kind}' "
+                f"({shown or 'it has none'}).{nearest(name, names)} Remove or correct the entry"
+            )
 
-# %% ../../nbs/audit/53_audit.ipynb #75c0eaab
+# %% ../../nbs/audit/53_audit.ipynb #2ecd95ac
 def _left(finding, accept):
     "Names of the items of a finding that no entry covers; None where its kind is accepted."
-    if finding.kind in accept: return None
+    if finding.kind in accept:
+        return None
     return [i['name'] for i in finding.items if f"{finding.kind}:{i['name']}" not in accept]
 
+# %% ../../nbs/audit/53_audit.ipynb #75c0eaab
 def open_stops(
     findings:Iterable[Finding], # of an audit
     accept:Sequence[str]=(), # entries: kind, or kind:item
@@ -275,34 +382,57 @@ def check_findings(
 ):
     "Raise `ValueError` naming the findings that stop, and how to accept one that may stand."
     stops = open_stops(findings, accept)
-    if not stops: return
+    if not stops:
+        return
     lines = []
     for f in stops:
         names = _left(f, accept)
         shown = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
-        how = '' if f.kind in NEVER_ACCEPTED else f"; if it may stand, accept '{f.kind}' or '{f.kind}:{names[0] if names else 'item'}' in prepare.audit.accept"
+        how = (
+            ''
+            if f.kind in NEVER_ACCEPTED
+            else f"; if it may stand, accept '{f.kind}' or '{f.kind}:{names[0] if names else 'item'}' in "
+            "prepare.audit.accept"
+        )
         lines.append(f"{f.kind}: {f.summary} {shown}. Remedy: {f.remedy.rstrip('.')}{how}")
-    raise ValueError(f"the audit found what must not stand:\n  " + '\n  '.join(lines))
+    raise ValueError("the audit found what must not stand:\n  " + '\n  '.join(lines))
 
-# %% ../../nbs/audit/53_audit.ipynb #60738302
+# %% ../../nbs/audit/53_audit.ipynb #7ea19a04
 def _digits(value):
     "Floats to six significant digits."
-    if isinstance(value, dict): return {k: _digits(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_digits(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _digits(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_digits(v) for v in value]
     return float(f'{value:.6g}') if isinstance(value, float) else value
 
+# %% ../../nbs/audit/53_audit.ipynb #60738302
 def audit_record(
     audit:Audit, # of the dataset
     dataset:Dataset, # it is about
 ) -> dict: # plain values: dataset, seed, severities, findings
     "An audit as it stands in audit.json."
     table = audit.table
-    known = lambda column: int(table[column][table[column] != ''].nunique())
-    about = dict(name=dataset.info.name, label_set=dataset.label_set.name, n_images=len(table), n_lesions=known('lesion_id'), n_patients=known('patient_id'))
-    if 'split' in table: about['split'] = {k: int(v) for k, v in table.split.value_counts().sort_index().items()}
+    def known(column):
+        return int(table[column][table[column] != ''].nunique())
+    about = dict(
+        name=dataset.info.name,
+        label_set=dataset.label_set.name,
+        n_images=len(table),
+        n_lesions=known('lesion_id'),
+        n_patients=known('patient_id'),
+    )
+    if 'split' in table:
+        about['split'] = {k: int(v) for k, v in table.split.value_counts().sort_index().items()}
     severities = {s: sum(f.severity == s for f in audit.findings) for s in SEVERITIES}
-    return dict(schema_version=1, dataset=about, seed=audit.seed, severities=severities, duplicate_pairs=len(audit.pairs),
-                findings=[_digits(f.to_dict()) for f in audit.findings])
+    return dict(
+        schema_version=1,
+        dataset=about,
+        seed=audit.seed,
+        severities=severities,
+        duplicate_pairs=len(audit.pairs),
+        findings=[_digits(f.to_dict()) for f in audit.findings],
+    )
 
 # %% ../../nbs/audit/53_audit.ipynb #354999fc
 _STYLE = """
@@ -327,64 +457,104 @@ p.chart { max-width: none } img.png { max-width: 100%; height: auto } footer { m
 @media print { body { max-width: none; padding: 0; font-size: 10pt } figure, tr { break-inside: avoid } }
 """
 
-# %% ../../nbs/audit/53_audit.ipynb #76b624c8
+# %% ../../nbs/audit/53_audit.ipynb #2d84ce0d
 def _image_tag(data, kind, alt):
     "An image that stands in the page itself."
     return f'<img class="{kind}" alt="{escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
+# %% ../../nbs/audit/53_audit.ipynb #08310cc6
 def _chart_html(chart):
     "The classes side by side."
-    if chart is None: return ''
+    if chart is None:
+        return ''
     tag = _image_tag(encode_png(np.asarray(chart)), 'png', 'Measures of each class as boxes')
-    return (f'<section><h2 id="classes">The classes side by side</h2><p class="chart">{tag}</p>'
-            '<p class="soft">Line: median; box: quartiles; whiskers: 5th and 95th percentile; n: images.</p></section>\n')
+    return (
+        f'<section><h2 id="classes">The classes side by side</h2><p class="chart">{tag}</p>'
+        '<p class="soft">Line: median; box: quartiles; whiskers: 5th and 95th percentile; n: '
+        'images.</p></section>\n'
+    )
 
+# %% ../../nbs/audit/53_audit.ipynb #76b624c8
 def _item_html(item, read, per_item):
     "An item with its first images."
     shown = ''.join(_image_tag(thumbnail(read(i), 140), 'jpeg', i) for i in item['images'][:per_item])
     rest = len(item['images']) - per_item
     ids = ', '.join(item['images'][:per_item]) + (f' and {rest} more' if rest > 0 else '')
-    ids = f'<span class="soft">{escape(ids)}</span><br>' if ids and item['name'] not in (ids, '+'.join(item['images'])) else ''
-    return (f'<figure><div class="thumbs">{shown}</div><figcaption><b>{escape(item["name"])}</b>{ids}{escape(item["note"])}</figcaption></figure>')
+    ids = (
+        f'<span class="soft">{escape(ids)}</span><br>'
+        if ids and item['name'] not in (ids, '+'.join(item['images']))
+        else ''
+    )
+    return (
+        '<figure><div '
+        f'class="thumbs">{shown}</div><figcaption><b>{escape(item["name"])}</b>{ids}{escape(item["note"])}</figcaption></figure>'
+    )
 
-# %% ../../nbs/audit/53_audit.ipynb #c95fc383
+# %% ../../nbs/audit/53_audit.ipynb #58544db1
 def _leaf_rows(metrics, prefix=''):
     "The leaves of a finding, nested or not, as table rows."
     for name, leaf in metrics.items():
-        if isinstance(leaf, dict) and 'value' not in leaf: yield from _leaf_rows(leaf, f'{prefix}{name}.')
+        if isinstance(leaf, dict) and 'value' not in leaf:
+            yield from _leaf_rows(leaf, f'{prefix}{name}.')
         elif isinstance(leaf, dict):
             whole = isinstance(leaf['value'], int) # a count
             text = f"{leaf['value']:,}" if whole else format_leaf({'low': None, 'high': None, **leaf}, 3)
-            yield (f'<tr><td>{escape(prefix + name)}</td><td class="leaf">{escape(text)}</td><td class="number">{leaf.get("n", "")}</td>'
-                   f'<td class="number">{leaf.get("n_lesions", "")}</td><td class="soft">{escape(leaf.get("reason") or leaf.get("method", "count" if whole else ""))}</td></tr>')
+            yield (
+                f'<tr><td>{escape(prefix + name)}</td><td class="leaf">{escape(text)}</td><td '
+                f'class="number">{leaf.get("n", "")}</td>'
+                f'<td class="number">{leaf.get("n_lesions", "")}</td><td '
+                f'class="soft">{escape(leaf.get("reason") or leaf.get("method", "count" if whole else ""))}</td></tr>'
+            )
 
+# %% ../../nbs/audit/53_audit.ipynb #c95fc383
 def _metrics_html(metrics, limit=24):
     "The numbers of a finding with their intervals; the rest are counted."
     rows = list(_leaf_rows(metrics))
-    if not rows: return ''
+    if not rows:
+        return ''
     more = f'<p class="soft">{len(rows) - limit} more in audit.json.</p>' if len(rows) > limit else ''
-    head = '<tr><th>number</th><th>value (95 % interval)</th><th class="number">n</th><th class="number">lesions</th><th>method</th></tr>'
+    head = (
+        '<tr><th>number</th><th>value (95 % interval)</th><th class="number">n</th><th '
+        'class="number">lesions</th><th>method</th></tr>'
+    )
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows[:limit])}</tbody></table></div>{more}'
 
-# %% ../../nbs/audit/53_audit.ipynb #86ae66c2
+# %% ../../nbs/audit/53_audit.ipynb #e8200f86
 def _finding_html(f, read, items, per_item):
     "One finding: what, how much, what to do, what it looks like."
     figures = ''.join(_item_html(i, read, per_item) for i in f.items[:items])
     rest = f'<p class="soft">{len(f.items) - items} more in audit.json.</p>' if len(f.items) > items else ''
     remedy = f'<p><b>What to do:</b> {escape(f.remedy.rstrip("."))}.</p>' if f.remedy else ''
-    return (f'<section><h2 id="{f.kind}"><span class="{f.severity}">{f.severity}</span> {escape(f.kind)}</h2>\n<p>{escape(f.summary)}</p>{remedy}\n'
-            f'{_metrics_html(f.metrics)}<div class="items">{figures}</div>{rest}</section>\n')
+    return (
+        f'<section><h2 id="{f.kind}"><span class="{f.severity}">{f.severity}</span> '
+        f'{escape(f.kind)}</h2>\n<p>{escape(f.summary)}</p>{remedy}\n'
+        f'{_metrics_html(f.metrics)}<div class="items">{figures}</div>{rest}</section>\n'
+    )
 
+# %% ../../nbs/audit/53_audit.ipynb #86ae66c2
 def _table_html(findings):
     "All findings, a line each."
-    rows = ''.join(f'<tr><td class="{f.severity}">{f.severity}</td><td class="kind"><a href="#{f.kind}">{escape(f.kind)}</a></td>'
-                   f'<td class="number">{f.count:,} of {f.n:,}</td><td>{escape(f.summary)}</td></tr>' for f in findings)
-    if not findings: return '<p>Nothing was found.</p>'
-    return (f'<div class="scroll"><table><thead><tr><th>severity</th><th>kind</th><th class="number">affected</th><th>finding</th></tr></thead>'
-            f'<tbody>{rows}</tbody></table></div>')
+    rows = ''.join(
+        f'<tr><td class="{f.severity}">{f.severity}</td><td class="kind"><a '
+        f'href="#{f.kind}">{escape(f.kind)}</a></td>'
+        f'<td class="number">{f.count:,} of {f.n:,}</td><td>{escape(f.summary)}</td></tr>'
+        for f in findings
+    )
+    if not findings:
+        return '<p>Nothing was found.</p>'
+    return (
+        '<div class="scroll"><table><thead><tr><th>severity</th><th>kind</th><th '
+        'class="number">affected</th><th>finding</th></tr></thead>'
+        f'<tbody>{rows}</tbody></table></div>'
+    )
 
 # %% ../../nbs/audit/53_audit.ipynb #5e3fd9a5
-CHARTED = {'skin_l': 'skin L* (0 black - 100 white)', 'skin_a': 'skin a* (CIELAB, red +)', 'skin_b': 'skin b* (CIELAB, yellow +)', 'lesion_share': 'lesion area (share of the image)'}
+CHARTED = {
+    'skin_l': 'skin L* (0 black - 100 white)',
+    'skin_a': 'skin a* (CIELAB, red +)',
+    'skin_b': 'skin b* (CIELAB, yellow +)',
+    'lesion_share': 'lesion area (share of the image)',
+}
 
 def class_chart(
     measures:pd.DataFrame, # of an audit, indexed by image_id
@@ -395,12 +565,20 @@ def class_chart(
     names = [n for n in CHARTED if n in measures]
     diagnosis = table.set_index('image_id').diagnosis.reindex(measures.index)
     codes = [c for c in label_set.codes if (diagnosis == c).any()]
-    if not names or not codes: return None
+    if not names or not codes:
+        return None
     fig = Figure(figsize=(2.9 * len(names), .42 * len(codes) + 1.3), dpi=90, layout='constrained')
     axes = fig.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for ax, name in zip(axes, names):
         groups = [measures[name][diagnosis == c].dropna() for c in codes]
-        ax.boxplot(groups, orientation='horizontal', whis=(5, 95), showfliers=False, widths=.6, medianprops=dict(color='#a1160a', lw=2))
+        ax.boxplot(
+            groups,
+            orientation='horizontal',
+            whis=(5, 95),
+            showfliers=False,
+            widths=0.6,
+            medianprops=dict(color='#a1160a', lw=2),
+        )
         ax.set(xlabel=CHARTED[name])
         ax.grid(axis='x', alpha=.3)
     axes[0].set_yticks(np.arange(len(codes)) + 1, [f'{c} (n={(diagnosis == c).sum()})' for c in codes])
@@ -417,10 +595,14 @@ def audit_page(
     per_item:int=4, # images of an item that are shown
 ) -> str: # a whole HTML document
     "The audit as a page that loads nothing and runs no script."
-    read = lambda i: read_image(dataset.image_path(i))
-    about, drawn = audit_record(audit, dataset)['dataset'], _chart_html(class_chart(audit.measures, audit.table, dataset.label_set))
+    def read(i):
+        return read_image(dataset.image_path(i))
+    about = audit_record(audit, dataset)['dataset']
+    drawn = _chart_html(class_chart(audit.measures, audit.table, dataset.label_set))
     parts = f", split {', '.join(f'{k} {v:,}' for k, v in about['split'].items())}" if 'split' in about else ''
-    sizes = f"{about['n_images']:,} images, {about['n_lesions']:,} lesions, {about['n_patients']:,} known patients{parts}."
+    sizes = (
+        f"{about['n_images']:,} images, {about['n_lesions']:,} lesions, {about['n_patients']:,} known patients{parts}."
+    )
     title = escape(f'Audit of {dataset.info.name}')
     return f'''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

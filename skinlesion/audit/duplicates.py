@@ -30,11 +30,22 @@ def pixel_digest(
     "SHA-256 of an image's shape and pixels."
     image = np.ascontiguousarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"an array of {image.dtype} {image.shape} is no image; pass (H,W,3) uint8, as read_image gives it")
+        raise ValueError(
+            f"an array of {image.dtype} {image.shape} is no image; pass (H,W,3) uint8, as read_image gives it"
+        )
     return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
 
 # %% ../../nbs/audit/49_duplicates.ipynb #382b8988
-ORIENTATIONS = ('as is', 'rotated 90', 'rotated 180', 'rotated 270', 'transposed', 'mirrored up-down', 'transversed', 'mirrored left-right')
+ORIENTATIONS = (
+    'as is',
+    'rotated 90',
+    'rotated 180',
+    'rotated 270',
+    'transposed',
+    'mirrored up-down',
+    'transversed',
+    'mirrored left-right',
+)
 _INVERSE = (0, 3, 2, 1, 4, 5, 6, 7) # the orientation that undoes each; rotations are anticlockwise
 
 def orient_image(
@@ -44,12 +55,13 @@ def orient_image(
 ) -> np.ndarray: # a view of `image`
     "The image turned or mirrored."
     if isinstance(orientation, str):
-        if orientation not in ORIENTATIONS: raise ValueError(f"orientation '{orientation}' is unknown; allowed are {', '.join(ORIENTATIONS)}")
+        if orientation not in ORIENTATIONS:
+            raise ValueError(f"orientation '{orientation}' is unknown; allowed are {', '.join(ORIENTATIONS)}")
         orientation = ORIENTATIONS.index(orientation)
     axes = (0, 1) if channels else (-2, -1)
     return np.rot90(image if orientation < 4 else np.swapaxes(image, *axes), orientation % 4, axes)
 
-# %% ../../nbs/audit/49_duplicates.ipynb #e9a1d0c2
+# %% ../../nbs/audit/49_duplicates.ipynb #4ee86def
 THUMB = 32 # cells along each side of a thumbnail
 
 def pack_thumbnails(
@@ -57,10 +69,12 @@ def pack_thumbnails(
 ) -> np.ndarray: # (N,1026) uint8: darkest, brightest, and the cells between them
     "Thumbnails as fingerprints."
     cells = np.asarray(thumbs, np.float32).reshape(len(thumbs), -1)
-    low, high = np.floor(cells.min(1, keepdims=True)), np.ceil(cells.max(1, keepdims=True))
+    low = np.floor(cells.min(1, keepdims=True))
+    high = np.ceil(cells.max(1, keepdims=True))
     steps = np.round((cells - low) * (255 / np.maximum(high - low, 1)))
     return np.concatenate([low, high, steps], 1).astype(np.uint8)
 
+# %% ../../nbs/audit/49_duplicates.ipynb #e9a1d0c2
 def unpack_thumbnails(
     fingerprints:np.ndarray, # (N,1026) uint8
 ) -> np.ndarray: # (N,32,32) float32, brightness in [0,255]
@@ -75,7 +89,9 @@ def fingerprint(
     "What the search and the verification keep of an image."
     grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY).astype(np.float32)
     height, width = grey.shape
-    soft = cv2.GaussianBlur(grey, (0, 0), sigmaX=.6 * width / THUMB, sigmaY=.6 * height / THUMB) # so that a shift of half a cell does little
+    soft = cv2.GaussianBlur(
+        grey, (0, 0), sigmaX=0.6 * width / THUMB, sigmaY=0.6 * height / THUMB
+    ) # so that a shift of half a cell does little
     return pack_thumbnails(cv2.resize(soft, (THUMB, THUMB), interpolation=cv2.INTER_AREA)[None])[0]
 
 # %% ../../nbs/audit/49_duplicates.ipynb #ffe05f3b
@@ -88,16 +104,21 @@ def invariant_hash(
 ) -> np.ndarray: # (N,27) float32 of length 1; zeros where a thumbnail is flat
     "Low frequencies of thumbnails, the same for all eight orientations."
     waves = dctn(thumbs - thumbs.mean((1, 2), keepdims=True), axes=(1, 2), norm='ortho')
-    a, b, c = waves[:, _U, _V], waves[:, _V, _U], waves[:, _Q, _Q]
-    one_odd, both_even = (_U + _V) % 2 == 1, (_U % 2 == 0) & (_V % 2 == 0)
-    total, gap = (a + b) / 2**.5, abs(a - b) / 2**.5
+    a = waves[:, _U, _V]
+    b = waves[:, _V, _U]
+    c = waves[:, _Q, _Q]
+    one_odd = (_U + _V) % 2 == 1
+    both_even = (_U % 2 == 0) & (_V % 2 == 0)
+    total = (a + b) / 2**.5
+    gap = abs(a - b) / 2**.5
     first = np.where(one_odd, np.maximum(abs(a), abs(b)), np.where(both_even, total, abs(total)))
     second = np.where(one_odd, np.minimum(abs(a), abs(b)), gap)
     numbers = np.concatenate([first, second, np.where(_Q % 2 == 0, c, abs(c))], 1)
     return (numbers / (np.linalg.norm(numbers, axis=1, keepdims=True) + 1e-3)).astype(np.float32)
 
-# %% ../../nbs/audit/49_duplicates.ipynb #c92e2ad8
-_AT, _MID = np.arange(THUMB, dtype=np.float32), (THUMB - 1) / 2
+# %% ../../nbs/audit/49_duplicates.ipynb #affe98ed
+_AT = np.arange(THUMB, dtype=np.float32)
+_MID = (THUMB - 1) / 2
 
 def _blur_matrix(sigma):
     "(32,32): Gaussian blur along one axis, mirrored at the ends."
@@ -108,21 +129,24 @@ def _blur_matrix(sigma):
     np.add.at(matrix, (np.arange(THUMB)[:, None], at), np.exp(-away**2 / (2 * sigma**2)))
     return (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
 
+# %% ../../nbs/audit/49_duplicates.ipynb #c92e2ad8
 def _both(matrix, thumbs):
     "Apply a matrix along rows and along columns."
     return matrix @ thumbs @ matrix.T
 
-# %% ../../nbs/audit/49_duplicates.ipynb #1e5d33fb
+# %% ../../nbs/audit/49_duplicates.ipynb #97219239
 def _unit(x):
     "Mean 0, length 1."
     x = x - x.mean((-2, -1), keepdims=True)
     return x / (np.sqrt((x * x).sum((-2, -1), keepdims=True)) + 1e-6)
 
+# %% ../../nbs/audit/49_duplicates.ipynb #9568c8ac
 def _band(thumbs, inner, outer):
     "Detail finer than `inner` cells, divided by its spread over `outer` cells; differences below one grey level fade."
     detail = thumbs - _both(_blur_matrix(inner), thumbs)
     return detail / np.sqrt(_both(_blur_matrix(outer), detail * detail) + 1)
 
+# %% ../../nbs/audit/49_duplicates.ipynb #1e5d33fb
 def _warp(thumbs, fits):
     "Thumbnails sampled at x (1 + stretch) + shift around the middle, and where that lies inside; fits (P,4): stretch y, x, shift y, x."
     at = (_AT - _MID) * (1 + fits[:, :2, None]) + _MID + fits[:, 2:, None]
@@ -130,14 +154,21 @@ def _warp(thumbs, fits):
     weights = np.maximum(0, 1 - abs(np.clip(at, 0, THUMB - 1)[..., None] - _AT)).astype(np.float32)
     return weights[:, 0] @ thumbs @ weights[:, 1].swapaxes(1, 2), inside[:, 0, :, None] * inside[:, 1, None, :]
 
-# %% ../../nbs/audit/49_duplicates.ipynb #a6560296
-FITTED, SIMILAR = .7, .8 # least correlation of coarse detail after fitting, and of fine detail
+# %% ../../nbs/audit/49_duplicates.ipynb #6565ce96
+# least correlation of coarse detail after fitting, and of fine detail
+FITTED = .7
+SIMILAR = .8
 
 def _fit(target, moving, start, steps, blur, inner):
     "Stretch and shift (P,4) that lay `moving` onto `target`, from `start`; correlation (P,) of the detail then."
-    soft = lambda x: _unit(_both(_blur_matrix(blur), _band(x, inner, 3.))) * THUMB
-    a, b, fits, across = soft(target), soft(moving), start, _AT - _MID
-    dy, dx = np.gradient(a, axis=1), np.gradient(a, axis=2)
+    def soft(x):
+        return _unit(_both(_blur_matrix(blur), _band(x, inner, 3.))) * THUMB
+    a = soft(target)
+    b = soft(moving)
+    fits = start
+    across = _AT - _MID
+    dy = np.gradient(a, axis=1)
+    dx = np.gradient(a, axis=2)
     slopes = np.stack([dy * across[:, None], dx * across, dy, dx], 1).reshape(len(a), 4, THUMB**2)
     normal = slopes @ slopes.swapaxes(1, 2)
     normal += 1e-3 / 4 * np.eye(4, dtype=np.float32) * np.trace(normal, axis1=1, axis2=2)[:, None, None]
@@ -149,11 +180,13 @@ def _fit(target, moving, start, steps, blur, inner):
     now, inside = _warp(b, fits)
     return fits, (_unit(a * inside) * _unit(now * inside)).sum((1, 2))
 
+# %% ../../nbs/audit/49_duplicates.ipynb #a6560296
 def _register(target, moving, start):
     "The fit from coarse to fine, and how well coarse detail then agrees; what does not agree is not fitted further."
     fits, agreed = _fit(target, moving, start, 6, .8, 2.5)
     good = agreed >= FITTED
-    if good.any(): fits[good] = _fit(target[good], moving[good], fits[good], 4, .5, 1.5)[0]
+    if good.any():
+        fits[good] = _fit(target[good], moving[good], fits[good], 4, .5, 1.5)[0]
     return fits, good
 
 # %% ../../nbs/audit/49_duplicates.ipynb #8fbe009b
@@ -163,26 +196,33 @@ _STEPS = (abs(_AT[:, None] - _AT) <= 2).astype(np.float32)
 def _lit(thumbs):
     "1 where a thumbnail shows skin, 0 in dark corners and near them; all 1 where too little would remain."
     dark = thumbs < .5 * np.median(thumbs, axis=(1, 2), keepdims=True)
-    lit, corners = np.ones_like(thumbs), np.zeros((THUMB, THUMB), bool)
+    lit = np.ones_like(thumbs)
+    corners = np.zeros((THUMB, THUMB), bool)
     corners[::THUMB - 1, ::THUMB - 1] = True
     some = np.flatnonzero((dark & corners).any((1, 2)))
     dark, reach = dark[some], (dark[some] & corners).astype(np.float32)
-    for _ in range(THUMB // 2): reach = ((_both(_STEPS, reach) > 0) & dark).astype(np.float32)
+    for _ in range(THUMB // 2):
+        reach = ((_both(_STEPS, reach) > 0) & dark).astype(np.float32)
     part = (_both(_BOX, reach) == 0).astype(np.float32)
     lit[some] = np.where(part.mean((1, 2), keepdims=True) > .2, part, 1)
     return lit
 
 # %% ../../nbs/audit/49_duplicates.ipynb #b783cfa5
-_FINE, _NOISE = _blur_matrix(1.2), .5 # grey levels: quantisation and compression
+# grey levels: quantisation and compression
+_FINE = _blur_matrix(1.2)
+_NOISE = .5
 
 def _similarity(target, moving, fits):
     "Mean local correlation (P,) of fine detail; 0 where there is too little to compare."
-    detail = lambda x: x - _both(_FINE, x)
+    def detail(x):
+        return x - _both(_FINE, x)
     a, (b, inside) = detail(target), _warp(detail(moving), fits)
     valid = inside * _lit(target) * (_warp(_lit(moving), fits)[0] > .99)
     cells = _both(_BOX, valid)
-    mean = lambda x: _both(_BOX, x * valid) / np.maximum(cells, 1)
-    mean_a, mean_b = mean(a), mean(b)
+    def mean(x):
+        return _both(_BOX, x * valid) / np.maximum(cells, 1)
+    mean_a = mean(a)
+    mean_b = mean(b)
     spread = np.sqrt(np.maximum((mean(a * a) - mean_a**2) * (mean(b * b) - mean_b**2), 0))
     local = (mean(a * b) - mean_a * mean_b) / (spread + 1e-3)
     used = valid * (cells > 20)
@@ -191,17 +231,22 @@ def _similarity(target, moving, fits):
     enough = (total > .05 * used.sum((1, 2))) & (used.mean((1, 2)) > .12) & (inside.mean((1, 2)) > .6)
     return np.where(enough, (weight * local).sum((1, 2)) / (total + 1e-6), 0)
 
-# %% ../../nbs/audit/49_duplicates.ipynb #cf53b724
+# %% ../../nbs/audit/49_duplicates.ipynb #c9ce9074
 _STEP = .05 * THUMB / 2 # cells by which a window of 95 % can move each way
 _CORNERS = [(-.05, -.05, y * _STEP, x * _STEP) for y in (-1, 1) for x in (-1, 1)]
 _WINDOWS = np.float32([(0, 0, 0, 0), (-.05, -.05, 0, 0), (-.1, -.1, 0, 0)] + _CORNERS) # stretch y, x, shift y, x
 _HALVE = np.kron(np.eye(THUMB // 2), [.5, .5]).astype(np.float32) @ _blur_matrix(1.2)
-NEIGHBOURS, REACH, PROBES, COARSE = 5, .5, 8, .88 # asked for, within this distance of hashes, in so many cells; least correlation at 16 x 16
+# asked for, within this distance of hashes, in so many cells; least correlation at 16 x 16
+NEIGHBOURS = 5
+REACH = .5
+PROBES = 8
+COARSE = .88
 
 def _coarse(thumbs):
     "(N,256) float16: what is compared at 16 x 16 cells, of length 1; dark corners are blank."
     return _unit(_both(_HALVE, _band(thumbs, 4., 5.) * _lit(thumbs))).reshape(len(thumbs), -1).astype(np.float16)
 
+# %% ../../nbs/audit/49_duplicates.ipynb #cf53b724
 def _window(thumbs, k):
     "Thumbnails seen through window `k`."
     return _warp(thumbs, np.repeat(_WINDOWS[k:k + 1], len(thumbs), 0))[0] if k else thumbs
@@ -215,7 +260,7 @@ def _match(seen, others):
     score = others.astype(np.float32) @ turned.swapaxes(1, 2)
     return score.max(2), score.argmax(2)
 
-# %% ../../nbs/audit/49_duplicates.ipynb #e2219424
+# %% ../../nbs/audit/49_duplicates.ipynb #94a0f843
 @dataclass(frozen=True)
 class _Index:
     "Everything the search needs: 1,026 bytes an image stay on disk, about 630 come into memory."
@@ -231,17 +276,29 @@ class _Index:
         "Thumbnails of the images at positions `at` of `rows`."
         return unpack_thumbnails(self.fingerprints[self.rows[at]])
 
+# %% ../../nbs/audit/49_duplicates.ipynb #e2219424
 def _build_index(fingerprints, rows, block=4096):
     "Hashes and coarse pictures, a block at a time; then cells around every so many-th image."
     n = len(rows)
-    codes, coarse, cell = np.zeros((n, 27), np.float32), np.zeros((n, (THUMB // 2)**2), np.float16), np.zeros(n, int)
+    codes = np.zeros((n, 27), np.float32)
+    coarse = np.zeros((n, (THUMB // 2)**2), np.float16)
+    cell = np.zeros(n, int)
     for s in range(0, n, block):
         thumbs = unpack_thumbnails(fingerprints[rows[s:s + block]])
         codes[s:s + block], coarse[s:s + block] = invariant_hash(thumbs), _coarse(thumbs)
     centres = codes[np.linspace(0, n - 1, 1 if n <= 2048 else round(4 * n**.5)).astype(int)]
-    for s in range(0, n, block): cell[s:s + block] = (codes[s:s + block] @ centres.T).argmax(1)
+    for s in range(0, n, block):
+        cell[s:s + block] = (codes[s:s + block] @ centres.T).argmax(1)
     members = np.argsort(cell, kind='stable')
-    return _Index(fingerprints, rows, coarse, centres, members, codes[members], np.searchsorted(cell[members], np.arange(len(centres) + 1)))
+    return _Index(
+        fingerprints,
+        rows,
+        coarse,
+        centres,
+        members,
+        codes[members],
+        np.searchsorted(cell[members], np.arange(len(centres) + 1)),
+    )
 
 # %% ../../nbs/audit/49_duplicates.ipynb #b7704d50
 def _nearest(index, codes):
@@ -249,24 +306,34 @@ def _nearest(index, codes):
     probes = min(PROBES, len(index.centres))
     cells = np.argpartition(-(codes @ index.centres.T), probes - 1, axis=1)[:, :probes].ravel()
     order = np.argsort(cells, kind='stable')
-    asker, edges, found = order // probes, np.searchsorted(cells[order], np.arange(len(index.centres) + 1)), []
+    asker = order // probes
+    edges = np.searchsorted(cells[order], np.arange(len(index.centres) + 1))
+    found = []
     for c in np.flatnonzero((np.diff(edges) > 0) & (np.diff(index.starts) > 0)):
-        who, inside = asker[edges[c]:edges[c + 1]], slice(index.starts[c], index.starts[c + 1])
-        alike, k = codes[who] @ index.codes[inside].T, min(NEIGHBOURS, inside.stop - inside.start)
+        who = asker[edges[c]:edges[c + 1]]
+        inside = slice(index.starts[c], index.starts[c + 1])
+        alike = codes[who] @ index.codes[inside].T
+        k = min(NEIGHBOURS, inside.stop - inside.start)
         best = np.argpartition(-alike, k - 1, axis=1)[:, :k]
-        found.append((np.repeat(who, k), index.members[inside][best].ravel(), np.take_along_axis(alike, best, 1).ravel()))
+        found.append(
+            (np.repeat(who, k), index.members[inside][best].ravel(), np.take_along_axis(alike, best, 1).ravel())
+        )
     who, at, alike = (np.concatenate(x) for x in zip(*found))
     order = np.lexsort((at, -alike, who))
-    who, at, alike = who[order], at[order], alike[order]
+    who = who[order]
+    at = at[order]
+    alike = alike[order]
     rank = np.arange(len(who)) - np.searchsorted(who, who)
-    keep, near = (rank < NEIGHBOURS) & (alike > 1 - REACH**2 / 2), np.full((len(codes), NEIGHBOURS), -1)
+    keep = (rank < NEIGHBOURS) & (alike > 1 - REACH**2 / 2)
+    near = np.full((len(codes), NEIGHBOURS), -1)
     near[who[keep], rank[keep]] = at[keep]
     return near
 
-# %% ../../nbs/audit/49_duplicates.ipynb #d2dea9e3
+# %% ../../nbs/audit/49_duplicates.ipynb #83a7b2a1
 def _propose(index, at):
     "Candidates of the images at positions `at`: rows (first, second, window, orientation, coarse correlation)."
-    thumbs, found = index.thumbs(at), []
+    thumbs = index.thumbs(at)
+    found = []
     near = _nearest(index, np.concatenate([invariant_hash(_window(thumbs, k)) for k in range(len(_WINDOWS))]))
     for k, these in enumerate(np.split(near, len(_WINDOWS))):
         good = (these >= 0) & (these != at[:, None])
@@ -275,37 +342,45 @@ def _propose(index, at):
         found.append(np.c_[at[b], these[b, c], np.full(len(b), k), turn[b, c], score[b, c]])
     return _best(np.concatenate(found))
 
+# %% ../../nbs/audit/49_duplicates.ipynb #d2dea9e3
 def _best(found):
     "One row per pair of images: the one with the highest last column."
     low, high = np.sort(found[:, :2], 1).T
     order = np.lexsort((*found.T[:4], -found[:, -1], high, low))
-    low, high = low[order], high[order]
+    low = low[order]
+    high = high[order]
     first = np.r_[True, (low[1:] != low[:-1]) | (high[1:] != high[:-1])][:len(order)]
     return found[order[first]]
 
-# %% ../../nbs/audit/49_duplicates.ipynb #ee04a01a
+# %% ../../nbs/audit/49_duplicates.ipynb #67b25920
 def _verify(index, found):
     "Candidates with their similarity in place of the coarse correlation."
     first, second, window, turn = found[:, :4].astype(int).T
-    moving, target = index.thumbs(first), index.thumbs(second)
-    for k in range(1, 8): target[turn == k] = orient_image(target[turn == k], _INVERSE[k], False)
+    moving = index.thumbs(first)
+    target = index.thumbs(second)
+    for k in range(1, 8):
+        target[turn == k] = orient_image(target[turn == k], _INVERSE[k], False)
     fits, good = _register(target, moving, _WINDOWS[window])
     alike = np.zeros(len(found))
-    if good.any(): alike[good] = _similarity(target[good], moving[good], fits[good])
+    if good.any():
+        alike[good] = _similarity(target[good], moving[good], fits[good])
     return np.c_[found[:, :4], alike]
 
+# %% ../../nbs/audit/49_duplicates.ipynb #ee04a01a
 def _blocks(work, rows, size, workers, progress):
     "`work` on blocks of rows in threads, in order, as one array of five columns."
-    parts, done = [np.empty((0, 5))], 0
+    parts = [np.empty((0, 5))]
+    done = 0
     with ThreadPoolExecutor(workers) as pool:
         pieces = [rows[s:s + size] for s in range(0, len(rows), size)]
         for piece, part in zip(pieces, pool.map(work, pieces)):
             parts.append(part)
             done += len(piece)
-            if progress: progress(done, len(rows))
+            if progress:
+                progress(done, len(rows))
     return np.concatenate(parts)
 
-# %% ../../nbs/audit/49_duplicates.ipynb #f55bab94
+# %% ../../nbs/audit/49_duplicates.ipynb #bea8409c
 _CLUSTER = 12 # images; in larger clusters not every pair is looked at
 
 def _components(pairs, n):
@@ -313,13 +388,23 @@ def _components(pairs, n):
     first, second = pairs[:, :2].astype(int).T
     return connected_components(coo_array((np.ones(len(pairs)), (first, second)), shape=(n, n)), directed=False)[1]
 
+# %% ../../nbs/audit/49_duplicates.ipynb #f55bab94
 def _fill_clusters(index, pairs):
     "Candidates for the pairs that are missing in small clusters."
     label = _components(pairs, len(index.rows))
-    have, order = {tuple(p) for p in np.sort(pairs[:, :2].astype(int), 1).tolist()}, np.unique(pairs[:, :2].astype(int))
+    have = {tuple(p) for p in np.sort(pairs[:, :2].astype(int), 1).tolist()}
+    order = np.unique(pairs[:, :2].astype(int))
     groups = pd.Series(order).groupby(label[order]).agg(list)
-    wanted = [(i, j) for g in groups if 2 < len(g) <= _CLUSTER for i in g for j in g if i != j and (min(i, j), max(i, j)) not in have]
-    if not wanted: return np.empty((0, 5))
+    wanted = [
+        (i, j)
+        for g in groups
+        if 2 < len(g) <= _CLUSTER
+        for i in g
+        for j in g
+        if i != j and (min(i, j), max(i, j)) not in have
+    ]
+    if not wanted:
+        return np.empty((0, 5))
     (i, j), tries = np.array(wanted).T, []
     for k in range(len(_WINDOWS)):
         score, turn = _match(_window(index.thumbs(i), k), index.coarse[j][:, None])
@@ -331,31 +416,46 @@ def _near_pairs(fingerprints, rows, workers, progress):
     "Rows (first row, second row, orientation from first to second, similarity)."
     levels = np.asarray(fingerprints)[:, :2].astype(int)[rows]
     rows = rows[levels[:, 1] - levels[:, 0] > 3]           # a picture of nothing resembles every other
-    if len(rows) < 2: return np.empty((0, 4))
+    if len(rows) < 2:
+        return np.empty((0, 4))
     index = _build_index(fingerprints, rows)
     found = _best(_blocks(lambda at: _propose(index, at), np.arange(len(rows)), 1024, workers, progress))
     pairs = _blocks(lambda part: _verify(index, part), found, 256, workers, progress)
     pairs = pairs[pairs[:, 4] >= SIMILAR]
     more = _verify(index, extra) if len(extra := _fill_clusters(index, pairs)) else np.empty((0, 5))
     pairs = np.concatenate([pairs, more[more[:, 4] >= SIMILAR]])
-    first, second, turn = pairs[:, 0].astype(int), pairs[:, 1].astype(int), pairs[:, 3]
+    first = pairs[:, 0].astype(int)
+    second = pairs[:, 1].astype(int)
+    turn = pairs[:, 3]
     return np.c_[rows[first], rows[second], turn, pairs[:, 4]]
 
-# %% ../../nbs/audit/49_duplicates.ipynb #5a104882
+# %% ../../nbs/audit/49_duplicates.ipynb #5afae29e
 PAIR_COLUMNS = ['image_id_a', 'image_id_b', 'kind', 'similarity', 'orientation']
 
 def _check_inputs(ids, digests, fingerprints):
     "Refuse lists that don't belong together."
     if not len(ids) == len(digests) == len(fingerprints):
-        raise ValueError(f"{len(ids)} ids, {len(digests)} digests and {len(fingerprints)} fingerprints; there must be one of each for every image")
+        raise ValueError(
+            f"{len(ids)} ids, {len(digests)} digests and {len(fingerprints)} fingerprints; there must "
+            "be one of each for every image"
+        )
     if len(ids) and np.shape(fingerprints)[1:] != (2 + THUMB**2,):
-        raise ValueError(f"fingerprints of shape {np.shape(fingerprints)}; fingerprint() gives rows of {2 + THUMB**2} bytes: make them anew")
+        raise ValueError(
+            f"fingerprints of shape {np.shape(fingerprints)}; fingerprint() gives rows of "
+            f"{2 + THUMB**2} bytes: make them anew"
+        )
     twice = pd.Index(ids)[pd.Index(ids).duplicated()]
-    if len(twice): raise ValueError(f"image_id '{twice[0]}' is there twice; every image needs an id of its own")
+    if len(twice):
+        raise ValueError(f"image_id '{twice[0]}' is there twice; every image needs an id of its own")
 
+# %% ../../nbs/audit/49_duplicates.ipynb #5a104882
 def _exact_pairs(ids, digests):
     "(first, other) positions of the same pixels, and the positions that stand for all."
-    first = pd.Series(np.arange(len(ids))).groupby(np.asarray(digests, object)).transform('min').to_numpy() if len(ids) else np.zeros(0, int)
+    first = (
+        pd.Series(np.arange(len(ids))).groupby(np.asarray(digests, object)).transform('min').to_numpy()
+        if len(ids)
+        else np.zeros(0, int)
+    )
     at = np.arange(len(ids))
     return [(int(f), int(o)) for f, o in zip(first, at) if f != o], at[first == at]
 
@@ -370,13 +470,17 @@ def find_duplicates(
     "Pairs of images that show the same photograph."
     _check_inputs(ids, digests, fingerprints)
     order = np.argsort(np.asarray(ids, object), kind='stable').astype(int)
-    names, digests = [str(ids[i]) for i in order], [digests[i] for i in order]
+    names = [str(ids[i]) for i in order]
+    digests = [digests[i] for i in order]
     exact, alone = _exact_pairs(names, digests)
     place = {row: k for k, row in enumerate(order.tolist())}
     rows = [(names[i], names[j], 'exact', 1., ORIENTATIONS[0]) for i, j in exact]
     for first, second, turn, alike in _near_pairs(fingerprints, order[alone], workers, progress):
-        a, b, turn = names[place[int(first)]], names[place[int(second)]], int(turn)
-        if a > b: a, b, turn = b, a, _INVERSE[turn]
+        a = names[place[int(first)]]
+        b = names[place[int(second)]]
+        turn = int(turn)
+        if a > b:
+            a, b, turn = b, a, _INVERSE[turn]
         rows.append((a, b, 'near', round(min(float(alike), 1.), 4), ORIENTATIONS[turn]))
     return pd.DataFrame(rows, columns=PAIR_COLUMNS).sort_values(PAIR_COLUMNS[:2], ignore_index=True)
 
@@ -389,81 +493,133 @@ def duplicate_clusters(
     label = _components(at.reshape(2, -1).T, len(ids)) if len(ids) else []
     return sorted(tuple(group) for group in pd.Series(ids, dtype=object).groupby(label).agg(list))
 
-# %% ../../nbs/audit/49_duplicates.ipynb #46536a54
+# %% ../../nbs/audit/49_duplicates.ipynb #6d60e583
 def _split_of(table, split):
     "Split by image_id, from a Series indexed like the table or by image_id."
-    if split is None: return {}
+    if split is None:
+        return {}
     if split.index.isin(table.index).all() and not split.index.isin(table.image_id).all():
         split = pd.Series(split.reindex(table.index).to_numpy(), index=table.image_id)
     missing = table.image_id[table.image_id.map(split[~split.index.duplicated()]).isna()]
     if len(missing):
-        raise ValueError(f"split says nothing about {len(missing)} of {len(table)} images, such as '{missing.iloc[0]}'; "
-                         f"pass one value per image, indexed like the table or by image_id")
+        raise ValueError(
+            f"split says nothing about {len(missing)} of {len(table)} images, such as "
+            f"'{missing.iloc[0]}'; "
+            f"pass one value per image, indexed like the table or by image_id"
+        )
     return split.to_dict()
 
+# %% ../../nbs/audit/49_duplicates.ipynb #46536a54
 def _side(name):
     "What a split is for: unlabelled images only ever train."
     return 'train' if name == 'unlabelled' else name
 
-# %% ../../nbs/audit/49_duplicates.ipynb #37457a3a
+# %% ../../nbs/audit/49_duplicates.ipynb #f331f012
 def _judge(pairs, table, split):
     "The pairs with what the table knows about both images."
     known = table.set_index('image_id')
     unknown = [i for i in np.unique(pairs[['image_id_a', 'image_id_b']].to_numpy(str)) if i not in known.index]
-    if unknown: raise ValueError(f"pairs name '{unknown[0]}', which is not in the table of {len(table)} images; search and table must be of one dataset")
-    judged, groups = pairs.copy(), _split_of(table, split)
-    word = lambda column, ids: known[column].fillna('').astype(str).reindex(ids).to_numpy() if column in known else np.full(len(ids), '')
+    if unknown:
+        raise ValueError(
+            f"pairs name '{unknown[0]}', which is not in the table of {len(table)} images; search and "
+            "table must be of one dataset"
+        )
+    judged = pairs.copy()
+    groups = _split_of(table, split)
+    def word(column, ids):
+        return (
+            known[column].fillna('').astype(str).reindex(ids).to_numpy() if column in known else np.full(len(ids), '')
+        )
     for side in 'ab':
         ids = pairs[f'image_id_{side}']
-        for column in ('lesion_id', 'diagnosis', 'duplicate_of'): judged[f'{column}_{side}'] = word(column, ids)
+        for column in ('lesion_id', 'diagnosis', 'duplicate_of'):
+            judged[f'{column}_{side}'] = word(column, ids)
         judged[f'split_{side}'] = [_side(groups.get(i, '')) for i in ids]
-    differ = lambda column: (judged[f'{column}_a'] != judged[f'{column}_b']) & (judged[f'{column}_a'] != '') & (judged[f'{column}_b'] != '')
+    def differ(column):
+        return (
+            (judged[f'{column}_a'] != judged[f'{column}_b'])
+            & (judged[f'{column}_a'] != '')
+            & (judged[f'{column}_b'] != '')
+        )
     judged['same_lesion'] = (judged.lesion_id_a == judged.lesion_id_b) & (judged.lesion_id_a != '')
     judged['named'] = _named(judged, word('duplicate_of', known.index), known.index)
-    for column in ('lesion_id', 'diagnosis', 'split'): judged[f'two_{column}'] = differ(column)
+    for column in ('lesion_id', 'diagnosis', 'split'):
+        judged[f'two_{column}'] = differ(column)
     return judged
 
+# %% ../../nbs/audit/49_duplicates.ipynb #37457a3a
 def _named(judged, originals, ids):
     "Whether `duplicate_of` ties both images of a pair, maybe through a common original."
     original = {i: o for i, o in zip(ids, originals) if o}
-    root = lambda i, depth=9: i if depth == 0 or i not in original else root(original[i], depth - 1)
+    def root(i, depth=9):
+        return i if depth == 0 or i not in original else root(original[i], depth - 1)
     return [root(a) == root(b) for a, b in zip(judged.image_id_a, judged.image_id_b)]
 
-# %% ../../nbs/audit/49_duplicates.ipynb #626fd58a
+# %% ../../nbs/audit/49_duplicates.ipynb #2b6d95b3
 def _note(p):
     "What is to be seen in a pair, in one line."
     words = ['same pixels' if p.kind == 'exact' else f'{p.orientation}, similarity {p.similarity:.2f}']
-    words.append('one lesion' if p.same_lesion else f'lesions {p.lesion_id_a} and {p.lesion_id_b}' if p.two_lesion_id else 'lesion unknown')
-    if p.named: words.append('named in duplicate_of')
-    if p.two_diagnosis: words.append(f'{p.diagnosis_a} and {p.diagnosis_b}')
-    if p.split_a: words.append(f'{p.split_a} and {p.split_b}' if p.two_split else f'both {p.split_a}')
+    words.append(
+        'one lesion'
+        if p.same_lesion
+        else f'lesions {p.lesion_id_a} and {p.lesion_id_b}'
+        if p.two_lesion_id
+        else 'lesion unknown'
+    )
+    if p.named:
+        words.append('named in duplicate_of')
+    if p.two_diagnosis:
+        words.append(f'{p.diagnosis_a} and {p.diagnosis_b}')
+    if p.split_a:
+        words.append(f'{p.split_a} and {p.split_b}' if p.two_split else f'both {p.split_a}')
     return ', '.join(words)
 
+# %% ../../nbs/audit/49_duplicates.ipynb #626fd58a
 def _rates(found, table):
     "Share of images affected, and of lesions with its interval."
     ids = set(found.image_id_a) | set(found.image_id_b)
-    hit, lesion = table.image_id.isin(ids), table.image_id.astype(str)
-    if 'lesion_id' in table: lesion = table.lesion_id.fillna('').astype(str).where(lambda x: x != '', 'image ' + lesion)
+    hit = table.image_id.isin(ids)
+    lesion = table.image_id.astype(str)
+    if 'lesion_id' in table:
+        lesion = table.lesion_id.fillna('').astype(str).where(lambda x: x != '', 'image ' + lesion)
     by_lesion = hit.groupby(lesion.to_numpy()).any()
     low, high = wilson_interval(by_lesion.mean(), len(by_lesion))
-    share = dict(value=float(by_lesion.mean()), low=low, high=high, n=len(by_lesion), n_lesions=len(by_lesion), method='Wilson over lesions')
+    share = dict(
+        value=float(by_lesion.mean()),
+        low=low,
+        high=high,
+        n=len(by_lesion),
+        n_lesions=len(by_lesion),
+        method='Wilson over lesions',
+    )
     return int(hit.sum()), {'pairs': dict(value=len(found), n=len(table)), 'lesions_affected': share}
 
 # %% ../../nbs/audit/49_duplicates.ipynb #a4cee12e
 _REMEDIES = {
     'exact-duplicates': 'Keep one of each, or leave them: splits keep verified duplicates together.',
-    'near-duplicates': 'Look at those that no lesion or duplicate_of explains; splits keep verified duplicates together.',
+    'near-duplicates': 'Look at those that no lesion or duplicate_of explains; splits keep verified duplicates '
+    'together.',
     'duplicates-across-lesions': 'Give both images one lesion_id, or name the original in the column duplicate_of.',
     'duplicates-two-labels': 'Find out which diagnosis is right and correct the other, or leave both images out.',
-    'duplicates-across-splits': 'Make the split anew with these pairs tied, or drop one image of each pair.'}
+    'duplicates-across-splits': 'Make the split anew with these pairs tied, or drop one image of each pair.',
+}
 
 def _finding(kind, severity, sentence, found, table):
     "A finding about pairs, the unexplained and most alike first."
-    if not len(found): return []
-    found = found.assign(explained=found.same_lesion | found.named).sort_values(['explained', 'similarity', 'image_id_a', 'image_id_b'], ascending=[True, False, True, True])
+    if not len(found):
+        return []
+    found = found.assign(explained=found.same_lesion | found.named).sort_values(
+        ['explained', 'similarity', 'image_id_a', 'image_id_b'], ascending=[True, False, True, True]
+    )
     count, metrics = _rates(found, table)
-    items = [dict(name=f'{p.image_id_a}+{p.image_id_b}', images=(p.image_id_a, p.image_id_b), note=_note(p)) for p in found.itertuples()]
-    summary = f"{len(found)} pair{'s' * (len(found) > 1)} {sentence}: {count} of {len(table)} images; {int((~found.explained).sum())} unexplained by lesion_id or duplicate_of."
+    items = [
+        dict(name=f'{p.image_id_a}+{p.image_id_b}', images=(p.image_id_a, p.image_id_b), note=_note(p))
+        for p in found.itertuples()
+    ]
+    summary = (
+        f"{len(found)} pair{'s' * (len(found) > 1)} {sentence}: {count} of {len(table)} images; "
+        f"{int((~found.explained).sum())} unexplained by lesion_id or duplicate_of."
+    )
     return [Finding(kind, severity, summary, len(table), count, tuple(items), metrics, _REMEDIES[kind])]
 
 # %% ../../nbs/audit/49_duplicates.ipynb #d45757eb
@@ -476,10 +632,23 @@ def duplicate_findings(
     judged = _judge(pairs, table, split)
     explained = judged.same_lesion | judged.named
     findings = []
-    for kind, sentence in [('exact', 'of images with the same pixels'), ('near', 'of images that show the same photograph')]:
+    for kind, sentence in [
+        ('exact', 'of images with the same pixels'),
+        ('near', 'of images that show the same photograph'),
+    ]:
         these = judged[judged.kind == kind]
         severity = 'note' if explained[these.index].all() else 'warning'
         findings += _finding(f'{kind}-duplicates', severity, sentence, these, table)
-    findings += _finding('duplicates-across-lesions', 'warning', 'of one photograph under two lesion ids', judged[judged.two_lesion_id & ~judged.named], table)
-    findings += _finding('duplicates-two-labels', 'warning', 'of one photograph under two diagnoses', judged[judged.two_diagnosis], table)
-    return findings + _finding('duplicates-across-splits', 'stop', 'with one image in each of two splits', judged[judged.two_split], table)
+    findings += _finding(
+        'duplicates-across-lesions',
+        'warning',
+        'of one photograph under two lesion ids',
+        judged[judged.two_lesion_id & ~judged.named],
+        table,
+    )
+    findings += _finding(
+        'duplicates-two-labels', 'warning', 'of one photograph under two diagnoses', judged[judged.two_diagnosis], table
+    )
+    return findings + _finding(
+        'duplicates-across-splits', 'stop', 'with one image in each of two splits', judged[judged.two_split], table
+    )

@@ -23,20 +23,28 @@ SEVERITIES = ('stop', 'warning', 'note') # gravest first
 
 def _plain(value):
     "numpy values, tuples and sets as what JSON knows."
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    if isinstance(value, np.ndarray): return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
     return value.item() if isinstance(value, np.generic) else value
 
 # %% ../../nbs/audit/48_findings.ipynb #f15f0911
 def _finding_fault(f):
     "What is wrong with the fields of a finding, or ''."
-    if not re.fullmatch(r'[a-z0-9]+(-[a-z0-9]+)*', f.kind): return f"kind '{f.kind}' is no name in small letters with hyphens, such as 'exact-duplicate'"
-    if f.severity not in SEVERITIES: return f"severity of '{f.kind}' is '{f.severity}'; allowed are {', '.join(SEVERITIES)}"
-    if not 0 <= f.count <= f.n: return f"count of '{f.kind}' is {f.count} of n={f.n}; at most n units can be affected"
+    if not re.fullmatch(r'[a-z0-9]+(-[a-z0-9]+)*', f.kind):
+        return f"kind '{f.kind}' is no name in small letters with hyphens, such as 'exact-duplicate'"
+    if f.severity not in SEVERITIES:
+        return f"severity of '{f.kind}' is '{f.severity}'; allowed are {', '.join(SEVERITIES)}"
+    if not 0 <= f.count <= f.n:
+        return f"count of '{f.kind}' is {f.count} of n={f.n}; at most n units can be affected"
     for at, item in enumerate(f.items):
         if set(item) != {'name', 'images', 'note'}:
-            return f"items[{at}] of '{f.kind}' has the keys {', '.join(sorted(item))}; an item has name, images and note"
+            return (
+                f"items[{at}] of '{f.kind}' has the keys {', '.join(sorted(item))}; an item has name, images and note"
+            )
     return ''
 
 # %% ../../nbs/audit/48_findings.ipynb #2c2b03de
@@ -53,27 +61,35 @@ class Finding:
     remedy:str = '' # what to do about it
 
     def __post_init__(self):
-        if fault := _finding_fault(self): raise ValueError(fault)
-        plain = (dict(name=str(i['name']), images=tuple(map(str, i['images'])), note=str(i['note'])) for i in self.items)
+        if fault := _finding_fault(self):
+            raise ValueError(fault)
+        plain = (
+            dict(name=str(i['name']), images=tuple(map(str, i['images'])), note=str(i['note'])) for i in self.items
+        )
         object.__setattr__(self, 'items', tuple(plain))
-        for name, kind in [('n', int), ('count', int), ('metrics', _plain)]: object.__setattr__(self, name, kind(getattr(self, name)))
+        for name, kind in [('n', int), ('count', int), ('metrics', _plain)]:
+            object.__setattr__(self, name, kind(getattr(self, name)))
 
     def to_dict(self) -> dict: # of plain types, as it stands in audit.json
         "The finding as JSON knows it."
         return _plain(asdict(self))
 
-# %% ../../nbs/audit/48_findings.ipynb #6a70b5fc
+# %% ../../nbs/audit/48_findings.ipynb #dc057350
 def sort_findings(
     findings:Iterable[Finding], # in any order
 ) -> list[Finding]: # gravest first
     "Findings in the order in which they should be read."
     return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), f.kind, f.summary))
 
+# %% ../../nbs/audit/48_findings.ipynb #6a70b5fc
 def findings_table(
     findings:Iterable[Finding], # in any order
 ) -> pd.DataFrame: # severity, kind, count, n, finding, remedy; gravest first
     "Findings as people read them."
-    rows = [dict(severity=f.severity, kind=f.kind, count=f.count, n=f.n, finding=f.summary, remedy=f.remedy) for f in sort_findings(findings)]
+    rows = [
+        dict(severity=f.severity, kind=f.kind, count=f.count, n=f.n, finding=f.summary, remedy=f.remedy)
+        for f in sort_findings(findings)
+    ]
     return pd.DataFrame(rows, columns=['severity', 'kind', 'count', 'n', 'finding', 'remedy'])
 
 # %% ../../nbs/audit/48_findings.ipynb #3773d795
@@ -84,7 +100,8 @@ def working_image(
     "An image shrunk by area averaging, so that its longer side fits."
     height, width = image.shape[:2]
     scale = side / max(height, width)
-    if scale >= 1: return image
+    if scale >= 1:
+        return image
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
@@ -111,11 +128,13 @@ def evidence_sheet(
 ) -> Image.Image|None: # one row per item, which a notebook shows; None where no item has images
     "The images behind a finding, captioned with their ids."
     rows = [i for i in finding.items if i['images']][:items]
-    if not rows: return None
+    if not rows:
+        return None
     columns = max(len(i['images'][:per_item]) for i in rows)
     fig = Figure(figsize=(1.5 * columns + 3, 1.45 * len(rows)), dpi=80, layout='constrained')
     axes = fig.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.5] * columns + [3])
-    for ax in axes.flat: ax.axis('off')
+    for ax in axes.flat:
+        ax.axis('off')
     for line, item in zip(axes, rows):
         for ax, image_id in zip(line, item['images'][:per_item]):
             ax.imshow(working_image(read(image_id), 128))

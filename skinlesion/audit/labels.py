@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .findings import Finding
@@ -30,8 +29,14 @@ def contradictions(
     "The lesions or patients that stand under more than one diagnosis."
     known = table[(table[column] != '') & (table.diagnosis != '')]
     mixed = known.groupby(column).diagnosis.transform('nunique') > 1
-    items = [dict(name=name, images=tuple(rows.image_id), note=', '.join(f'{count} x {code}' for code, count in rows.diagnosis.value_counts().sort_index().items()))
-             for name, rows in known[mixed].groupby(column)]
+    items = [
+        dict(
+            name=name,
+            images=tuple(rows.image_id),
+            note=', '.join(f'{count} x {code}' for code, count in rows.diagnosis.value_counts().sort_index().items()),
+        )
+        for name, rows in known[mixed].groupby(column)
+    ]
     return sorted(items, key=lambda i: (-len(i['images']), i['name']))
 
 # %% ../../nbs/audit/52_labels.ipynb #076ba1b4
@@ -42,10 +47,18 @@ def share_leaf(
     n_resamples:int=1000, # of the lesions
 ) -> dict: # a leaf: value, low, high, n, n_lesions, method
     "The share of images that are flagged, with its interval over lesions."
-    flags, ids = np.asarray(flags, float), np.asarray(lesion_ids).astype(str)
+    flags = np.asarray(flags, float)
+    ids = np.asarray(lesion_ids).astype(str)
     weights = lesion_weights(ids, n_resamples, seed)
-    share, lesions = flags.mean(), len(np.unique(ids))
-    return interval_leaf(share, weights @ flags / weights.sum(1), len(flags), lesions, fallback=(*wilson_interval(share, lesions), 'Wilson over lesions'))
+    share = flags.mean()
+    lesions = len(np.unique(ids))
+    return interval_leaf(
+        share,
+        weights @ flags / weights.sum(1),
+        len(flags),
+        lesions,
+        fallback=(*wilson_interval(share, lesions), 'Wilson over lesions'),
+    )
 
 # %% ../../nbs/audit/52_labels.ipynb #8b584e77
 def table_label_findings(
@@ -54,13 +67,37 @@ def table_label_findings(
     "Contradictions among the diagnoses that the table itself shows."
     found = []
     for column, what, severity, remedy in [
-            ('lesion_id', 'lesion', 'warning', 'ask which diagnosis holds, correct it in the source, or leave the lesion out'),
-            ('patient_id', 'patient', 'note', 'nothing: a patient may have several diseases; keep each patient in one split')]:
-        items, n = contradictions(table, column), table[column][table[column] != ''].nunique()
+        (
+            'lesion_id',
+            'lesion',
+            'warning',
+            'ask which diagnosis holds, correct it in the source, or leave the lesion out',
+        ),
+        (
+            'patient_id',
+            'patient',
+            'note',
+            'nothing: a patient may have several diseases; keep each patient in one split',
+        ),
+    ]:
+        items = contradictions(table, column)
+        n = table[column][table[column] != ''].nunique()
         low, high = wilson_interval(len(items) / n, n) if n else (None, None)
         leaf = dict(value=len(items) / n, low=low, high=high, n=n, method=f'Wilson over {what}s') if n else {}
-        if items: found.append(Finding(f'{what}-two-labels', severity, f"{len(items)} of {n} {what}s stand under more than one diagnosis, "
-                                       f"a share of {format_leaf(leaf, 4)}.", n, len(items), items, dict(share=leaf), remedy))
+        if items:
+            found.append(
+                Finding(
+                    f'{what}-two-labels',
+                    severity,
+                    f"{len(items)} of {n} {what}s stand under more than one diagnosis, "
+                    f"a share of {format_leaf(leaf, 4)}.",
+                    n,
+                    len(items),
+                    items,
+                    dict(share=leaf),
+                    remedy,
+                )
+            )
     return found
 
 # %% ../../nbs/audit/52_labels.ipynb #e28d7119
@@ -101,8 +138,11 @@ def suspect_labels(
     "Rows whose label confident learning doubts, ranked by the probability of the label given."
     from cleanlab.filter import find_label_issues  # seconds to load, so only where it is used
     present = np.unique(targets)
-    position, some = np.searchsorted(present, targets), np.clip(probs[:, present], 1e-9, None)
-    return find_label_issues(position, some / some.sum(1, keepdims=True), return_indices_ranked_by='self_confidence', n_jobs=1)
+    position = np.searchsorted(present, targets)
+    some = np.clip(probs[:, present], 1e-9, None)
+    return find_label_issues(
+        position, some / some.sum(1, keepdims=True), return_indices_ranked_by='self_confidence', n_jobs=1
+    )
 
 # %% ../../nbs/audit/52_labels.ipynb #e3ce4148
 SHOWN = 40 # items of a finding that list images one by one
@@ -113,22 +153,50 @@ def _doubt(table, targets, probs, codes, weights, source, seed):
     lesions = table.lesion_id.nunique()
     auroc = interval_leaf(metrics[0], drawn, len(table), lesions, 'a class without images')
     if not (auroc['low'] or 0) > .5:
-        return Finding('label-error', 'note', f"no label was judged: {source} tells the classes no better than chance (macro AUROC {format_leaf(auroc)}).", len(table), 0,
-                       metrics=dict(auroc_macro=auroc), remedy='hand in out-of-sample predictions of a model that tells the classes')
+        return Finding(
+            'label-error',
+            'note',
+            f"no label was judged: {source} tells the classes no better than chance (macro AUROC "
+            f"{format_leaf(auroc)}).",
+            len(table),
+            0,
+            metrics=dict(auroc_macro=auroc),
+            remedy='hand in out-of-sample predictions of a model that tells the classes',
+        )
     rows = suspect_labels(targets, probs)
     share = share_leaf(np.isin(np.arange(len(table)), rows), table.lesion_id, seed)
-    items = [dict(name=table.image_id.iat[r], images=(table.image_id.iat[r],), note=f"labelled {codes[targets[r]]} ({probs[r, targets[r]]:.2f}), "
-                  f"looks like {codes[probs[r].argmax()]} ({probs[r].max():.2f})") for r in rows[:SHOWN]]
-    summary = (f"{len(rows)} of {len(table)} labels, a share of {format_leaf(share, 3)}, are doubtful to {source}, whose macro AUROC against the given labels is "
-               f"{format_leaf(auroc)}: a ranking to look through, most of it hard cases and not errors.")
-    return Finding('label-error', 'note', summary, len(table), len(rows), items, dict(auroc_macro=auroc, doubtful=share),
-                   'have the first ones read again by someone who does not see the label')
+    items = [
+        dict(
+            name=table.image_id.iat[r],
+            images=(table.image_id.iat[r],),
+            note=f"labelled {codes[targets[r]]} ({probs[r, targets[r]]:.2f}), "
+            f"looks like {codes[probs[r].argmax()]} ({probs[r].max():.2f})",
+        )
+        for r in rows[:SHOWN]
+    ]
+    summary = (
+        f"{len(rows)} of {len(table)} labels, a share of {format_leaf(share, 3)}, are doubtful to "
+        f"{source}, whose macro AUROC against the given labels is "
+        f"{format_leaf(auroc)}: a ranking to look through, most of it hard cases and not errors."
+    )
+    return Finding(
+        'label-error',
+        'note',
+        summary,
+        len(table),
+        len(rows),
+        items,
+        dict(auroc_macro=auroc, doubtful=share),
+        'have the first ones read again by someone who does not see the label',
+    )
 
 # %% ../../nbs/audit/52_labels.ipynb #00684ae6
 def label_findings(
     table:pd.DataFrame, # canonical
     features:np.ndarray=None, # (N,F) image statistics, rows as in `table`; used without `probs`
-    probs:np.ndarray=None, # (N,C) OUT-OF-SAMPLE probabilities in the order of `codes`; those of a model on its own training images hide every error
+    # (N,C) OUT-OF-SAMPLE probabilities in the order of `codes`; those of a model on its own training images hide every
+    # error
+    probs:np.ndarray=None,
     codes:Sequence[str]=(), # classes
     pairs:pd.DataFrame=None, # verified duplicates: image_id_a, image_id_b
     seed:int=0, # of folds and bootstrap
@@ -138,10 +206,15 @@ def label_findings(
     groups = tied_groups(table) if pairs is None else tied_groups(table, pairs)
     keep = judged_rows(table, groups) if probs is None else table.diagnosis.isin(codes).to_numpy()
     some = table[keep].reset_index(drop=True)
-    if some.diagnosis.nunique() < 2: return []
+    if some.diagnosis.nunique() < 2:
+        return []
     if probs is None:
         codes = np.array([c for c in codes if c in set(some.diagnosis)])
         targets = pd.Index(codes).get_indexer(some.diagnosis)
-        probs, source = out_of_fold(features[keep], targets, groups[keep], seed), 'a small model on image statistics (out of fold)'
-    else: targets, probs, source = pd.Index(codes).get_indexer(some.diagnosis), probs[keep], 'the predictions handed in, taken to be out of sample'
+        probs = out_of_fold(features[keep], targets, groups[keep], seed)
+        source = 'a small model on image statistics (out of fold)'
+    else:
+        targets = pd.Index(codes).get_indexer(some.diagnosis)
+        probs = probs[keep]
+        source = 'the predictions handed in, taken to be out of sample'
     return [_doubt(some, targets, probs, codes, lesion_weights(some.lesion_id, 1000, seed), source, seed)]

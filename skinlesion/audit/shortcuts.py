@@ -14,7 +14,6 @@ import re
 import cv2
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
@@ -26,16 +25,18 @@ from ..evaluate.intervals import format_leaf, interval_leaf, lesion_weights, new
 from ..evaluate.metrics import weighted_auroc
 from ..taxonomy import LabelSet
 
-# %% ../../nbs/audit/51_shortcuts.ipynb #7230b12c
+# %% ../../nbs/audit/51_shortcuts.ipynb #83f373dc
 def _spread(values):
     "Tenth, half and ninetieth percentile of each column, one after the other."
     part = np.sort(values, axis=0)
     return part[[len(part) // 10, len(part) // 2, -1 - len(part) // 10]].T.ravel()
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #7230b12c
 def _texture(look, where):
     "Contrast of light from pixel to pixel and over three pixels, and of thin lines, where `where` holds."
     light = look.lab[..., 0]
-    soft, where = cv2.blur(light, (3, 3)), where.astype(np.uint8)
+    soft = cv2.blur(light, (3, 3))
+    where = where.astype(np.uint8)
     differences = cv2.absdiff(light, soft), cv2.absdiff(soft, cv2.blur(light, (9, 9)))
     means = [cv2.mean(d, where)[0] for d in (*differences, look.thin_dark, look.thin_light)]
     at = _sample(np.flatnonzero(where))
@@ -43,17 +44,34 @@ def _texture(look, where):
     return [means[0], fine, means[1], coarse, *means[2:]]
 
 CHANNELS = 'L* (lightness)', 'a* (redness)', 'b* (yellowness)'
-BACKGROUND_NAMES = tuple(f'skin {channel}, {part}' for channel in CHANNELS for part in ('10th percentile', 'median', '90th percentile')) + (
-    'fine texture', 'fine texture, 95th percentile', 'coarse texture', 'coarse texture, 95th percentile', 'dark lines', 'light lines',
-    'darkest corner', 'second darkest corner', 'third darkest corner', 'lightest corner', 'dark hair', 'light hair', 'ink', 'ruler ticks')
+BACKGROUND_NAMES = tuple(
+    f'skin {channel}, {part}' for channel in CHANNELS for part in ('10th percentile', 'median', '90th percentile')
+) + (
+    'fine texture',
+    'fine texture, 95th percentile',
+    'coarse texture',
+    'coarse texture, 95th percentile',
+    'dark lines',
+    'light lines',
+    'darkest corner',
+    'second darkest corner',
+    'third darkest corner',
+    'lightest corner',
+    'dark hair',
+    'light hair',
+    'ink',
+    'ruler ticks',
+)
 
-# %% ../../nbs/audit/51_shortcuts.ipynb #7c72ef7e
+# %% ../../nbs/audit/51_shortcuts.ipynb #1985f189
 def _background(look, measures):
     "The background features of a prepared image."
-    if not len(look.skin): return np.full(len(BACKGROUND_NAMES), np.nan, np.float32)
+    if not len(look.skin):
+        return np.full(len(BACKGROUND_NAMES), np.nan, np.float32)
     artefacts = [measures[name] for name in ('dark_hair_share', 'light_hair_share', 'ink_share', 'ruler_ticks')]
     return np.array([*_spread(look.skin), *_texture(look, look.background), *look.corners, *artefacts], np.float32)
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #7c72ef7e
 def background_features(
     image:np.ndarray, # (h,w,3) uint8 RGB, a working image
     mask:np.ndarray|None=None, # (h,w) bool, the lesion; None estimates it
@@ -67,7 +85,8 @@ def _shape(mask):
     "Share of the picture, elongation, raggedness and place of a mask."
     count, _, stats, middle = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     area = int(mask.sum())
-    if not area: return [0., 0., 0., 0., 0.]
+    if not area:
+        return [0., 0., 0., 0., 0.]
     y, x = np.nonzero(mask)
     (xx, xy), (_, yy) = np.cov(x, y) + np.eye(2) / 12 if area > 1 else np.eye(2) / 12
     spread = np.hypot(xx - yy, 2 * xy)
@@ -75,28 +94,69 @@ def _shape(mask):
     away = np.hypot(y.mean() / mask.shape[0] - .5, x.mean() / mask.shape[1] - .5)
     return [area / mask.size, spread / (xx + yy), rim / np.sqrt(area), away, float(count - 1)]
 
-LESION_NAMES = tuple(f'lesion {channel}, {part}' for channel in CHANNELS for part in ('10th percentile', 'median', '90th percentile')) + tuple(
-    f'lesion {part}' for part in ('fine texture', 'fine texture, 95th percentile', 'coarse texture', 'coarse texture, 95th percentile', 'dark lines', 'light lines')) + tuple(
-    f'lesion against skin {channel}' for channel in ('L*', 'a*', 'b*')) + (
-    'lesion spread L*', 'lesion spread a*', 'lesion spread b*', 'rim against middle L*', 'rim against middle a*', 'rim against middle b*',
-    'lesion share', 'elongation', 'raggedness', 'off the middle', 'parts') + BACKGROUND_NAMES
+LESION_NAMES = (
+    tuple(
+        f'lesion {channel}, {part}' for channel in CHANNELS for part in ('10th percentile', 'median', '90th percentile')
+    )
+    + tuple(
+        f'lesion {part}'
+        for part in (
+            'fine texture',
+            'fine texture, 95th percentile',
+            'coarse texture',
+            'coarse texture, 95th percentile',
+            'dark lines',
+            'light lines',
+        )
+    )
+    + tuple(f'lesion against skin {channel}' for channel in ('L*', 'a*', 'b*'))
+    + (
+        'lesion spread L*',
+        'lesion spread a*',
+        'lesion spread b*',
+        'rim against middle L*',
+        'rim against middle a*',
+        'rim against middle b*',
+        'lesion share',
+        'elongation',
+        'raggedness',
+        'off the middle',
+        'parts',
+    )
+    + BACKGROUND_NAMES
+)
 
-# %% ../../nbs/audit/51_shortcuts.ipynb #60c83961
+# %% ../../nbs/audit/51_shortcuts.ipynb #25c650c9
 def _inside(look, background):
     "The lesion features of a prepared image."
     where = look.lesion & ~look.frame
-    if where.sum() < 20: where = look.lesion if look.lesion.sum() >= 20 else ~look.frame
-    if where.sum() < 20: where = np.ones(where.shape, bool)
+    if where.sum() < 20:
+        where = look.lesion if look.lesion.sum() >= 20 else ~look.frame
+    if where.sum() < 20:
+        where = np.ones(where.shape, bool)
     at = _sample(np.flatnonzero(where), 8000)
     colours = look.lab.reshape(-1, 3)[at]
-    depth = cv2.distanceTransform(where.astype(np.uint8), cv2.DIST_L2, 3).ravel()[at].clip(0, where.size) # without an outside it is endless
+    depth = (
+        cv2.distanceTransform(where.astype(np.uint8), cv2.DIST_L2, 3).ravel()[at].clip(0, where.size)
+    ) # without an outside it is endless
     deep = depth > np.median(depth)
     middle = colours[deep].mean(0) if deep.any() else colours.mean(0)
     rim = colours[~deep].mean(0)
     skin = np.nan_to_num(background[[1, 4, 7]], nan=np.median(look.lab[::4, ::4].reshape(-1, 3), 0))
-    return np.array([*(spread := _spread(_sample(colours))), *_texture(look, where), *(spread[[1, 4, 7]] - skin), *colours.std(0), *(rim - middle),
-                     *_shape(look.lesion), *background], np.float32)
+    return np.array(
+        [
+            *(spread := _spread(_sample(colours))),
+            *_texture(look, where),
+            *(spread[[1, 4, 7]] - skin),
+            *colours.std(0),
+            *(rim - middle),
+            *_shape(look.lesion),
+            *background,
+        ],
+        np.float32,
+    )
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #d2d1c391
 def lesion_features(
     image:np.ndarray, # (h,w,3) uint8 RGB, a working image
     mask:np.ndarray|None=None, # (h,w) bool, the lesion; None estimates it
@@ -105,6 +165,7 @@ def lesion_features(
     look = look_at(image, mask)
     return _inside(look, _background(look, measure_look(look)))
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #60c83961
 def pixel_features(
     image:np.ndarray, # (h,w,3) uint8 RGB, a working image
     mask:np.ndarray|None=None, # (h,w) bool, the lesion; None estimates it
@@ -115,7 +176,7 @@ def pixel_features(
     background = _background(look, measures)
     return measures, background, _inside(look, background)
 
-# %% ../../nbs/audit/51_shortcuts.ipynb #37cddfb3
+# %% ../../nbs/audit/51_shortcuts.ipynb #ee8c6074
 LEAST_GROUPS = 10 # lesions (patients where known) that a class needs to be asked about
 
 def class_codes(
@@ -123,14 +184,17 @@ def class_codes(
     label_set:LabelSet, # of the diagnoses
 ) -> tuple: # codes with at least `LEAST_GROUPS` groups; (N,) int index into them, -1 for other rows
     "The classes that can be asked about."
-    groups, diagnosis = tied_groups(table), table.diagnosis.fillna('').to_numpy(str)
+    groups = tied_groups(table)
+    diagnosis = table.diagnosis.fillna('').to_numpy(str)
     codes = [c for c in label_set.codes if len(np.unique(groups[diagnosis == c])) >= LEAST_GROUPS]
     return codes, np.array([codes.index(d) if d in codes else -1 for d in diagnosis], int)
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #1c22dfe4
 def _folds(targets, groups, seed, k=5):
     "Pairs of training and held-out rows, groups whole."
     return StratifiedGroupKFold(k, shuffle=True, random_state=seed).split(targets, targets, groups)
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #37cddfb3
 def _prepare(train, test):
     "Both parts without gaps, standardised as the training part is, clipped at 4, with squares."
     middle = np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else 0. for c in train.T])
@@ -154,7 +218,7 @@ def out_of_fold(
         probs[test[:, None], model.classes_] = model.predict_proba(asked)
     return probs
 
-# %% ../../nbs/audit/51_shortcuts.ipynb #d807a74d
+# %% ../../nbs/audit/51_shortcuts.ipynb #13898da6
 def area_leaf(
     positive:np.ndarray, # (N,) bool, the class
     score:np.ndarray, # (N,) higher means more likely of the class
@@ -164,10 +228,15 @@ def area_leaf(
     "Area under the ROC curve with its interval."
     value = float(weighted_auroc(positive, score)[0])
     sides = [len(np.unique(groups[side])) for side in (positive, ~positive)]
-    exact = (*newcombe_interval(value, *sides), 'Newcombe method 5 over groups, perfectly ranked') if value in (0, 1) and min(sides) else None
+    exact = (
+        (*newcombe_interval(value, *sides), 'Newcombe method 5 over groups, perfectly ranked')
+        if value in (0, 1) and min(sides)
+        else None
+    )
     return interval_leaf(value, weighted_auroc(positive, score, weights), len(positive), len(np.unique(groups)),
                          'one class only', exact, 'percentile bootstrap over groups')
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #d807a74d
 def telling_features(
     features:np.ndarray, # (N,F) float, no NaN
     names:tuple, # of the features
@@ -176,42 +245,62 @@ def telling_features(
 ) -> list[dict]: # name, auroc, inside, outside (medians); clearest first, one of each kind of feature
     "The features that tell a class best, each for itself."
     areas = np.array([weighted_auroc(member, column)[0] for column in features.T])
-    found, kinds = [], set()
+    found = []
+    kinds = set()
     for k in np.argsort(-np.abs(areas - .5), kind='stable'):
         kind = re.sub(r',.*|(|second |third )(darkest|lightest) (?=corner)', '', names[k])
         middle = f'{kind}, median'
-        if kind in kinds or (middle in names and names[k] != middle): continue
+        if kind in kinds or (middle in names and names[k] != middle):
+            continue
         kinds.add(kind)
         inside, outside = (float(np.median(features[side, k])) for side in (member, ~member))
         found.append(dict(name=names[k], auroc=float(areas[k]), inside=inside, outside=outside))
     return found[:most]
 
-# %% ../../nbs/audit/51_shortcuts.ipynb #39123523
+# %% ../../nbs/audit/51_shortcuts.ipynb #108744a3
 TELLING = .7 # lower bound of an area above which the background tells a class
 
 def _class_item(code, leaf, visible, telling, images):
     "An item on one class, in plain words."
     seen = f", {format_leaf(visible)} with the lesion in view" if visible else ''
-    by = '; '.join(f"{t['name'].removesuffix(', median')}, median {t['inside']:.3g} against {t['outside']:.3g} in the rest (alone {max(t['auroc'], 1 - t['auroc']):.2f})"
-                   for t in telling)
-    return dict(name=code, images=tuple(images), note=f"area under the ROC curve {format_leaf(leaf)} from the background alone{seen}; most by {by}")
+    by = '; '.join(
+        f"{t['name'].removesuffix(', median')}, median {t['inside']:.3g} against {t['outside']:.3g} in "
+        f"the rest (alone {max(t['auroc'], 1 - t['auroc']):.2f})"
+        for t in telling
+    )
+    return dict(
+        name=code,
+        images=tuple(images),
+        note=f"area under the ROC curve {format_leaf(leaf)} from the background alone{seen}; most by {by}",
+    )
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #39123523
 def _guessed(estimated):
     "How many outlines are guesses, in words."
     share = float(np.mean(estimated)) if estimated is not None and len(estimated) else 0.
-    return f'; the lesion of {share:.0%} of them was outlined by a guess, so parts of it may have stayed in view' if share else ''
+    return (
+        f'; the lesion of {share:.0%} of them was outlined by a guess, so parts of it may have stayed in view'
+        if share
+        else ''
+    )
 
-SHORTCUT_REMEDY = ('Test the model on images with the lesion covered and with backgrounds exchanged, and on images of another clinic; '
-                   'colour constancy, cropping to the lesion, or more images of the other classes from the same source weaken it')
+SHORTCUT_REMEDY = (
+    'Test the model on images with the lesion covered and with backgrounds exchanged, and on images of '
+    'another clinic; '
+    'colour constancy, cropping to the lesion, or more images of the other classes '
+    'from the same source weaken it'
+)
 
-# %% ../../nbs/audit/51_shortcuts.ipynb #34a12896
+# %% ../../nbs/audit/51_shortcuts.ipynb #ab70a459
 def _asked(table, label_set, usable):
     "Rows, codes, targets, groups of the classes that can be asked about, or why not."
     codes, targets = class_codes(table[usable].reset_index(drop=True), label_set)
     rows = np.flatnonzero(usable)[targets >= 0]
-    if len(codes) < 2: return f'{len(codes)} class(es) have {LEAST_GROUPS} lesions or more with what is needed; two are needed'
+    if len(codes) < 2:
+        return f'{len(codes)} class(es) have {LEAST_GROUPS} lesions or more with what is needed; two are needed'
     return rows, codes, targets[targets >= 0], tied_groups(table.iloc[rows])
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #34a12896
 def shortcut_findings(
     features:np.ndarray, # (N,F) of `background_features`, rows as in `table`
     names:tuple, # F names
@@ -224,23 +313,56 @@ def shortcut_findings(
 ) -> list[Finding]: # one
     "Which classes can be predicted with the lesion covered, how well, and by what."
     features = np.asarray(features, np.float64)
-    if features.shape != (len(table), len(names)): raise ValueError(f'features are {features.shape}, the table has {len(table)} rows and there are {len(names)} names; they must agree')
+    if features.shape != (len(table), len(names)):
+        raise ValueError(
+            f'features are {features.shape}, the table has {len(table)} rows and there are {len(names)} '
+            'names; they must agree'
+        )
     asked = _asked(table, label_set, np.isfinite(features).all(1))
-    if isinstance(asked, str): return [Finding('background-shortcut', 'note', f'what the background tells was not asked: {asked}', len(table), 0)]
+    if isinstance(asked, str):
+        return [
+            Finding('background-shortcut', 'note', f'what the background tells was not asked: {asked}', len(table), 0)
+        ]
     rows, codes, targets, groups = asked
     weights = lesion_weights(groups, n_resamples, seed)
     views = [out_of_fold(part[rows], targets, groups, seed) for part in (features, visible) if part is not None]
     leaves = [[area_leaf(targets == c, probs[:, c], groups, weights) for c in range(len(codes))] for probs in views]
-    metrics = {code: leaf for code, leaf in zip(codes, leaves[0])} | {f'{code}/lesion in view': leaf for code, leaf in zip(codes, leaves[-1]) if visible is not None}
+    metrics = {code: leaf for code, leaf in zip(codes, leaves[0])} | {
+        f'{code}/lesion in view': leaf for code, leaf in zip(codes, leaves[-1]) if visible is not None
+    }
     order = sorted(range(len(codes)), key=lambda c: -(leaves[0][c]['low'] or 0))
-    told, ids = [c for c in order if (leaves[0][c]['low'] or 0) > TELLING], table.image_id.to_numpy(str)[rows]
-    items = [_class_item(codes[c], leaves[0][c], leaves[1][c] if visible is not None else None, telling_features(features[rows], names, targets == c),
-                         ids[np.flatnonzero(targets == c)[np.argsort(-views[0][targets == c, c], kind='stable')][:6]]) for c in told]
+    told = [c for c in order if (leaves[0][c]['low'] or 0) > TELLING]
+    ids = table.image_id.to_numpy(str)[rows]
+    items = [
+        _class_item(
+            codes[c],
+            leaves[0][c],
+            leaves[1][c] if visible is not None else None,
+            telling_features(features[rows], names, targets == c),
+            ids[np.flatnonzero(targets == c)[np.argsort(-views[0][targets == c, c], kind='stable')][:6]],
+        )
+        for c in told
+    ]
     areas = ', '.join(f'{codes[c]} {format_leaf(leaves[0][c])}' for c in order)
-    summary = f"with the lesion covered, classes are predicted with areas under the ROC curve of {areas} ({len(rows)} of {len(table)} images{_guessed(None if estimated is None else np.asarray(estimated)[rows])})"
-    return [Finding('background-shortcut', 'warning' if told else 'note', summary, len(rows), int(np.isin(targets, told).sum()), tuple(items), metrics, SHORTCUT_REMEDY if told else '')]
+    summary = (
+        f"with the lesion covered, classes are predicted with areas under the ROC curve of {areas} "
+        f"({len(rows)} of {len(table)} "
+        f"images{_guessed(None if estimated is None else np.asarray(estimated)[rows])})"
+    )
+    return [
+        Finding(
+            'background-shortcut',
+            'warning' if told else 'note',
+            summary,
+            len(rows),
+            int(np.isin(targets, told).sum()),
+            tuple(items),
+            metrics,
+            SHORTCUT_REMEDY if told else '',
+        )
+    ]
 
-# %% ../../nbs/audit/51_shortcuts.ipynb #417564a0
+# %% ../../nbs/audit/51_shortcuts.ipynb #ff25670a
 SUSPICIOUS = .65 # lower bound of a column's best area above which it is a warning
 PLAUSIBLE = ('age', 'sex', 'site') # columns that a physician would ask for
 OWN = ('image_id', 'lesion_id', 'patient_id', 'diagnosis', 'split') # ids, the label and what the project itself assigns
@@ -249,22 +371,28 @@ def _cells(column):
     "A column as stripped words; an empty cell is ''."
     return column.astype(object).where(column.notna(), '').astype(str).str.strip()
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #41fb6d92
 def _tokens(words):
     "Whether cells hold lists, and the (N,T) table of what they hold."
     lists = [[t.strip() for t in re.split(r'[;|]', w) if t.strip()] for w in words]
     known = sorted({t for row in lists for t in row})
-    if len(known) > 50: return None
+    if len(known) > 50:
+        return None
     return np.array([[t in row for t in known] for row in map(set, lists)], float)
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #417564a0
 def column_values(
     column:pd.Series, # any column of the table
     ids:set, # image ids of the table
 ) -> tuple: # (N,) int value or (N,T) 0/1 tokens, or None; why it is skipped, or ''
     "A column as values to count, or the reason why not."
     words = _cells(column)
-    filled, distinct = words[words != ''], words.nunique()
-    if distinct < 2: return None, 'holds one value only'
-    if filled.isin(ids).mean() > .5: return None, 'names other images'
+    filled = words[words != '']
+    distinct = words.nunique()
+    if distinct < 2:
+        return None, 'holds one value only'
+    if filled.isin(ids).mean() > .5:
+        return None, 'names other images'
     numbers = pd.to_numeric(filled, errors='coerce')
     if numbers.notna().all() and numbers.nunique() > 20:
         bins = pd.qcut(numbers, 20, labels=False, duplicates='drop')
@@ -272,13 +400,15 @@ def column_values(
     if words.str.contains('[;|]').any():
         tokens = _tokens(words)
         return (None, 'free text') if tokens is None else (tokens, '')
-    if distinct > max(20, .2 * len(filled)): return None, f'has {distinct} values in {len(filled)} filled cells, an id or free text'
+    if distinct > max(20, .2 * len(filled)):
+        return None, f'has {distinct} values in {len(filled)} filled cells, an id or free text'
     return pd.factorize(words, sort=True)[0], ''
 
-# %% ../../nbs/audit/51_shortcuts.ipynb #dec61c0f
+# %% ../../nbs/audit/51_shortcuts.ipynb #b2c39b1b
 def _counted(values, targets, groups, seed, prior=5.):
     "Class probabilities by value, counted out of fold; `prior` images' worth of the overall rates are mixed in."
-    C, V = targets.max() + 1, values.max() + 1
+    C = targets.max() + 1
+    V = values.max() + 1
     probs = np.zeros((len(targets), C))
     for train, test in _folds(targets, groups, seed):
         counts = np.bincount(values[train] * C + targets[train], minlength=V * C).reshape(V, C)
@@ -287,22 +417,26 @@ def _counted(values, targets, groups, seed, prior=5.):
         probs[test] = share[values[test]] / rates.clip(1e-9)
     return probs
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #23b440a7
 def _column_area(values, targets, codes, groups, weights, seed):
     "The class that a column tells best: its code and leaf."
     probs = (_counted if values.ndim == 1 else lambda v, *rest: out_of_fold(v, *rest))(values, targets, groups, seed)
     best = int(np.argmax([weighted_auroc(targets == c, probs[:, c])[0] for c in range(len(codes))]))
     return codes[best], area_leaf(targets == best, probs[:, best], groups, weights)
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #dec61c0f
 def _questions(table):
     "Name, values and reason to skip of each column, and of the gaps of those that have some."
     ids = set(table.image_id)
     for name in table.columns:
-        if name in OWN: continue
+        if name in OWN:
+            continue
         yield name, *column_values(table[name], ids)
         gap = (_cells(table[name]) == '').to_numpy()
-        if .01 <= gap.mean() <= .99: yield f'{name} is empty', gap.astype(int), ''
+        if .01 <= gap.mean() <= .99:
+            yield f'{name} is empty', gap.astype(int), ''
 
-# %% ../../nbs/audit/51_shortcuts.ipynb #60d56d59
+# %% ../../nbs/audit/51_shortcuts.ipynb #d5f588e8
 METADATA_REMEDY = 'Find out when and by whom the column was filled; never make it an input of a model'
 
 def metadata_findings(
@@ -313,22 +447,38 @@ def metadata_findings(
 ) -> list[Finding]: # columns that tell too much, columns that tell what they may, columns that were not asked
     "Which columns of the table predict the diagnosis."
     asked = _asked(table, label_set, (table.diagnosis.fillna('') != '').to_numpy())
-    if isinstance(asked, str): return [Finding('metadata-shortcut', 'note', f'what the columns tell was not asked: {asked}', len(table), 0)]
+    if isinstance(asked, str):
+        return [Finding('metadata-shortcut', 'note', f'what the columns tell was not asked: {asked}', len(table), 0)]
     rows, codes, targets, groups = asked
-    table, weights = table.iloc[rows].reset_index(drop=True), lesion_weights(groups, n_resamples, seed)
-    told, fine, skipped, metrics = [], [], [], {}
+    table = table.iloc[rows].reset_index(drop=True)
+    weights = lesion_weights(groups, n_resamples, seed)
+    told = []
+    fine = []
+    skipped = []
+    metrics = {}
     for name, values, reason in _questions(table):
-        if reason: skipped.append(dict(name=name, images=(), note=reason)); continue
+        if reason:
+            skipped.append(dict(name=name, images=(), note=reason))
+            continue
         code, leaf = _column_area(values, targets, codes, groups, weights, seed)
-        item = dict(name=name, images=(), note=f"tells {code} best, area under the ROC curve {format_leaf(leaf)}, n {leaf['n']}")
+        item = dict(
+            name=name, images=(), note=f"tells {code} best, area under the ROC curve {format_leaf(leaf)}, n {leaf['n']}"
+        )
         metrics[name], suspicious = leaf, (leaf['low'] or 0) > SUSPICIOUS
         (told if suspicious and name not in PLAUSIBLE else fine).append(item)
-    findings = [_columns(part, kind, severity, metrics, len(codes), words, remedy) for part, kind, severity, words, remedy in (
-        (told, 'metadata-shortcut', 'warning', 'tell the diagnosis suspiciously well', METADATA_REMEDY),
-        (fine, 'metadata-signal', 'note', 'were asked for the diagnosis and tell no more than they may', '')) if part]
-    if skipped: findings.append(_columns(skipped, 'metadata-skipped', 'note', {}, 0, 'were not asked', ''))
+    findings = [
+        _columns(part, kind, severity, metrics, len(codes), words, remedy)
+        for part, kind, severity, words, remedy in (
+            (told, 'metadata-shortcut', 'warning', 'tell the diagnosis suspiciously well', METADATA_REMEDY),
+            (fine, 'metadata-signal', 'note', 'were asked for the diagnosis and tell no more than they may', ''),
+        )
+        if part
+    ]
+    if skipped:
+        findings.append(_columns(skipped, 'metadata-skipped', 'note', {}, 0, 'were not asked', ''))
     return findings
 
+# %% ../../nbs/audit/51_shortcuts.ipynb #60d56d59
 def _columns(items, kind, severity, metrics, n_classes, words, remedy):
     "A finding on some columns, the most telling first."
     items = sorted(items, key=lambda i: -(metrics[i['name']]['value'] or 0) if metrics else 0)

@@ -19,13 +19,14 @@ os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 # %% ../../nbs/data/13_augment.ipynb #cc021b09
 import albumentations as A
 
-# %% ../../nbs/data/13_augment.ipynb #d82097dc
+# %% ../../nbs/data/13_augment.ipynb #d63b9c50
 AUGMENT_POLICIES = ('none', 'light', 'medium', 'heavy')
 
 def _turns():
     "Each of the eight turns and mirrorings of a square, equally often."
     return [A.HorizontalFlip(p=.5), A.VerticalFlip(p=.5), A.Transpose(p=.5)]
 
+# %% ../../nbs/data/13_augment.ipynb #da1a6a2b
 def _moves(
     zoom:tuple, # smallest and largest scale
     angle:float, # degrees, to either side
@@ -33,9 +34,18 @@ def _moves(
     shear:float=0., # degrees, to either side
 ):
     "Scale, turn and move, mirroring what comes in at the border."
-    return A.Affine(scale=zoom, rotate=(-angle, angle), translate_percent=(-shift, shift), shear=(-shear, shear), keep_ratio=True,
-                    interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101, p=.8)
+    return A.Affine(
+        scale=zoom,
+        rotate=(-angle, angle),
+        translate_percent=(-shift, shift),
+        shear=(-shear, shear),
+        keep_ratio=True,
+        interpolation=cv2.INTER_LINEAR,
+        border_mode=cv2.BORDER_REFLECT_101,
+        p=0.8,
+    )
 
+# %% ../../nbs/data/13_augment.ipynb #d82097dc
 def _light(
     amount:float, # relative change of brightness, contrast and saturation
     hue:float, # share of the colour circle, to either side
@@ -44,17 +54,25 @@ def _light(
     around = (1 - amount, 1 + amount)
     return A.ColorJitter(brightness=around, contrast=around, saturation=around, hue=(-hue, hue), p=.8)
 
-# %% ../../nbs/data/13_augment.ipynb #1f7c850c
+# %% ../../nbs/data/13_augment.ipynb #abd440c2
 def _shapes(policy):
     "The steps of a policy that move pixels."
     return dict(none=lambda: [], light=_turns, medium=lambda: [*_turns(), _moves((.85, 1.2), 30, .08)],
                 heavy=lambda: [*_turns(), _moves((.7, 1.4), 45, .12, shear=8)])[policy]()
 
+# %% ../../nbs/data/13_augment.ipynb #1f7c850c
 def _lights(policy, size):
     "The steps of a policy that change what pixels show."
-    return dict(none=lambda: [], light=lambda: [A.RandomBrightnessContrast(.1, .1, p=.5)], medium=lambda: [_light(.15, .02)],
-                heavy=lambda: [_light(.3, .03), A.GaussianBlur(blur_limit=0, sigma_limit=(size / 200, size / 90), p=.2),
-                               A.CoarseDropout((1, 4), (.08, .2), (.08, .2), fill=(124, 116, 104), p=.3)])[policy]()
+    return dict(
+        none=lambda: [],
+        light=lambda: [A.RandomBrightnessContrast(0.1, 0.1, p=0.5)],
+        medium=lambda: [_light(0.15, 0.02)],
+        heavy=lambda: [
+            _light(0.3, 0.03),
+            A.GaussianBlur(blur_limit=0, sigma_limit=(size / 200, size / 90), p=0.2),
+            A.CoarseDropout((1, 4), (0.08, 0.2), (0.08, 0.2), fill=(124, 116, 104), p=0.3),
+        ],
+    )[policy]()
 
 # %% ../../nbs/data/13_augment.ipynb #b3fcd943
 def _ink(
@@ -66,7 +84,8 @@ def _ink(
 ) -> np.ndarray: # (H,W,3) uint8, a copy
     "Antialiased strokes laid over an image."
     cover = np.zeros(image.shape[:2], np.uint8)
-    for line in lines: cv2.polylines(cover, [np.round(np.asarray(line) * 16).astype(np.int32)], False, 255, width, cv2.LINE_AA, 4)
+    for line in lines:
+        cv2.polylines(cover, [np.round(np.asarray(line) * 16).astype(np.int32)], False, 255, width, cv2.LINE_AA, 4)
     share = cover.astype(np.float32)[..., None] * np.float32(opacity / 255)
     return np.round(image + (np.asarray(colour, np.float32) - image) * share).astype(np.uint8)
 
@@ -79,9 +98,11 @@ def draw_hair(
     h, w = image.shape[:2]
     number = rng.integers(2, 10)
     angle = rng.uniform(0, 2 * math.pi) + rng.normal(0, .45, (number, 1))
-    length, bend = h * rng.uniform(.35, 1.1, (number, 1)), rng.normal(0, .3, (number, 1))
+    length = h * rng.uniform(.35, 1.1, (number, 1))
+    bend = rng.normal(0, .3, (number, 1))
     t = np.linspace(-.5, .5, 9)
-    along, across = length * t, length * bend * (t ** 2 - .08)
+    along = length * t
+    across = length * bend * (t ** 2 - .08)
     x = rng.uniform(0, w, (number, 1)) + along * np.cos(angle) - across * np.sin(angle)
     y = rng.uniform(0, h, (number, 1)) + along * np.sin(angle) + across * np.cos(angle)
     colour = np.array([52, 36, 30]) + rng.uniform(-20, 25)
@@ -96,27 +117,38 @@ def draw_ruler(
     h, w = image.shape[:2]
     side = min(h, w)
     turn = rng.integers(4) * math.pi / 2 + rng.normal(0, .2)
-    out, way = np.array([math.cos(turn), math.sin(turn)]), np.array([-math.sin(turn), math.cos(turn)])
+    out = np.array([math.cos(turn), math.sin(turn)])
+    way = np.array([-math.sin(turn), math.cos(turn)])
     middle = np.array([w / 2, h / 2]) + out * side * rng.uniform(.36, .44) + way * side * rng.uniform(-.2, .2)
-    gap, number = side * rng.uniform(.04, .07), rng.integers(7, 20)
+    gap = side * rng.uniform(.04, .07)
+    number = rng.integers(7, 20)
     starts = middle + way * gap * (np.arange(number) - number / 2)[:, None]
     ends = starts + out * side * np.where(np.arange(number) % 5 == 0, .07, .04)[:, None]
-    return _ink(image, np.stack([starts, ends], 1), rng.uniform(15, 70) * np.ones(3), rng.uniform(.7, 1), max(1, round(side / 140)))
+    return _ink(
+        image,
+        np.stack([starts, ends], 1),
+        rng.uniform(15, 70) * np.ones(3),
+        rng.uniform(0.7, 1),
+        max(1, round(side / 140)),
+    )
 
-# %% ../../nbs/data/13_augment.ipynb #aa55cd02
+# %% ../../nbs/data/13_augment.ipynb #0d344817
 class _Overlay(A.ImageOnlyTransform):
     "A drawing that depends on one number drawn from the stream of the view."
     def __init__(self, p:float=.5):
         super().__init__(p=p)
 
-    def get_params(self): return dict(seed=self.py_random.getrandbits(63))
+    def get_params(self):
+        return dict(seed=self.py_random.getrandbits(63))
 
+# %% ../../nbs/data/13_augment.ipynb #17dd5456
 class Hair(_Overlay):
     "`draw_hair` as a step."
     def apply(self, img, seed=0, **params):
         "The image behind hair."
         return draw_hair(img, np.random.default_rng(seed))
 
+# %% ../../nbs/data/13_augment.ipynb #aa55cd02
 class Ruler(_Overlay):
     "`draw_ruler` as a step."
     def apply(self, img, seed=0, **params):
@@ -134,10 +166,15 @@ def make_augment(
 ) -> A.Compose: # image (size,size,3) uint8 -> the same shape; takes a mask along
     "The variations of a policy; draw a view with `augment_image`."
     if policy not in AUGMENT_POLICIES:
-        raise ValueError(f"augment policy '{policy}' is not one of {', '.join(AUGMENT_POLICIES)}.{nearest(str(policy), AUGMENT_POLICIES)}")
-    if isinstance(artefacts, str): raise ValueError(f"artefacts is the text '{artefacts}'; give a list, such as ['hair']")
+        raise ValueError(
+            f"augment policy '{policy}' is not one of "
+            f"{', '.join(AUGMENT_POLICIES)}.{nearest(str(policy), AUGMENT_POLICIES)}"
+        )
+    if isinstance(artefacts, str):
+        raise ValueError(f"artefacts is the text '{artefacts}'; give a list, such as ['hair']")
     for name in artefacts:
-        if name not in ARTEFACTS: raise ValueError(f"artefact '{name}' is not one of {', '.join(ARTEFACTS)}.{nearest(str(name), ARTEFACTS)}")
+        if name not in ARTEFACTS:
+            raise ValueError(f"artefact '{name}' is not one of {', '.join(ARTEFACTS)}.{nearest(str(name), ARTEFACTS)}")
     drawn = [_STEPS[name]() for name in ARTEFACTS if name in artefacts]
     return A.Compose([*_shapes(policy), *drawn, *_lights(policy, size)])
 
@@ -148,6 +185,7 @@ def augment_image(
     seed:int, # >= 0; same seed, same view
 ) -> np.ndarray: # (H,W,3) uint8
     "One view of an image, a pure function of image and seed."
-    if not augment.transforms: return np.array(image, order='C')
+    if not augment.transforms:
+        return np.array(image, order='C')
     augment.set_random_state(np.random.default_rng(seed), random.Random(seed))
     return np.ascontiguousarray(augment(image=image)['image'])

@@ -25,16 +25,20 @@ def view_seed(
     "The seed of one view of one image."
     return int.from_bytes(hashlib.blake2b(f'{seed}|{epoch}|{image_id}'.encode(), digest_size=8).digest(), 'big')
 
-# %% ../../nbs/data/17_datasets.ipynb #aa436e36
+# %% ../../nbs/data/17_datasets.ipynb #95a397ed
 def _targets(
     table:pd.DataFrame, # image_id, diagnosis
     label_set, # taxonomy.LabelSet
 ) -> torch.Tensor: # (N,) int64
     "Class numbers; a word that is no class is an error naming its image."
     first = table.drop_duplicates('diagnosis')
-    index = {word: label_set.index(label_set.parse(word, where=f"image '{image_id}'")) for word, image_id in zip(first['diagnosis'], first['image_id'])}
+    index = {
+        word: label_set.index(label_set.parse(word, where=f"image '{image_id}'"))
+        for word, image_id in zip(first['diagnosis'], first['image_id'])
+    }
     return torch.tensor([index[word] for word in table['diagnosis']], dtype=torch.int64)
 
+# %% ../../nbs/data/17_datasets.ipynb #aa436e36
 def _check_extra(
     targets:dict, # head -> (N,) int64
     n:int, # rows of the dataset
@@ -43,7 +47,10 @@ def _check_extra(
     for name, values in targets.items():
         if not torch.is_tensor(values) or values.dtype != torch.int64 or values.shape != (n,):
             found = f'{values.dtype} {tuple(values.shape)}' if torch.is_tensor(values) else type(values).__name__
-            raise ValueError(f"targets_extra['{name}'] is {found}; a tensor int64 ({n},) is expected, one number for each row of the table, -1 where unknown")
+            raise ValueError(
+                f"targets_extra['{name}'] is {found}; a tensor int64 ({n},) is expected, one number for "
+                "each row of the table, -1 where unknown"
+            )
     return dict(targets)
 
 # %% ../../nbs/data/17_datasets.ipynb #87b75324
@@ -58,17 +65,24 @@ class LesionDataset(Dataset):
         seed:int=0, # of the augmentation
         targets_extra:dict|None=None, # of further heads: name -> (N,) int64, -1 where unknown
     ):
-        if not len(table): raise ValueError('the table of this dataset has no rows; check the split it was taken from')
-        self.store, self.label_set, self.seed = store, label_set, seed
+        if not len(table):
+            raise ValueError('the table of this dataset has no rows; check the split it was taken from')
+        self.store = store
+        self.label_set = label_set
+        self.seed = seed
         self.table = table.reset_index(drop=True)
         self.ids = self.table['image_id'].tolist()
-        for image_id in self.ids: store.position(image_id)
+        for image_id in self.ids:
+            store.position(image_id)
         self.targets = torch.full((len(self.ids),), -1) if label_set is None else _targets(self.table, label_set)
         self.targets_extra = _check_extra(targets_extra or {}, len(self.ids))
-        self.metadata = torch.zeros(len(self.ids), 0) if encoder is None else torch.from_numpy(encoder.encode(self.table))
+        self.metadata = (
+            torch.zeros(len(self.ids), 0) if encoder is None else torch.from_numpy(encoder.encode(self.table))
+        )
         self.augment = make_augment(augment, store.size) if isinstance(augment, str) else augment
 
-    def __len__(self): return len(self.ids)
+    def __len__(self):
+        return len(self.ids)
 
     def view(self,
         i:int, # row of the table, from 0
@@ -76,7 +90,11 @@ class LesionDataset(Dataset):
     ) -> np.ndarray: # (H,W,3) uint8
         "The pixels of one view, a pure function of (seed, epoch, image_id)."
         image = self.store.image(self.ids[i])
-        return image if self.augment is None else augment_image(self.augment, image, view_seed(self.seed, epoch, self.ids[i]))
+        return (
+            image
+            if self.augment is None
+            else augment_image(self.augment, image, view_seed(self.seed, epoch, self.ids[i]))
+        )
 
     def __getitem__(self, key):
         "The item of row `i`, or of `(i, epoch)`; the image normalised, (3,H,W) float32."
@@ -90,7 +108,9 @@ def facts(self:LesionDataset,
 ) -> dict: # metadata (B,D) float32, target (B,) int64, index, and heads: name -> (B,) int64, absent where the dataset has none
     "All that goes with the images of some rows."
     heads = {name: values[index] for name, values in self.targets_extra.items()}
-    return dict(metadata=self.metadata[index], target=self.targets[index], index=index) | (dict(heads=heads) if heads else {})
+    return dict(metadata=self.metadata[index], target=self.targets[index], index=index) | (
+        dict(heads=heads) if heads else {}
+    )
 
 # %% ../../nbs/data/17_datasets.ipynb #b032be38
 class EpochSampler(Sampler):
@@ -102,21 +122,34 @@ class EpochSampler(Sampler):
         shuffle:bool=False, # False for the order of the rows
         skip:int=0, # items of this epoch already seen, 0 to n
     ):
-        if not 0 <= skip <= n: raise ValueError(f"skip is {skip}; an epoch of {n} items can skip 0 to {n}")
-        self.n, self.epoch, self.seed, self.shuffle, self.skip = n, epoch, seed, shuffle, skip
+        if not 0 <= skip <= n:
+            raise ValueError(f"skip is {skip}; an epoch of {n} items can skip 0 to {n}")
+        self.n = n
+        self.epoch = epoch
+        self.seed = seed
+        self.shuffle = shuffle
+        self.skip = skip
 
-    def __len__(self): return self.n
+    def __len__(self):
+        return self.n
 
     def __iter__(self):
-        order = np.random.default_rng([view_seed(self.seed, self.epoch, 'order')]).permutation(self.n) if self.shuffle else np.arange(self.n)
+        order = (
+            np.random.default_rng([view_seed(self.seed, self.epoch, 'order')]).permutation(self.n)
+            if self.shuffle
+            else np.arange(self.n)
+        )
         return iter([(i, self.epoch) for i in order[self.skip:].tolist()])
 
-# %% ../../nbs/data/17_datasets.ipynb #e9568dac
+# %% ../../nbs/data/17_datasets.ipynb #4e1097bf
 class _Views(Dataset):
     "The rows and raw pixels of a `LesionDataset`, for `_collate`."
-    def __init__(self, dataset): self.dataset = dataset
-    def __len__(self): return len(self.dataset)
-    def __getitem__(self, key): return key[0], self.dataset.view(*key)
+    def __init__(self, dataset):
+        self.dataset = dataset
+    def __len__(self):
+        return len(self.dataset)
+    def __getitem__(self, key):
+        return key[0], self.dataset.view(*key)
 
     def collate(self,
         items:list, # of (i, view)
@@ -125,6 +158,7 @@ class _Views(Dataset):
         rows, views = zip(*items)
         return dict(image=normalise(np.stack(views), channels_last=True), **self.dataset.facts(torch.tensor(rows)))
 
+# %% ../../nbs/data/17_datasets.ipynb #e9568dac
 def _start_worker(worker:int):
     "OpenCV in one thread: its threads do not survive the fork, and workers share the cores already."
     cv2.setNumThreads(0)
@@ -140,7 +174,16 @@ def make_loader(
     drop_last:bool=False, # leave out a last batch that is not full
 ) -> DataLoader: # of dict(image, metadata, target, index, and heads where there are)
     "The batches of one epoch; the global random state is left alone."
-    if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; choose 1 or more")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; choose 1 or more")
     views = _Views(dataset)
-    return DataLoader(views, batch_size=batch_size, sampler=EpochSampler(len(dataset), epoch, dataset.seed, shuffle, skip), num_workers=workers,
-                      collate_fn=views.collate, drop_last=drop_last, worker_init_fn=_start_worker, generator=torch.Generator().manual_seed(0))
+    return DataLoader(
+        views,
+        batch_size=batch_size,
+        sampler=EpochSampler(len(dataset), epoch, dataset.seed, shuffle, skip),
+        num_workers=workers,
+        collate_fn=views.collate,
+        drop_last=drop_last,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -20,11 +20,17 @@ def parse_age(
 ) -> float: # years in [0, 120], NaN where unknown
     "Read an age; an error says where it stands and what is allowed."
     text = '' if age is None else str(age).strip()
-    if text.lower() in ('', 'nan', 'unknown', 'none', '<na>'): return math.nan
-    try: years = float(text)
-    except ValueError: years = math.inf
+    if text.lower() in ('', 'nan', 'unknown', 'none', '<na>'):
+        return math.nan
+    try:
+        years = float(text)
+    except ValueError:
+        years = math.inf
     if not 0 <= years <= 120:
-        raise ValueError(f"{where}{': ' if where else ''}age '{text}' is not a number of years from 0 to 120; correct it, or leave it empty if unknown")
+        raise ValueError(
+            f"{where}{': ' if where else ''}age '{text}' is not a number of years from 0 to 120; "
+            "correct it, or leave it empty if unknown"
+        )
     return years
 
 # %% ../../nbs/data/16_metadata.ipynb #b99d838c
@@ -36,14 +42,17 @@ def _column(
 ) -> list: # a parsed value per row
     "Parse each distinct value of a column once; errors name the image, or the row of the file where there are no ids."
     if name not in table:
-        raise ValueError(f"{where}{': ' if where else ''}column '{name}' is missing; add it, with empty cells where it is unknown")
+        raise ValueError(
+            f"{where}{': ' if where else ''}column '{name}' is missing; add it, with empty cells where it is unknown"
+        )
     known = {}
     def read(value, row):
         place = f"image '{table['image_id'].iloc[row]}'" if 'image_id' in table else f'row {row + 2}'
         return parse(value, f'{where} {place}'.strip())
     values = table[name].astype(object).where(table[name].notna(), '').tolist()
     for row, value in enumerate(values):
-        if value not in known: known[value] = read(value, row)
+        if value not in known:
+            known[value] = read(value, row)
     return [known[v] for v in values]
 
 # %% ../../nbs/data/16_metadata.ipynb #157c0cca
@@ -60,7 +69,11 @@ def _encode(
     start = 2
     for name, parse, words in (('sex', parse_sex, encoder.sexes), ('site', parse_site, encoder.sites)):
         hot = pd.Index([*words, '']).get_indexer(_column(table, name, parse, where))
-        if (hot < 0).any(): raise ValueError(f"{where} {name} is not one of {', '.join(words)}, which this encoder was fitted with; fit it anew".strip())
+        if (hot < 0).any():
+            raise ValueError(
+                f"{where} {name} is not one of {', '.join(words)}, which this encoder was fitted with; "
+                "fit it anew".strip()
+            )
         out[np.arange(len(table)), start + hot] = 1
         start += len(words) + 1
     return out
@@ -72,12 +85,18 @@ def _check_encoder(
 ):
     "Raise on unknown, missing or impossible values."
     for key in sorted(set(values) - set(allowed)):
-        raise ValueError(f"metadata encoder: unknown key '{key}'; allowed are {', '.join(allowed)}.{nearest(key, allowed)}")
+        raise ValueError(
+            f"metadata encoder: unknown key '{key}'; allowed are {', '.join(allowed)}.{nearest(key, allowed)}"
+        )
     for key in allowed:
-        if key not in values: raise ValueError(f"metadata encoder: key '{key}' is missing; it needs {', '.join(allowed)}")
-    mean, std = values['age_mean'], values['age_std']
+        if key not in values:
+            raise ValueError(f"metadata encoder: key '{key}' is missing; it needs {', '.join(allowed)}")
+    mean = values['age_mean']
+    std = values['age_std']
     if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in (mean, std)) or std <= 0:
-        raise ValueError(f"metadata encoder: age_mean {mean} and age_std {std} must be finite numbers of years, age_std above 0")
+        raise ValueError(
+            f"metadata encoder: age_mean {mean} and age_std {std} must be finite numbers of years, age_std above 0"
+        )
 
 # %% ../../nbs/data/16_metadata.ipynb #880e5a18
 @dataclass(frozen=True)
@@ -104,7 +123,12 @@ class MetadataEncoder:
     @property
     def names(self) -> list:
         "What each column means."
-        return ['age', 'age_missing', *(f'sex_{s}' for s in (*self.sexes, 'missing')), *(f'site_{s}' for s in (*self.sites, 'missing'))]
+        return [
+            'age',
+            'age_missing',
+            *(f'sex_{s}' for s in (*self.sexes, 'missing')),
+            *(f'site_{s}' for s in (*self.sites, 'missing')),
+        ]
 
     @property
     def dim(self) -> int:
@@ -118,7 +142,7 @@ class MetadataEncoder:
         "Encode each row; an unknown word or an impossible age is an error."
         return _encode(self, table, where)
 
-# %% ../../nbs/data/16_metadata.ipynb #b137ff66
+# %% ../../nbs/data/16_metadata.ipynb #69be33c1
 @patch
 def encode_one(self:MetadataEncoder,
     age=None, # years, None or '' where unknown
@@ -129,11 +153,13 @@ def encode_one(self:MetadataEncoder,
     row = pd.DataFrame(dict(age=[parse_age(age)], sex=[parse_sex(sex)], site=[parse_site(site)]))
     return self.encode(row)[0]
 
+# %% ../../nbs/data/16_metadata.ipynb #078e95be
 @patch
 def to_dict(self:MetadataEncoder) -> dict: # plain JSON values
     "What `from_dict` rebuilds the encoder from, exactly."
     return {**asdict(self), 'sexes': list(self.sexes), 'sites': list(self.sites)}
 
+# %% ../../nbs/data/16_metadata.ipynb #b137ff66
 @patch(cls_method=True)
 def from_dict(cls:MetadataEncoder,
     values:dict, # from `to_dict`, through JSON or not
@@ -144,8 +170,12 @@ def from_dict(cls:MetadataEncoder,
 
 # %% ../../nbs/data/16_metadata.ipynb #66a45e9e
 @patch
-def groups(self:MetadataEncoder) -> list: # of dict: name, columns (list of int), missing (list of float, one per column); plain JSON values
+def groups(
+    self: MetadataEncoder,
+) -> list: # of dict: name, columns (list of int), missing (list of float, one per column); plain JSON values
     "The columns of each field, and their values where it is unknown."
-    unknown, fields = self.encode_one().tolist(), {}
-    for column, name in enumerate(self.names): fields.setdefault(name.split('_')[0], []).append(column)
+    unknown = self.encode_one().tolist()
+    fields = {}
+    for column, name in enumerate(self.names):
+        fields.setdefault(name.split('_')[0], []).append(column)
     return [dict(name=name, columns=columns, missing=[unknown[c] for c in columns]) for name, columns in fields.items()]

@@ -31,7 +31,9 @@ class DatasetError(ValueError):
     def __init__(self, where, problems):
         self.problems = list(problems)
         shown = self.problems[:10] + [f"... and {len(self.problems) - 10} more"] * (len(self.problems) > 10)
-        super().__init__(shown[0] if len(shown) == 1 else '\n  '.join([f"{where}: {len(self.problems)} problems", *shown]))
+        super().__init__(
+            shown[0] if len(shown) == 1 else '\n  '.join([f"{where}: {len(self.problems)} problems", *shown])
+        )
 
 # %% ../../nbs/data/10_schema.ipynb #e3f9a759
 @dataclass(frozen=True)
@@ -57,20 +59,41 @@ class DatasetInfo:
 # %% ../../nbs/data/10_schema.ipynb #c583baed
 def _read_info(path):
     "`dataset.json`, every key known."
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, so {path.parent} is no dataset folder; make one with `skinlesion import`")
-    values, allowed = read_json(path), [f.name for f in fields(DatasetInfo)]
-    if not isinstance(values, dict): raise DatasetError(path, [f"{path}: a JSON object is expected, with {', '.join(allowed)}"])
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file, so {path.parent} is no dataset folder; make one with `skinlesion import`"
+        )
+    values = read_json(path)
+    allowed = [f.name for f in fields(DatasetInfo)]
+    if not isinstance(values, dict):
+        raise DatasetError(path, [f"{path}: a JSON object is expected, with {', '.join(allowed)}"])
     version = values.get('schema_version')
     if version != SCHEMA_VERSION:
-        raise DatasetError(path, [f"{path}: schema_version is {version!r}; this version of skinlesion reads {SCHEMA_VERSION}. Import the data again"])
-    problems = [f"{path}: unknown key '{k}'; allowed are {', '.join(allowed)}.{nearest(k, allowed)}" for k in values if k not in allowed]
+        raise DatasetError(
+            path,
+            [
+                f"{path}: schema_version is {version!r}; this version of skinlesion reads {SCHEMA_VERSION}. "
+                "Import the data again"
+            ],
+        )
+    problems = [
+        f"{path}: unknown key '{k}'; allowed are {', '.join(allowed)}.{nearest(k, allowed)}"
+        for k in values
+        if k not in allowed
+    ]
     problems += [f"{path}: the key '{k}' is missing" for k in ('name', 'label_set', 'n_images') if k not in values]
     if not isinstance(values.get('unlabelled', False), bool):
-        problems.append(f"{path}: unlabelled is {values['unlabelled']!r}; allowed are true (rows without a diagnosis serve pretraining) and false")
-    if problems: raise DatasetError(path, problems)
+        problems.append(
+            f"{path}: unlabelled is {values['unlabelled']!r}; allowed are true (rows without a "
+            "diagnosis serve pretraining) and false"
+        )
+    if problems:
+        raise DatasetError(path, problems)
     info = DatasetInfo(**values)
-    try: info.labels()
-    except (ValueError, TypeError) as e: raise DatasetError(path, [f"{path}: {e}"]) from None
+    try:
+        info.labels()
+    except (ValueError, TypeError) as e:
+        raise DatasetError(path, [f"{path}: {e}"]) from None
     return info
 
 # %% ../../nbs/data/10_schema.ipynb #9fb24151
@@ -79,20 +102,27 @@ def _table_text(source, name):
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         text = data.decode('utf-8-sig')
-    except FileNotFoundError: raise FileNotFoundError(f"{name}: no such table; check the path") from None
-    except IsADirectoryError: raise DatasetError(name, [f"{name}: this is a folder; name the CSV file"]) from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such table; check the path") from None
+    except IsADirectoryError:
+        raise DatasetError(name, [f"{name}: this is a folder; name the CSV file"]) from None
     except UnicodeDecodeError as e:
         line = data[:e.start].count(b'\n') + 1
         raise DatasetError(name, [f"{name} row {line}: not UTF-8 at byte {e.start}; save the table as UTF-8"]) from None
     header = text.lstrip().split('\n', 1)[0]
     return text, max(',\t;', key=header.count)
 
-# %% ../../nbs/data/10_schema.ipynb #1955e795
+# %% ../../nbs/data/10_schema.ipynb #f45ce808
 def _other_delimiter(name, header):
     "What is wrong with a header that another sign divides."
-    if len(header) > 1 or '|' not in header[0]: return []
-    return [f"{name} row 1: one column is called '{header[0]}', as if '|' divided columns; allowed are comma, semicolon and tab. Save the table with one of them"]
+    if len(header) > 1 or '|' not in header[0]:
+        return []
+    return [
+        f"{name} row 1: one column is called '{header[0]}', as if '|' divided columns; allowed are "
+        "comma, semicolon and tab. Save the table with one of them"
+    ]
 
+# %% ../../nbs/data/10_schema.ipynb #1955e795
 def read_table(
     source:Path|str|bytes, # a CSV in UTF-8 with a header, or its bytes; also tab or semicolon separated
     name:str|None=None, # what errors call it; the path by default
@@ -105,14 +135,27 @@ def read_table(
         header = [c.strip() for c in next(reader, [])]
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as e:
-        raise DatasetError(name, [f"{name} row {reader.line_num}: not readable as CSV ({e}); close every quote that is opened, "
-                                  "and save the table as CSV again"]) from None
+        raise DatasetError(
+            name,
+            [
+                f"{name} row {reader.line_num}: not readable as CSV ({e}); close every quote that is "
+                "opened, "
+                "and save the table as CSV again"
+            ],
+        ) from None
     doubled = sorted({c for c in header if header.count(c) > 1})
-    if not header: raise DatasetError(name, [f"{name}: the table is empty; its first row must name the columns"])
-    problems = [f"{name} row 1: the column '{c}' is there twice; rename one" for c in doubled] + _other_delimiter(name, header)
-    problems += [f"{name} row {line}: {len(row)} cells where the header has {len(header)}; quote cells that hold a comma"
-                 for line, row in rows if len(row) != len(header)]
-    if problems: raise DatasetError(name, problems)
+    if not header:
+        raise DatasetError(name, [f"{name}: the table is empty; its first row must name the columns"])
+    problems = [f"{name} row 1: the column '{c}' is there twice; rename one" for c in doubled] + _other_delimiter(
+        name, header
+    )
+    problems += [
+        f"{name} row {line}: {len(row)} cells where the header has {len(header)}; quote cells that hold a comma"
+        for line, row in rows
+        if len(row) != len(header)
+    ]
+    if problems:
+        raise DatasetError(name, problems)
     return pd.DataFrame([row for _, row in rows], columns=header, dtype=str), np.array([line for line, _ in rows], int)
 
 # %% ../../nbs/data/10_schema.ipynb #9340904d
@@ -124,31 +167,48 @@ def table_schema(
     unlabelled:bool=False, # whether it may also be empty
 ) -> pa.DataFrameSchema: # for a table whose words are translated
     "What a canonical table must be."
-    word = lambda allowed: pa.Column(str, pa.Check.isin(list(allowed)))
-    return pa.DataFrameSchema({
-        'image_id': pa.Column(str, [pa.Check.str_matches(_FILE_NAME), pa.Check(lambda c: ~_is_missing(c), name='named')], unique=True,
-                              report_duplicates='exclude_first'),
-        'lesion_id': pa.Column(str), 'patient_id': pa.Column(str),
-        'diagnosis': word(('', *label_set.codes) if unlabelled else label_set.codes), 'diagnosis_confirm_type': pa.Column(str),
-        'age': pa.Column(float, pa.Check.in_range(0, 120), nullable=True),
-        'sex': word(('', *SEXES)), 'site': word(('', *SITES))}, strict=False)
+    def word(allowed):
+        return pa.Column(str, pa.Check.isin(list(allowed)))
+    return pa.DataFrameSchema(
+        {
+            'image_id': pa.Column(
+                str,
+                [pa.Check.str_matches(_FILE_NAME), pa.Check(lambda c: ~_is_missing(c), name='named')],
+                unique=True,
+                report_duplicates='exclude_first',
+            ),
+            'lesion_id': pa.Column(str),
+            'patient_id': pa.Column(str),
+            'diagnosis': word(('', *label_set.codes) if unlabelled else label_set.codes),
+            'diagnosis_confirm_type': pa.Column(str),
+            'age': pa.Column(float, pa.Check.in_range(0, 120), nullable=True),
+            'sex': word(('', *SEXES)),
+            'site': word(('', *SITES)),
+        },
+        strict=False,
+    )
 
-# %% ../../nbs/data/10_schema.ipynb #5a314735
+# %% ../../nbs/data/10_schema.ipynb #8ce829f4
 def _translate(column, parse):
     "Each distinct word by `parse`; those it refuses stay."
     def known(word):
-        try: return parse(word)
-        except ValueError: return word
+        try:
+            return parse(word)
+        except ValueError:
+            return word
     return column.map({w: known(w) for w in column.unique()}).astype(str)
 
+# %% ../../nbs/data/10_schema.ipynb #9ab36544
 def _is_missing(column):
     "Where a cell says that nothing is known."
     return column.map({w: is_missing(w) for w in column.unique()}).astype(bool)
 
+# %% ../../nbs/data/10_schema.ipynb #8cecbcb0
 def _years(column):
     "Missing is NaN, and what is no number is infinite, which no range allows."
     return pd.to_numeric(column, errors='coerce').astype(float).fillna(np.inf).mask(_is_missing(column))
 
+# %% ../../nbs/data/10_schema.ipynb #5a314735
 def _known(column):
     "An id, '' where none is known: rows without a patient are no patient of that name."
     return column.mask(_is_missing(column), '')
@@ -160,43 +220,63 @@ def _fault(column, word, first, label_set):
         return (f"the diagnosis is empty; it must be in label set {label_set.name} ({', '.join(label_set.codes)}). "
                 "Only a dataset that says so (--unlabelled) may hold rows without one, for pretraining")
     try:
-        if column == 'diagnosis': label_set.parse(word)
-        if column in ('sex', 'site'): (parse_sex if column == 'sex' else parse_site)(word)
-    except ValueError as e: return str(e)
-    if column == 'age': return f"age '{word}' is not a number of years from 0 to 120; correct it, or leave it empty if unknown"
-    if is_missing(word): return f"{column} '{word}' names no image; give each image a name of its own"
-    if first: return f"{column} '{word}' is already in row {first}; every image has one row and a name of its own"
+        if column == 'diagnosis':
+            label_set.parse(word)
+        if column in ('sex', 'site'):
+            (parse_sex if column == 'sex' else parse_site)(word)
+    except ValueError as e:
+        return str(e)
+    if column == 'age':
+        return f"age '{word}' is not a number of years from 0 to 120; correct it, or leave it empty if unknown"
+    if is_missing(word):
+        return f"{column} '{word}' names no image; give each image a name of its own"
+    if first:
+        return f"{column} '{word}' is already in row {first}; every image has one row and a name of its own"
     return f"{column} '{word}' cannot be the name of a file; use letters, digits, '_' and '-'"
 
 # %% ../../nbs/data/10_schema.ipynb #b6a72d2f
 def _faults(table, words, lines, where, label_set, unlabelled):
     "Every failed cell as a sentence, in the order of the file."
-    try: table_schema(label_set, unlabelled).validate(table, lazy=True)
-    except pa.errors.SchemaErrors as e: cases = e.failure_cases
-    else: return []
+    try:
+        table_schema(label_set, unlabelled).validate(table, lazy=True)
+    except pa.errors.SchemaErrors as e:
+        cases = e.failure_cases
+    else:
+        return []
     first = {i: int(line) for i, line in zip(words.image_id[::-1], lines[::-1])}
     cells = {c: words[c].tolist() for c in COLUMNS}
-    found = sorted({(int(at), column, check == 'field_uniqueness') for at, column, check in zip(cases['index'], cases.column, cases.check)})
+    found = sorted(
+        {
+            (int(at), column, check == 'field_uniqueness')
+            for at, column, check in zip(cases['index'], cases.column, cases.check)
+        }
+    )
     sentence = lru_cache(maxsize=None)(lambda *fault: _fault(*fault, label_set))
     return [f"{where} row {lines[at]}: {sentence(column, cells[column][at], first[cells[column][at]] if twice else 0)}"
             for at, column, twice in found]
 
-# %% ../../nbs/data/10_schema.ipynb #f174de4a
+# %% ../../nbs/data/10_schema.ipynb #1462fe7c
 def file_key(
     image_id:str, # of a table
 ) -> str: # equal for names that some disk holds for one
     "The form in which names of files are compared: no case, accents composed."
     return unicodedata.normalize('NFC', image_id).casefold()
 
+# %% ../../nbs/data/10_schema.ipynb #f174de4a
 def _same_file(ids, lines, where):
     "A sentence for every id that some disk could not tell from an earlier one."
-    if ids.map(file_key).nunique() == ids.nunique(): return []
-    first, problems = {}, []
+    if ids.map(file_key).nunique() == ids.nunique():
+        return []
+    first = {}
+    problems = []
     for image_id, line in zip(ids, lines):
         other, at = first.setdefault(file_key(image_id), (image_id, line))
         if other != image_id:
-            problems.append(f"{where} row {line}: image_id '{image_id}' is already in row {at}; there it is written '{other}', and a disk that ignores "
-                            "case or how an accent is written holds one file for both. Rename one")
+            problems.append(
+                f"{where} row {line}: image_id '{image_id}' is already in row {at}; there it is written "
+                f"'{other}', and a disk that ignores "
+                "case or how an accent is written holds one file for both. Rename one"
+            )
     return problems
 
 # %% ../../nbs/data/10_schema.ipynb #d5c4405f
@@ -209,21 +289,37 @@ def validate_table(
 ) -> pd.DataFrame: # canonical: COLUMNS first, str but for age (float, NaN if unknown), index 0 to N-1
     "Translate and check a table; an empty `lesion_id` makes the image a lesion of its own."
     missing = [c for c in COLUMNS if c not in table]
-    if missing: raise DatasetError(where, [f"{where}: the column '{c}' is missing (an empty column means unknown).{nearest(c, table.columns)}"
-                                           for c in missing])
-    if not len(table): raise DatasetError(where, [f"{where}: there is no row below the header; add the images"])
+    if missing:
+        raise DatasetError(
+            where,
+            [
+                f"{where}: the column '{c}' is missing (an empty column means unknown).{nearest(c, table.columns)}"
+                for c in missing
+            ],
+        )
+    if not len(table):
+        raise DatasetError(where, [f"{where}: there is no row below the header; add the images"])
     words = table[[*COLUMNS, *(c for c in table if c not in COLUMNS)]].reset_index(drop=True)
     words = words.astype(object).where(words.notna(), '').astype(str).apply(lambda c: c.str.strip())
-    parsed = words.assign(diagnosis=_translate(words.diagnosis, label_set.parse), sex=_translate(words.sex, parse_sex),
-                          site=_translate(words.site, parse_site), age=_years(words.age), patient_id=_known(words.patient_id),
-                          lesion_id=words.lesion_id.mask(_is_missing(words.lesion_id), words.image_id))
+    parsed = words.assign(
+        diagnosis=_translate(words.diagnosis, label_set.parse),
+        sex=_translate(words.sex, parse_sex),
+        site=_translate(words.site, parse_site),
+        age=_years(words.age),
+        patient_id=_known(words.patient_id),
+        lesion_id=words.lesion_id.mask(_is_missing(words.lesion_id), words.image_id),
+    )
     lines = np.arange(len(words)) + 2 if lines is None else lines
     problems = _faults(parsed, words, lines, where, label_set, unlabelled) + _same_file(parsed.image_id, lines, where)
     labelled = parsed.diagnosis[parsed.diagnosis != '']
     if not problems and labelled.nunique() == 1:
-        problems = [f"{where}: all {len(labelled)} rows{' with a diagnosis' * (len(labelled) < len(parsed))} have the diagnosis '{labelled.iloc[0]}'; "
-                    "one class cannot be told from itself. Add a second"]
-    if problems: raise DatasetError(where, problems)
+        problems = [
+            f"{where}: all {len(labelled)} rows{' with a diagnosis' * (len(labelled) < len(parsed))} "
+            f"have the diagnosis '{labelled.iloc[0]}'; "
+            "one class cannot be told from itself. Add a second"
+        ]
+    if problems:
+        raise DatasetError(where, problems)
     return parsed
 
 # %% ../../nbs/data/10_schema.ipynb #ccb5b5c1
@@ -235,14 +331,16 @@ class Dataset:
     label_set:LabelSet # of the diagnoses
     table:pd.DataFrame # canonical, one row per image
     files:dict = field(repr=False) # folder name -> image_id -> file name
-    def __len__(self): return len(self.table)
+    def __len__(self):
+        return len(self.table)
 
     def image_path(self,
         image_id:str, # of the table
     ) -> Path: # of a JPEG or PNG
         "The file of an image."
         path = self._path('images', image_id)
-        if path is None: raise KeyError(f"{self.root}: no image '{image_id}'.{nearest(image_id, self.files['images'])}")
+        if path is None:
+            raise KeyError(f"{self.root}: no image '{image_id}'.{nearest(image_id, self.files['images'])}")
         return path
 
     def mask_path(self,
@@ -273,13 +371,20 @@ FOLDERS = dict(images=('.jpg', '.png'), masks=('.png',), evidence=('.png',), art
 # %% ../../nbs/data/10_schema.ipynb #fdebfc98
 def _list_files(root, kind, ids, problems):
     "image_id -> file name of one folder; hidden files do not count."
-    found, folder = {}, root/kind
+    found = {}
+    folder = root/kind
     for name in sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ():
         stem, dot, suffix = name.rpartition('.')
-        if name.startswith('.'): continue
-        if dot + suffix not in FOLDERS[kind]: problems.append(f"{kind}/{name}: only {' and '.join(FOLDERS[kind])} belong here; remove or convert it")
-        elif stem in found: problems.append(f"{kind}/{name}: {found[stem]} has the same image_id; remove one")
-        elif stem not in ids: problems.append(f"{kind}/{name}: no row of metadata.csv has the image_id '{stem}'; add the row or remove the file")
+        if name.startswith('.'):
+            continue
+        if dot + suffix not in FOLDERS[kind]:
+            problems.append(f"{kind}/{name}: only {' and '.join(FOLDERS[kind])} belong here; remove or convert it")
+        elif stem in found:
+            problems.append(f"{kind}/{name}: {found[stem]} has the same image_id; remove one")
+        elif stem not in ids:
+            problems.append(
+                f"{kind}/{name}: no row of metadata.csv has the image_id '{stem}'; add the row or remove the file"
+            )
         found[stem] = name
     return found
 
@@ -289,7 +394,8 @@ def _read(root, name):
     info = _read_info(root/'dataset.json')
     words, lines = read_table(root/'metadata.csv')
     label_set = info.labels()
-    table, problems = validate_table(words, label_set, f'{name}/metadata.csv', lines, info.unlabelled), []
+    table = validate_table(words, label_set, f'{name}/metadata.csv', lines, info.unlabelled)
+    problems = []
     ids = dict(zip(table.image_id, lines))
     files = {kind: _list_files(root, kind, ids, problems) for kind in FOLDERS}
     problems += [f"{name}/metadata.csv row {line}: there is no images/{i}.jpg or .png; add the file or remove the row"
@@ -297,7 +403,8 @@ def _read(root, name):
     if not problems and info.n_images != len(table):
         problems.append(f"{name}/dataset.json: n_images is {info.n_images}, but metadata.csv has {len(table)} rows; "
                         "restore the table, or correct n_images if it was changed on purpose")
-    if problems: raise DatasetError(name, problems)
+    if problems:
+        raise DatasetError(name, problems)
     return Dataset(root, info, label_set, table, files)
 
 # %% ../../nbs/data/10_schema.ipynb #b0430970
@@ -315,15 +422,22 @@ def check_target(
 ) -> Path: # absolute, links resolved
     "Refuse a place that holds anything but an older dataset of the same name."
     out = recover_folder(Path(out).resolve())
-    if out.is_file(): raise FileExistsError(f"{out}: this is a file; choose a folder")
+    if out.is_file():
+        raise FileExistsError(f"{out}: this is a file; choose a folder")
     if out.is_dir() and any(out.iterdir()) and not (out/'dataset.json').is_file():
-        raise FileExistsError(f"{out}: the folder is not empty and is no dataset folder (no dataset.json), so it is left alone; choose another")
+        raise FileExistsError(
+            f"{out}: the folder is not empty and is no dataset folder (no dataset.json), so it is left "
+            "alone; choose another"
+        )
     if name and (out/'dataset.json').is_file():
         old = read_json(out/'dataset.json')
         held = old.get('name', '') if isinstance(old, dict) else ''
         if held != name:
-            raise FileExistsError(f"{out}: the folder holds the dataset '{held}', and '{name}' would take its place, so it is left alone; "
-                                  "move or delete it first, or choose another folder")
+            raise FileExistsError(
+                f"{out}: the folder holds the dataset '{held}', and '{name}' would take its place, so "
+                "it is left alone; "
+                "move or delete it first, or choose another folder"
+            )
     return out
 
 # %% ../../nbs/data/10_schema.ipynb #166db6fb
@@ -344,14 +458,20 @@ def _put(folder, image_id, data, suffixes):
 # %% ../../nbs/data/10_schema.ipynb #390d2ec1
 def _pairs(source, ids):
     "(image_id, bytes) from a dict, a function of the id, or pairs."
-    if callable(source): pairs = ((i, source(i)) for i in ids)
-    else: pairs = source.items() if isinstance(source, dict) else source or ()
+    if callable(source):
+        pairs = ((i, source(i)) for i in ids)
+    else:
+        pairs = source.items() if isinstance(source, dict) else source or ()
     return ((i, data) for i, data in pairs if data is not None)
 
 # %% ../../nbs/data/10_schema.ipynb #34d593f1
 class DatasetWriter:
     "Takes files one by one into a scratch folder, then the table."
-    def __init__(self, scratch, out, info): self.scratch, self.out, self.info, self.dataset = scratch, out, info, None
+    def __init__(self, scratch, out, info):
+        self.scratch = scratch
+        self.out = out
+        self.info = info
+        self.dataset = None
 
     def add(self,
         kind:str, # 'images', 'masks', 'evidence' or 'artefacts'
@@ -382,7 +502,8 @@ def dataset_writer(
     with scratch_folder(out) as scratch:
         writer = DatasetWriter(scratch, out, info)
         yield writer
-        if writer.dataset is None: raise RuntimeError(f"{out}: the writer was closed without finish(table), so nothing was written")
+        if writer.dataset is None:
+            raise RuntimeError(f"{out}: the writer was closed without finish(table), so nothing was written")
 
 # %% ../../nbs/data/10_schema.ipynb #b33441b8
 def write_dataset(
@@ -401,6 +522,8 @@ def write_dataset(
         for kind, source in dict(images=images, masks=masks, evidence=evidence, artefacts=artefacts).items():
             for image_id, data in _pairs(source, table.image_id):
                 if image_id not in known:
-                    raise DatasetError(writer.out, [f"{kind}: '{image_id}' has no row in the table; add the row or leave the file out"])
+                    raise DatasetError(
+                        writer.out, [f"{kind}: '{image_id}' has no row in the table; add the row or leave the file out"]
+                    )
                 writer.add(kind, image_id, data)
         return writer.finish(table)

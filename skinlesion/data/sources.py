@@ -36,16 +36,37 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath
-from .schema import COLUMNS, DatasetError, DatasetInfo, check_target, dataset_writer, read_table, validate_table
+from skinlesion.data.schema import (
+    COLUMNS,
+    DatasetError,
+    DatasetInfo,
+    check_target,
+    dataset_writer,
+    read_table,
+    validate_table,
+)
 from ..files import safe_name
 from ..images import IMAGE_SUFFIXES, MAX_BYTES, ImageError, clean_image, clean_mask, image_size
 from ..taxonomy import DISCLAIMER, comparable, comparable_map, nearest
 from threading import Lock
 
 # %% ../../nbs/data/12_sources.ipynb #5c9f3b87
-MAX_FILES, MAX_UNPACKED, MAX_DEPTH = 1_000_000, 200 << 30, 4 # in all archives together; archives inside archives
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, tarfile.TarError, EOFError, RuntimeError, NotImplementedError,
-               struct.error, UnicodeDecodeError)
+# in all archives together; archives inside archives
+MAX_FILES = 1_000_000
+MAX_UNPACKED = 200 << 30
+MAX_DEPTH = 4
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    gzip.BadGzipFile,
+    tarfile.TarError,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    struct.error,
+    UnicodeDecodeError,
+)
 
 # %% ../../nbs/data/12_sources.ipynb #5dddcaf3
 @dataclass(frozen=True)
@@ -69,15 +90,18 @@ class Entry:
     ) -> bytes: # fewer where the file ends
         "The first bytes; a damaged archive is an `ImageError`."
         try:
-            with self.open() as f: return f.read(size)
-        except _UNREADABLE as e: raise ImageError(f"{self.label}: not readable ({e}); fetch the archive again") from None
+            with self.open() as f:
+                return f.read(size)
+        except _UNREADABLE as e:
+            raise ImageError(f"{self.label}: not readable ({e}); fetch the archive again") from None
 
     def read(self,
         limit:int=MAX_BYTES, # bytes allowed
     ) -> bytes: # all of it
         "The bytes; more than `limit` or a damaged archive is an `ImageError`."
         data = self.head(limit + 1)
-        if len(data) > limit: raise ImageError(f"{self.label}: more than the {limit:,} bytes allowed; export a smaller file")
+        if len(data) > limit:
+            raise ImageError(f"{self.label}: more than the {limit:,} bytes allowed; export a smaller file")
         return data
 
 # %% ../../nbs/data/12_sources.ipynb #7ebeb1be
@@ -90,16 +114,25 @@ class _Room:
 
     def take(self, files, size, packed, label):
         "Count entries, and refuse what cannot be meant."
-        self.files, self.bytes = self.files - files, self.bytes - size
-        if self.files < 0: raise DatasetError(label, [f"{label}: too many files in the archives given; give fewer at a time"])
+        self.files = self.files - files
+        self.bytes = self.bytes - size
+        if self.files < 0:
+            raise DatasetError(label, [f"{label}: too many files in the archives given; give fewer at a time"])
         if self.bytes < 0 or size > max(1 << 30, 200 * packed):
-            raise DatasetError(label, [f"{label}: its {packed:,} bytes say that they unpack to {size:,}; do not use this archive"])
+            raise DatasetError(
+                label, [f"{label}: its {packed:,} bytes say that they unpack to {size:,}; do not use this archive"]
+            )
 
 # %% ../../nbs/data/12_sources.ipynb #ceea2055
 class _Slice(io.RawIOBase):
     "A part of an open file; several threads may hold one each."
-    def __init__(self, file, lock, start, size): self.file, self.lock, self.at, self.end = file, lock, start, start + size
-    def readable(self): return True
+    def __init__(self, file, lock, start, size):
+        self.file = file
+        self.lock = lock
+        self.at = start
+        self.end = start + size
+    def readable(self):
+        return True
 
     def readinto(self, buffer):
         "Fill the buffer as far as the part goes."
@@ -110,26 +143,35 @@ class _Slice(io.RawIOBase):
         self.at += len(data)
         return len(data)
 
-# %% ../../nbs/data/12_sources.ipynb #2730149f
+# %% ../../nbs/data/12_sources.ipynb #1c2bea30
 def _inside(name, label, kind, encrypted=False):
     "The place of an entry, or an error that names archive and entry."
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise DatasetError(label, [f"{label}: the entry {name!r} is a link or a device; pack the files themselves"])
-    if encrypted: raise DatasetError(label, [f"{label}: the entry {name!r} is encrypted; decrypt the archive first"])
+    if encrypted:
+        raise DatasetError(label, [f"{label}: the entry {name!r} is encrypted; decrypt the archive first"])
     return safe_name(name, label)
 
+# %% ../../nbs/data/12_sources.ipynb #68e915b9
 def _zip_open(archive, e):
     "A file of a zip archive; a place outside the archive is damage."
-    try: return archive.open(e)
-    except (OSError, ValueError) as error: raise zipfile.BadZipFile(f"its place in the archive is damaged, {error}") from None
+    try:
+        return archive.open(e)
+    except (OSError, ValueError) as error:
+        raise zipfile.BadZipFile(f"its place in the archive is damaged, {error}") from None
 
+# %% ../../nbs/data/12_sources.ipynb #2730149f
 def _zip_entries(file, label, room, stack):
     "The files of a zip archive, which stays open with the stack."
     packed = file.seek(0, os.SEEK_END)
     try:
         archive = stack.enter_context(zipfile.ZipFile(file))
-        found = [(e, _inside(e.filename, label, stat.S_IFMT(e.external_attr >> 16), e.flag_bits & 1)) for e in archive.infolist()]
-    except (*_UNREADABLE, OSError, OverflowError): raise DatasetError(label, [f"{label}: no zip archive, or cut short; fetch it again"]) from None
+        found = [
+            (e, _inside(e.filename, label, stat.S_IFMT(e.external_attr >> 16), e.flag_bits & 1))
+            for e in archive.infolist()
+        ]
+    except (*_UNREADABLE, OSError, OverflowError):
+        raise DatasetError(label, [f"{label}: no zip archive, or cut short; fetch it again"]) from None
     room.take(len(found), sum(e.file_size for e, _ in found), packed, label)
     return [Entry(f'{label}/{name}', partial(_zip_open, archive, e)) for e, name in found if not e.is_dir()]
 
@@ -138,37 +180,55 @@ _TAR_KINDS = {tarfile.REGTYPE: stat.S_IFREG, tarfile.AREGTYPE: stat.S_IFREG, tar
 
 def _tar_entries(file, label, room, stack):
     "The files of a tar archive that is not compressed."
-    size, lock, found = file.seek(0, os.SEEK_END), Lock(), []
+    size = file.seek(0, os.SEEK_END)
+    lock = Lock()
+    found = []
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode='r:') as archive:
             for e in archive:
                 name = _inside(e.name, label, _TAR_KINDS.get(e.type, -1))
                 room.take(1, e.size, size, f'{label}/{name}')
-                if e.isreg(): found.append(Entry(f'{label}/{name}', partial(_Slice, file, lock, e.offset_data, e.size)))
+                if e.isreg():
+                    found.append(Entry(f'{label}/{name}', partial(_Slice, file, lock, e.offset_data, e.size)))
             file.seek(archive.offset)
         ended = file.read(512) == bytes(512)
-    except (*_UNREADABLE, OSError): ended = False
-    if not ended: raise DatasetError(label, [f"{label}: no tar archive, or cut short; fetch it again"])
+    except (*_UNREADABLE, OSError):
+        ended = False
+    if not ended:
+        raise DatasetError(label, [f"{label}: no tar archive, or cut short; fetch it again"])
     return found
 
-# %% ../../nbs/data/12_sources.ipynb #ec84194c
+# %% ../../nbs/data/12_sources.ipynb #c0415a69
 def _pieces(opener, label):
     "A megabyte at a time; damage is an error that names the archive."
     try:
         with opener() as source:
-            while piece := source.read(1 << 20): yield piece
-    except (*_UNREADABLE, OSError) as e: raise DatasetError(label, [f"{label}: damaged or cut short ({e}); fetch it again"]) from None
+            while piece := source.read(1 << 20):
+                yield piece
+    except (*_UNREADABLE, OSError) as e:
+        raise DatasetError(label, [f"{label}: damaged or cut short ({e}); fetch it again"]) from None
 
+# %% ../../nbs/data/12_sources.ipynb #ec84194c
 def _spool(opener, label, room, packed, stack):
     "A temporary file with all that `opener` gives."
-    out, size, limit = stack.enter_context(tempfile.TemporaryFile(dir=room.folder)), 0, min(room.bytes, max(64 << 20, 100 * packed))
+    out = stack.enter_context(tempfile.TemporaryFile(dir=room.folder))
+    size = 0
+    limit = min(room.bytes, max(64 << 20, 100 * packed))
     for piece in _pieces(opener, label):
         size += len(piece)
-        if size > limit: raise DatasetError(label, [f"{label}: its {packed:,} bytes unpack to more than {limit:,}; do not use this archive"])
-        try: out.write(piece)
+        if size > limit:
+            raise DatasetError(
+                label, [f"{label}: its {packed:,} bytes unpack to more than {limit:,}; do not use this archive"]
+            )
+        try:
+            out.write(piece)
         except OSError as e:
-            raise OSError(e.errno, f"{room.folder} has no room for what {label} unpacks to; free some space, or unpack it and give the folder") from e
+            raise OSError(
+                e.errno,
+                f"{room.folder} has no room for what {label} unpacks to; free some space, or unpack it "
+                "and give the folder",
+            ) from e
     room.bytes -= size
     return out
 
@@ -180,18 +240,29 @@ _ARCHIVES = ('.zip', '.tar', '.tgz', '.tbz2', '.txz', '.gz', '.bz2', '.xz')
 def _archive_kind(entry):
     "'zip', 'tar', 'gz', 'bz2', 'xz' by content, or '' for what is no archive."
     suffix = PurePosixPath(entry.name).suffix.lower()
-    if suffix and suffix not in _ARCHIVES: return ''
+    if suffix and suffix not in _ARCHIVES:
+        return ''
     head = entry.head(512)
-    kind = next((k for magic, k in _MAGIC.items() if head.startswith(magic)), 'tar' if head[257:262] == b'ustar' or suffix == '.tar' else '')
-    if suffix and not kind: raise DatasetError(entry.label, [f"{entry.label}: no {suffix[1:]} archive, or cut short; fetch it again"])
+    kind = next(
+        (k for magic, k in _MAGIC.items() if head.startswith(magic)),
+        'tar' if head[257:262] == b'ustar' or suffix == '.tar' else '',
+    )
+    if suffix and not kind:
+        raise DatasetError(entry.label, [f"{entry.label}: no {suffix[1:]} archive, or cut short; fetch it again"])
     return kind
 
-# %% ../../nbs/data/12_sources.ipynb #d917f47e
+# %% ../../nbs/data/12_sources.ipynb #e859ced0
 def _expand(entry, room, stack, depth=0):
     "The entry itself, or what it holds if it is an archive, to any depth that can be meant."
-    kind, label = _archive_kind(entry), entry.label
-    if not kind: yield entry; return
-    if depth > MAX_DEPTH: raise DatasetError(label, [f"{label}: archives lie {depth} deep in each other; unpack the outer ones and give the folder"])
+    kind = _archive_kind(entry)
+    label = entry.label
+    if not kind:
+        yield entry
+        return
+    if depth > MAX_DEPTH:
+        raise DatasetError(
+            label, [f"{label}: archives lie {depth} deep in each other; unpack the outer ones and give the folder"]
+        )
     file = stack.enter_context(entry.open()) if depth == 0 else _spool(entry.open, label, room, 0, stack)
     if kind in _DECODERS:
         packed = file.seek(0, os.SEEK_END)
@@ -199,25 +270,37 @@ def _expand(entry, room, stack, depth=0):
         file = _spool(partial(_DECODERS[kind], file), label, room, packed, stack)
         size = file.seek(0, os.SEEK_END)
         inner = Entry(f'{label}/{PurePosixPath(label).stem}', partial(_Slice, file, Lock(), 0, size))
-        if not re.search(r'\.(t\w+|tar\.\w+)$', entry.name.lower()) and inner.head(512)[257:262] != b'ustar': yield inner; return
+        if not re.search(r'\.(t\w+|tar\.\w+)$', entry.name.lower()) and inner.head(512)[257:262] != b'ustar':
+            yield inner
+            return
     for e in (_zip_entries if kind == 'zip' else _tar_entries)(file, label, room, stack):
-        if not _is_junk(e.label[len(label) + 1:]): yield from _expand(e, room, stack, depth + 1)
+        if not _is_junk(e.label[len(label) + 1:]):
+            yield from _expand(e, room, stack, depth + 1)
 
+# %% ../../nbs/data/12_sources.ipynb #d917f47e
 def _is_junk(name):
     "Hidden files and folders, and what the archiver of macOS adds."
     return any(part.startswith('.') or part == '__MACOSX' for part in name.split('/'))
 
-# %% ../../nbs/data/12_sources.ipynb #da2039a9
+# %% ../../nbs/data/12_sources.ipynb #5a715938
 def _files(path, out):
     "(file, label) of what lies on the disk; a link that leads to no file is an error."
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder; check the path")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; check the path")
     for p in sorted(path.rglob('*')) if path.is_dir() else [path]:
-        if out in p.parents or p != path and _is_junk(p.relative_to(path).as_posix()): continue
-        if p.is_file(): yield p, (p.relative_to(path.parent).as_posix() if p.suffix.lower() not in _ARCHIVES else p.name)
+        if out in p.parents or p != path and _is_junk(p.relative_to(path).as_posix()):
+            continue
+        if p.is_file():
+            yield p, (p.relative_to(path.parent).as_posix() if p.suffix.lower() not in _ARCHIVES else p.name)
         elif p.is_symlink():
-            said = 'a folder, which is not followed; give that folder itself' if p.is_dir() else 'nothing; remove it, or give what it stood for'
+            said = (
+                'a folder, which is not followed; give that folder itself'
+                if p.is_dir()
+                else 'nothing; remove it, or give what it stood for'
+            )
             raise DatasetError(p, [f"{p}: it is a link to {said}"])
 
+# %% ../../nbs/data/12_sources.ipynb #da2039a9
 def _spool_folder(out):
     "The nearest folder above `out` that is there and can be written."
     return next((p for p in out.parents if p.is_dir() and os.access(p, os.W_OK)), Path(tempfile.gettempdir()))
@@ -233,25 +316,34 @@ class Found:
     tables:list = field(default_factory=list) # (entry, column names)
     others:list = field(default_factory=list) # labels of what is not read
 
-# %% ../../nbs/data/12_sources.ipynb #a6d7ea11
+# %% ../../nbs/data/12_sources.ipynb #3f85265b
 def _columns(entry):
     "The column names of what may be a table; none where it is no text in UTF-8."
     line = entry.head(65536).decode('utf-8', 'replace').lstrip('\ufeff').lstrip().split('\n')[0]
-    if '\0' in line: return []
+    if '\0' in line:
+        return []
     return [c.strip().strip('"') for c in line.split(max(',\t;', key=line.count))]
 
+# %% ../../nbs/data/12_sources.ipynb #a6d7ea11
 def _sort(entry, found, ignore):
     "Put an entry where it belongs."
     stem, suffix = os.path.splitext(entry.name)
-    if any(fnmatch(entry.name, pattern) for pattern in ignore): found.others.append(entry.label)
-    elif suffix.lower() in IMAGE_SUFFIXES and stem.endswith('_segmentation'): found.masks[stem.removesuffix('_segmentation')].append(entry)
-    elif suffix.lower() in IMAGE_SUFFIXES: found.images[stem].append(entry)
-    elif suffix.lower() in ('.csv', '.tab', '.tsv', '.txt', ''): found.tables.append((entry, _columns(entry)))
-    else: found.others.append(entry.label)
+    if any(fnmatch(entry.name, pattern) for pattern in ignore):
+        found.others.append(entry.label)
+    elif suffix.lower() in IMAGE_SUFFIXES and stem.endswith('_segmentation'):
+        found.masks[stem.removesuffix('_segmentation')].append(entry)
+    elif suffix.lower() in IMAGE_SUFFIXES:
+        found.images[stem].append(entry)
+    elif suffix.lower() in ('.csv', '.tab', '.tsv', '.txt', ''):
+        found.tables.append((entry, _columns(entry)))
+    else:
+        found.others.append(entry.label)
 
 # %% ../../nbs/data/12_sources.ipynb #7e7a552d
 def collect(
-    paths, # a path or several, in any order: files, folders, archives (zip, tar, tar.gz, tar.bz2, tar.xz), also archives in archives
+    # a path or several, in any order: files, folders, archives (zip, tar, tar.gz, tar.bz2, tar.xz), also archives in
+    # archives
+    paths,
     out:Path, # the folder that is to be written; what lies in it is left out
     stack:ExitStack, # keeps archives and temporary files open
     ignore:tuple=(), # patterns of file names that are listed as others, such as 'ISIC2018_Task3_Test*'
@@ -260,13 +352,17 @@ def collect(
 ) -> Found: # entries, to be read while `stack` is open
     "Sort every given file by what it is; a file that is given twice counts once."
     paths = [Path(p).resolve() for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    found, seen, out = Found(), set(), Path(out).resolve()
+    found = Found()
+    seen = set()
+    out = Path(out).resolve()
     room = _Room(max_files, max_bytes, _spool_folder(out))
     for path in paths:
         for file, label in _files(path, out):
-            if file in seen: continue
+            if file in seen:
+                continue
             seen.add(file)
-            for entry in _expand(Entry(label, partial(open, file, 'rb')), room, stack): _sort(entry, found, ignore)
+            for entry in _expand(Entry(label, partial(open, file, 'rb')), room, stack):
+                _sort(entry, found, ignore)
     return found
 
 # %% ../../nbs/data/12_sources.ipynb #3ba6e9ea
@@ -278,16 +374,21 @@ def apply_word_map(
     where:str='table', # begins the error
 ) -> tuple: # the table, and 'old=new' -> cells changed
     "Replace words; an old one that occurs nowhere is an error."
-    new, counts = comparable_map(word_map), Counter()
+    new = comparable_map(word_map)
+    counts = Counter()
     columns = {}
     for c in _WORDS:
         forms = table[c].map({w: comparable(w) for w in table[c].unique()})
         counts.update(forms[forms.isin(list(new))].tolist())
         columns[c] = table[c].mask(forms.isin(list(new)), forms.map(lambda f: new.get(f, ('', ''))[1]))
     seen = [w for c in _WORDS for w in table[c].unique() if w]
-    faults = [f"{where}: --map '{old}={word}': the word '{old}' stands nowhere in diagnosis, site or sex.{nearest(old, seen)}"
-              for form, (old, word) in new.items() if form not in counts]
-    if faults: raise DatasetError(where, faults)
+    faults = [
+        f"{where}: --map '{old}={word}': the word '{old}' stands nowhere in diagnosis, site or sex.{nearest(old, seen)}"
+        for form, (old, word) in new.items()
+        if form not in counts
+    ]
+    if faults:
+        raise DatasetError(where, faults)
     return table.assign(**columns), {f'{old}={word}': counts[form] for form, (old, word) in new.items()}
 
 # %% ../../nbs/data/12_sources.ipynb #3ea27ad5
@@ -300,36 +401,47 @@ def open_table(
 def _places(where, lines, n):
     "The place of each row."
     wheres = [where] * n if isinstance(where, str) else list(where)
-    if len(wheres) != n: raise ValueError(f"where names {len(wheres)} places and the table has {n} rows; name one for each row")
+    if len(wheres) != n:
+        raise ValueError(f"where names {len(wheres)} places and the table has {n} rows; name one for each row")
     return wheres if lines is None else [f'{w} row {line}' for w, line in zip(wheres, lines)]
 
-# %% ../../nbs/data/12_sources.ipynb #5ff5a189
+# %% ../../nbs/data/12_sources.ipynb #c05ccb8f
 def _placed(problem, places, name):
     "A fault whose rows are counted from 1, said with the places of the rows."
     at = re.match(r'@ row (\d+): ', problem)
-    if not at: return problem.replace('@', name, 1)
+    if not at:
+        return problem.replace('@', name, 1)
     said = re.sub(r'is already in row (\d+);', lambda m: f'is already in {places[int(m[1]) - 1]};', problem[at.end():])
     return f"{places[int(at[1]) - 1]}: {said}"
 
+# %% ../../nbs/data/12_sources.ipynb #5ff5a189
 def _hinted(problem, word_map):
     "What to do about an unknown word, or about the `--map` that brought it in."
     m = re.search(r"(?:diagnosis|site|sex) '(.*)' is not (?:in label set|known)", problem)
-    if not m or '--map' in problem: return problem
+    if not m or '--map' in problem:
+        return problem
     olds = [old for old, new in (word_map or {}).items() if new == m[1]]
-    if olds: return f"{problem} The word comes from --map '{olds[0]}={m[1]}'; name a known one there"
+    if olds:
+        return f"{problem} The word comes from --map '{olds[0]}={m[1]}'; name a known one there"
     return f"{problem} Or say what it means: --map '{m[1]}=KNOWN WORD'"
 
-# %% ../../nbs/data/12_sources.ipynb #6ba40b88
+# %% ../../nbs/data/12_sources.ipynb #c965c792
 def _validated(table, info, where, lines, word_map=None):
     "The canonical table; unknown words come with a hint."
     one = isinstance(where, str) and lines is not None
     name = where if one else '@'
-    try: return validate_table(table, info.labels(), name, lines if one else np.arange(1, len(table) + 1), unlabelled=info.unlabelled)
+    try:
+        return validate_table(
+            table, info.labels(), name, lines if one else np.arange(1, len(table) + 1), unlabelled=info.unlabelled
+        )
     except DatasetError as e:
         places = None if one else _places(where, lines, len(table))
         said = [p if one else _placed(p, places, info.name) for p in e.problems]
-        raise DatasetError(where if isinstance(where, str) else info.name, [_hinted(p, word_map) for p in said]) from None
+        raise DatasetError(
+            where if isinstance(where, str) else info.name, [_hinted(p, word_map) for p in said]
+        ) from None
 
+# %% ../../nbs/data/12_sources.ipynb #6ba40b88
 def _canonical(table):
     "Every column that a dataset has; what is missing is unknown."
     return table.assign(**{c: '' for c in COLUMNS if c not in table and c not in ('image_id', 'diagnosis')})
@@ -363,25 +475,41 @@ class ImportReport:
         "The report as JSON holds it."
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    def __str__(self): return _report_text(self)
+    def __str__(self):
+        return _report_text(self)
 
-# %% ../../nbs/data/12_sources.ipynb #b1325bc5
+# %% ../../nbs/data/12_sources.ipynb #9730a938
 def _some(what, items, shown=10):
     "A line with the count, and the first few."
-    if not items: return []
-    return [f"{what}: {len(items)}", *(f"  {i}" for i in items[:shown])] + [f"  ... and {len(items) - shown} more"] * (len(items) > shown)
+    if not items:
+        return []
+    return [f"{what}: {len(items)}", *(f"  {i}" for i in items[:shown])] + [f"  ... and {len(items) - shown} more"] * (
+        len(items) > shown
+    )
 
+# %% ../../nbs/data/12_sources.ipynb #b1325bc5
 def _report_text(report):
     "For people."
     r = report
-    return '\n'.join([
-        f"{r.n_images} images of {r.n_lesions} lesions{f' of {r.n_patients} patients' if r.n_patients else ''} in {r.out}, {r.n_masks} with a lesion mask",
-        f"classes, images (lesions): {', '.join(f'{c} {n} ({r.lesions[c]})' for c, n in r.classes.items())}",
-        f"unknown: age {r.age_missing}{f' (of these {r.age_zero} were 0)' if r.age_zero else ''}, sex {r.sex_missing}, site {r.site_missing}",
-        *([f"words mapped: {', '.join(f'{k} in {n} cells' for k, n in r.mapped.items())}"] if r.mapped else []),
-        *_some("turned or re-encoded as PNG", r.converted), *_some("skipped", r.skipped), *_some("listed as copies of another image", r.duplicates),
-        *_some("images without a row, not imported", r.images_without_row), *_some("other files, not read", r.other_files), *r.notes,
-        f"licence: {r.licence or 'not stated'}", DISCLAIMER])
+    return '\n'.join(
+        [
+            f"{r.n_images} images of {r.n_lesions} "
+            f"lesions{f' of {r.n_patients} patients' if r.n_patients else ''} in {r.out}, {r.n_masks} "
+            "with a lesion mask",
+            f"classes, images (lesions): {', '.join(f'{c} {n} ({r.lesions[c]})' for c, n in r.classes.items())}",
+            f"unknown: age {r.age_missing}{f' (of these {r.age_zero} were 0)' if r.age_zero else ''}, "
+            f"sex {r.sex_missing}, site {r.site_missing}",
+            *([f"words mapped: {', '.join(f'{k} in {n} cells' for k, n in r.mapped.items())}"] if r.mapped else []),
+            *_some("turned or re-encoded as PNG", r.converted),
+            *_some("skipped", r.skipped),
+            *_some("listed as copies of another image", r.duplicates),
+            *_some("images without a row, not imported", r.images_without_row),
+            *_some("other files, not read", r.other_files),
+            *r.notes,
+            f"licence: {r.licence or 'not stated'}",
+            DISCLAIMER,
+        ]
+    )
 
 # %% ../../nbs/data/12_sources.ipynb #a881242c
 _LAYERS = ('masks', 'evidence', 'artefacts')
@@ -390,16 +518,21 @@ def _one(entries):
     "The bytes of the only entry, or of several that are equal."
     data = entries[0].read()
     for other in entries[1:]:
-        if other.read() != data: raise ImageError(f"{entries[0].label} and {other.label} differ; give only the one that is meant")
+        if other.read() != data:
+            raise ImageError(f"{entries[0].label} and {other.label} differ; give only the one that is meant")
     return data, entries[0].label
 
 # %% ../../nbs/data/12_sources.ipynb #aaa96850
 def _prepare(image_id, place, found):
     "Kind -> bytes, whether the image was re-encoded, and what is wrong."
-    files, converted, problems = {}, False, []
+    files = {}
+    converted = False
+    problems = []
     try:
         if image_id not in found.images:
-            raise ImageError(f"there is no image '{image_id}' in what was given; give its archive or folder, or remove the row")
+            raise ImageError(
+                f"there is no image '{image_id}' in what was given; give its archive or folder, or remove the row"
+            )
         data, label = _one(found.images[image_id])
         files['images'], _ = clean_image(data, label)
         converted = files['images'][:2] != data[:2] or image_size(files['images']) != image_size(data)
@@ -407,7 +540,10 @@ def _prepare(image_id, place, found):
             if image_id in getattr(found, kind):
                 data, label = _one(getattr(found, kind)[image_id])
                 files[kind] = clean_mask(data, label, image_size(files['images']))
-    except ImageError as e: problems.append(str(e) if str(e).startswith(f'{place}: ') else f"{place}: {e}") # in a folder the image is the place
+    except ImageError as e:
+        problems.append(
+            str(e) if str(e).startswith(f'{place}: ') else f"{place}: {e}"
+        ) # in a folder the image is the place
     return files, converted, problems
 
 # %% ../../nbs/data/12_sources.ipynb #49c63749
@@ -420,28 +556,40 @@ def _prepared(ids, places, found):
             if len(ahead) > 32:
                 first, result = ahead.popleft()
                 yield first, *result.result()
-        for first, result in ahead: yield first, *result.result()
+        for first, result in ahead:
+            yield first, *result.result()
 
 # %% ../../nbs/data/12_sources.ipynb #79bb0430
 def _write_files(writer, prepared, total, progress):
     "Write what can be used; image_ids written and masked, those re-encoded, and every problem."
-    written, masked, converted, problems = set(), set(), [], []
+    written = set()
+    masked = set()
+    converted = []
+    problems = []
     for done, (image_id, files, changed, faults) in enumerate(prepared, 1):
         problems += faults
-        for kind, data in files.items(): writer.add(kind, image_id, data)
-        if 'images' in files: written.add(image_id)
-        if 'masks' in files: masked.add(image_id)
-        if changed: converted.append(image_id)
-        if progress: progress(done, total)
+        for kind, data in files.items():
+            writer.add(kind, image_id, data)
+        if 'images' in files:
+            written.add(image_id)
+        if 'masks' in files:
+            masked.add(image_id)
+        if changed:
+            converted.append(image_id)
+        if progress:
+            progress(done, total)
     return written, masked, tuple(converted), tuple(problems)
 
 # %% ../../nbs/data/12_sources.ipynb #f7c766ed
 def _kept(table, written, problems, skip_bad, where):
     "The rows whose images were written, or an error if that is not what was wanted."
     if problems and not skip_bad:
-        raise DatasetError(f'{where}: nothing was imported', [f'{p}, or leave it out with --skip-bad' for p in problems])
+        raise DatasetError(
+            f'{where}: nothing was imported', [f'{p}, or leave it out with --skip-bad' for p in problems]
+        )
     kept = table[table.image_id.isin(written)]
-    if not len(kept): raise DatasetError(where, [f"{where}: none of the {len(table)} images can be used; the first: {problems[0]}"])
+    if not len(kept):
+        raise DatasetError(where, [f"{where}: none of the {len(table)} images can be used; the first: {problems[0]}"])
     left = kept.diagnosis[kept.diagnosis != ''].unique()
     if len(left) == 1:
         raise DatasetError(where, [f"{where}: with {len(problems)} left out, every image is of the class '{left[0]}'; "
@@ -451,23 +599,43 @@ def _kept(table, written, problems, skip_bad, where):
 # %% ../../nbs/data/12_sources.ipynb #029eee49
 def _report(dataset, found, rows, **more):
     "The report of a finished import; `rows` are the image_ids that the table asked for."
-    table, counts = dataset.table, dataset.table.diagnosis.value_counts()
+    table = dataset.table
+    counts = dataset.table.diagnosis.value_counts()
     lesions = table.groupby('diagnosis').lesion_id.nunique()
     unlabelled = int(counts.get('', 0))
-    strangers = [e.label for kind in ('images', *_LAYERS) for i, entries in getattr(found, kind).items() if i not in rows for e in entries]
-    more['notes'] = (*more['notes'], *[f"{unlabelled} images without a diagnosis: for pretraining only"] * (unlabelled > 0))
+    strangers = [
+        e.label
+        for kind in ('images', *_LAYERS)
+        for i, entries in getattr(found, kind).items()
+        if i not in rows
+        for e in entries
+    ]
+    more['notes'] = (
+        *more['notes'],
+        *[f"{unlabelled} images without a diagnosis: for pretraining only"] * (unlabelled > 0),
+    )
     return ImportReport(
-        out=str(dataset.root), source=dataset.info.name, n_images=len(table), n_lesions=table.lesion_id.nunique(),
-        n_patients=table.patient_id[table.patient_id != ''].nunique(), classes={c: int(counts.get(c, 0)) for c in dataset.label_set.codes},
-        lesions={c: int(lesions.get(c, 0)) for c in dataset.label_set.codes}, age_missing=int(table.age.isna().sum()),
-        sex_missing=int((table.sex == '').sum()), site_missing=int((table.site == '').sum()), images_without_row=tuple(strangers),
-        licence=dataset.info.licence, **more)
+        out=str(dataset.root),
+        source=dataset.info.name,
+        n_images=len(table),
+        n_lesions=table.lesion_id.nunique(),
+        n_patients=table.patient_id[table.patient_id != ''].nunique(),
+        classes={c: int(counts.get(c, 0)) for c in dataset.label_set.codes},
+        lesions={c: int(lesions.get(c, 0)) for c in dataset.label_set.codes},
+        age_missing=int(table.age.isna().sum()),
+        sex_missing=int((table.sex == '').sum()),
+        site_missing=int((table.site == '').sum()),
+        images_without_row=tuple(strangers),
+        licence=dataset.info.licence,
+        **more,
+    )
 
 # %% ../../nbs/data/12_sources.ipynb #863349b0
 def write_import(
     out:Path|str, # dataset folder to write; an older one of the same name is replaced as a whole
     info:DatasetInfo, # of the dataset
-    table:pd.DataFrame, # a row per image, as words: image_id, diagnosis, and what is known of the other columns; extra ones are kept
+    # a row per image, as words: image_id, diagnosis, and what is known of the other columns; extra ones are kept
+    table:pd.DataFrame,
     found:Found, # holds the images, and masks where there are any
     where='table', # name of the table, for errors; or one name for each row
     lines=None, # (N,) line of each row, the header being 1; None where `where` says it all
@@ -489,11 +657,21 @@ def write_import(
         written, masked, converted, problems = _write_files(writer, prepared, len(checked), progress)
         dataset = writer.finish(_kept(checked, written, problems, skip_bad, name))
     others = [*found.others, *(e.label for e, _ in found.tables if e.label not in read)]
-    return _report(dataset, found, set(checked.image_id), mapped=mapped, n_masks=len(masked), converted=converted, skipped=problems,
-                   age_zero=len(set(checked.image_id[zero]) & written), duplicates=tuple(i for i in duplicates if i in written),
-                   other_files=tuple(others), notes=tuple(notes))
+    return _report(
+        dataset,
+        found,
+        set(checked.image_id),
+        mapped=mapped,
+        n_masks=len(masked),
+        converted=converted,
+        skipped=problems,
+        age_zero=len(set(checked.image_id[zero]) & written),
+        duplicates=tuple(i for i in duplicates if i in written),
+        other_files=tuple(others),
+        notes=tuple(notes),
+    )
 
-# %% ../../nbs/data/12_sources.ipynb #53301717
+# %% ../../nbs/data/12_sources.ipynb #cbb78ccf
 @dataclass(frozen=True)
 class RemoteFile:
     "A file that a publisher offers."
@@ -502,6 +680,7 @@ class RemoteFile:
     size:int|None = None # bytes, where known
     md5:str = '' # check sum, where known
 
+# %% ../../nbs/data/12_sources.ipynb #0a88de5e
 @dataclass(frozen=True)
 class Details:
     "A second table of a collection, with a row for every image of the first."
@@ -511,6 +690,7 @@ class Details:
     needed:bool = True # whether the import stops without it
     parts:tuple = () # of the collection that have it; empty for all
 
+# %% ../../nbs/data/12_sources.ipynb #53301717
 @dataclass(frozen=True)
 class Collection:
     "How a publisher lays out a collection."
@@ -519,10 +699,14 @@ class Collection:
     columns:dict # columns of the table -> columns here; the rest is kept as it is
     key:tuple # columns that tell this table from others
     optional:tuple = () # of the columns that may be missing
-    classes:dict = field(default_factory=dict) # column that holds a 1 for the class -> code; empty where a column holds the word
+    classes: dict = field(
+        default_factory=dict
+    ) # column that holds a 1 for the class -> code; empty where a column holds the word
     words:dict = field(default_factory=dict) # the publisher's words for a diagnosis -> code
     agrees:dict = field(default_factory=dict) # (column, value) -> the code it must stand beside
-    parts:dict = field(default_factory=dict) # part of the file name -> value of the column `split`; empty for a collection of one table
+    parts: dict = field(
+        default_factory=dict
+    ) # part of the file name -> value of the column `split`; empty for a collection of one table
     details:Details|None = None # a second table
     pairs:tuple = () # two columns of the publisher's list of copies
     newer:str = '' # a column that only a newer edition of the same table has
@@ -536,54 +720,96 @@ def describe_tables(
 ) -> str: # names and first columns, and up to five files of kinds that are not read, such as a spreadsheet
     "What stands in for a table that is missing, for errors."
     unread = 'no text in UTF-8; save it as such'
-    tables = '; '.join(f"{e.label} ({', '.join(n[:20] for n in names[:8]) or unread})" for e, names in found.tables) or 'none'
+    tables = (
+        '; '.join(f"{e.label} ({', '.join(n[:20] for n in names[:8]) or unread})" for e, names in found.tables)
+        or 'none'
+    )
     single = any(len(names) == 1 and '|' in names[0] for _, names in found.tables)
     others = f"{', '.join(found.others[:5])}{f' and {len(found.others) - 5} more' if len(found.others) > 5 else ''}"
     return (f"tables seen: {tables}" + " (where all is one column, comma, semicolon or tab must divide them)" * single
             + f"; of a kind that is not read (a table is CSV, an archive zip or tar): {others}" * bool(found.others))
 
-# %% ../../nbs/data/12_sources.ipynb #770b0744
+# %% ../../nbs/data/12_sources.ipynb #f90b4600
 def _no_table(found, c, what, columns, example):
     "The error of a table that was not given, with what was."
-    meant = sorted({name for name, o in COLLECTIONS.items() if o is not c for _, names in found.tables if {*o.key, *o.classes} <= set(names)})
+    meant = sorted(
+        {
+            name
+            for name, o in COLLECTIONS.items()
+            if o is not c
+            for _, names in found.tables
+            if {*o.key, *o.classes} <= set(names)
+        }
+    )
     hint = f" What was given is of {' and '.join(meant)}: skinlesion import {meant[0]}" if meant else ''
-    return DatasetError(c.info.name, [f"no {what} (a table with the columns {', '.join(columns[:-1])} and {columns[-1]}, such as {example}) was given; "
-                                      f"{describe_tables(found)}. Give it beside the image archives.{hint}"])
+    return DatasetError(
+        c.info.name,
+        [
+            f"no {what} (a table with the columns {', '.join(columns[:-1])} and {columns[-1]}, such as "
+            f"{example}) was given; "
+            f"{describe_tables(found)}. Give it beside the image archives.{hint}"
+        ],
+    )
 
+# %% ../../nbs/data/12_sources.ipynb #39275842
 def _only(entries, c, what):
     "The only entry, or None; a table that was also given unpacked counts once."
     if len(entries) > 1 and len({(e.name, e.read()) for e in entries}) > 1:
-        raise DatasetError(c.info.name, [f"{len(entries)} {what}: {', '.join(e.label for e in entries)}; give only the one that is meant"])
+        raise DatasetError(
+            c.info.name,
+            [f"{len(entries)} {what}: {', '.join(e.label for e in entries)}; give only the one that is meant"],
+        )
     return entries[0] if entries else None
 
+# %% ../../nbs/data/12_sources.ipynb #770b0744
 def _part(entry, c):
     "Which part of a collection a table is of."
-    if not c.parts: return ''
+    if not c.parts:
+        return ''
     for word, value in c.parts.items():
-        if word in entry.name.lower(): return value
-    raise DatasetError(entry.label, [f"{entry.label}: the name does not say which part of {c.info.name} it is; it must hold one of "
-                                     f"{', '.join(c.parts)}, as the publisher's {c.example} does"])
+        if word in entry.name.lower():
+            return value
+    raise DatasetError(
+        entry.label,
+        [
+            f"{entry.label}: the name does not say which part of {c.info.name} it is; it must hold one of "
+            f"{', '.join(c.parts)}, as the publisher's {c.example} does"
+        ],
+    )
 
-# %% ../../nbs/data/12_sources.ipynb #612aac7d
+# %% ../../nbs/data/12_sources.ipynb #f52385c6
 def _truth_tables(found, c):
     "Part -> entry of the table that holds its labels."
     tables = [(e, names) for e, names in found.tables if {*c.key, *c.classes} <= set(names)]
-    if any(c.newer and c.newer in names for _, names in tables): tables = [t for t in tables if c.newer in t[1]] # the older edition is not read
-    if not tables: raise _no_table(found, c, 'ground truth' if c.classes else 'metadata table', [*c.key, *c.classes], c.example)
+    if any(c.newer and c.newer in names for _, names in tables):
+        tables = [t for t in tables if c.newer in t[1]] # the older edition is not read
+    if not tables:
+        raise _no_table(found, c, 'ground truth' if c.classes else 'metadata table', [*c.key, *c.classes], c.example)
     parts = [(_part(e, c), e) for e, _ in tables]
     return {part: _only([e for p, e in parts if p == part], c, f"metadata tables{f' of part {part}' if part else ''}")
             for part in (c.parts.values() or ['']) if part in dict(parts)}
 
+# %% ../../nbs/data/12_sources.ipynb #612aac7d
 def _details_table(found, c, part, truth):
     "The entry of the second table, or None where it may be missing."
     d = c.details
-    if not d or d.parts and part not in d.parts: return None
+    if not d or d.parts and part not in d.parts:
+        return None
     needed = {n for n in d.columns if n not in d.optional}
-    entry = _only([e for e, names in found.tables if needed <= set(names) and not set(c.classes) & set(names) and _part(e, c) == part], c, 'tables of details')
-    if not entry and d.needed: raise _no_table(found, c, f'table of details for {truth.label}', sorted(needed), d.example)
+    entry = _only(
+        [
+            e
+            for e, names in found.tables
+            if needed <= set(names) and not set(c.classes) & set(names) and _part(e, c) == part
+        ],
+        c,
+        'tables of details',
+    )
+    if not entry and d.needed:
+        raise _no_table(found, c, f'table of details for {truth.label}', sorted(needed), d.example)
     return entry
 
-# %% ../../nbs/data/12_sources.ipynb #63aa281c
+# %% ../../nbs/data/12_sources.ipynb #b0aa76fe
 @dataclass
 class _Rows:
     "A table under the names used here."
@@ -595,53 +821,87 @@ class _Rows:
     notes:list = field(default_factory=list)
 
     @property
-    def places(self): return _places(self.wheres, self.lines, len(self.table))
+    def places(self):
+        return _places(self.wheres, self.lines, len(self.table))
 
+# %% ../../nbs/data/12_sources.ipynb #63aa281c
 def _read_rows(entry, columns, optional, c):
     "Read and rename; a missing column is an error."
     words, lines = open_table(entry)
     missing = [n for n in columns if n not in words and n not in optional]
-    if missing: raise DatasetError(entry.label, [f"{entry.label} row 1: the column '{n}' is missing; {c.info.name} has {', '.join(columns)}."
-                                                 f"{nearest(n, words.columns)}" for n in missing])
+    if missing:
+        raise DatasetError(
+            entry.label,
+            [
+                f"{entry.label} row 1: the column '{n}' is missing; {c.info.name} has {', '.join(columns)}."
+                f"{nearest(n, words.columns)}"
+                for n in missing
+            ],
+        )
     return _Rows(words.rename(columns=columns), [entry.label] * len(words), lines.tolist())
 
 # %% ../../nbs/data/12_sources.ipynb #3d150c5e
 def _one_hot(words, classes, places):
     "The code of each row, and a sentence for each row that has not exactly one."
-    names, cells = list(classes), words[list(classes)]
+    names = list(classes)
+    cells = words[list(classes)]
     values = cells.apply(pd.to_numeric, errors='coerce').to_numpy(float)
-    odd, sums, faults = ~np.isin(values, (0, 1)), (values == 1).sum(1), []
+    odd = ~np.isin(values, (0, 1))
+    sums = (values == 1).sum(1)
+    faults = []
     for i in np.flatnonzero(odd.any(1) | (sums != 1)):
         ones = [n for n, v in zip(names, values[i]) if v == 1]
-        if odd[i].any(): said = f"{names[odd[i].argmax()]} is '{cells.iat[i, int(odd[i].argmax())]}'; allowed are 0 and 1"
-        else: said = f"{' and '.join(ones) or 'no class'} {'are' if ones else 'is'} 1; exactly one of {', '.join(names)} must be"
+        if odd[i].any():
+            said = f"{names[odd[i].argmax()]} is '{cells.iat[i, int(odd[i].argmax())]}'; allowed are 0 and 1"
+        else:
+            said = (
+                f"{' and '.join(ones) or 'no class'} {'are' if ones else 'is'} 1; exactly one of "
+                f"{', '.join(names)} must be"
+            )
         faults.append(f"{places[i]}: {said}")
     return np.array(list(classes.values()))[(values == 1).argmax(1)], faults
 
 # %% ../../nbs/data/12_sources.ipynb #3671504f
 def _join(rows, extra):
     "Add the columns of a second table."
-    at, here, there = {}, rows.places, extra.places
-    label, extra_label = rows.wheres[0] if rows.wheres else 'the first table', extra.wheres[0] if extra.wheres else 'the second table'
+    at = {}
+    here = rows.places
+    there = extra.places
+    label = rows.wheres[0] if rows.wheres else 'the first table'
+    extra_label = extra.wheres[0] if extra.wheres else 'the second table'
     for k, i in enumerate(extra.table.image_id):
-        if i in at: rows.faults.append(f"{there[k]}: image '{i}' is already in row {extra.lines[at[i]]}; keep one")
-        else: at[i] = k
+        if i in at:
+            rows.faults.append(f"{there[k]}: image '{i}' is already in row {extra.lines[at[i]]}; keep one")
+        else:
+            at[i] = k
     ids = set(rows.table.image_id)
-    rows.faults += [f"{p}: image '{i}' has no row in {extra_label}; give the table that belongs to it" for i, p in zip(rows.table.image_id, here) if i not in at]
-    rows.faults += [f"{there[k]}: image '{i}' has no row in {label}; give the table that belongs to it" for i, k in at.items() if i not in ids]
-    if rows.faults: return
+    rows.faults += [
+        f"{p}: image '{i}' has no row in {extra_label}; give the table that belongs to it"
+        for i, p in zip(rows.table.image_id, here)
+        if i not in at
+    ]
+    rows.faults += [
+        f"{there[k]}: image '{i}' has no row in {label}; give the table that belongs to it"
+        for i, k in at.items()
+        if i not in ids
+    ]
+    if rows.faults:
+        return
     more = extra.table.iloc[[at[i] for i in rows.table.image_id]].reset_index(drop=True)
     rows.table = rows.table.join(more[[n for n in more if n not in rows.table]])
 
 # %% ../../nbs/data/12_sources.ipynb #63f86d59
 def _copies(ids, pairs):
     "image_id -> the first image of its group, for every other image of a group."
-    order, root = {i: k for k, i in enumerate(ids)}, {i: i for i in ids}
+    order = {i: k for k, i in enumerate(ids)}
+    root = {i: i for i in ids}
     def top(i):
-        while root[i] != i: i = root[i]
+        while root[i] != i:
+            i = root[i]
         return i
     for a, b in pairs:
-        if a not in order or b not in order: continue
+        if a not in order or b not in order:
+            continue
         a, b = sorted((top(a), top(b)), key=order.get)
         root[b] = a
     return {i: top(i) for i in ids if top(i) != i}
@@ -651,17 +911,21 @@ def _mark_copies(rows, found, c):
     "Add the column `duplicate_of` from the publisher's list."
     entry = _only([e for e, names in found.tables if set(c.pairs) <= set(names)], c, 'lists of copies')
     if not entry:
-        rows.notes.append(f"no list of copies (columns {' and '.join(c.pairs)}) was given, so there is no column duplicate_of")
+        rows.notes.append(
+            f"no list of copies (columns {' and '.join(c.pairs)}) was given, so there is no column duplicate_of"
+        )
         return
     words, _ = open_table(entry)
-    pairs, ids = list(zip(words[c.pairs[0]], words[c.pairs[1]])), set(rows.table.image_id)
+    pairs = list(zip(words[c.pairs[0]], words[c.pairs[1]]))
+    ids = set(rows.table.image_id)
     copies = _copies(rows.table.image_id.tolist(), pairs)
     rows.table = rows.table.assign(duplicate_of=rows.table.image_id.map(copies).fillna(''))
     rows.read.append(entry.label)
     absent = sum(a not in ids or b not in ids for a, b in pairs)
-    if absent: rows.notes.append(f"{entry.label}: {absent} of {len(pairs)} pairs name an image that has no row")
+    if absent:
+        rows.notes.append(f"{entry.label}: {absent} of {len(pairs)} pairs name an image that has no row")
 
-# %% ../../nbs/data/12_sources.ipynb #bae2261d
+# %% ../../nbs/data/12_sources.ipynb #ecf7f2af
 def _part_rows(found, c, part, entry):
     "The rows of one part, with its classes and its second table."
     rows = _read_rows(entry, c.columns, c.optional, c)
@@ -669,43 +933,61 @@ def _part_rows(found, c, part, entry):
         codes, rows.faults = _one_hot(rows.table, c.classes, rows.places)
         rows.table = rows.table.drop(columns=list(c.classes)).assign(diagnosis=codes)
     for (column, value), word in c.agrees.items():
-        if column in rows.table: rows.faults += _disagreeing(rows, column, value, word)
-    if c.words: rows.table = rows.table.assign(diagnosis=rows.table.diagnosis.replace(c.words))
-    if part: rows.table = rows.table.assign(split=part)
+        if column in rows.table:
+            rows.faults += _disagreeing(rows, column, value, word)
+    if c.words:
+        rows.table = rows.table.assign(diagnosis=rows.table.diagnosis.replace(c.words))
+    if part:
+        rows.table = rows.table.assign(split=part)
     details = _details_table(found, c, part, entry)
-    if details: _join(rows, _read_rows(details, c.details.columns, c.details.optional, c))
+    if details:
+        _join(rows, _read_rows(details, c.details.columns, c.details.optional, c))
     elif c.details and part in (c.details.parts or (part,)):
-        rows.notes.append(f"no {c.details.example} was given: every image of {entry.label} counts as a lesion of its own")
+        rows.notes.append(
+            f"no {c.details.example} was given: every image of {entry.label} counts as a lesion of its own"
+        )
     rows.read = [entry.label, *([details.label] if details else [])]
     return rows
 
+# %% ../../nbs/data/12_sources.ipynb #de280cb6
 def _disagreeing(rows, column, value, word):
     "A sentence for each row where a column says another thing than the diagnosis."
     wrong = (rows.table.diagnosis == word) & (pd.to_numeric(rows.table[column], errors='coerce') != float(value))
-    return [f"{rows.places[i]}: {column} is '{rows.table[column][i]}' where the diagnosis is '{word}'; it must be {value}" for i in np.flatnonzero(wrong)]
+    return [
+        f"{rows.places[i]}: {column} is '{rows.table[column][i]}' where the diagnosis is '{word}'; it must be {value}"
+        for i in np.flatnonzero(wrong)
+    ]
 
+# %% ../../nbs/data/12_sources.ipynb #bae2261d
 def _all_rows(found, c):
     "The rows of all parts."
     parts = [_part_rows(found, c, part, entry) for part, entry in _truth_tables(found, c).items()]
     faults = [f for p in parts for f in p.faults]
-    if faults: raise DatasetError(c.info.name, faults)
-    together = lambda name: [v for p in parts for v in getattr(p, name)]
+    if faults:
+        raise DatasetError(c.info.name, faults)
+    def together(name):
+        return [v for p in parts for v in getattr(p, name)]
     table = pd.concat([p.table for p in parts], ignore_index=True).fillna('')
     rows = _Rows(table, together('wheres'), together('lines'), [], together('read'), together('notes'))
-    if c.pairs: _mark_copies(rows, found, c)
+    if c.pairs:
+        _mark_copies(rows, found, c)
     return rows
 
 # %% ../../nbs/data/12_sources.ipynb #c69c4189
 def import_collection(
     name:str, # one of COLLECTIONS
     paths, # a path or several, in any order: folders, archives, images, masks, tables
-    out:Path|str, # dataset folder to write; an older one of the same collection is replaced as a whole, anything else is refused
+    # dataset folder to write; an older one of the same collection is replaced as a whole, anything else is refused
+    out:Path|str,
     skip_bad:bool=False, # leave out and list images and masks that cannot be used, instead of stopping
     progress=None, # called with (images done, images in all) after each
     word_map:dict|None=None, # words of diagnosis, site and sex -> words that are known
 ) -> ImportReport:
     "Import a published collection as it is laid out; images without a row are listed and left out, a row without an image is an error."
-    if name not in COLLECTIONS: raise ValueError(f"collection '{name}' is not known; choose one of {', '.join(COLLECTIONS)}.{nearest(name, COLLECTIONS)}")
+    if name not in COLLECTIONS:
+        raise ValueError(
+            f"collection '{name}' is not known; choose one of {', '.join(COLLECTIONS)}.{nearest(name, COLLECTIONS)}"
+        )
     c = COLLECTIONS[name]
     out = check_target(out, c.info.name)
     with ExitStack() as stack:
@@ -714,75 +996,189 @@ def import_collection(
         lesions, copies = (rows.table.get(n, pd.Series('', rows.table.index)) for n in ('lesion_id', 'duplicate_of'))
         zero = lesions.str.match(c.age_zero).to_numpy() if c.age_zero else False
         where = rows.wheres[0] if len(set(rows.wheres)) == 1 else rows.wheres
-        return write_import(out, c.info, rows.table, found, where, rows.lines, skip_bad=skip_bad, word_map=word_map, progress=progress, age_zero=zero,
-                            duplicates=tuple(rows.table.image_id[copies != '']), notes=rows.notes, read=rows.read)
+        return write_import(
+            out,
+            c.info,
+            rows.table,
+            found,
+            where,
+            rows.lines,
+            skip_bad=skip_bad,
+            word_map=word_map,
+            progress=progress,
+            age_zero=zero,
+            duplicates=tuple(rows.table.image_id[copies != '']),
+            notes=rows.notes,
+            read=rows.read,
+        )
 
-# %% ../../nbs/data/12_sources.ipynb #d68837af
+# %% ../../nbs/data/12_sources.ipynb #2b289dd8
 _ISIC_FILES = 'https://isic-challenge-data.s3.amazonaws.com'
 _NC = 'CC BY-NC 4.0'
-HAM_CITATION = ("Tschandl, P., Rosendahl, C. & Kittler, H. The HAM10000 dataset, a large collection of multi-source dermatoscopic images of "
-                "common pigmented skin lesions. Scientific Data 5, 180161 (2018)")
-_CODELLA = "Codella, N. et al. Skin Lesion Analysis Toward Melanoma Detection 2018: A Challenge Hosted by the ISIC. arXiv:1902.03368 (2019)"
+HAM_CITATION = (
+    "Tschandl, P., Rosendahl, C. & Kittler, H. The HAM10000 dataset, a large collection of "
+    "multi-source dermatoscopic images of "
+    "common pigmented skin lesions. Scientific Data 5, 180161 (2018)"
+)
+_CODELLA = (
+    "Codella, N. et al. Skin Lesion Analysis Toward Melanoma Detection 2018: A Challenge Hosted by the "
+    "ISIC. arXiv:1902.03368 (2019)"
+)
 _BCN = "Combalia, M. et al. BCN20000: Dermoscopic Lesions in the Wild. arXiv:1908.02288 (2019)"
-_ROTEMBERG = ("Rotemberg, V. et al. A patient-centric dataset of images and metadata for identifying melanomas using clinical context. "
-              "Scientific Data 8, 34 (2021)")
+_ROTEMBERG = (
+    "Rotemberg, V. et al. A patient-centric dataset of images and metadata for identifying melanomas "
+    "using clinical context. "
+    "Scientific Data 8, 34 (2021)"
+)
 
-def _remote(year, *names): return tuple(RemoteFile(n, f'{_ISIC_FILES}/{year}/{n}') for n in names)
+def _remote(year, *names):
+    return tuple(RemoteFile(n, f'{_ISIC_FILES}/{year}/{n}') for n in names)
 
-def _dataverse(name, number, **known): return RemoteFile(name, f'https://dataverse.harvard.edu/api/access/datafile/{number}', **known)
+# %% ../../nbs/data/12_sources.ipynb #a9823522
+def _dataverse(name, number, **known):
+    return RemoteFile(name, f'https://dataverse.harvard.edu/api/access/datafile/{number}', **known)
 
-def _codes(columns): return {n: n.lower() for n in columns.split()}
+# %% ../../nbs/data/12_sources.ipynb #d68837af
+def _codes(columns):
+    return {n: n.lower() for n in columns.split()}
 
 # %% ../../nbs/data/12_sources.ipynb #fd69ce70
 _HAM10000 = Collection(
-    DatasetInfo('HAM10000', 'ham10000', licence=_NC, citation=HAM_CITATION, source='https://doi.org/10.7910/DVN/DBW86T'),
-    example='HAM10000_metadata.csv', key=('image_id', 'dx'), age_zero='.*',
-    columns=dict(lesion_id='lesion_id', image_id='image_id', dx='diagnosis', dx_type='diagnosis_confirm_type', age='age', sex='sex', localization='site'),
+    DatasetInfo(
+        'HAM10000', 'ham10000', licence=_NC, citation=HAM_CITATION, source='https://doi.org/10.7910/DVN/DBW86T'
+    ),
+    example='HAM10000_metadata.csv',
+    key=('image_id', 'dx'),
+    age_zero='.*',
+    columns=dict(
+        lesion_id='lesion_id',
+        image_id='image_id',
+        dx='diagnosis',
+        dx_type='diagnosis_confirm_type',
+        age='age',
+        sex='sex',
+        localization='site',
+    ),
     ignore=('ISIC2018_Task3_Test*',),
-    files=(_dataverse('HAM10000_metadata.csv', '4338392?format=original'), _dataverse('HAM10000_images_part_1.zip', 3172585),
-           _dataverse('HAM10000_images_part_2.zip', 3172584),
-           _dataverse('HAM10000_segmentations_lesion_tschandl.zip', 3838943, size=10_808_743, md5='6e8d252e09cfdb0189199f15985a5b84')))
+    files=(
+        _dataverse('HAM10000_metadata.csv', '4338392?format=original'),
+        _dataverse('HAM10000_images_part_1.zip', 3172585),
+        _dataverse('HAM10000_images_part_2.zip', 3172584),
+        _dataverse(
+            'HAM10000_segmentations_lesion_tschandl.zip',
+            3838943,
+            size=10_808_743,
+            md5='6e8d252e09cfdb0189199f15985a5b84',
+        ),
+    ),
+)
 
 _ISIC2018 = Collection(
-    DatasetInfo('ISIC 2018', 'ham10000', licence=_NC, citation=f'{_CODELLA}; {HAM_CITATION}', source='https://challenge.isic-archive.com/data/#2018'),
-    example='ISIC2018_Task3_Training_GroundTruth.csv', key=('image',), columns=dict(image='image_id'),
-    classes=_codes('MEL NV BCC AKIEC BKL DF VASC'), parts=dict(train='train', valid='valid', test='test'),
-    details=Details('ISIC2018_Task3_Training_LesionGroupings.csv', dict(image='image_id', lesion_id='lesion_id', diagnosis_confirm_type='diagnosis_confirm_type'),
-                    optional=('diagnosis_confirm_type',), needed=False, parts=('train',)),
-    files=_remote(2018, 'ISIC2018_Task3_Training_LesionGroupings.csv', *(f'ISIC2018_Task3_{part}_{what}.zip' for what in ('GroundTruth', 'Input')
-                                                                         for part in ('Training', 'Validation', 'Test'))))
+    DatasetInfo(
+        'ISIC 2018',
+        'ham10000',
+        licence=_NC,
+        citation=f'{_CODELLA}; {HAM_CITATION}',
+        source='https://challenge.isic-archive.com/data/#2018',
+    ),
+    example='ISIC2018_Task3_Training_GroundTruth.csv',
+    key=('image',),
+    columns=dict(image='image_id'),
+    classes=_codes('MEL NV BCC AKIEC BKL DF VASC'),
+    parts=dict(train='train', valid='valid', test='test'),
+    details=Details(
+        'ISIC2018_Task3_Training_LesionGroupings.csv',
+        dict(image='image_id', lesion_id='lesion_id', diagnosis_confirm_type='diagnosis_confirm_type'),
+        optional=('diagnosis_confirm_type',),
+        needed=False,
+        parts=('train',),
+    ),
+    files=_remote(
+        2018,
+        'ISIC2018_Task3_Training_LesionGroupings.csv',
+        *(
+            f'ISIC2018_Task3_{part}_{what}.zip'
+            for what in ('GroundTruth', 'Input')
+            for part in ('Training', 'Validation', 'Test')
+        ),
+    ),
+)
 
 # %% ../../nbs/data/12_sources.ipynb #92a15e90
 _ISIC2019 = Collection(
-    DatasetInfo('ISIC 2019', 'isic2019', licence=_NC, citation=f'{HAM_CITATION}; {_CODELLA}; {_BCN}', source='https://challenge.isic-archive.com/data/#2019'),
-    example='ISIC_2019_Training_GroundTruth.csv', key=('image',), columns=dict(image='image_id'),
-    classes=_codes('MEL NV BCC AK BKL DF VASC SCC UNK'), parts=dict(train='train', test='test'), age_zero='HAM_',
-    details=Details('ISIC_2019_Training_Metadata.csv', dict(image='image_id', age_approx='age', anatom_site_general='site', lesion_id='lesion_id', sex='sex'),
-                    optional=('lesion_id',)),
-    files=_remote(2019, *(f'ISIC_2019_{part}_{what}' for what in ('GroundTruth.csv', 'Metadata.csv', 'Input.zip') for part in ('Training', 'Test'))))
+    DatasetInfo(
+        'ISIC 2019',
+        'isic2019',
+        licence=_NC,
+        citation=f'{HAM_CITATION}; {_CODELLA}; {_BCN}',
+        source='https://challenge.isic-archive.com/data/#2019',
+    ),
+    example='ISIC_2019_Training_GroundTruth.csv',
+    key=('image',),
+    columns=dict(image='image_id'),
+    classes=_codes('MEL NV BCC AK BKL DF VASC SCC UNK'),
+    parts=dict(train='train', test='test'),
+    age_zero='HAM_',
+    details=Details(
+        'ISIC_2019_Training_Metadata.csv',
+        dict(image='image_id', age_approx='age', anatom_site_general='site', lesion_id='lesion_id', sex='sex'),
+        optional=('lesion_id',),
+    ),
+    files=_remote(
+        2019,
+        *(
+            f'ISIC_2019_{part}_{what}'
+            for what in ('GroundTruth.csv', 'Metadata.csv', 'Input.zip')
+            for part in ('Training', 'Test')
+        ),
+    ),
+)
 
 _ISIC2020 = Collection(
     DatasetInfo('ISIC 2020', 'melanoma', licence=_NC, citation=_ROTEMBERG, source='https://doi.org/10.34970/2020-ds01'),
-    example='ISIC_2020_Training_GroundTruth.csv', key=('image_name', 'benign_malignant'), optional=('lesion_id', 'target'),
-    columns=dict(image_name='image_id', patient_id='patient_id', lesion_id='lesion_id', sex='sex', age_approx='age', anatom_site_general_challenge='site',
-                 diagnosis='diagnosis_fine', benign_malignant='diagnosis', target='target'),
-    words=dict(malignant='mel'), agrees={('target', '0'): 'benign', ('target', '1'): 'malignant'}, newer='lesion_id',
+    example='ISIC_2020_Training_GroundTruth.csv',
+    key=('image_name', 'benign_malignant'),
+    optional=('lesion_id', 'target'),
+    columns=dict(
+        image_name='image_id',
+        patient_id='patient_id',
+        lesion_id='lesion_id',
+        sex='sex',
+        age_approx='age',
+        anatom_site_general_challenge='site',
+        diagnosis='diagnosis_fine',
+        benign_malignant='diagnosis',
+        target='target',
+    ),
+    words=dict(malignant='mel'),
+    agrees={('target', '0'): 'benign', ('target', '1'): 'malignant'},
+    newer='lesion_id',
     pairs=('image_name_1', 'image_name_2'),
-    files=_remote(2020, 'ISIC_2020_Training_GroundTruth_v2.csv', 'ISIC_2020_Training_Duplicates.csv', 'ISIC_2020_Training_JPEG.zip'))
+    files=_remote(
+        2020,
+        'ISIC_2020_Training_GroundTruth_v2.csv',
+        'ISIC_2020_Training_Duplicates.csv',
+        'ISIC_2020_Training_JPEG.zip',
+    ),
+)
 
 COLLECTIONS = dict(ham10000=_HAM10000, isic2018=_ISIC2018, isic2019=_ISIC2019, isic2020=_ISIC2020)
 SOURCES = {name: partial(import_collection, name) for name in COLLECTIONS}
 import_ham10000, import_isic2018, import_isic2019, import_isic2020 = SOURCES.values()
 
-# %% ../../nbs/data/12_sources.ipynb #57bd66cd
+# %% ../../nbs/data/12_sources.ipynb #685a2e4b
 class DownloadError(OSError):
     "A file that could not be fetched; the message names it, the reason and the remedy."
 
-_AGENT, _TIMEOUT = {'User-Agent': 'skinlesion', 'Accept-Encoding': 'identity'}, 30
+# %% ../../nbs/data/12_sources.ipynb #ecd71d6e
+_AGENT = {'User-Agent': 'skinlesion', 'Accept-Encoding': 'identity'}
+_TIMEOUT = 30
 _CUT = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
 
-def _remedy(file): return f"Run it again, it goes on where it stopped; or fetch {file.url} by hand and give the file to the import"
+def _remedy(file):
+    return f"Run it again, it goes on where it stopped; or fetch {file.url} by hand and give the file to the import"
 
+# %% ../../nbs/data/12_sources.ipynb #57bd66cd
 def _open_url(file, part, tag):
     "The answer of the server, asked for the rest of a file that is there in part."
     have = part.stat().st_size if part.is_file() else 0
@@ -792,19 +1188,27 @@ def _open_url(file, part, tag):
 # %% ../../nbs/data/12_sources.ipynb #bf07b0c4
 def _total(answer, file, part):
     "The size of the whole file and of what is there already, or an error if this is not the file."
-    length, start = answer.headers.get('Content-Length'), 0
+    length = answer.headers.get('Content-Length')
+    start = 0
     if answer.status == 206:
         m = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', answer.headers.get('Content-Range', ''))
         if not m or int(m[1]) != part.stat().st_size:
-            raise DownloadError(f"{file.name}: the server sent another part than the one asked for; remove {part} and fetch it again")
-        start, total = int(m[1]), int(m[2])
-    else: total = int(length) if length else file.size
+            raise DownloadError(
+                f"{file.name}: the server sent another part than the one asked for; remove {part} and fetch it again"
+            )
+        start = int(m[1])
+        total = int(m[2])
+    else:
+        total = int(length) if length else file.size
     if answer.headers.get_content_type() == 'text/html':
         raise DownloadError(f"{file.name}: a web page came instead of the file, perhaps a login or a notice; "
                             f"fetch {file.url} by hand and give the file to the import")
     if file.size and total != file.size:
-        raise DownloadError(f"{file.name}: the publisher offers {total:,} bytes where {file.size:,} are known; the file has changed. "
-                            f"Fetch {file.url} by hand, and look what is new")
+        raise DownloadError(
+            f"{file.name}: the publisher offers {total:,} bytes where {file.size:,} are known; the file "
+            "has changed. "
+            f"Fetch {file.url} by hand, and look what is new"
+        )
     return total, start
 
 # %% ../../nbs/data/12_sources.ipynb #e3e98c83
@@ -815,8 +1219,11 @@ def _receive(file, part, progress):
         total, done = _total(answer, file, part)
         free = shutil.disk_usage(part.parent).free
         if total and total - done > free:
-            raise DownloadError(f"{part.parent}: {total - done:,} bytes are needed for {file.name} and {free:,} are free; "
-                                "free some space or choose another folder")
+            raise DownloadError(
+                f"{part.parent}: {total - done:,} bytes are needed for {file.name} and {free:,} are "
+                "free; "
+                "free some space or choose another folder"
+            )
         tag = answer.headers.get('ETag', '')
         note.write_text('' if tag.startswith('W/') else tag)
         with open(part, 'r+b' if done else 'wb') as out:
@@ -824,39 +1231,61 @@ def _receive(file, part, progress):
             while piece := answer.read(1 << 20):
                 out.write(piece)
                 done += len(piece)
-                if progress: progress(file.name, done, total)
-    if total and done < total: raise http.client.IncompleteRead(b'', total - done)
+                if progress:
+                    progress(file.name, done, total)
+    if total and done < total:
+        raise http.client.IncompleteRead(b'', total - done)
 
-# %% ../../nbs/data/12_sources.ipynb #7739025b
+# %% ../../nbs/data/12_sources.ipynb #b83e39e4
 def _refused(error, file):
     "What an answer that is an error means."
-    known = {404: 'it is not there any more', 403: 'the publisher does not give it out', 401: 'it asks for a login', 429: 'it is asked too often'}
-    return DownloadError(f"{file.name}: the publisher's server answers {error.code} ({known.get(error.code, error.reason)}) for {file.url}; look on the "
-                         "publisher's page where the file is now, fetch it by hand and give it to the import")
+    known = {
+        404: 'it is not there any more',
+        403: 'the publisher does not give it out',
+        401: 'it asks for a login',
+        429: 'it is asked too often',
+    }
+    return DownloadError(
+        f"{file.name}: the publisher's server answers {error.code} "
+        f"({known.get(error.code, error.reason)}) for {file.url}; look on the "
+        "publisher's page where the file is now, fetch it by hand and give it to the import"
+    )
 
+# %% ../../nbs/data/12_sources.ipynb #d500a1c8
 def _lost(error):
     "Why nothing came, or not all of it."
-    if isinstance(error, http.client.IncompleteRead): return f"the connection broke {error.expected:,} bytes before the end"
+    if isinstance(error, http.client.IncompleteRead):
+        return f"the connection broke {error.expected:,} bytes before the end"
     reason = getattr(error, 'reason', '') or error
     return f"the publisher's server cannot be reached ({getattr(reason, 'strerror', '') or reason})"
 
+# %% ../../nbs/data/12_sources.ipynb #7739025b
 def _fetch_part(file, part, progress, tries):
     "Go on after each interruption, as often as `tries` says."
     for left in reversed(range(tries)):
-        try: return _receive(file, part, progress)
+        try:
+            return _receive(file, part, progress)
         except urllib.error.HTTPError as e:
-            if e.code == 416 and e.headers.get('Content-Range') == f'bytes */{part.stat().st_size}': return
-            if e.code == 416: part.unlink()
-            if e.code < 500 and e.code != 416 or not left: raise _refused(e, file) from None
+            if e.code == 416 and e.headers.get('Content-Range') == f'bytes */{part.stat().st_size}':
+                return
+            if e.code == 416:
+                part.unlink()
+            if e.code < 500 and e.code != 416 or not left:
+                raise _refused(e, file) from None
         except _CUT as e:
-            if not left: raise DownloadError(f"{file.name}: {_lost(e)}. {_remedy(file)}") from None
-        except DownloadError: raise
+            if not left:
+                raise DownloadError(f"{file.name}: {_lost(e)}. {_remedy(file)}") from None
+        except DownloadError:
+            raise
         except OSError as e:
-            raise DownloadError(f"{part} cannot be written ({e.strerror}); free some space or choose another folder, and run it again: "
-                                "it goes on where it stopped") from None
+            raise DownloadError(
+                f"{part} cannot be written ({e.strerror}); free some space or choose another folder, "
+                "and run it again: "
+                "it goes on where it stopped"
+            ) from None
         time.sleep(min(2 ** (tries - left) / 10, 5))
 
-# %% ../../nbs/data/12_sources.ipynb #cefae79f
+# %% ../../nbs/data/12_sources.ipynb #d48dc16c
 def fetch_file(
     file:RemoteFile, # what to fetch
     folder:Path|str, # made where it is missing
@@ -868,28 +1297,36 @@ def fetch_file(
     part = final.with_name(f'{final.name}.part')
     part.parent.mkdir(parents=True, exist_ok=True)
     fetched = not final.is_file()
-    if fetched: _fetch_part(file, part, progress, tries)
+    if fetched:
+        _fetch_part(file, part, progress, tries)
     here = part if fetched else final
     said = _wrong(file, here)
     if said:
         if fetched:
-            for p in (part, part.with_name(f'{part.name}.tag')): p.unlink(missing_ok=True)
-        raise DownloadError(f"{here}: {said}; {'it was removed, so fetch it again' if fetched else 'remove it, and fetch it again'}")
+            for p in (part, part.with_name(f'{part.name}.tag')):
+                p.unlink(missing_ok=True)
+        raise DownloadError(
+            f"{here}: {said}; {'it was removed, so fetch it again' if fetched else 'remove it, and fetch it again'}"
+        )
     if fetched:
         os.replace(part, final)
         part.with_name(f'{part.name}.tag').unlink(missing_ok=True)
     return final
 
+# %% ../../nbs/data/12_sources.ipynb #d07196f6
 def _wrong(file, path):
     "What tells a file from the publisher's, or ''."
     size = path.stat().st_size
-    if file.size and size != file.size: return f"it has {size:,} bytes where the publisher's has {file.size:,}"
+    if file.size and size != file.size:
+        return f"it has {size:,} bytes where the publisher's has {file.size:,}"
     md5 = _md5(path) if file.md5 else ''
     return f"its MD5 sum is {md5} where the publisher's is {file.md5}" if md5 != file.md5 else ''
 
+# %% ../../nbs/data/12_sources.ipynb #cefae79f
 def _md5(path):
     "MD5, the sum that the publisher gives."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'md5').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'md5').hexdigest()
 
 # %% ../../nbs/data/12_sources.ipynb #aab26e93
 def download_source(
@@ -900,8 +1337,13 @@ def download_source(
     "Fetch the files of a collection from its publisher; the real addresses could not be reached from the machine this was developed on, so they are untried."
     if name not in COLLECTIONS or not COLLECTIONS[name].files:
         offered = ', '.join(n for n, c in COLLECTIONS.items() if c.files)
-        raise ValueError(f"'{name}' offers no plain files; choose one of {offered}, or fetch the data by hand.{nearest(name, COLLECTIONS)}")
-    try: return [fetch_file(f, folder, progress) for f in COLLECTIONS[name].files]
+        raise ValueError(
+            f"'{name}' offers no plain files; choose one of {offered}, or fetch the data by "
+            f"hand.{nearest(name, COLLECTIONS)}"
+        )
+    try:
+        return [fetch_file(f, folder, progress) for f in COLLECTIONS[name].files]
     except DownloadError:
-        if not any(Path(folder).iterdir()): Path(folder).rmdir() # nothing came, so nothing stays
+        if not any(Path(folder).iterdir()):
+            Path(folder).rmdir() # nothing came, so nothing stays
         raise

@@ -19,7 +19,9 @@ from ..taxonomy import age_band, nearest, parse_site, site_region
 # %% ../../nbs/data/14_splits.ipynb #f064f332
 SPLITS = ('train', 'valid', 'test') # fitted on; chosen and calibrated on; reported on
 APART = ('external', 'unlabelled', 'aside') # a test set from elsewhere; for pretraining; for nothing
-_SIDES = dict(train='train', valid='valid', test='test', external='external', unlabelled='train', aside='') # '' meets nobody
+_SIDES = dict(
+    train='train', valid='valid', test='test', external='external', unlabelled='train', aside=''
+) # '' meets nobody
 
 # %% ../../nbs/data/14_splits.ipynb #bffbb6f8
 def _ties(
@@ -28,7 +30,8 @@ def _ties(
 ) -> np.ndarray: # (N,) str, 'column id'; a row with an empty id is 'row i', a node of its own
     "Name the node of each row by the id in `column`."
     own = np.char.add('row ', np.arange(len(table)).astype(str)).astype(object)
-    if column not in table: return own
+    if column not in table:
+        return own
     ids = table[column].fillna('').astype(str).str.strip().to_numpy(object)
     return np.where(ids == '', own, f'{column} ' + ids)
 
@@ -37,9 +40,14 @@ def _pair_nodes(
     pairs:pd.DataFrame|None, # image_id_a, image_id_b
 ) -> list: # two (P,) str, nodes as `_ties` names them
     "The two ends of each pair."
-    if pairs is None: return [np.array([], object)] * 2
+    if pairs is None:
+        return [np.array([], object)] * 2
     for column in ('image_id_a', 'image_id_b'):
-        if column not in pairs: raise ValueError(f"pairs: the column '{column}' is missing; give image_id_a and image_id_b, one row per verified duplicate")
+        if column not in pairs:
+            raise ValueError(
+                f"pairs: the column '{column}' is missing; give image_id_a and image_id_b, one row per "
+                "verified duplicate"
+            )
     return [('image_id ' + pairs[c].astype(str).str.strip()).to_numpy(object) for c in ('image_id_a', 'image_id_b')]
 
 # %% ../../nbs/data/14_splits.ipynb #d1dd3bce
@@ -53,7 +61,9 @@ def tied_groups(
     nodes = pd.factorize(np.concatenate([lesion, patient, a, image, image, b]))[0]
     ends = nodes.reshape(2, -1)
     size = int(nodes.max(initial=-1)) + 1
-    parts = connected_components(coo_array((np.ones(ends.shape[1]), tuple(ends)), shape=(size, size)), directed=False)[1]
+    parts = connected_components(coo_array((np.ones(ends.shape[1]), tuple(ends)), shape=(size, size)), directed=False)[
+        1
+    ]
     return pd.factorize(parts[ends[1, :len(table)]])[0]
 
 # %% ../../nbs/data/14_splits.ipynb #90422dff
@@ -62,12 +72,19 @@ def _check_values(
 ):
     "Raise unless `split` is there and each value is one of `SPLITS` or `APART`."
     if 'split' not in table:
-        raise ValueError("metadata.csv: column 'split' is missing; add it (train, valid or test in each row) or choose the split policy 'stratified'")
+        raise ValueError(
+            "metadata.csv: column 'split' is missing; add it (train, valid or test in each row) or "
+            "choose the split policy 'stratified'"
+        )
     words = table['split'].fillna('').astype(str)
     for row in np.flatnonzero(~words.isin(_SIDES))[:1]:
         word = words.iloc[row]
-        raise ValueError(f"metadata.csv row {row + 2} (image '{table['image_id'].iloc[row]}'): split '{word}' is not one of {', '.join(SPLITS)}.{nearest(word, SPLITS)}"
-                         f" Give every row a split ({', '.join(APART)} keep an image out of these three), or choose the split policy 'stratified'")
+        raise ValueError(
+            f"metadata.csv row {row + 2} (image '{table['image_id'].iloc[row]}'): split '{word}' is not "
+            f"one of {', '.join(SPLITS)}.{nearest(word, SPLITS)}"
+            f" Give every row a split ({', '.join(APART)} keep an image out of these "
+            "three), or choose the split policy 'stratified'"
+        )
 
 # %% ../../nbs/data/14_splits.ipynb #8efb34ea
 def _crossing(
@@ -80,7 +97,7 @@ def _crossing(
     rows = rows[rows.groupby('tie').side.transform('nunique') > 1]
     return rows.groupby('tie').value.agg(lambda values: [s for s in _SIDES if s in set(values)])
 
-# %% ../../nbs/data/14_splits.ipynb #74b7b66d
+# %% ../../nbs/data/14_splits.ipynb #2c792362
 def _listed(
     named:list, # of str, what is wrong
     shown:int=5, # how many are written out
@@ -88,16 +105,22 @@ def _listed(
     "The first few, and how many more there are."
     return '; '.join(named[:shown]) + (f' and {len(named) - shown} more' if len(named) > shown else '')
 
+# %% ../../nbs/data/14_splits.ipynb #74b7b66d
 def _crossing_pairs(
     table:pd.DataFrame, # image_id, split
     pairs:pd.DataFrame|None, # image_id_a, image_id_b
 ) -> list: # of str, a phrase for each pair
     "Duplicates on two sides."
-    if pairs is None: return []
+    if pairs is None:
+        return []
     where = dict(zip(table['image_id'].astype(str), table['split'].astype(str)))
     ends = zip(*(pairs[c].astype(str).str.strip() for c in ('image_id_a', 'image_id_b')))
     sides = [(a, b, where.get(a, 'aside'), where.get(b, 'aside')) for a, b in ends]
-    return [f"'{a}' in {s} and its duplicate '{b}' in {t}" for a, b, s, t in sides if _SIDES[s] and _SIDES[t] and _SIDES[s] != _SIDES[t]]
+    return [
+        f"'{a}' in {s} and its duplicate '{b}' in {t}"
+        for a, b, s, t in sides
+        if _SIDES[s] and _SIDES[t] and _SIDES[s] != _SIDES[t]
+    ]
 
 # %% ../../nbs/data/14_splits.ipynb #61a9ac87
 def check_split(
@@ -109,24 +132,36 @@ def check_split(
     split = table['split'].astype(str).to_numpy(object)
     groups = tied_groups(table, pairs)
     across = _crossing(split, groups)
-    if not len(across): return
+    if not len(across):
+        return
     for column, what in (('lesion_id', 'lesion'), ('patient_id', 'patient')):
         cross = _crossing(split, _ties(table, column))
         named = [f"{what} '{tie[len(column) + 1:]}' in {', '.join(values)}" for tie, values in cross.items()]
-        if named: raise ValueError(f"{len(named)} {what}(s) cross splits: {_listed(named)}. Put all images of a {what} into one split")
+        if named:
+            raise ValueError(
+                f"{len(named)} {what}(s) cross splits: {_listed(named)}. Put all images of a {what} into one split"
+            )
     named = _crossing_pairs(table, pairs)
-    if named: raise ValueError(f"{len(named)} duplicate(s) cross splits: {_listed(named)}. Put both into one split, or leave one of them out")
+    if named:
+        raise ValueError(
+            f"{len(named)} duplicate(s) cross splits: {_listed(named)}. Put both into one split, or "
+            "leave one of them out"
+        )
     images = table['image_id'].to_numpy()[groups == across.index[0]]
-    raise ValueError(f"{len(across)} group(s) cross splits through images set aside: {_listed(list(map(str, images)))} are one group, in "
-                     f"{', '.join(across.iloc[0])}. Put all of a group into one split")
+    raise ValueError(
+        f"{len(across)} group(s) cross splits through images set aside: "
+        f"{_listed(list(map(str, images)))} are one group, in "
+        f"{', '.join(across.iloc[0])}. Put all of a group into one split"
+    )
 
-# %% ../../nbs/data/14_splits.ipynb #deb1554b
+# %% ../../nbs/data/14_splits.ipynb #07cb0158
 def _labelled(
     table:pd.DataFrame, # with diagnosis
 ) -> np.ndarray: # (N,) bool
     "Which rows have a diagnosis."
     return (table['diagnosis'].fillna('').astype(str).str.strip() != '').to_numpy()
 
+# %% ../../nbs/data/14_splits.ipynb #deb1554b
 def _check_classes(
     table:pd.DataFrame, # with lesion_id, diagnosis, none empty
     groups:np.ndarray, # (N,) int from `tied_groups`
@@ -134,10 +169,14 @@ def _check_classes(
     what:str, # their name, such as 'splits (train, valid, test)'
 ):
     "Raise where a class has fewer groups than there are parts."
-    if not len(table): raise ValueError("no row has a diagnosis that could be split; check the column diagnosis, and which rows are external")
+    if not len(table):
+        raise ValueError(
+            "no row has a diagnosis that could be split; check the column diagnosis, and which rows are external"
+        )
     for code, rows in table.groupby('diagnosis').indices.items():
         have = len(np.unique(groups[rows]))
-        if have >= parts: continue
+        if have >= parts:
+            continue
         lesions = len(np.unique(_ties(table.iloc[rows], 'lesion_id')))
         tied = f' tied by patients or duplicates into {have} group(s)' if have < lesions else ''
         raise ValueError(f"class '{code}' has {lesions} lesion(s){tied}: fewer lesions than {what}. "
@@ -146,8 +185,10 @@ def _check_classes(
 # %% ../../nbs/data/14_splits.ipynb #a8c1a8c8
 _REMEDIES = dict(
     column="Move a lesion of class '{code}' there, or leave out the rows of that class",
-    stratified="Add images of other lesions of class '{code}'; where `previous` holds all of its lesions, split anew without it",
-    hash="Choose another seed, or the policy 'stratified', or leave out the rows of class '{code}'")
+    stratified="Add images of other lesions of class '{code}'; where `previous` holds all of its lesions, "
+    "split anew without it",
+    hash="Choose another seed, or the policy 'stratified', or leave out the rows of class '{code}'",
+)
 
 def _check_presence(
     diagnosis:np.ndarray, # (N,) str, of the rows that are in one of SPLITS
@@ -159,8 +200,10 @@ def _check_presence(
     for code, row in counts.iterrows():
         for name in SPLITS:
             if not row[name]:
-                raise ValueError(f"class '{code}' has no image in split '{name}' ({', '.join(f'{s} {row[s]}' for s in SPLITS)}). "
-                                 + _REMEDIES[policy].format(code=code))
+                raise ValueError(
+                    f"class '{code}' has no image in split '{name}' "
+                    f"({', '.join(f'{s} {row[s]}' for s in SPLITS)}). " + _REMEDIES[policy].format(code=code)
+                )
 
 # %% ../../nbs/data/14_splits.ipynb #2df23337
 def _order(
@@ -181,9 +224,11 @@ def _deal(
     rng:np.random.Generator, # draws the order among equals
 ) -> np.ndarray: # (G,) int part of each group
     "Deal groups to parts so that each class is shared out by `fractions`."
-    part, todo = fixed.copy(), np.flatnonzero((fixed < 0) & counts.any(1))
+    part = fixed.copy()
+    todo = np.flatnonzero((fixed < 0) & counts.any(1))
     have = np.stack([counts[fixed == s].sum(0) for s in range(len(fractions))]).astype(float)
-    totals, left = counts.sum(0), (counts[todo] > 0).sum(0)
+    totals = counts.sum(0)
+    left = (counts[todo] > 0).sum(0)
     for g in todo[_order(counts[todo], rng)]:
         mine = np.flatnonzero(counts[g])
         images = counts[g, mine]
@@ -211,7 +256,7 @@ def _strata(
     cells = [np.unique(np.char.add(code, words), return_inverse=True)[1] for words in (region, band)]
     return np.stack([cells[0], cells[0].max(initial=-1) + 1 + cells[1]], 1)
 
-# %% ../../nbs/data/14_splits.ipynb #4f70a05c
+# %% ../../nbs/data/14_splits.ipynb #e24a8fc0
 def _cell_counts(
     cells:np.ndarray, # (N, 2) int from `_strata`
     groups:np.ndarray, # (N,) int group of each row
@@ -221,6 +266,7 @@ def _cell_counts(
     rows = np.repeat(groups, cells.shape[1])
     return coo_array((np.ones(cells.size), (rows, cells.ravel())), shape=(size, int(cells.max(initial=-1)) + 1)).tocsr()
 
+# %% ../../nbs/data/14_splits.ipynb #4f70a05c
 def _room(
     part:np.ndarray, # (T,) int part of each group that was dealt
     counts:np.ndarray, # (T, C) int images of each class in each of them
@@ -247,15 +293,20 @@ def _spread(
     totals = np.asarray(inside.sum(0)).ravel()
     have = [np.asarray(inside[fixed[part[fixed] == s]].sum(0)).ravel().tolist() for s in parts]
     weigh = [(1 / (f * np.maximum(totals, 1))).tolist() for f in fractions]
-    mine = [list(zip(*pair)) for pair in zip(*(np.split(a, inside.indptr[1:-1]) for a in (inside.indices, inside.data)))]
+    mine = [
+        list(zip(*pair)) for pair in zip(*(np.split(a, inside.indptr[1:-1]) for a in (inside.indices, inside.data)))
+    ]
     rarest = np.array([min((totals[c] for c, _ in mine[g]), default=0) for g in todo])
     for t in np.lexsort((rng.random(len(todo)), rarest)).tolist():
-        free, cells = room[kind[t]], mine[todo[t]]
-        full = lambda s: (round(sum((have[s][c] + m / 2) * weigh[s][c] for c, m in cells), 9), -free[s] / fractions[s])
+        free = room[kind[t]]
+        cells = mine[todo[t]]
+        def full(s):
+            return (round(sum((have[s][c] + m / 2) * weigh[s][c] for c, m in cells), 9), -free[s] / fractions[s])
         best = min((s for s in parts if free[s]), key=full)
         part[todo[t]] = best
         free[best] -= 1
-        for c, m in cells: have[best][c] += m
+        for c, m in cells:
+            have[best][c] += m
     return part
 
 # %% ../../nbs/data/14_splits.ipynb #60cf91c5
@@ -268,14 +319,17 @@ def _share_out(
     secondary:bool=True, # share out sites and ages too
 ) -> np.ndarray: # (G,) int part of each group; -1 for a group without a row here
     "Deal by class, then spread by site and age."
-    fractions, codes = np.asarray(fractions, float), pd.factorize(table['diagnosis'].to_numpy(), sort=True)[0]
+    fractions = np.asarray(fractions, float)
+    codes = pd.factorize(table['diagnosis'].to_numpy(), sort=True)[0]
     counts = np.zeros((len(fixed), codes.max(initial=-1) + 1), int)
     np.add.at(counts, (groups, codes), 1)
     for attempt in range(20): # groups of several classes can end badly in one order and well in another
         rng = np.random.default_rng([seed, attempt])
         part = _deal(counts, fixed, fractions, rng)
-        if all((counts[part == s].sum(0) > 0).all() for s in range(len(fractions))): break
-    if not secondary: return part
+        if all((counts[part == s].sum(0) > 0).all() for s in range(len(fractions))):
+            break
+    if not secondary:
+        return part
     todo = np.flatnonzero((fixed < 0) & (part >= 0))
     return _spread(part, todo, counts, _cell_counts(_strata(table), groups, len(fixed)), fractions, rng)
 
@@ -287,13 +341,22 @@ def _check_external(
 ):
     "Raise on a description of an external set that cannot be followed."
     for key in external:
-        if key not in _EXTERNAL: raise ValueError(f"external: the key '{key}' is not one of {', '.join(_EXTERNAL)}.{nearest(key, _EXTERNAL)}")
+        if key not in _EXTERNAL:
+            raise ValueError(
+                f"external: the key '{key}' is not one of {', '.join(_EXTERNAL)}.{nearest(key, _EXTERNAL)}"
+            )
     for key in ('column', 'values'):
-        if key not in external: raise ValueError(f"external: the key '{key}' is missing; give {_EXTERNAL[key]}")
+        if key not in external:
+            raise ValueError(f"external: the key '{key}' is missing; give {_EXTERNAL[key]}")
     if isinstance(external['values'], str) or not len(external['values']):
-        raise ValueError(f"external: values is {external['values']!r}; give a list of one or more words, such as ['isic2018-test']")
+        raise ValueError(
+            f"external: values is {external['values']!r}; give a list of one or more words, such as ['isic2018-test']"
+        )
     if external.get('tied', 'error') not in ('error', 'aside'):
-        raise ValueError(f"external: tied is '{external['tied']}'; choose 'error' (stop where an inner image is tied to an external one) or 'aside' (leave such inner images out)")
+        raise ValueError(
+            f"external: tied is '{external['tied']}'; choose 'error' (stop where an inner image is tied "
+            "to an external one) or 'aside' (leave such inner images out)"
+        )
 
 # %% ../../nbs/data/14_splits.ipynb #5ed8c5a3
 def _external_rows(
@@ -301,16 +364,25 @@ def _external_rows(
     external:dict|None, # column, values
 ) -> np.ndarray: # (N,) bool
     "Which rows are declared external; a value that occurs nowhere is an error."
-    if not external: return np.zeros(len(table), bool)
+    if not external:
+        return np.zeros(len(table), bool)
     _check_external(external)
     column = external['column']
-    if column not in table: raise ValueError(f"external: metadata.csv has no column '{column}' ({', '.join(table.columns)}).{nearest(column, table.columns)}")
+    if column not in table:
+        raise ValueError(
+            f"external: metadata.csv has no column '{column}' "
+            f"({', '.join(table.columns)}).{nearest(column, table.columns)}"
+        )
     words = table[column].fillna('').astype(str)
     for value in map(str, external['values']):
-        if (words == value).any(): continue
+        if (words == value).any():
+            continue
         there = sorted(words.unique())
-        raise ValueError(f"external: no row has '{value}' in the column '{column}', which holds {', '.join(map(repr, there[:10]))}"
-                         f"{' ...' if len(there) > 10 else ''}.{nearest(value, there)}")
+        raise ValueError(
+            f"external: no row has '{value}' in the column '{column}', which holds "
+            f"{', '.join(map(repr, there[:10]))}"
+            f"{' ...' if len(there) > 10 else ''}.{nearest(value, there)}"
+        )
     return words.isin([str(v) for v in external['values']]).to_numpy()
 
 # %% ../../nbs/data/14_splits.ipynb #07db2b4d
@@ -319,17 +391,27 @@ def _read_previous(
 ) -> pd.DataFrame: # image_id, lesion_id, patient_id, split; no row for None
     "The older split, checked."
     columns = ['image_id', 'lesion_id', 'patient_id', 'split']
-    if previous is None: return pd.DataFrame(columns=columns, dtype=str)
+    if previous is None:
+        return pd.DataFrame(columns=columns, dtype=str)
     name = 'previous' if isinstance(previous, pd.DataFrame) else str(previous)
-    if name != 'previous' and not Path(previous).is_file(): raise FileNotFoundError(f"{name}: no such table; name the splits.csv of an earlier run, or leave previous out")
+    if name != 'previous' and not Path(previous).is_file():
+        raise FileNotFoundError(f"{name}: no such table; name the splits.csv of an earlier run, or leave previous out")
     rows = previous if isinstance(previous, pd.DataFrame) else pd.read_csv(previous, dtype=str, keep_default_na=False)
     for column in ('image_id', 'split'):
-        if column not in rows: raise ValueError(f"{name}: the column '{column}' is missing; it needs image_id and split, and lesion_id and patient_id where known")
+        if column not in rows:
+            raise ValueError(
+                f"{name}: the column '{column}' is missing; it needs image_id and split, and lesion_id "
+                "and patient_id where known"
+            )
     rows = rows.reindex(columns=columns, fill_value='').astype(object).fillna('').astype(str).reset_index(drop=True)
     for row in np.flatnonzero(~rows['split'].isin(_SIDES))[:1]:
-        raise ValueError(f"{name} row {row + 2}: split '{rows['split'][row]}' is not one of {', '.join(_SIDES)}.{nearest(rows['split'][row], _SIDES)}")
+        raise ValueError(
+            f"{name} row {row + 2}: split '{rows['split'][row]}' is not one of "
+            f"{', '.join(_SIDES)}.{nearest(rows['split'][row], _SIDES)}"
+        )
     twice = rows['image_id'][rows['image_id'].duplicated()]
-    if len(twice): raise ValueError(f"{name}: image_id '{twice.iloc[0]}' stands in more than one row; give each image one row")
+    if len(twice):
+        raise ValueError(f"{name}: image_id '{twice.iloc[0]}' stands in more than one row; give each image one row")
     return rows
 
 # %% ../../nbs/data/14_splits.ipynb #15557891
@@ -347,8 +429,13 @@ def _fixed_parts(
     torn = rows[rows.group.duplicated(keep=False)]
     if len(torn):
         named = [' and '.join(f"'{r.image}' ({r.said})" for r in g.itertuples()) for _, g in torn.groupby('group')]
-        raise ValueError(f"{len(named)} group(s) stand on two sides, joined by a lesion, a patient or a duplicate: {_listed(named)}. Nothing that was assigned is moved. "
-                         "Correct the link in metadata.csv if it is wrong, or remove the images of one side, or split anew without `previous` and compare with no older result")
+        raise ValueError(
+            f"{len(named)} group(s) stand on two sides, joined by a lesion, a patient or a duplicate: "
+            f"{_listed(named)}. Nothing that was assigned is moved. "
+            "Correct the link in metadata.csv if it is wrong, or remove the images of "
+            "one side, or split anew without `previous` and compare with no older "
+            "result"
+        )
     fixed = np.full(size, -1)
     fixed[rows.group.to_numpy(int)] = [_PARTS.index(s) for s in rows.side]
     return fixed
@@ -361,7 +448,8 @@ def _decided(
     external:dict|None, # which rows are external
 ) -> tuple: # (N,) int groups, (G,) int parts with -1 for none, (N,) bool external rows
     "Groups, and what is known of them before anything is dealt."
-    before, outside = _read_previous(previous), _external_rows(table, external)
+    before = _read_previous(previous)
+    outside = _external_rows(table, external)
     columns = [c for c in ('image_id', 'lesion_id', 'patient_id') if c in table]
     both = pd.concat([table[columns].astype(object), before], ignore_index=True)
     groups = tied_groups(both, pairs)
@@ -370,7 +458,9 @@ def _decided(
     side = np.concatenate([np.where(outside, 'external', ''), [_SIDES[s] for s in before.split]]).astype(str)
     said = ['external'] * len(table) + [f'{s} in previous' for s in before.split]
     on = np.flatnonzero(side != '')
-    fixed = _fixed_parts(both.image_id.to_numpy()[on], [said[i] for i in on], side[on], groups[on], int(groups.max()) + 1)
+    fixed = _fixed_parts(
+        both.image_id.to_numpy()[on], [said[i] for i in on], side[on], groups[on], int(groups.max()) + 1
+    )
     return groups[:len(table)], fixed, outside
 
 # %% ../../nbs/data/14_splits.ipynb #7964e995
@@ -416,7 +506,8 @@ def _drawn(
     groups, fixed, outside = known
     labelled = _labelled(table)
     inner = labelled & (fixed[groups] != 3)
-    if policy == 'hash': part = np.where(fixed == 3, 3, _hash_parts(table, groups, fractions, seed, len(fixed)))
+    if policy == 'hash':
+        part = np.where(fixed == 3, 3, _hash_parts(table, groups, fractions, seed, len(fixed)))
     else:
         _check_classes(table[inner], groups[inner], 3, f"splits ({', '.join(SPLITS)})")
         part = _share_out(table[inner], groups[inner], fractions, seed, np.where(fixed == 3, -1, fixed), secondary)
@@ -432,18 +523,22 @@ def _column(
 ) -> np.ndarray: # (N,) str of SPLITS and APART
     "The split that came with the data."
     groups, _, outside = known
-    labelled, free = _labelled(table), ~_labelled(table) | outside
-    if 'split' not in table: _check_values(table)
+    labelled = _labelled(table)
+    free = ~_labelled(table) | outside
+    if 'split' not in table:
+        _check_values(table)
     word = table['split'].fillna('').astype(str).str.strip().str.lower().replace(_WORDS)
     word = word.mask(free & (word == ''), 'unlabelled').mask(outside, 'external').to_numpy(object)
-    _check_values(table.assign(split=np.where(np.isin(word, list(_SIDES)), word, table['split'].fillna('').to_numpy(object))))
+    _check_values(
+        table.assign(split=np.where(np.isin(word, list(_SIDES)), word, table['split'].fillna('').to_numpy(object)))
+    )
     held = np.isin(word, ('valid', 'test', 'external'))
     value = word.copy()
     value[~labelled] = np.where(np.isin(groups, groups[held]) | (word == 'aside'), 'aside', 'unlabelled')[~labelled]
     value[labelled & ~outside & np.isin(groups, groups[outside])] = 'aside' # tied='error' was asked before
     return value
 
-# %% ../../nbs/data/14_splits.ipynb #c60b2f1f
+# %% ../../nbs/data/14_splits.ipynb #b50dbe12
 _POLICIES = ('stratified', 'hash', 'column')
 
 def _check_fractions(
@@ -451,8 +546,11 @@ def _check_fractions(
 ):
     "Raise unless there is a positive share for each split."
     if len(fractions) != len(SPLITS) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"split fractions are {tuple(fractions)}; give three positive numbers that sum to 1 ({', '.join(SPLITS)})")
+        raise ValueError(
+            f"split fractions are {tuple(fractions)}; give three positive numbers that sum to 1 ({', '.join(SPLITS)})"
+        )
 
+# %% ../../nbs/data/14_splits.ipynb #c60b2f1f
 def _check_arguments(
     table:pd.DataFrame, # one row per image
     policy:str, # name of the policy
@@ -461,16 +559,35 @@ def _check_arguments(
     previous, # an older split, or None
 ):
     "Raise on arguments that cannot make a split."
-    if policy not in _POLICIES: raise ValueError(f"split policy '{policy}' is not one of {', '.join(_POLICIES)}.{nearest(str(policy), _POLICIES)}")
+    if policy not in _POLICIES:
+        raise ValueError(
+            f"split policy '{policy}' is not one of {', '.join(_POLICIES)}.{nearest(str(policy), _POLICIES)}"
+        )
     _check_fractions(fractions)
     if previous is not None and policy != 'stratified':
-        raise ValueError(f"previous is given with the split policy '{policy}', which draws nothing anew; leave it out, or choose 'stratified'")
+        raise ValueError(
+            f"previous is given with the split policy '{policy}', which draws nothing anew; leave it "
+            "out, or choose 'stratified'"
+        )
     twice = table['image_id'][table['image_id'].duplicated()]
-    if len(twice): raise ValueError(f"image_id '{twice.iloc[0]}' stands in more than one row; give each image one row")
-    if not len(table): raise ValueError("the table has no rows to split; check metadata.csv")
+    if len(twice):
+        raise ValueError(f"image_id '{twice.iloc[0]}' stands in more than one row; give each image one row")
+    if not len(table):
+        raise ValueError("the table has no rows to split; check metadata.csv")
     known = set(table['image_id'].astype(str)) if pairs is not None else set()
-    strange = [i for c in ('image_id_a', 'image_id_b') if pairs is not None and c in pairs for i in pairs[c].astype(str) if i.strip() not in known]
-    if strange: raise ValueError(f"pairs: no row of the table has the image_id '{strange[0]}'.{nearest(strange[0], sorted(known))} Find the duplicates of this table anew")
+    strange = [
+        i
+        for c in ('image_id_a', 'image_id_b')
+        if pairs is not None and c in pairs
+        for i in pairs[c].astype(str)
+        if i.strip() not in known
+    ]
+    if strange:
+        raise ValueError(
+            "pairs: no row of the table has the image_id "
+            f"'{strange[0]}'.{nearest(strange[0], sorted(known))} Find the duplicates of this table "
+            "anew"
+        )
 
 # %% ../../nbs/data/14_splits.ipynb #52580a8e
 def _check_tied(
@@ -480,16 +597,22 @@ def _check_tied(
 ):
     "Raise where a labelled inner image is tied to an external one."
     inner = _labelled(table) & ~outside & np.isin(groups, groups[outside])
-    if not inner.any(): return
-    ids, twin = table['image_id'].to_numpy(), {g: i for g, i in zip(groups[outside], table['image_id'][outside])}
+    if not inner.any():
+        return
+    ids = table['image_id'].to_numpy()
+    twin = {g: i for g, i in zip(groups[outside], table['image_id'][outside])}
     named = [f"'{ids[i]}' to '{twin[groups[i]]}'" for i in np.flatnonzero(inner)]
-    raise ValueError(f"{len(named)} image(s) are tied to an external one by a lesion, a patient or a duplicate: {_listed(named)}. "
-                     "Leave them out, or let them be set aside with tied: aside in prepare.split.external")
+    raise ValueError(
+        f"{len(named)} image(s) are tied to an external one by a lesion, a patient or a duplicate: "
+        f"{_listed(named)}. "
+        "Leave them out, or let them be set aside with tied: aside in prepare.split.external"
+    )
 
 # %% ../../nbs/data/14_splits.ipynb #b076f99d
 def split_groups(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, diagnosis, and patient_id, age, site where known
-    policy:str='stratified', # 'stratified' deals; 'hash' needs no memory; 'column' takes the column `split` as it stands
+    # 'stratified' deals; 'hash' needs no memory; 'column' takes the column `split` as it stands
+    policy:str='stratified',
     fractions:tuple=(.7, .15, .15), # shares of train, valid, test; positive, sum to 1
     seed:int=0, # same seed, same split, whatever the order of the rows
     codes:tuple=(), # classes that must occur, such as all of the label set; () asks for none
@@ -499,10 +622,15 @@ def split_groups(
 ) -> pd.Series: # one of SPLITS or APART per row, indexed like `table`
     "Assign whole lesions, patients and duplicates to train, valid or test, or keep them apart."
     _check_arguments(table, policy, fractions, pairs, previous)
-    order = np.arange(len(table)) if policy == 'column' else np.argsort(table['image_id'].astype(str).to_numpy(str), kind='stable')
+    order = (
+        np.arange(len(table))
+        if policy == 'column'
+        else np.argsort(table['image_id'].astype(str).to_numpy(str), kind='stable')
+    )
     rows = table.iloc[order]
     known = _decided(rows, pairs, previous, external)
-    if (external or {}).get('tied', 'error') == 'error': _check_tied(rows, known[0], known[2])
+    if (external or {}).get('tied', 'error') == 'error':
+        _check_tied(rows, known[0], known[2])
     split = np.empty(len(table), object)
     split[order] = _column(rows, known) if policy == 'column' else _drawn(rows, policy, fractions, seed, known)
     check_split(table.assign(split=split), pairs)
@@ -518,10 +646,17 @@ def _check_codes(
 ):
     "Raise where a class has no image at all."
     absent = [code for code in codes if code not in set(diagnosis)]
-    if not len(diagnosis): raise ValueError(f"no image is in {', '.join(SPLITS)}: each is external, unlabelled or aside; check the columns diagnosis and split")
+    if not len(diagnosis):
+        raise ValueError(
+            f"no image is in {', '.join(SPLITS)}: each is external, unlabelled or aside; check the "
+            "columns diagnosis and split"
+        )
     if absent:
-        raise ValueError(f"no image of class {', '.join(map(repr, absent))}: a model cannot learn a class it never sees. "
-                         "Import images of it, or give the dataset a label set without it")
+        raise ValueError(
+            f"no image of class {', '.join(map(repr, absent))}: a model cannot learn a class it never "
+            "sees. "
+            "Import images of it, or give the dataset a label set without it"
+        )
 
 # %% ../../nbs/data/14_splits.ipynb #5a079072
 def split_report(
@@ -533,7 +668,11 @@ def split_report(
     rows = pd.DataFrame(dict(diagnosis=code, split=split.loc[table.index].to_numpy(), lesion=_ties(table, 'lesion_id')))
     order = sorted(set(code) - {'no diagnosis'}) + ['no diagnosis'] * ('no diagnosis' in code) + ['all']
     rows = pd.concat([rows, rows.assign(diagnosis='all')])
-    counts = rows.groupby(['diagnosis', 'split'])['lesion'].agg(images='size', lesions='nunique').unstack('split', fill_value=0)
+    counts = (
+        rows.groupby(['diagnosis', 'split'])['lesion']
+        .agg(images='size', lesions='nunique')
+        .unstack('split', fill_value=0)
+    )
     shown = [s for s in (*SPLITS, *APART) if s in SPLITS or s in set(rows['split'])]
     columns = pd.MultiIndex.from_product([shown, ('images', 'lesions')], names=['split', None])
     return counts.swaplevel(axis=1).reindex(columns=columns, fill_value=0).loc[order]
@@ -548,13 +687,21 @@ def hash_deviation(
 ) -> pd.DataFrame: # one row per value of `by` (and 'all') and split: wanted, got, difference, sd, images, groups
     "Wanted and realised share of each split, class by class; `images` and `groups` are those of the class."
     _check_fractions(fractions)
-    rows = pd.DataFrame(dict(value=table[by].fillna('').astype(str).to_numpy(), split=split.loc[table.index].to_numpy(), group=tied_groups(table, pairs)))
+    rows = pd.DataFrame(
+        dict(
+            value=table[by].fillna('').astype(str).to_numpy(),
+            split=split.loc[table.index].to_numpy(),
+            group=tied_groups(table, pairs),
+        )
+    )
     rows = rows[rows.split.isin(SPLITS)]
-    rows, found = pd.concat([rows, rows.assign(value='all')]), []
+    rows = pd.concat([rows, rows.assign(value='all')])
+    found = []
     for value, part in rows.groupby('value', sort=False):
         sizes = part.groupby('group').size().to_numpy()
         for name, wanted in zip(SPLITS, fractions):
-            got, sd = (part.split == name).mean(), np.sqrt(wanted * (1 - wanted) * (sizes**2).sum()) / len(part)
+            got = (part.split == name).mean()
+            sd = np.sqrt(wanted * (1 - wanted) * (sizes**2).sum()) / len(part)
             found.append((value, name, wanted, got, got - wanted, sd, len(part), len(sizes)))
     columns = [by, 'split', 'wanted', 'got', 'difference', 'sd', 'images', 'groups']
     order = {value: (value == 'all', value) for value in rows.value.unique()}
@@ -577,10 +724,16 @@ def split_changes(
     group = dict(zip([*before.image_id, *table['image_id'].astype(str)], groups))
     rows = pd.DataFrame([(i, was.get(i, ''), after.get(i, '')) for i in group], columns=['image_id', 'before', 'after'])
     asleep = rows.before.isin(['unlabelled', 'aside']) & (rows.after != '')
-    kinds = [rows.after == '', rows.before == rows.after, asleep, (rows.before == '') & rows.image_id.map(group).isin(old), rows.before == '']
+    kinds = [
+        rows.after == '',
+        rows.before == rows.after,
+        asleep,
+        (rows.before == '') & rows.image_id.map(group).isin(old),
+        rows.before == '',
+    ]
     return rows.assign(change=np.select(kinds, ['gone', 'kept', 'promoted', 'joined', 'dealt'], 'moved'))
 
-# %% ../../nbs/data/14_splits.ipynb #c9031dfe
+# %% ../../nbs/data/14_splits.ipynb #13aa7d44
 _COLUMNS = ('image_id', 'lesion_id', 'patient_id', 'diagnosis', 'age', 'sex', 'site')
 
 def split_table(
@@ -591,18 +744,25 @@ def split_table(
     columns = [c for c in _COLUMNS if c in table]
     return table[columns].assign(split=split.loc[table.index]).reset_index(drop=True)
 
+# %% ../../nbs/data/14_splits.ipynb #c9031dfe
 def read_splits(
     path:Path|str, # of a splits.csv
     *parts:str, # which of `SPLITS` and `APART`; the labelled three by default
 ) -> pd.DataFrame: # its rows of these parts, ids as text, age NaN where unknown
     "Read a splits.csv; an unknown part, asked for or in a row, is an error."
     for part in parts:
-        if part not in _SIDES: raise ValueError(f"split '{part}' is not one of {', '.join(_SIDES)}.{nearest(part, _SIDES)}")
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such table; run the stage prepare")
+        if part not in _SIDES:
+            raise ValueError(f"split '{part}' is not one of {', '.join(_SIDES)}.{nearest(part, _SIDES)}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such table; run the stage prepare")
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     for row in np.flatnonzero(~table['split'].isin(_SIDES))[:1]:
-        raise ValueError(f"{path} row {row + 2}: split '{table['split'][row]}' is not one of {', '.join(_SIDES)}; run the stage prepare anew")
-    if 'age' in table: table['age'] = pd.to_numeric(table['age'].replace('', None))
+        raise ValueError(
+            f"{path} row {row + 2}: split '{table['split'][row]}' is not one of {', '.join(_SIDES)}; "
+            "run the stage prepare anew"
+        )
+    if 'age' in table:
+        table['age'] = pd.to_numeric(table['age'].replace('', None))
     return table[table['split'].isin(parts or SPLITS)].reset_index(drop=True)
 
 # %% ../../nbs/data/14_splits.ipynb #08942213
@@ -610,19 +770,28 @@ def make_folds(
     table:pd.DataFrame, # labelled rows: image_id, lesion_id, diagnosis, and patient_id, age, site where known
     k:int=5, # folds, at least 2
     seed:int=0, # same seed, same folds, whatever the order of the rows
-    pairs:pd.DataFrame|None=None, # verified duplicates, which stay together; images that are not in the table tie through
+    # verified duplicates, which stay together; images that are not in the table tie through
+    pairs:pd.DataFrame|None=None,
 ) -> pd.Series: # int fold of each row, 0 to k-1, indexed like `table`
     "Assign whole lesions, patients and duplicates to k folds, every class to every fold."
-    if not k == int(k) >= 2: raise ValueError(f"k is {k}; give a whole number of folds, at least 2")
-    if not _labelled(table).all(): raise ValueError(f"image '{table['image_id'][~_labelled(table)].iloc[0]}' has no diagnosis; make folds of labelled rows")
+    if not k == int(k) >= 2:
+        raise ValueError(f"k is {k}; give a whole number of folds, at least 2")
+    if not _labelled(table).all():
+        raise ValueError(
+            f"image '{table['image_id'][~_labelled(table)].iloc[0]}' has no diagnosis; make folds of labelled rows"
+        )
     order = np.argsort(table['image_id'].astype(str).to_numpy(str), kind='stable')
-    rows, fold = table.iloc[order], np.empty(len(table), int)
+    rows = table.iloc[order]
+    fold = np.empty(len(table), int)
     groups = tied_groups(rows, pairs)
     _check_classes(rows, groups, int(k), f'folds ({k})')
     fold[order] = _share_out(rows, groups, np.full(int(k), 1 / k), seed, np.full(groups.max() + 1, -1))[groups]
     counts = pd.crosstab(table['diagnosis'].to_numpy(), fold)
     for code, absent in ((code, int((row == 0).argmax())) for code, row in counts.iterrows() if (row == 0).any()):
-        raise ValueError(f"class '{code}' has no image in fold {absent}, its groups being tied to others; choose fewer than {k} folds, or add images of other lesions")
+        raise ValueError(
+            f"class '{code}' has no image in fold {absent}, its groups being tied to others; choose "
+            f"fewer than {k} folds, or add images of other lesions"
+        )
     return pd.Series(fold, index=table.index, name='fold')
 
 # %% ../../nbs/data/14_splits.ipynb #4a763efe
@@ -632,7 +801,8 @@ def _stand_ins(
     rng:np.random.Generator, # draws among equals
 ) -> list: # of (positions that stand in, positions to set aside), one per wanted number; empty where no lesion is left for it
     "For each number the smallest lesion that has more images, each lesion once."
-    free, found = {k: rng.permutation(v) for k, v in sorted(lesions.items())}, []
+    free = {k: rng.permutation(v) for k, v in sorted(lesions.items())}
+    found = []
     for n in wanted:
         sizes = {k: len(v) for k, v in free.items() if len(v) > n}
         least = min(sizes.values(), default=0)
@@ -649,7 +819,11 @@ def _free_siblings(
     "One image of each test lesion with several, and the others."
     rows = pd.Series(nodes)[split == 'test']
     found = [rng.permutation(mine.index.to_numpy()) for _, mine in rows.groupby(rows) if len(mine) > 1]
-    if not found: raise ValueError("no lesion has more than one image in test, so nothing can be leaked; choose another split, or a table with repeated lesions")
+    if not found:
+        raise ValueError(
+            "no lesion has more than one image in test, so nothing can be leaked; choose another "
+            "split, or a table with repeated lesions"
+        )
     return [(rows[0], rows[1:]) for rows in found]
 
 # %% ../../nbs/data/14_splits.ipynb #c08f347b
@@ -667,8 +841,16 @@ def _swaps(
         mine = sorted(((k, s) for k, s in mine if len(s)), key=lambda pair: -len(pair[1]))
         here = np.flatnonzero(train & (code == c))
         lesions = {lesion: here[at] for lesion, at in pd.Series(nodes[here]).groupby(nodes[here]).indices.items()}
-        found += [(k, s, *out) for (k, s), out in zip(mine, _stand_ins(lesions, [len(s) for _, s in mine], rng)) if len(out[0])]
-    if not found: raise ValueError("no training lesion has as many images as a test lesion of its class, so none can stand in; choose larger fractions of train, or a table with more repeated lesions")
+        found += [
+            (k, s, *out)
+            for (k, s), out in zip(mine, _stand_ins(lesions, [len(s) for _, s in mine], rng))
+            if len(out[0])
+        ]
+    if not found:
+        raise ValueError(
+            "no training lesion has as many images as a test lesion of its class, so none can stand "
+            "in; choose larger fractions of train, or a table with more repeated lesions"
+        )
     return found
 
 # %% ../../nbs/data/14_splits.ipynb #26331148
@@ -679,18 +861,25 @@ def inject_leak(
     seed:int=0, # same seed, same leak; the clean split does not depend on `share`
 ) -> pd.DataFrame: # indexed like `table`: clean, leaked (str of SPLITS and APART), sibling (bool: a test image whose lesion is in leaked training)
     "Two splits that differ in a leak alone; images that neither uses are `aside`."
-    if not 0 < share <= 1: raise ValueError(f"share is {share}; give a number above 0 and at most 1")
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}; give a number above 0 and at most 1")
     check_split(table.assign(split=split))
     order = np.argsort(table['image_id'].astype(str).to_numpy(str), kind='stable')
-    rows, rng = table.iloc[order], np.random.default_rng([seed, 0x1EAC])
-    clean, code, nodes = split.loc[rows.index].to_numpy(object).copy(), rows['diagnosis'].to_numpy(), _ties(rows, 'lesion_id')
+    rows = table.iloc[order]
+    rng = np.random.default_rng([seed, 0x1EAC])
+    clean = split.loc[rows.index].to_numpy(object).copy()
+    code = rows['diagnosis'].to_numpy()
+    nodes = _ties(rows, 'lesion_id')
     kept = _free_siblings(nodes, clean, rng)
     swaps = _swaps(kept, nodes, code, clean == 'train', rng)
-    for idle in (*(siblings for _, siblings in kept), *(spare for *_, spare in swaps)): clean[idle] = 'aside'
+    for idle in (*(siblings for _, siblings in kept), *(spare for *_, spare in swaps)):
+        clean[idle] = 'aside'
     able = sorted({k for k, *_ in swaps})
     chosen = set(rng.permutation(able)[:max(1, round(share * len(able)))])
-    leaked, sibling = clean.copy(), np.zeros(len(rows), bool)
+    leaked = clean.copy()
+    sibling = np.zeros(len(rows), bool)
     for k, siblings, out, _ in swaps:
-        if k not in chosen: continue
+        if k not in chosen:
+            continue
         leaked[out], leaked[siblings], sibling[kept[k][0]] = 'aside', 'train', True
     return pd.DataFrame(dict(clean=clean, leaked=leaked, sibling=sibling), index=rows.index).loc[table.index]

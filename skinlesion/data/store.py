@@ -26,25 +26,36 @@ import pandas as pd
 import PIL
 from fastcore.basics import patch
 from ..colour import check_colour, prepare_image
-from ..files import atomic_write, read_json, scratch_folder, sha256_bytes, sha256_file, verify_sums, write_json, write_sums
+from skinlesion.files import (
+    atomic_write,
+    read_json,
+    scratch_folder,
+    sha256_bytes,
+    sha256_file,
+    verify_sums,
+    write_json,
+)
 from ..images import MAX_BYTES, ImageError, read_image, read_mask, resize_mask
 from ..taxonomy import nearest
 
-# %% ../../nbs/data/15_store.ipynb #9b888c6a
+# %% ../../nbs/data/15_store.ipynb #99598d62
 @dataclass(frozen=True)
 class _Recipe:
     "What is done to each image."
     size:int # side of the square, in pixels
     colour:str # one of colour.COLOURS
 
+# %% ../../nbs/data/15_store.ipynb #8321794b
 _FORMAT = 1
 
 def _file_bytes(path):
     "The bytes of a file that the image gate would read; else the gate's own error."
     path = Path(path)
-    if not path.is_file() or path.stat().st_size > MAX_BYTES: read_image(path)
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        read_image(path)
     return path.read_bytes()
 
+# %% ../../nbs/data/15_store.ipynb #9b888c6a
 def _digest(image, mask):
     "SHA-256 over the bytes of an image and of its mask, which may be None."
     first = hashlib.sha256(image).digest()
@@ -62,11 +73,16 @@ def _prepare_one(
         mask_data = None if mask_path is None else _file_bytes(mask_path)
         image = read_image(data, str(path))
         mask = None if mask_data is None else read_mask(mask_data, str(mask_path))
-    except ImageError: raise
-    except (OSError, ValueError) as e: raise ImageError(f"image '{image_id}': {e}. Replace the file or leave out its row") from e
+    except ImageError:
+        raise
+    except (OSError, ValueError) as e:
+        raise ImageError(f"image '{image_id}': {e}. Replace the file or leave out its row") from e
     (h, w), there = image.shape[:2], mask is not None
     if there and mask.shape != (h, w):
-        raise ImageError(f"{mask_path}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels, its image {w}x{h}; export both at one size")
+        raise ImageError(
+            f"{mask_path}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels, its image {w}x{h}; "
+            "export both at one size"
+        )
     pixels = prepare_image(image, recipe.size, recipe.colour)
     return pixels, resize_mask(mask, recipe.size) if there else None, (image_id, h, w, there, _digest(data, mask_data))
 
@@ -78,35 +94,60 @@ def _ahead(
     lot:int=8, # items handed over at a time
 ):
     "Yield `work(item)` in the order of the items, computed ahead in threads."
-    pool, waiting, items = ThreadPoolExecutor(workers), deque(), iter(items)
-    run = lambda some: [work(item) for item in some]
+    pool = ThreadPoolExecutor(workers)
+    waiting = deque()
+    items = iter(items)
+    def run(some):
+        return [work(item) for item in some]
     try:
         while True:
-            while len(waiting) < 3 * workers and (some := list(itertools.islice(items, lot))): waiting.append(pool.submit(run, some))
-            if not waiting: return
+            while len(waiting) < 3 * workers and (some := list(itertools.islice(items, lot))):
+                waiting.append(pool.submit(run, some))
+            if not waiting:
+                return
             yield from waiting.popleft().result()
-    finally: pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/data/15_store.ipynb #54c13ebf
+# %% ../../nbs/data/15_store.ipynb #dfdc6543
 class _Npy:
     "An .npy file written piece by piece, with its SHA-256."
     def __init__(self, path, shape, dtype):
-        self.file, self.sum = open(path, 'wb'), hashlib.sha256()
-        np.lib.format.write_array_header_1_0(self, dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape))
+        self.file = open(path, 'wb')
+        self.sum = hashlib.sha256()
+        np.lib.format.write_array_header_1_0(
+            self, dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape)
+        )
 
-    def write(self, data): self.file.write(data); self.sum.update(data)
-    def __enter__(self): return self
-    def __exit__(self, *error): self.file.close()
+    def write(self, data):
+        self.file.write(data)
+        self.sum.update(data)
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        self.file.close()
 
+# %% ../../nbs/data/15_store.ipynb #d6c0152f
 def _row_type(width):
     "Type of the rows of an index, for ids of `width` bytes."
-    return np.dtype([('image_id', f'S{width}'), ('row', '<u4'), ('height', '<u4'), ('width', '<u4'), ('has_mask', '?'), ('source', 'u1', 32)])
+    return np.dtype(
+        [
+            ('image_id', f'S{width}'),
+            ('row', '<u4'),
+            ('height', '<u4'),
+            ('width', '<u4'),
+            ('has_mask', '?'),
+            ('source', 'u1', 32),
+        ]
+    )
 
+# %% ../../nbs/data/15_store.ipynb #54c13ebf
 def _as_rows(facts):
     "Facts of images as an array of `_row_type`, numbered from 0."
     ids = [image_id.encode() for image_id, *_ in facts]
     rows = np.zeros(len(facts), _row_type(max(map(len, ids))))
-    for name, values in zip(('height', 'width', 'has_mask'), zip(*(f[1:4] for f in facts))): rows[name] = values
+    for name, values in zip(('height', 'width', 'has_mask'), zip(*(f[1:4] for f in facts))):
+        rows[name] = values
     rows['image_id'], rows['row'] = ids, np.arange(len(ids))
     rows['source'] = np.frombuffer(b''.join(f[4] for f in facts), np.uint8).reshape(-1, 32)
     return rows
@@ -121,13 +162,15 @@ def _write_shard(
     tick, # called with 1 after each image
 ) -> None:
     "Write images.npy, masks.npy and rows.npy, and last of all their sums."
-    blank, facts = np.zeros((size, size), bool), []
+    blank = np.zeros((size, size), bool)
+    facts = []
     with ExitStack() as stack:
         images = stack.enter_context(_Npy(folder/'images.npy', (n, size, size, 3), np.uint8))
         outlines = stack.enter_context(_Npy(folder/'masks.npy', (n, size, size), bool)) if masks else None
         for image, mask, fact in decoded:
             images.write(np.ascontiguousarray(image))
-            if masks: outlines.write(blank if mask is None else np.ascontiguousarray(mask))
+            if masks:
+                outlines.write(blank if mask is None else np.ascontiguousarray(mask))
             facts.append(fact)
             tick(1)
     np.save(folder/'rows.npy', _as_rows(facts))
@@ -135,33 +178,38 @@ def _write_shard(
     sums['rows.npy'] = sha256_file(folder/'rows.npy')
     (folder/'SHA256SUMS').write_text(''.join(f'{digest}  {name}\n' for name, digest in sums.items()))
 
-# %% ../../nbs/data/15_store.ipynb #fe8a2fab
+# %% ../../nbs/data/15_store.ipynb #bbbe2c8c
 def _jobs(dataset, ids):
     "What is to be read, an image at a time."
     return ((i, dataset.image_path(i), dataset.mask_path(i)) for i in ids)
 
+# %% ../../nbs/data/15_store.ipynb #e6d58bbf
 def _code_digest():
     "SHA-256 of the code that makes pixels of a file: the modules of the image gate and of the colour corrections."
     return sha256_bytes(''.join(inspect.getsource(inspect.getmodule(f)) for f in (read_image, prepare_image)).encode())
 
+# %% ../../nbs/data/15_store.ipynb #f70257bb
 def _shard_key(ids, recipe):
     "Name of a kept shard."
     asked = [_FORMAT, recipe.size, recipe.colour, PIL.__version__, cv2.__version__, _code_digest(), *ids]
     return sha256_bytes('\n'.join(map(str, asked)).encode())[:32]
 
+# %% ../../nbs/data/15_store.ipynb #3e7b0f35
 def _still_good(folder, jobs, workers):
     "Whether a kept shard is whole and its files have not changed since."
     try:
         verify_sums(folder)
         rows = np.load(folder/'rows.npy')
         return rows['source'].tobytes() == b''.join(_ahead(_source_digest, jobs, workers))
-    except (OSError, ValueError): return False
+    except (OSError, ValueError):
+        return False
 
+# %% ../../nbs/data/15_store.ipynb #fe8a2fab
 def _source_digest(job):
     "The digest of the files of one image as they are now."
     return _digest(_file_bytes(job[1]), None if job[2] is None else _file_bytes(job[2]))
 
-# %% ../../nbs/data/15_store.ipynb #ddb6fff6
+# %% ../../nbs/data/15_store.ipynb #35f9a2b4
 @contextmanager
 def _only_one(
     folder:Path, # any folder
@@ -170,15 +218,22 @@ def _only_one(
     "Hold a folder's lock; a kill lets go of it."
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f"{folder}: another process is {doing} there; wait for it, or give another folder") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is {doing} there; wait for it, or give another folder"
+            ) from None
         yield
-    finally: os.close(handle)
+    finally:
+        os.close(handle)
 
+# %% ../../nbs/data/15_store.ipynb #ddb6fff6
 def _clear_kept(keep, but):
     "Remove the kept shards that are not in `but`, and what killed builds left half done."
     for path in Path(keep).iterdir():
-        if re.fullmatch(r'[0-9a-f]{32}(\.\w+\.tmp)?', path.name) and path.name not in but: shutil.rmtree(path, ignore_errors=True)
+        if re.fullmatch(r'[0-9a-f]{32}(\.\w+\.tmp)?', path.name) and path.name not in but:
+            shutil.rmtree(path, ignore_errors=True)
 
 # %% ../../nbs/data/15_store.ipynb #8d920281
 def _finish_shards(
@@ -190,16 +245,23 @@ def _finish_shards(
     progress, # (done, total) -> None, or None
 ) -> list: # of folders, in the order of `lots`
     "Take up the shards that are still good and build the others."
-    names, done, total = [_shard_key(ids, recipe) for ids in lots], 0, sum(map(len, lots))
+    names = [_shard_key(ids, recipe) for ids in lots]
+    done = 0
+    total = sum(map(len, lots))
     def tick(n):
         nonlocal done
         done += n
-        if progress: progress(done, total)
+        if progress:
+            progress(done, total)
     missing = []
     for name, ids in zip(names, lots):
-        if _still_good(keep/name, _jobs(dataset, ids), workers): tick(len(ids))
-        else: missing.append((name, ids))
-    decoded = _ahead(lambda job: _prepare_one(job, recipe), (job for _, ids in missing for job in _jobs(dataset, ids)), workers)
+        if _still_good(keep/name, _jobs(dataset, ids), workers):
+            tick(len(ids))
+        else:
+            missing.append((name, ids))
+    decoded = _ahead(
+        lambda job: _prepare_one(job, recipe), (job for _, ids in missing for job in _jobs(dataset, ids)), workers
+    )
     with closing(decoded):
         for name, ids in missing:
             scratch = Path(tempfile.mkdtemp(prefix=f'{name}.', suffix='.tmp', dir=keep))
@@ -209,23 +271,31 @@ def _finish_shards(
             os.rename(scratch, keep/name)
     return [keep/name for name in names]
 
-# %% ../../nbs/data/15_store.ipynb #f7b8812e
-_SHARD_IMAGES, _SHARD_BYTES = 1024, 64 << 20
+# %% ../../nbs/data/15_store.ipynb #eb7d301c
+_SHARD_IMAGES = 1024
+_SHARD_BYTES = 64 << 20
 
 def _lots(ids, size, most):
     "The ids of each shard, as parts of one Series: no list of all of them is made."
     per = most or max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * size * size)))
     return [ids.iloc[k:k + per] for k in range(0, len(ids), per)]
 
+# %% ../../nbs/data/15_store.ipynb #f7b8812e
 def _place_shards(folders, first, out, move):
     "Copy or move kept shards into a store as number `first` and on; names and sums of the files, rows of the index."
-    sums, rows = {}, []
+    sums = {}
+    rows = []
     for k, folder in enumerate(folders, first):
         known = dict(reversed(line.split('  ')) for line in (folder/'SHA256SUMS').read_text().splitlines())
         for source, name in (('images.npy', f'shard_{k:05}.npy'), ('masks.npy', f'shard_{k:05}.masks.npy')):
-            if source not in known: continue
+            if source not in known:
+                continue
             (os.rename if move else shutil.copyfile)(folder/source, out/name)
-            if not move and sha256_file(out/name) != known[source]: raise OSError(f"{out/name}: differs from {folder/source}, of which it is a copy; check the disk and build again")
+            if not move and sha256_file(out/name) != known[source]:
+                raise OSError(
+                    f"{out / name}: differs from {folder / source}, of which it is a copy; check the disk "
+                    "and build again"
+                )
             sums[name] = known[source]
         rows.append(np.load(folder/'rows.npy', mmap_mode='r'))
     return sums, rows
@@ -240,12 +310,18 @@ def _write_index(
 ) -> str: # the text of SHA256SUMS
     "Write the index of a number of shards, beside an older one."
     rows = np.empty(sum(counts), _row_type(max(p.dtype['image_id'].itemsize for p in parts)))
-    for part, start in zip(parts, np.cumsum([0, *map(len, parts)]).tolist()): rows[start:start + len(part)] = part
+    for part, start in zip(parts, np.cumsum([0, *map(len, parts)]).tolist()):
+        rows[start:start + len(part)] = part
     rows['row'] = np.arange(len(rows))
-    order, name = np.argsort(rows['image_id'], kind='stable'), f'index_{len(counts):05}'
+    order = np.argsort(rows['image_id'], kind='stable')
+    name = f'index_{len(counts):05}'
     with _Npy(out/f'{name}.npy', rows.shape, rows.dtype) as file:
-        for k in range(0, len(rows), 4096): file.write(rows[order[k:k + 4096]].view(np.uint8))
-    write_json(out/f'{name}.json', dict(format=_FORMAT, size=recipe.size, colour=recipe.colour, images=list(map(int, counts))))
+        for k in range(0, len(rows), 4096):
+            file.write(rows[order[k:k + 4096]].view(np.uint8))
+    write_json(
+        out / f'{name}.json',
+        dict(format=_FORMAT, size=recipe.size, colour=recipe.colour, images=list(map(int, counts))),
+    )
     sums = sums | {f: sha256_file(out/f) for f in (f'{name}.npy', f'{name}.json')}
     return ''.join(f'{sums[f]}  {f}\n' for f in sorted(sums))
 
@@ -253,28 +329,39 @@ def _write_index(
 def _check_request(dataset, out, size, workers, shard_images):
     "Ids of the dataset; stop at what cannot be stored."
     ids = dataset.table['image_id']
-    if not isinstance(size, (int, np.integer)) or not 8 <= size <= 4096: raise ValueError(f"image size is {size}; choose a whole number of pixels from 8 to 4096")
-    if workers < 1: raise ValueError(f"workers is {workers}; choose 1 or more")
-    if shard_images is not None and shard_images < 1: raise ValueError(f"shard_images is {shard_images}; choose 1 or more, or None")
-    if not len(ids): raise ValueError(f"{out}: the dataset has no images to store")
-    hashes = np.sort(np.fromiter(map(hash, ids), np.int64, len(ids))) # pandas' own look at duplicates takes 25 MB for 100,000 ids
+    if not isinstance(size, (int, np.integer)) or not 8 <= size <= 4096:
+        raise ValueError(f"image size is {size}; choose a whole number of pixels from 8 to 4096")
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; choose 1 or more")
+    if shard_images is not None and shard_images < 1:
+        raise ValueError(f"shard_images is {shard_images}; choose 1 or more, or None")
+    if not len(ids):
+        raise ValueError(f"{out}: the dataset has no images to store")
+    hashes = np.sort(
+        np.fromiter(map(hash, ids), np.int64, len(ids))
+    )  # pandas' own look at duplicates takes 25 MB for 100,000 ids
     if (hashes[1:] == hashes[:-1]).any() and ids.duplicated().any():
-        raise ValueError(f"image_id '{ids[ids.duplicated()].iloc[0]}' stands in more than one row; give each image one row")
+        raise ValueError(
+            f"image_id '{ids[ids.duplicated()].iloc[0]}' stands in more than one row; give each image one row"
+        )
     return ids
 
 # %% ../../nbs/data/15_store.ipynb #bd672c01
 def build_store(
-    dataset, # data.schema.Dataset, or anything with table, image_path(id) and mask_path(id) (None where there is no mask)
+    # data.schema.Dataset, or anything with table, image_path(id) and mask_path(id) (None where there is no mask)
+    dataset,
     out:Path|str, # folder to publish; replaced as a whole, or left as it was after an error
     size:int, # side of the square, in pixels, 8 to 4096
     progress=None, # called as progress(done, total)
     workers:int=2, # decoding threads; the bytes do not depend on it
-    work_dir:Path|str|None=None, # keeps finished shards, for a build after a kill or of a dataset that grew; None keeps nothing
+    # keeps finished shards, for a build after a kill or of a dataset that grew; None keeps nothing
+    work_dir:Path|str|None=None,
     colour:str='none', # correction of `skinlesion.colour.COLOURS`
     shard_images:int|None=None, # most images in a shard; None for 64 MiB of pixels and at most 1,024
 ): # -> ImageStore
     "Decode and resize every image of a dataset once; an unreadable file is an error that names it."
-    ids, recipe = _check_request(dataset, out, size, workers, shard_images), _Recipe(int(size), check_colour(colour))
+    ids = _check_request(dataset, out, size, workers, shard_images)
+    recipe = _Recipe(int(size), check_colour(colour))
     lots = _lots(ids, recipe.size, shard_images)
     with scratch_folder(out) as folder:
         keep = Path(work_dir) if work_dir else folder/'.kept'
@@ -283,33 +370,41 @@ def build_store(
             shards = _finish_shards(lots, dataset, keep, recipe, workers, progress)
             sums, parts = _place_shards(shards, 0, folder, move=not work_dir)
             _clear_kept(keep, {s.name for s in shards} if work_dir else ())
-        if not work_dir: keep.rmdir()
+        if not work_dir:
+            keep.rmdir()
         (folder/'SHA256SUMS').write_text(_write_index(folder, sums, parts, [len(lot) for lot in lots], recipe))
     return ImageStore(out)
 
-# %% ../../nbs/data/15_store.ipynb #8966f12d
+# %% ../../nbs/data/15_store.ipynb #e1b87204
 _LISTED = r'shard_\d{5}(?:\.masks)?\.npy|index_\d{5}\.(?:npy|json)'
 _REBUILD = 'build it with build_store, or run the stage prepare'
 
 def _read_sums(root):
     "Name -> SHA-256 of the files of a store, and the name of its index."
     path = root/'SHA256SUMS'
-    if not path.is_file(): raise FileNotFoundError(f"{root}: no image store here (SHA256SUMS is missing); {_REBUILD}")
-    lines = [re.fullmatch(rf'([0-9a-f]{{64}})  ({_LISTED})', line) for line in path.read_text(errors='replace').splitlines()]
+    if not path.is_file():
+        raise FileNotFoundError(f"{root}: no image store here (SHA256SUMS is missing); {_REBUILD}")
+    lines = [
+        re.fullmatch(rf'([0-9a-f]{{64}})  ({_LISTED})', line) for line in path.read_text(errors='replace').splitlines()
+    ]
     sums = {m[2]: m[1] for m in lines if m}
     index = [name[:-5] for name in sums if name.startswith('index_') and name.endswith('.json')]
     if None in lines or len(index) != 1 or f'{index[0]}.npy' not in sums:
         raise ValueError(f"{path}: is not that of an image store, or is damaged, or of another version; {_REBUILD}")
     return sums, index[0]
 
+# %% ../../nbs/data/15_store.ipynb #8966f12d
 def _check_files(root, sums, facts):
     "Stop at a shard that is missing or cut short."
     for k, n in enumerate(facts['images']):
         for name, depth in ((f'shard_{k:05}.npy', 3), (f'shard_{k:05}.masks.npy', 1)):
-            if name not in sums and depth == 1: continue
+            if name not in sums and depth == 1:
+                continue
             there = (root/name).stat().st_size if name in sums and (root/name).is_file() else None
             if there is None or there < n * facts['size'] ** 2 * depth:
-                raise ValueError(f"{root/name}: {'is missing' if there is None else f'cut short to {there:,} bytes'}; {_REBUILD}")
+                raise ValueError(
+                    f"{root / name}: {'is missing' if there is None else f'cut short to {there:,} bytes'}; {_REBUILD}"
+                )
 
 # %% ../../nbs/data/15_store.ipynb #de098060
 class ImageStore:
@@ -320,40 +415,64 @@ class ImageStore:
     ):
         self.root = Path(root)
         self._sums, name = _read_sums(self.root)
-        if verify: self.verify()
+        if verify:
+            self.verify()
         facts = read_json(self.root/f'{name}.json')
-        if facts.get('format') != _FORMAT: raise ValueError(f"{self.root/name}.json: format is {facts.get('format')!r}, this version reads {_FORMAT}; {_REBUILD}")
-        self.size, self.colour = facts['size'], facts['colour'] # side in pixels; colour correction that the images went through
+        if facts.get('format') != _FORMAT:
+            raise ValueError(
+                f"{self.root / name}.json: format is {facts.get('format')!r}, this version reads {_FORMAT}; {_REBUILD}"
+            )
+        # side in pixels; colour correction that the images went through
+        self.size = facts['size']
+        self.colour = facts['colour']
         self._starts = np.cumsum([0, *facts['images']]).tolist()
         _check_files(self.root, self._sums, facts)
         self._rows = self._map(f'{name}.npy', (len(self),))
-        self._ids, self._shards = self._rows['image_id'], {}
+        self._ids = self._rows['image_id']
+        self._shards = {}
 
     def verify(self) -> None:
         "Compare every file with its sum; one that is missing or changed is an error."
-        faults = [f"'{name}' is missing" if not (self.root/name).is_file() else f"'{name}' has changed" for name, digest in self._sums.items()
-                  if not (self.root/name).is_file() or sha256_file(self.root/name) != digest]
-        if faults: raise ValueError(f"{self.root}: {len(faults)} file(s) differ from SHA256SUMS: {'; '.join(faults[:10])}; {_REBUILD}")
+        faults = [
+            f"'{name}' is missing" if not (self.root / name).is_file() else f"'{name}' has changed"
+            for name, digest in self._sums.items()
+            if not (self.root / name).is_file() or sha256_file(self.root / name) != digest
+        ]
+        if faults:
+            raise ValueError(
+                f"{self.root}: {len(faults)} file(s) differ from SHA256SUMS: {'; '.join(faults[:10])}; {_REBUILD}"
+            )
 
     def _map(self, name, shape):
         "Map one array."
-        try: array = np.load(self.root/name, mmap_mode='r')
-        except (OSError, ValueError) as e: raise ValueError(f"{self.root/name}: cannot be read ({e}); {_REBUILD}") from e
-        if array.shape != shape: raise ValueError(f"{self.root/name}: holds {array.shape} where {shape} is expected; {_REBUILD}")
+        try:
+            array = np.load(self.root/name, mmap_mode='r')
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{self.root/name}: cannot be read ({e}); {_REBUILD}") from e
+        if array.shape != shape:
+            raise ValueError(f"{self.root/name}: holds {array.shape} where {shape} is expected; {_REBUILD}")
         return array.view(np.ndarray)
 
-    def __len__(self): return self._starts[-1]
-    def __reduce__(self): return ImageStore, (self.root,)
-    def __repr__(self): return f"ImageStore({len(self)} images of {self.size}x{self.size}, {self._rows['has_mask'].sum()} with a mask)"
+    def __len__(self):
+        return self._starts[-1]
+    def __reduce__(self):
+        return ImageStore, (self.root,)
+    def __repr__(self):
+        return f"ImageStore({len(self)} images of {self.size}x{self.size}, {self._rows['has_mask'].sum()} with a mask)"
 
-# %% ../../nbs/data/15_store.ipynb #30fb6ab0
+# %% ../../nbs/data/15_store.ipynb #0fba65c6
 def _place(self, image_id):
     "The row of the index that describes an image."
     key = str(image_id).encode()
     at = bisect_left(self._ids, key)
-    if at < len(self) and self._ids[at] == key: return self._rows[at]
-    raise ValueError(f"image '{image_id}' is not in the store {self.root} of {len(self)} images.{nearest(str(image_id), self.ids[:5000])} Build the store from the same dataset")
+    if at < len(self) and self._ids[at] == key:
+        return self._rows[at]
+    raise ValueError(
+        f"image '{image_id}' is not in the store {self.root} of {len(self)} "
+        f"images.{nearest(str(image_id), self.ids[:5000])} Build the store from the same dataset"
+    )
 
+# %% ../../nbs/data/15_store.ipynb #212920cf
 def _cell(self, row, kind):
     "The mapped pixels of one row of the store; `kind` is '' or '.masks'."
     k = bisect_right(self._starts, row) - 1
@@ -362,18 +481,20 @@ def _cell(self, row, kind):
         self._shards[k, kind] = self._map(f'shard_{k:05}{kind}.npy', shape if kind else (*shape, 3))
     return self._shards[k, kind][row - self._starts[k]]
 
+# %% ../../nbs/data/15_store.ipynb #8da26e46
 @patch(as_prop=True)
 def ids(self:ImageStore) -> list: # of str
     "The ids in the order in which they were stored."
     return [i.decode() for i in self._ids[np.argsort(self._rows['row'])]]
 
+# %% ../../nbs/data/15_store.ipynb #30fb6ab0
 @patch(as_prop=True)
 def table(self:ImageStore) -> pd.DataFrame: # image_id, has_mask, height and width of the original
     "What the index says of each image, in the order in which they were stored."
     rows = self._rows[np.argsort(self._rows['row'])]
     return pd.DataFrame(dict(image_id=self.ids, **{k: rows[k] for k in ('has_mask', 'height', 'width')}))
 
-# %% ../../nbs/data/15_store.ipynb #14ec5445
+# %% ../../nbs/data/15_store.ipynb #5348ec5d
 @patch
 def position(self:ImageStore,
     image_id:str, # of one image
@@ -381,6 +502,7 @@ def position(self:ImageStore,
     "Where an image stands in the store."
     return int(_place(self, image_id)['row'])
 
+# %% ../../nbs/data/15_store.ipynb #1536a281
 @patch
 def image(self:ImageStore,
     image_id:str, # of one image
@@ -388,6 +510,7 @@ def image(self:ImageStore,
     "The pixels of one image."
     return np.array(_cell(self, self.position(image_id), ''))
 
+# %% ../../nbs/data/15_store.ipynb #36be9cf3
 @patch
 def mask(self:ImageStore,
     image_id:str, # of one image
@@ -396,6 +519,7 @@ def mask(self:ImageStore,
     place = _place(self, image_id)
     return np.array(_cell(self, int(place['row']), '.masks')) if place['has_mask'] else None
 
+# %% ../../nbs/data/15_store.ipynb #14ec5445
 @patch
 def original_size(self:ImageStore,
     image_id:str, # of one image
@@ -404,21 +528,28 @@ def original_size(self:ImageStore,
     place = _place(self, image_id)
     return int(place['height']), int(place['width'])
 
-# %% ../../nbs/data/15_store.ipynb #230569ad
+# %% ../../nbs/data/15_store.ipynb #d7139f57
 _OWN = _LISTED + r'|\.append|\.(index|SHA256SUMS).*\.tmp'
 
 def _remove_unlisted(store):
     "Remove an older index, and what a killed addition left."
     for path in store.root.iterdir():
-        if not re.fullmatch(_OWN, path.name) or path.name in store._sums: continue
+        if not re.fullmatch(_OWN, path.name) or path.name in store._sums:
+            continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+# %% ../../nbs/data/15_store.ipynb #230569ad
 def _new_ids(store, dataset, ids, workers):
     "Ids that the store does not hold; stop where one it holds comes from other bytes."
-    places = {i: at for i in ids if (at := bisect_left(store._ids, i.encode())) < len(store) and store._ids[at] == i.encode()}
+    places = {
+        i: at for i in ids if (at := bisect_left(store._ids, i.encode())) < len(store) and store._ids[at] == i.encode()
+    }
     for (image_id, at), digest in zip(places.items(), _ahead(_source_digest, _jobs(dataset, places), workers)):
         if store._rows['source'][at].tobytes() != digest:
-            raise ValueError(f"image '{image_id}': its file or its mask has changed since it was stored in {store.root}; build the store anew, or give the new picture an id of its own")
+            raise ValueError(
+                f"image '{image_id}': its file or its mask has changed since it was stored in "
+                f"{store.root}; build the store anew, or give the new picture an id of its own"
+            )
     return ids[[i not in places for i in ids]]
 
 # %% ../../nbs/data/15_store.ipynb #c8960547
@@ -433,16 +564,29 @@ def append_store(
     root = store.root if isinstance(store, ImageStore) else Path(store)
     with _only_one(ImageStore(root).root, 'adding images'):
         store = ImageStore(root)
-        ids, recipe = _check_request(dataset, root, store.size, workers, shard_images), _Recipe(store.size, store.colour)
+        ids = _check_request(dataset, root, store.size, workers, shard_images)
+        recipe = _Recipe(store.size, store.colour)
         ids = _new_ids(store, dataset, ids, workers)
         _remove_unlisted(store)
         if len(ids):
-            counts, lots, keep = np.diff(store._starts).tolist(), _lots(ids, store.size, shard_images), root/'.append'
+            counts = np.diff(store._starts).tolist()
+            lots = _lots(ids, store.size, shard_images)
+            keep = root/'.append'
             keep.mkdir()
-            try: sums, parts = _place_shards(_finish_shards(lots, dataset, keep, recipe, workers, progress), len(counts), root, move=True)
-            finally: shutil.rmtree(keep)
+            try:
+                sums, parts = _place_shards(
+                    _finish_shards(lots, dataset, keep, recipe, workers, progress), len(counts), root, move=True
+                )
+            finally:
+                shutil.rmtree(keep)
             sums |= {name: digest for name, digest in store._sums.items() if name.startswith('shard_')}
-            text = _write_index(root, sums, [store._rows[np.argsort(store._rows['row'])], *parts], counts + [len(lot) for lot in lots], recipe)
+            text = _write_index(
+                root,
+                sums,
+                [store._rows[np.argsort(store._rows['row'])], *parts],
+                counts + [len(lot) for lot in lots],
+                recipe,
+            )
             os.sync()
             atomic_write(root/'SHA256SUMS', text)
             _remove_unlisted(ImageStore(root))

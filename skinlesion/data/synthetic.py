@@ -32,13 +32,15 @@ def fractal_noise(
     total = np.zeros(shape, np.float32)
     for k in range(octaves):
         cell = max(scale * .5**k, 1.)
-        rows, cols = int(h / cell) + 4, int(w / cell) + 4
+        rows = int(h / cell) + 4
+        cols = int(w / cell) + 4
         grid = rng.standard_normal((rows, cols), dtype=np.float32)
         size = (math.ceil(cols * cell), math.ceil(rows * cell))
         layer = cv2.resize(grid, size, interpolation=cv2.INTER_CUBIC if cell > 3 else cv2.INTER_LINEAR)
         y, x = (np.array([rng.random(), rng.random()]) * cell + cell).astype(int)
         total += persistence**k * layer[y:y + h, x:x + w]
-        if cell == 1: break
+        if cell == 1:
+            break
     return (total - total.mean()) / (total.std() + 1e-6)
 
 # %% ../../nbs/data/11_synthetic.ipynb #b709b828
@@ -51,7 +53,8 @@ def band_noise(
     "Bumps of one size: its hills are spots, what lies between its hills is a net."
     h, w = (next_fast_len(n, real=True) for n in shape)
     spacing = max(spacing, 2.2) # below, pixels cannot show it
-    fy, fx = np.fft.fftfreq(h).astype(np.float32)[:, None], np.fft.rfftfreq(w).astype(np.float32)
+    fy = np.fft.fftfreq(h).astype(np.float32)[:, None]
+    fx = np.fft.rfftfreq(w).astype(np.float32)
     ring = np.exp(-((np.hypot(fy, fx) * spacing - 1) / width)**2 / 2)
     wave = rng.standard_normal((2, h, w // 2 + 1), dtype=np.float32) * ring
     noise = irfft2(wave[0] + 1j * wave[1], (h, w))[:shape[0], :shape[1]].astype(np.float32)
@@ -79,7 +82,8 @@ def outline(
     h, w = shape
     radius = math.sqrt(area / math.pi)
     y, x = np.mgrid[:h, :w].astype(np.float32)
-    y, x = y - h / 2, x - w / 2
+    y = y - h / 2
+    x = x - w / 2
     bend = radius * (.08 + .16 * irregular)
     y, x = (c + bend * fractal_noise(rng, shape, radius * 1.1, 3) for c in (y, x))
     parts = []
@@ -88,8 +92,10 @@ def outline(
         far = 0 if k == 0 else radius * rng.uniform(.35, .85)
         size = radius * (1 if k == 0 else rng.uniform(.4, .85))
         aspect = math.exp(rng.normal(0, .14 + .15 * irregular))
-        u, v = x - far * math.cos(away), y - far * math.sin(away)
-        a, b = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
+        u = x - far * math.cos(away)
+        v = y - far * math.sin(away)
+        a = u * math.cos(turn) + v * math.sin(turn)
+        b = v * math.cos(turn) - u * math.sin(turn)
         parts.append(size - np.hypot(a * aspect, b / aspect))
     depth = np.max(parts, axis=0) if lobes > 1 else parts[0]
     depth = _blur(depth, radius * .08) + radius * .13 * irregular * fractal_noise(rng, shape, radius * .45, 4, .6)
@@ -138,14 +144,17 @@ def streaks(
     y, x = np.mgrid[:h, :w].astype(np.float32)
     bend = length * .3
     y, x = (k + bend * fractal_noise(rng, depth.shape, length * 2.5, 2) for k in (y - h / 2, x - w / 2))
-    turn, away = (np.arctan2(y, x) / (2 * np.pi) + .5).astype(np.float32), np.hypot(y, x)
+    turn = (np.arctan2(y, x) / (2 * np.pi) + .5).astype(np.float32)
+    away = np.hypot(y, x)
     around = max(12, int(2 * math.pi * math.sqrt((depth > 0).sum() / math.pi) / spacing * 3))
     strip = band_noise(rng, (64, around), 3., .35) + .5 * fractal_noise(rng, (64, around), 12, 2)
     strip = np.hstack([strip, strip[:, :1]])
     lines = cv2.remap(strip, turn * around, (away / (1.5 * length)).astype(np.float32) % 63, cv2.INTER_LINEAR)
     sector = _step(np.cos(2 * np.pi * (turn - rng.random())) - math.cos(math.pi * arc), -.2, .3)
     reach = length * (1 + .35 * fractal_noise(rng, depth.shape, length * 2, 2))
-    return (_step(lines, -.2, .9) * sector * _step(depth, -1, 2) * (1 - _step(depth, .5 * reach, 1.3 * reach))).astype(np.float32)
+    return (
+        _step(lines, -0.2, 0.9) * sector * _step(depth, -1, 2) * (1 - _step(depth, 0.5 * reach, 1.3 * reach))
+    ).astype(np.float32)
 
 # %% ../../nbs/data/11_synthetic.ipynb #b1103403
 def patch(
@@ -188,7 +197,8 @@ def _strokes(shape, lines, widths, tapered=False):
             for k in range(len(points) - 1):
                 thick = max(1, round(2 * width * (1 - .75 * k / len(points))))
                 cv2.line(big, points[k].tolist(), points[k + 1].tolist(), 255, thick, cv2.LINE_AA, 4)
-        else: cv2.polylines(big, [points], False, 255, max(1, round(2 * width)), cv2.LINE_AA, 4)
+        else:
+            cv2.polylines(big, [points], False, 255, max(1, round(2 * width)), cv2.LINE_AA, 4)
     return cv2.resize(big, shape[::-1], interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 # %% ../../nbs/data/11_synthetic.ipynb #46041c17
@@ -202,7 +212,9 @@ def arborising_vessels(
     "Sharp trees that branch from the rim inwards, thinner at each fork."
     h, w = depth.shape
     radius = math.sqrt((depth > 0).sum() / math.pi)
-    lines, widths, todo = [], [], []
+    lines = []
+    widths = []
+    todo = []
     for angle in rng.uniform(0, 2 * math.pi, stems):
         start = np.array([w / 2 + radius * .9 * math.cos(angle), h / 2 + radius * .9 * math.sin(angle)])
         todo.append((start, angle + math.pi + rng.normal(0, .5), radius * rng.uniform(.7, 1.2), width, 0))
@@ -211,7 +223,8 @@ def arborising_vessels(
         steps = max(4, int(length / (3 * unit)))
         turns = angle + np.cumsum(rng.normal(0, .22, steps)) + .25 * np.sin(np.arange(steps) * rng.uniform(.6, 1.2))
         path = point + np.cumsum(np.c_[np.cos(turns), np.sin(turns)] * length / steps, axis=0)
-        lines.append(np.vstack([point, path])); widths.append(thick)
+        lines.append(np.vstack([point, path]))
+        widths.append(thick)
         for at in rng.integers(1, steps, rng.integers(1, 4)) if level < 1 + radius / (20 * unit) else ():
             side = rng.choice([-1, 1]) * rng.uniform(.4, 1.)
             todo.append((path[at], turns[at] + side, length * rng.uniform(.35, .6), thick * .68, level + 1))
@@ -226,7 +239,9 @@ def lacunae(
     "Well-defined blood lakes and the pale septa between them."
     hills = band_noise(rng, shape, 2 * spacing, .35) + .15 * fractal_noise(rng, shape, spacing * .5, 2)
     thick = .35 + .25 * fractal_noise(rng, shape, spacing * 2, 2)
-    septa = _blur(1 - _step(np.abs(hills), 0, np.maximum(thick, .05)).astype(np.float32), spacing * .08) * _step(fractal_noise(rng, shape, spacing * 2, 3), -1.5, .8)
+    septa = _blur(1 - _step(np.abs(hills), 0, np.maximum(thick, 0.05)).astype(np.float32), spacing * 0.08) * _step(
+        fractal_noise(rng, shape, spacing * 2, 3), -1.5, 0.8
+    )
     shade = _step(hills + .8 * fractal_noise(rng, shape, spacing, 3), -1.6, 1.6)
     return (1 - septa).astype(np.float32), septa.astype(np.float32), shade.astype(np.float32)
 
@@ -268,13 +283,20 @@ def short_strokes(
              for i, c, d, s in zip(pick, np.cos(turn), np.sin(turn), half)]
     return _blur(_strokes(depth.shape, lines, [width] * len(lines)), .5)
 
-# %% ../../nbs/data/11_synthetic.ipynb #4da213f6
+# %% ../../nbs/data/11_synthetic.ipynb #a3114aca
 # Absorption of red, green, blue light by one unit of pigment, after skin-lesion colour ratios in sRGB.
 BROWN, RED, BLUE = (np.array(k, np.float32) for k in ((.34, .80, 1.15), (.12, 1., .62), (1., .66, .45)))
 
-# Groups of skin tone by individual typology angle in degrees (Chardon et al. 1991), each with the range of b* it is drawn with.
-TONES = {'very light': (55, 72, 6, 10), 'light': (41, 55, 9, 15), 'intermediate': (28, 41, 12, 18), 'tan': (10, 28, 14, 20),
-         'brown': (-30, 10, 12, 18), 'dark': (-60, -30, 9, 13)}
+# Groups of skin tone by individual typology angle in degrees (Chardon et al. 1991), each with the range of b* it is
+# drawn with.
+TONES = {
+    'very light': (55, 72, 6, 10),
+    'light': (41, 55, 9, 15),
+    'intermediate': (28, 41, 12, 18),
+    'tan': (10, 28, 14, 20),
+    'brown': (-30, 10, 12, 18),
+    'dark': (-60, -30, 9, 13),
+}
 
 def typology_angle(
     lab:np.ndarray, # (...,3) CIELAB: L* 0-100, a*, b*
@@ -283,13 +305,14 @@ def typology_angle(
     lab = np.asarray(lab, np.float64)
     return np.degrees(np.arctan2(lab[..., 0] - 50, lab[..., 2]))
 
+# %% ../../nbs/data/11_synthetic.ipynb #4da213f6
 def tone_group(
     angle:float, # individual typology angle, degrees
 ) -> str: # a key of TONES
     "The skin tone group that an angle falls into."
     return next((name for name, (low, *_) in TONES.items() if angle > low), 'dark')
 
-# %% ../../nbs/data/11_synthetic.ipynb #b6ecdf51
+# %% ../../nbs/data/11_synthetic.ipynb #540dfe73
 def skin_tone(
     rng:np.random.Generator, # source of randomness
     group:str='', # one of TONES; '' draws as HAM10000 shows skin
@@ -297,13 +320,16 @@ def skin_tone(
     "One person's skin under the dermatoscope."
     if group:
         low, high, least, most = TONES[group]
-        angle, b = rng.uniform(low, high), rng.uniform(least, most)
+        angle = rng.uniform(low, high)
+        b = rng.uniform(least, most)
         return np.array([50 + b * math.tan(math.radians(angle)), rng.uniform(9, 15), b], np.float32)
     a = np.clip(rng.normal(16, 4.5), 9, 32)
     lab = [np.clip(rng.normal(73, 6.5), 56, 88), a, np.clip(.5 + .4 * (a - 15) + rng.normal(0, 6), -12, 20)]
-    if rng.random() < .06: lab = [rng.uniform(44, 56), rng.uniform(11, 16), rng.uniform(9, 17)]
+    if rng.random() < .06:
+        lab = [rng.uniform(44, 56), rng.uniform(11, 16), rng.uniform(9, 17)]
     return np.array(lab, np.float32)
 
+# %% ../../nbs/data/11_synthetic.ipynb #b6ecdf51
 def _rgb(lab):
     "CIELAB (3,) as sRGB in [0,1]."
     return np.clip(cv2.cvtColor(np.asarray(lab, np.float32)[None, None], cv2.COLOR_LAB2RGB)[0, 0], 0, 1)
@@ -317,8 +343,11 @@ def skin(
     sun:float=.3, # 0: a child's, 1: sun-damaged (thread veins, freckles, rough)
 ) -> np.ndarray: # (H,W,3) float32 sRGB in [0,1]
     "Healthy skin with its texture."
-    u, grain = unit, .6 + .6 * sun + rng.uniform(-.2, .4)
-    light = grain * (.013 * fractal_noise(rng, shape, 24 * u, 5, .75) + .012 * fractal_noise(rng, shape, 2.5 * u, 2, 1.))
+    u = unit
+    grain = .6 + .6 * sun + rng.uniform(-.2, .4)
+    light = grain * (
+        0.013 * fractal_noise(rng, shape, 24 * u, 5, 0.75) + 0.012 * fractal_noise(rng, shape, 2.5 * u, 2, 1.0)
+    )
     furrow = band_noise(rng, shape, rng.uniform(4, 8) * u, .35)
     light += rng.normal(0, .006) * furrow
     flush = fractal_noise(rng, shape, rng.uniform(8, 45) * u, 5, .7)
@@ -343,15 +372,24 @@ class Canvas:
         ramp:float|np.ndarray, # width of the lesion's fading rim, pixels
         strength:float=1., # scales every named structure: how typical the lesion is
     ):
-        self.skin, self.depth, self.unit, self.strength, self.decoy = skin, depth, unit, strength, False
-        self.shape, self.density, self.covers = depth.shape, np.zeros_like(skin), []
-        self.evidence, self.structures = np.zeros_like(depth), []
+        self.skin = skin
+        self.depth = depth
+        self.unit = unit
+        self.strength = strength
+        self.decoy = False
+        self.shape = depth.shape
+        self.density = np.zeros_like(skin)
+        self.covers = []
+        self.evidence = np.zeros_like(depth)
+        self.structures = []
         self.body = _step(depth, -.35 * ramp, ramp).astype(np.float32)
 
     def _mark(self, weights, name):
-        if not name or self.decoy: return
+        if not name or self.decoy:
+            return
         self.evidence = np.maximum(self.evidence, weights * (self.depth > 0))
-        if name not in self.structures: self.structures.append(name)
+        if name not in self.structures:
+            self.structures.append(name)
 
     def add(self,
         weights:np.ndarray, # (H,W) float32 in [0,1]
@@ -381,7 +419,8 @@ def render(
 ) -> np.ndarray: # (H,W,3) float32 sRGB in [0,1]
     "Let light pass the pigment, then lay on what covers it."
     image = canvas.skin * np.exp(-np.clip(canvas.density, -.25, None))
-    for weights, colour in canvas.covers: image += weights[..., None] * (colour - image)
+    for weights, colour in canvas.covers:
+        image += weights[..., None] * (colour - image)
     return np.clip(image, 0, 1)
 
 # %% ../../nbs/data/11_synthetic.ipynb #d4ad4d8d
@@ -415,9 +454,14 @@ LOOKALIKES = dict(akiec=('bcc', 'bkl'), bcc=('akiec', 'df', 'nv'), bkl=('mel', '
 
 # %% ../../nbs/data/11_synthetic.ipynb #1ac06b9c
 def _nv(c, rng):
-    u, kind = c.unit, rng.choice(['network', 'globules', 'homogeneous'], p=[.5, .25, .25])
+    u = c.unit
+    kind = rng.choice(['network', 'globules', 'homogeneous'], p=[.5, .25, .25])
     deep = c.depth / c.depth.max()
-    c.add(_step(deep, .1, .8) * (1 + .2 * fractal_noise(rng, c.shape, 9 * u, 3)), brown=rng.uniform(0, .45), blue=rng.uniform(0, .06))
+    c.add(
+        _step(deep, 0.1, 0.8) * (1 + 0.2 * fractal_noise(rng, c.shape, 9 * u, 3)),
+        brown=rng.uniform(0, 0.45),
+        blue=rng.uniform(0, 0.06),
+    )
     if kind == 'network':
         net = pigment_network(rng, c.shape, rng.uniform(3.6, 6) * u, rng.uniform(0, .5)) * c.body
         c.add(c.body, brown=-.12)
@@ -425,11 +469,13 @@ def _nv(c, rng):
     elif kind == 'globules':
         dots = globules(rng, c.shape, rng.uniform(3.6, 6) * u, rng.uniform(.5, .9), .9) * c.body
         c.add(dots, brown=rng.uniform(.3, .6), name='globules')
-    else: c.add(c.body * (.7 + .3 * _step(deep, 0, .4)), brown=.2, name='homogeneous')
+    else:
+        c.add(c.body * (.7 + .3 * _step(deep, 0, .4)), brown=.2, name='homogeneous')
 
 # %% ../../nbs/data/11_synthetic.ipynb #6f03d99c
 def _mel(c, rng):
-    u, kinds = c.unit, ['network', 'streaks', 'veil', 'regression', 'dots', 'blotch']
+    u = c.unit
+    kinds = ['network', 'streaks', 'veil', 'regression', 'dots', 'blotch']
     wanted = set(rng.choice(kinds, rng.integers(2, 5), replace=False, p=[.20, .14, .18, .12, .12, .24]))
     h, w = c.shape
     tilt = rng.uniform(0, 2 * math.pi)
@@ -440,7 +486,12 @@ def _mel(c, rng):
         net = pigment_network(rng, c.shape, rng.uniform(4.5, 7.5) * u, rng.uniform(.6, 1.)) * part
         c.add(net, brown=rng.uniform(.3, .6), name='atypical network')
     if 'blotch' in wanted:
-        c.add(patch(rng, c.depth, rng.uniform(.12, .35), 26 * u, .0, 1.8), brown=rng.uniform(.7, 1.6), blue=rng.uniform(0, .4), name='blotch')
+        c.add(
+            patch(rng, c.depth, rng.uniform(0.12, 0.35), 26 * u, 0.0, 1.8),
+            brown=rng.uniform(0.7, 1.6),
+            blue=rng.uniform(0, 0.4),
+            name='blotch',
+        )
     if 'dots' in wanted:
         dots = globules(rng, c.shape, 4.2 * u, .35, .8, .5) * patch(rng, c.depth, .5, 25 * u, -.2)
         c.add(dots, brown=.5, blue=.25, name='irregular dots')
@@ -454,11 +505,16 @@ def _mel(c, rng):
     if 'veil' in wanted:
         veil = patch(rng, c.depth, rng.uniform(.15, .4), 32 * u, .4, 2.2)
         c.add(veil, blue=rng.uniform(.1, .35), name='blue-white veil')
-        c.cover(veil * _step(fractal_noise(rng, c.shape, 8 * u, 4, .7), -2.2, 1.2), rng.uniform((.36, .35, .41), (.58, .54, .60)), rng.uniform(.25, .5))
+        c.cover(
+            veil * _step(fractal_noise(rng, c.shape, 8 * u, 4, 0.7), -2.2, 1.2),
+            rng.uniform((0.36, 0.35, 0.41), (0.58, 0.54, 0.60)),
+            rng.uniform(0.25, 0.5),
+        )
 
 # %% ../../nbs/data/11_synthetic.ipynb #4c166e4e
 def _bkl(c, rng):
-    u, kind = c.unit, rng.choice(['keratosis', 'lentigo', 'lichenoid'], p=[.6, .25, .15])
+    u = c.unit
+    kind = rng.choice(['keratosis', 'lentigo', 'lichenoid'], p=[.6, .25, .15])
     if kind == 'keratosis':
         c.add(c.body * fractal_noise(rng, c.shape, 9 * u, 4), brown=.07)
         cysts = globules(rng, c.shape, rng.uniform(5, 9) * u, rng.uniform(.1, .35), 1.2, .4) * c.body
@@ -466,9 +522,14 @@ def _bkl(c, rng):
         if rng.random() < .6:
             plugs = globules(rng, c.shape, rng.uniform(6, 11) * u, rng.uniform(.04, .14), .8, .5) * c.body
             c.add(plugs, brown=rng.uniform(.7, 1.3), blue=.25, name='comedo-like openings')
-        if rng.random() < .35: c.add(ridges(rng, c.shape, rng.uniform(6, 10) * u, 0) * c.body, brown=.45, name='fissures')
+        if rng.random() < .35:
+            c.add(ridges(rng, c.shape, rng.uniform(6, 10) * u, 0) * c.body, brown=.45, name='fissures')
     elif kind == 'lentigo':
-        c.add(ridges(rng, c.shape, rng.uniform(3.2, 4.5) * u, rng.uniform(.6, 1)) * c.body, brown=rng.uniform(.14, .26), name='finger-print lines')
+        c.add(
+            ridges(rng, c.shape, rng.uniform(3.2, 4.5) * u, rng.uniform(0.6, 1)) * c.body,
+            brown=rng.uniform(0.14, 0.26),
+            name='finger-print lines',
+        )
         c.add(c.body, brown=-.05, red=-.02)
     else:
         part = patch(rng, c.depth, rng.uniform(.5, .8), 28 * u, 0.)
@@ -482,8 +543,18 @@ def _bcc(c, rng):
         tree = arborising_vessels(rng, c.depth, rng.integers(2, 5), rng.uniform(.7, 1.1) * u, u)
         c.add(tree, red=rng.uniform(.4, .8), name='arborising vessels')
     if rng.random() < .55 or not c.structures:
-        nests = globules(rng, c.shape, rng.uniform(14, 32) * u, rng.uniform(.3, .7), 1.6, .5) * _step(c.depth, 1 * u, 6 * u) * patch(rng, c.depth, rng.uniform(.25, .6), 40 * u, 0., 1.5)
-        c.add(nests * (1 + .2 * fractal_noise(rng, c.shape, 4 * u, 3)), brown=rng.uniform(.1, .5), red=.1, blue=rng.uniform(.4, .8), name='blue-grey nests')
+        nests = (
+            globules(rng, c.shape, rng.uniform(14, 32) * u, rng.uniform(0.3, 0.7), 1.6, 0.5)
+            * _step(c.depth, 1 * u, 6 * u)
+            * patch(rng, c.depth, rng.uniform(0.25, 0.6), 40 * u, 0.0, 1.5)
+        )
+        c.add(
+            nests * (1 + 0.2 * fractal_noise(rng, c.shape, 4 * u, 3)),
+            brown=rng.uniform(0.1, 0.5),
+            red=0.1,
+            blue=rng.uniform(0.4, 0.8),
+            name='blue-grey nests',
+        )
     if rng.random() < .3:
         leaf = streaks(rng, c.depth, 9 * u, 8 * u, rng.uniform(.2, .45))
         c.add(_blur(leaf, .8 * u), brown=.45, blue=.15, name='leaf-like areas')
@@ -491,50 +562,78 @@ def _bcc(c, rng):
         c.cover(short_strokes(rng, c.depth, 12, 9 * u, .7 * u), (.95, .86, .86), .4, name='shiny white streaks')
     if rng.random() < .3:
         sore = patch(rng, c.depth, rng.uniform(.03, .1), 18 * u, .8, .8)
-        c.add(sore * (.8 + .3 * fractal_noise(rng, c.shape, 3 * u, 3)), brown=.7, red=rng.uniform(.4, .9), name='ulceration')
+        c.add(
+            sore * (0.8 + 0.3 * fractal_noise(rng, c.shape, 3 * u, 3)),
+            brown=0.7,
+            red=rng.uniform(0.4, 0.9),
+            name='ulceration',
+        )
 
 # %% ../../nbs/data/11_synthetic.ipynb #b74224b1
 def _akiec(c, rng):
-    u, kind = c.unit, rng.choice(['strawberry', 'scaly', 'pigmented'], p=[.5, .3, .2])
+    u = c.unit
+    kind = rng.choice(['strawberry', 'scaly', 'pigmented'], p=[.5, .3, .2])
     c.add(patch(rng, c.depth, .4, 16 * u, 0., 1.6), brown=rng.uniform(0, .25))
     if kind != 'scaly':
         holes, plugs = follicles(rng, c.shape, rng.uniform(4.5, 8) * u)
         here = c.body * _step(fractal_noise(rng, c.shape, 22 * u, 3), -1.4, .4)
         net = (1 - holes) * here
         tint = dict(red=rng.uniform(.14, .3)) if kind == 'strawberry' else dict(brown=.22, blue=.15, red=.08)
-        c.add(net * (.8 + .2 * fractal_noise(rng, c.shape, 5 * u, 3)), name='red pseudo-network' if kind == 'strawberry' else 'grey rhomboids', **tint)
+        c.add(
+            net * (0.8 + 0.2 * fractal_noise(rng, c.shape, 5 * u, 3)),
+            name='red pseudo-network' if kind == 'strawberry' else 'grey rhomboids',
+            **tint,
+        )
         c.cover(holes * here, (.93, .84, .80), rng.uniform(.12, .34))
         c.cover(plugs * here, (.92, .82, .62), .3)
     if kind == 'scaly' or rng.random() < .4:
-        c.cover(scale_flakes(rng, c.depth, rng.uniform(.12, .35), rng.uniform(2.5, 4.5) * u), (.95, .91, .84), rng.uniform(.5, .8), name='scale')
+        c.cover(
+            scale_flakes(rng, c.depth, rng.uniform(0.12, 0.35), rng.uniform(2.5, 4.5) * u),
+            (0.95, 0.91, 0.84),
+            rng.uniform(0.5, 0.8),
+            name='scale',
+        )
     if kind == 'scaly' or rng.random() < .3:
         dots = globules(rng, c.shape, rng.uniform(3, 4.5) * u, .4, .8, .4) * patch(rng, c.depth, .6, 30 * u, .3)
         c.add(dots, red=rng.uniform(.2, .5), name='dotted vessels')
 
 # %% ../../nbs/data/11_synthetic.ipynb #02883380
 def _df(c, rng):
-    u, deep = c.unit, c.depth / c.depth.max()
+    u = c.unit
+    deep = c.depth / c.depth.max()
     wobble = deep + .16 * fractal_noise(rng, c.shape, 18 * u, 5, .7)
-    net = pigment_network(rng, c.shape, rng.uniform(3.4, 5) * u, .8) * _step(wobble, .0, .3) * (1 - _step(wobble, .35, .6))
+    net = (
+        pigment_network(rng, c.shape, rng.uniform(3.4, 5) * u, 0.8)
+        * _step(wobble, 0.0, 0.3)
+        * (1 - _step(wobble, 0.35, 0.6))
+    )
     c.add(net, brown=rng.uniform(.12, .28), name='peripheral network')
     ring = _step(wobble, 0, .4) * (1 - _step(wobble, .5, 1.))
     c.add(ring, red=rng.uniform(.02, .16), brown=rng.uniform(0, .12))
     scar = _step(wobble, rng.uniform(.35, .6), rng.uniform(1., 1.25))
     white = np.clip(c.skin.mean((0, 1)) * .6 + .42, 0, 1)
     c.cover(scar, white, rng.uniform(.5, .85), name='central white patch')
-    if rng.random() < .5: c.cover(short_strokes(rng, c.depth * _step(wobble, .4, .6), 8, 9 * u, .6 * u), (.97, .88, .90), .2)
+    if rng.random() < .5:
+        c.cover(short_strokes(rng, c.depth * _step(wobble, .4, .6), 8, 9 * u, .6 * u), (.97, .88, .90), .2)
 
 # %% ../../nbs/data/11_synthetic.ipynb #71126bc9
 def _vasc(c, rng):
-    u, kind = c.unit, rng.choice(['cherry', 'violet', 'black'], p=[.5, .25, .25])
+    u = c.unit
+    kind = rng.choice(['cherry', 'violet', 'black'], p=[.5, .25, .25])
     radius = math.sqrt((c.depth > 0).sum() / math.pi)
     lagoon, septa, shade = lacunae(rng, c.shape, np.clip(radius * rng.uniform(.25, .6), 4 * u, 15 * u))
     inside = _step(c.depth, 0, rng.uniform(3, 8) * u)
     tint = dict(cherry=dict(red=1.05), violet=dict(red=.4, blue=.2), black=dict(red=.5, blue=1.2, brown=.7))[kind]
-    c.add(lagoon * inside * (.4 + .8 * shade) + .25 * septa * inside, name='lacunae', **{k: v * rng.uniform(.8, 1.2) for k, v in tint.items()})
+    c.add(
+        lagoon * inside * (0.4 + 0.8 * shade) + 0.25 * septa * inside,
+        name='lacunae',
+        **{k: v * rng.uniform(0.8, 1.2) for k, v in tint.items()},
+    )
     c.cover(septa * inside, rng.uniform((.55, .25, .35), (.80, .58, .66)), rng.uniform(.05, .35) * (kind != 'cherry'))
-    if rng.random() < .25: c.cover(patch(rng, c.depth, rng.uniform(.2, .5), 16 * u, -.2, 2.5), (.74, .68, .80), rng.uniform(.2, .45))
-    if rng.random() < .3: c.add(_step(c.depth, -9 * u, 0) * (c.depth < 0), red=.12)
+    if rng.random() < .25:
+        c.cover(patch(rng, c.depth, rng.uniform(.2, .5), 16 * u, -.2, 2.5), (.74, .68, .80), rng.uniform(.2, .45))
+    if rng.random() < .3:
+        c.add(_step(c.depth, -9 * u, 0) * (c.depth < 0), red=.12)
 
 # %% ../../nbs/data/11_synthetic.ipynb #11908c85
 PAINTERS = dict(akiec=_akiec, bcc=_bcc, bkl=_bkl, df=_df, mel=_mel, nv=_nv, vasc=_vasc)
@@ -555,7 +654,8 @@ class Lesion:
 # %% ../../nbs/data/11_synthetic.ipynb #e741db1d
 def _amounts(rng, style, other, blend):
     "Brown, red, blue and patchiness of one lesion, `blend` of the way to another class."
-    mix = lambda name: (1 - blend) * getattr(style, name) + blend * getattr(other, name)
+    def mix(name):
+        return (1 - blend) * getattr(style, name) + blend * getattr(other, name)
     wide = mix('spread')
     brown, red, blue = (mix(k) * math.exp(rng.normal(0, wide)) for k in ('brown', 'red', 'blue'))
     return brown, red, blue, mix('patchy') * rng.uniform(.7, 1.3)
@@ -569,7 +669,8 @@ def draw_lesion(
 ) -> Lesion: # seen by `take_view`
     "Draw skin and one lesion of class `code`."
     code = get_label_set('ham10000').parse(code)
-    style, unit = STYLES[code], size[0] / 144
+    style = STYLES[code]
+    unit = size[0] / 144
     twin = rng.choice(LOOKALIKES[code])
     blend = rng.uniform(.3, .7) if rng.random() < .2 else rng.uniform(0, .2)
     shape = (round(1.3 * size[1]),) * 2
@@ -577,7 +678,9 @@ def draw_lesion(
     z = rng.normal()
     share = math.exp(middle + z / 1.2816 * (high - middle if z > 0 else middle - low))
     share = min(max(share, .025), .75)
-    depth = outline(rng, shape, share * size[0] * size[1], rng.uniform(*style.irregular), rng.choice([1, 2, 3], p=style.lobes))
+    depth = outline(
+        rng, shape, share * size[0] * size[1], rng.uniform(*style.irregular), rng.choice([1, 2, 3], p=style.lobes)
+    )
     sun = np.clip(rng.normal(style.sun, .25), 0, 1)
     ramp = rng.uniform(*style.ramp) * unit * np.exp(.35 * fractal_noise(rng, shape, 30 * unit, 4))
     tone = skin_tone(rng) if tone is None else np.asarray(tone, np.float32)
@@ -587,13 +690,18 @@ def draw_lesion(
     c.add(c.body * uneven, brown=brown, blue=blue)
     c.add(c.body * np.sqrt(uneven), red=red)
     if rng.random() < blend:
-        c.decoy, c.strength = True, blend * .8
+        c.decoy = True
+        c.strength = blend * .8
         PAINTERS[twin](c, rng)
-        c.decoy, c.strength = False, 1 - .6 * blend
+        c.decoy = False
+        c.strength = 1 - .6 * blend
     for _ in range(8): # a small lesion may miss every structure: paint until something shows
         PAINTERS[code](c, rng)
-        if (c.evidence > .5).sum() >= .03 * (depth > 0).sum(): break
-    return Lesion(code, tuple(size), render(c), depth, c.evidence, tuple(c.structures), round(float(blend), 2), tone, share)
+        if (c.evidence > .5).sum() >= .03 * (depth > 0).sum():
+            break
+    return Lesion(
+        code, tuple(size), render(c), depth, c.evidence, tuple(c.structures), round(float(blend), 2), tone, share
+    )
 
 # %% ../../nbs/data/11_synthetic.ipynb #abb2a64d
 def hairs(
@@ -605,14 +713,23 @@ def hairs(
 ) -> np.ndarray: # (H,W) float32 in [0,1]
     "Curved hairs, most of them combed one way."
     h, w = shape
-    way, lines = rng.uniform(0, 2 * math.pi), []
+    way = rng.uniform(0, 2 * math.pi)
+    lines = []
     for _ in range(number):
-        angle, far = way + rng.normal(0, .5), h * rng.uniform(*length)
+        angle = way + rng.normal(0, .5)
+        far = h * rng.uniform(*length)
         bend = rng.normal(0, .35) * min(1, 2 * far / h)
         t = np.linspace(-.5, .5, 14)
-        along, across = far * t, far * bend * (t**2 + rng.normal(0, .5) * t**3)
-        x0, y0 = rng.uniform(0, w), rng.uniform(0, h)
-        lines.append(np.c_[x0 + along * math.cos(angle) - across * math.sin(angle), y0 + along * math.sin(angle) + across * math.cos(angle)])
+        along = far * t
+        across = far * bend * (t**2 + rng.normal(0, .5) * t**3)
+        x0 = rng.uniform(0, w)
+        y0 = rng.uniform(0, h)
+        lines.append(
+            np.c_[
+                x0 + along * math.cos(angle) - across * math.sin(angle),
+                y0 + along * math.sin(angle) + across * math.cos(angle),
+            ]
+        )
     return _strokes(shape, lines, rng.uniform(*width, number))
 
 # %% ../../nbs/data/11_synthetic.ipynb #c9fb0149
@@ -623,7 +740,8 @@ def ruler(
 ) -> np.ndarray: # (H,W) float32 in [0,1]
     "A row of black millimetre ticks along one side or across a corner."
     h, w = shape
-    side, gap = rng.integers(4), rng.uniform(5, 8) * unit
+    side = rng.integers(4)
+    gap = rng.uniform(5, 8) * unit
     angle = side * math.pi / 2 + rng.normal(0, .25)
     out = np.array([math.cos(angle), math.sin(angle)])
     edge = np.min(np.array([w / 2, h / 2]) / (np.abs(out) + 1e-6))
@@ -645,10 +763,14 @@ def bubbles(
 ) -> tuple: # rim (H,W) in [0,1] darkens, shine (H,W) in [0,1] lightens
     "Air in the gel: a thin dark rim and a bright crescent."
     h, w = shape
-    rim, shine = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    rim = np.zeros(shape, np.uint8)
+    shine = np.zeros(shape, np.uint8)
     for _ in range(number):
-        x, y, r = rng.uniform(0, w), rng.uniform(0, h), math.exp(rng.normal(1.2, .6)) * unit
-        spot, turn = (round(x * 16), round(y * 16)), rng.uniform(0, 360)
+        x = rng.uniform(0, w)
+        y = rng.uniform(0, h)
+        r = math.exp(rng.normal(1.2, .6)) * unit
+        spot = (round(x * 16), round(y * 16))
+        turn = rng.uniform(0, 360)
         cv2.circle(rim, spot, round(16 * r), 255, 1, cv2.LINE_AA, 4)
         cv2.ellipse(shine, spot, (round(16 * r * .8),) * 2, turn, 0, rng.uniform(70, 220), 255, 1, cv2.LINE_AA, 4)
     return _blur(rim.astype(np.float32) / 255, .5), _blur(shine.astype(np.float32) / 255, .4)
@@ -662,7 +784,8 @@ def aperture(
     h, w = shape
     y, x = np.mgrid[:h, :w].astype(np.float32)
     away = np.hypot(x - w * rng.normal(.5, .02), y - h * rng.normal(.5, .02))
-    radius, soft = rng.uniform(.45, .585) * w, rng.uniform(.01, .05) * w
+    radius = rng.uniform(.45, .585) * w
+    soft = rng.uniform(.01, .05) * w
     return _step(away, radius - soft, radius + soft).astype(np.float32)
 
 # %% ../../nbs/data/11_synthetic.ipynb #5933d9f3
@@ -683,7 +806,9 @@ def ink(
 ) -> np.ndarray: # (H,W) float32 in [0,1]
     "Pen strokes around a lesion, as a surgeon marks it; at the image's rim where the lesion fills the image."
     h, w = depth.shape
-    lines, first, gap = [], rng.uniform(0, 2 * math.pi), rng.uniform(4, 9) * unit
+    lines = []
+    first = rng.uniform(0, 2 * math.pi)
+    gap = rng.uniform(4, 9) * unit
     for angle in first + np.cumsum(rng.uniform(.35, 1.3, rng.integers(2, 6))):
         out = np.array([math.cos(angle), math.sin(angle)])
         reach = np.min((np.array([w, h]) / 2 - 5 * unit) / (np.abs(out) + 1e-6))
@@ -695,12 +820,18 @@ def ink(
         turn = angle + across * math.pi / 2 + rng.normal(0, .25)
         t = (np.linspace(0, 1, 9) - .5 * across) * rng.uniform(12, 34) * unit
         bend = rng.normal(0, .006) / unit * t**2
-        lines.append(base + np.c_[t * math.cos(turn) - bend * math.sin(turn), t * math.sin(turn) + bend * math.cos(turn)])
+        lines.append(
+            base + np.c_[t * math.cos(turn) - bend * math.sin(turn), t * math.sin(turn) + bend * math.cos(turn)]
+        )
     pen = _strokes(depth.shape, lines, [rng.uniform(2., 4.) * unit] * len(lines))
-    return _blur(pen * np.clip(.85 + .18 * fractal_noise(rng, depth.shape, 5 * unit, 3), .4, 1), .4 * unit).astype(np.float32)
+    return _blur(pen * np.clip(0.85 + 0.18 * fractal_noise(rng, depth.shape, 5 * unit, 3), 0.4, 1), 0.4 * unit).astype(
+        np.float32
+    )
 
 # %% ../../nbs/data/11_synthetic.ipynb #ccb6c501
-ORANGE = np.array([1.04, .85, .79], np.float32) # gain that turns the skin of the other classes (a* 16) into that of followed-up nevi (a* 28)
+ORANGE = np.array(
+    [1.04, 0.85, 0.79], np.float32
+) # gain that turns the skin of the other classes (a* 16) into that of followed-up nevi (a* 28)
 
 def orange_cast(
     image:np.ndarray, # (H,W,3) float32 sRGB
@@ -726,24 +857,40 @@ RATES = dict(hair=.38, bubbles=.12, glare=.06) # share of images; dark corners f
 
 def _put_artefacts(image, rng, depth, unit, rates, corners, ruled, inked):
     "Lay artefacts over `image`; returns it, the mask and the names."
-    shape, names, mask = image.shape[:2], [], np.zeros(image.shape[:2], bool)
+    shape = image.shape[:2]
+    names = []
+    mask = np.zeros(image.shape[:2], bool)
     def lay(name, weights, colour, opacity=1.):
         nonlocal image, mask
         image = image + (opacity * weights)[..., None] * (np.array(colour, np.float32) - image)
         mask = mask | (weights > .3)
-        if name not in names: names.append(name)
+        if name not in names:
+            names.append(name)
     dark = np.array((.10, .06, .06)) + rng.random() * np.array((.20, .16, .14))
     kind = rng.choice(['hair', 'stubble', 'white hair'], p=[.63, .24, .13]) if rng.random() < rates['hair'] else ''
-    if inked: lay('ink', ink(rng, depth, unit), rng.uniform((.22, .12, .42), (.36, .30, .62)), rng.uniform(.65, .85))
-    if kind == 'hair': lay('hair', hairs(rng, shape, 1 + int(rng.exponential(6)), width=(.4 * unit, .9 * unit)), dark, rng.uniform(.4, .85))
-    if kind == 'stubble': lay('hair', hairs(rng, shape, int(rng.integers(10, 45)), (.025, .085), (.5 * unit, 1. * unit)), dark, .8)
-    if kind == 'white hair': lay('hair', hairs(rng, shape, int(rng.integers(8, 40)), (.1, .8), (.4 * unit, .9 * unit)), (.92, .90, .93), .6)
+    if inked:
+        lay('ink', ink(rng, depth, unit), rng.uniform((.22, .12, .42), (.36, .30, .62)), rng.uniform(.65, .85))
+    if kind == 'hair':
+        lay(
+            'hair',
+            hairs(rng, shape, 1 + int(rng.exponential(6)), width=(0.4 * unit, 0.9 * unit)),
+            dark,
+            rng.uniform(0.4, 0.85),
+        )
+    if kind == 'stubble':
+        lay('hair', hairs(rng, shape, int(rng.integers(10, 45)), (.025, .085), (.5 * unit, 1. * unit)), dark, .8)
+    if kind == 'white hair':
+        lay('hair', hairs(rng, shape, int(rng.integers(8, 40)), (.1, .8), (.4 * unit, .9 * unit)), (.92, .90, .93), .6)
     if rng.random() < rates['bubbles']:
         rim, shine = bubbles(rng, shape, int(rng.integers(1, 8)), unit)
-        lay('bubbles', rim, (.35, .28, .28), .35); lay('bubbles', shine, (1, 1, 1), .6)
-    if rng.random() < rates['glare']: lay('glare', glare(rng, shape, unit), (1, .98, .96), .75)
-    if ruled: lay('ruler', ruler(rng, shape, unit), (.08, .07, .09), .88)
-    if corners: lay('corners', aperture(rng, shape), rng.uniform(0, .07) * np.array([1, .8, .85]), 1.)
+        lay('bubbles', rim, (.35, .28, .28), .35)
+        lay('bubbles', shine, (1, 1, 1), .6)
+    if rng.random() < rates['glare']:
+        lay('glare', glare(rng, shape, unit), (1, .98, .96), .75)
+    if ruled:
+        lay('ruler', ruler(rng, shape, unit), (.08, .07, .09), .88)
+    if corners:
+        lay('corners', aperture(rng, shape), rng.uniform(0, .07) * np.array([1, .8, .85]), 1.)
     return image, mask, tuple(names)
 
 # %% ../../nbs/data/11_synthetic.ipynb #f99eb600
@@ -751,11 +898,16 @@ def _light(image, rng, unit):
     "Uneven lamp, colour cast, focus and sensor of one exposure."
     h, w = image.shape[:2]
     y, x = np.mgrid[:h, :w].astype(np.float32)
-    y, x = (y - h / 2) / h, (x - w / 2) / h
-    lamp = 1 + rng.normal(0, .06) * x + rng.normal(0, .06) * y - abs(rng.normal(0, .16)) * (x * x + y * y - .25) # a person's tone is kept on average
+    y = (y - h / 2) / h
+    x = (x - w / 2) / h
+    lamp = (
+        1 + rng.normal(0, 0.06) * x + rng.normal(0, 0.06) * y - abs(rng.normal(0, 0.16)) * (x * x + y * y - 0.25)
+    )  # a person's tone is kept on average
     cast = np.exp(rng.normal(0, .02, 3) + rng.normal(0, .03)).astype(np.float32)
     image = _blur(image * lamp[..., None] * cast, unit * rng.uniform(.35, .95))
-    noise = _blur(rng.standard_normal(image.shape, dtype=np.float32), .5) + .5 * rng.standard_normal((h, w, 1), dtype=np.float32)
+    noise = _blur(rng.standard_normal(image.shape, dtype=np.float32), 0.5) + 0.5 * rng.standard_normal(
+        (h, w, 1), dtype=np.float32
+    )
     return image + rng.uniform(.002, .007) * noise
 
 # %% ../../nbs/data/11_synthetic.ipynb #75551d3e
@@ -781,14 +933,18 @@ def take_view(
     centre = lesion.depth.shape[1] / 2, lesion.depth.shape[0] / 2
     move = cv2.getRotationMatrix2D(centre, rng.uniform(-25, 25), math.exp(rng.normal(0, .10)))
     move[:, 2] += np.array([w / 2 - centre[0], h / 2 - centre[1]]) + rng.normal(0, .045, 2) * [w, h]
-    warp = lambda x, how=cv2.INTER_LINEAR: cv2.warpAffine(x, move, (w, h), flags=how, borderMode=cv2.BORDER_REFLECT_101)
+    def warp(x, how=cv2.INTER_LINEAR):
+        return cv2.warpAffine(x, move, (w, h), flags=how, borderMode=cv2.BORDER_REFLECT_101)
     depth = warp(lesion.depth)
     inside = _largest(depth > 0)
     evidence = (warp(lesion.evidence) > .4) & inside
     unit = h / 144
     image = _light(warp(lesion.picture, cv2.INTER_CUBIC), rng, unit)
-    if cast: image = orange_cast(image, rng.uniform(.75, 1.25))
-    image, artefact, names = _put_artefacts(image, rng, depth, unit, rates, rng.random() < rates['corners'], ruled, inked)
+    if cast:
+        image = orange_cast(image, rng.uniform(.75, 1.25))
+    image, artefact, names = _put_artefacts(
+        image, rng, depth, unit, rates, rng.random() < rates['corners'], ruled, inked
+    )
     names += ('cast',) * cast
     image = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
     return SyntheticImage(image, inside, evidence, artefact, lesion.structures, names, lesion.blend)

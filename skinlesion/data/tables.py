@@ -41,8 +41,10 @@ def own_label_set(
     "A label set made from the class words of the data; spellings that differ in case, hyphens or quotes are one class."
     counts = pd.Series([w.strip() for w in words if w.strip()], dtype=object).value_counts()
     spellings = {}
-    for word in sorted(counts.index, key=lambda w: (-counts[w], w)): spellings.setdefault(comparable(word), word)
-    taken, names = set(spellings), {}
+    for word in sorted(counts.index, key=lambda w: (-counts[w], w)):
+        spellings.setdefault(comparable(word), word)
+    taken = set(spellings)
+    names = {}
     for form in sorted(spellings):
         code = _code(form, taken)
         taken.add(comparable(code))
@@ -50,23 +52,34 @@ def own_label_set(
     return LabelSet(name, tuple(sorted(names)), names)
 
 # %% ../../nbs/data/18_tables.ipynb #4585a358
-_YES, _NO = ('1', 'yes', 'true', 'y', '1.0'), ('0', 'no', 'false', 'n', '0.0')
+_YES = ('1', 'yes', 'true', 'y', '1.0')
+_NO = ('0', 'no', 'false', 'n', '0.0')
 
 def _flag(word, where):
     "'1', '0', or '' for missing."
     form = word.strip().lower()
-    if form in _YES or form in _NO: return '1' if form in _YES else '0'
-    if is_missing(word): return ''
-    raise ValueError(f"{where} '{word}' is neither yes nor no; allowed are yes, no, 1, 0, true, false, or empty for unknown")
+    if form in _YES or form in _NO:
+        return '1' if form in _YES else '0'
+    if is_missing(word):
+        return ''
+    raise ValueError(
+        f"{where} '{word}' is neither yes nor no; allowed are yes, no, 1, 0, true, false, or empty for unknown"
+    )
 
 # %% ../../nbs/data/18_tables.ipynb #9909e6df
 def _label_rows(path):
     "Lines and cells of a table of labels."
     words, lines = read_table(path)
     allowed = ('code', 'name', 'malignant')
-    problems = [f"{path} row 1: the column '{c}' is not known; allowed are {', '.join(allowed)}.{nearest(c, allowed)}" for c in words if c not in allowed]
-    if 'code' not in words: problems.append(f"{path} row 1: the column 'code' is missing; a table of labels has {', '.join(allowed)}")
-    if problems: raise DatasetError(path, problems)
+    problems = [
+        f"{path} row 1: the column '{c}' is not known; allowed are {', '.join(allowed)}.{nearest(c, allowed)}"
+        for c in words
+        if c not in allowed
+    ]
+    if 'code' not in words:
+        problems.append(f"{path} row 1: the column 'code' is missing; a table of labels has {', '.join(allowed)}")
+    if problems:
+        raise DatasetError(path, problems)
     return words.reindex(columns=allowed, fill_value='').apply(lambda c: c.str.strip()), lines
 
 # %% ../../nbs/data/18_tables.ipynb #43218098
@@ -76,24 +89,39 @@ def read_labels(
 ) -> LabelSet: # codes in the order of the file
     "A label set from a table; `malignant` is None where no row says yes or no."
     words, lines = _label_rows(path)
-    problems, said, seen = [], {}, {}
+    problems = []
+    said = {}
+    seen = {}
     for code, full, flag, line in zip(words.code, words.name, words.malignant, lines):
-        try: said[code] = _flag(flag, f"{path} row {line}: malignant")
-        except ValueError as e: problems.append(str(e))
+        try:
+            said[code] = _flag(flag, f"{path} row {line}: malignant")
+        except ValueError as e:
+            problems.append(str(e))
         for form in {comparable(code), comparable(full or code)}:
-            if form in seen: problems.append(f"{path} row {line}: '{full or code}' is already in row {seen[form]}; every code and every name stands once")
+            if form in seen:
+                problems.append(
+                    f"{path} row {line}: '{full or code}' is already in row {seen[form]}; every code "
+                    "and every name stands once"
+                )
         seen |= {comparable(code): line, comparable(full or code): line}
-    if problems: raise DatasetError(path, problems)
+    if problems:
+        raise DatasetError(path, problems)
     malignant = frozenset(c for c, v in said.items() if v == '1') if any(said.values()) else None
     undecided = frozenset(c for c, v in said.items() if not v) if malignant is not None else frozenset()
-    try: return LabelSet(name, tuple(words.code), {c: n for c, n in zip(words.code, words.name) if n}, malignant, undecided)
-    except ValueError as e: raise DatasetError(path, [f"{path}: {e}"]) from None
+    try:
+        return LabelSet(
+            name, tuple(words.code), {c: n for c, n in zip(words.code, words.name) if n}, malignant, undecided
+        )
+    except ValueError as e:
+        raise DatasetError(path, [f"{path}: {e}"]) from None
 
 # %% ../../nbs/data/18_tables.ipynb #62cc4289
 def _fits(label_set, words):
     "Whether every word means a code of the set."
-    try: return [label_set.parse(w) for w in words] != []
-    except ValueError: return False
+    try:
+        return [label_set.parse(w) for w in words] != []
+    except ValueError:
+        return False
 
 # %% ../../nbs/data/18_tables.ipynb #7d64dec3
 def choose_label_set(
@@ -103,11 +131,17 @@ def choose_label_set(
     labels:Path|str|None=None, # table code,name,malignant
 ) -> LabelSet:
     "The set that is named; else the first built-in one that knows every word; else the data's own."
-    if label_set and labels: raise ValueError(f"--label-set {label_set} and --labels {labels} each name the classes; give only one of them")
-    if label_set: return get_label_set(label_set)
-    if labels: return read_labels(labels, name)
+    if label_set and labels:
+        raise ValueError(f"--label-set {label_set} and --labels {labels} each name the classes; give only one of them")
+    if label_set:
+        return get_label_set(label_set)
+    if labels:
+        return read_labels(labels, name)
     distinct = list(dict.fromkeys(w.strip() for w in words if w.strip()))
-    if not distinct: raise ValueError("no image has a diagnosis, so the classes are not known; name them with --label-set or --labels")
+    if not distinct:
+        raise ValueError(
+            "no image has a diagnosis, so the classes are not known; name them with --label-set or --labels"
+        )
     return next((s for s in LABEL_SETS.values() if _fits(s, distinct)), None) or own_label_set(words, name)
 
 # %% ../../nbs/data/18_tables.ipynb #e5a27db5
@@ -120,71 +154,108 @@ class About:
     licence:str='' # under which the images may be used
     citation:str='' # how to cite them
 
-# %% ../../nbs/data/18_tables.ipynb #738a4659
-def _as_list(paths): return [Path(p).resolve() for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+# %% ../../nbs/data/18_tables.ipynb #80483ab1
+def _as_list(paths):
+    return [Path(p).resolve() for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
 
+# %% ../../nbs/data/18_tables.ipynb #da19b518
 def _bare(name):
     "A file name without the suffixes of archives and tables."
     return re.sub(r'(\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|csv|tsv|tab|txt|parquet))+$', '', name, flags=re.I) or name
 
+# %% ../../nbs/data/18_tables.ipynb #2658d2ab
 def _mapped(words, word_map):
     "Words by `--map`."
     forms = comparable_map(word_map)
     return [forms.get(comparable(w), (w, w))[1] for w in words]
 
+# %% ../../nbs/data/18_tables.ipynb #738a4659
 def _terms(about):
     "What to say where no licence is known."
-    return [] if about.licence else ["the licence was not stated (--licence TEXT); without it nobody knows what may be done with these images"]
+    return (
+        []
+        if about.licence
+        else ["the licence was not stated (--licence TEXT); without it nobody knows what may be done with these images"]
+    )
 
 # %% ../../nbs/data/18_tables.ipynb #a40a094b
 def _near_misses(label_set):
     "A sentence for each class that is in no built-in set, but nearly."
     known = [w for s in LABEL_SETS.values() for w in (*s.codes, *s.names.values())]
     strange = [name for name in label_set.names.values() if not any(_fits(s, [name]) for s in LABEL_SETS.values())]
-    return [f"'{name}' became a class of its own.{near} Then say so (--map 'OLD=NEW')" for name in strange if (near := nearest(name, known))]
+    return [
+        f"'{name}' became a class of its own.{near} Then say so (--map 'OLD=NEW')"
+        for name in strange
+        if (near := nearest(name, known))
+    ]
 
 # %% ../../nbs/data/18_tables.ipynb #ae12e665
 def _decide(about, name, words, word_map, source, unlabelled=False):
     "`DatasetInfo` of own data, and what the report should say of its classes."
     said = _mapped(words, word_map)
     chosen = choose_label_set(said, name, about.label_set, about.labels)
-    info = DatasetInfo(name, chosen.name if chosen in LABEL_SETS.values() else chosen.to_dict(), about.licence, about.citation, source, unlabelled=unlabelled)
+    info = DatasetInfo(
+        name,
+        chosen.name if chosen in LABEL_SETS.values() else chosen.to_dict(),
+        about.licence,
+        about.citation,
+        source,
+        unlabelled=unlabelled,
+    )
     if chosen.name in LABEL_SETS:
         known = {w: chosen.parse(w) for w in dict.fromkeys(said) if w.strip() and _fits(chosen, [w])}
         read = [f"'{w}' as {c}" for w, c in known.items() if w != c]
-        return info, [f"label set {chosen.name}; words read: {', '.join(read)}" if read else f"label set {chosen.name}", *_terms(about)]
+        return info, [
+            f"label set {chosen.name}; words read: {', '.join(read)}" if read else f"label set {chosen.name}",
+            *_terms(about),
+        ]
     stated = ', '.join(f"{c} '{n}'" if c != n else c for c, n in chosen.names.items())
-    open_point = '' if chosen.malignant is not None else '; what is malignant is not stated, and what needs it will be refused (--labels FILE: code,name,malignant)'
-    return info, [f"label set of the data's own: {stated}{open_point}", *(() if about.labels else _near_misses(chosen)), *_terms(about)]
+    open_point = (
+        ''
+        if chosen.malignant is not None
+        else '; what is malignant is not stated, and what needs it will be refused (--labels FILE: code,name,malignant)'
+    )
+    return info, [
+        f"label set of the data's own: {stated}{open_point}",
+        *(() if about.labels else _near_misses(chosen)),
+        *_terms(about),
+    ]
 
-# %% ../../nbs/data/18_tables.ipynb #a0b2d475
-_SPLIT_WORDS = dict(train='train', training='train', val='valid', valid='valid', validation='valid', test='test', testing='test')
+# %% ../../nbs/data/18_tables.ipynb #c377bc22
+_SPLIT_WORDS = dict(
+    train='train', training='train', val='valid', valid='valid', validation='valid', test='test', testing='test'
+)
 
 def _folders(entry):
     "Names of the folders over a file; an archive counts as one."
     return tuple(_bare(p) for p in entry.parts[:-1])
 
+# %% ../../nbs/data/18_tables.ipynb #a0b2d475
 def _class_places(folders):
     "folder -> (split, class) for all folders of one given path; None where there is no class."
     at = {f: next((k for k, p in enumerate(f) if p.lower() in _SPLIT_WORDS), None) for f in folders}
     shared = os.path.commonprefix([f for f in folders if at[f] is None])
     deep = any(len(f) > len(shared) for f in folders if at[f] is None)
     def place(f):
-        if at[f] is not None: return (_SPLIT_WORDS[f[at[f]].lower()], f[at[f] + 1]) if len(f) > at[f] + 1 else None
-        if len(f) > len(shared): return '', f[len(shared)]
+        if at[f] is not None:
+            return (_SPLIT_WORDS[f[at[f]].lower()], f[at[f] + 1]) if len(f) > at[f] + 1 else None
+        if len(f) > len(shared):
+            return '', f[len(shared)]
         return None if deep or not f else ('', f[-1])
     return {f: place(f) for f in folders}
 
 # %% ../../nbs/data/18_tables.ipynb #257be166
 def _gather(paths, out, stack):
     "`Found` of all paths, and (entry, folder, place) of every image."
-    whole, placed = Found(), []
+    whole = Found()
+    placed = []
     for path in paths:
         found = collect([path], out, stack)
         entries = [e for group in found.images.values() for e in group]
         places = _class_places({_folders(e) for e in entries})
         placed += [(e, places[_folders(e)]) for e in entries]
-        for image_id, masks in found.masks.items(): whole.masks.setdefault(image_id, []).extend(masks)
+        for image_id, masks in found.masks.items():
+            whole.masks.setdefault(image_id, []).extend(masks)
         whole.tables += found.tables
         whole.others += found.others
     return whole, placed
@@ -194,33 +265,51 @@ _LAYOUT = 'allowed are CLASS/image and train|val|test/CLASS/image'
 
 def _check_places(placed, found):
     "Every image in a class folder, all below splits or none."
-    if not placed: raise DatasetError('folder', [f"no image was given; {_LAYOUT}, in folders or archives; {describe_tables(found)}"])
-    problems = [f"{e.label}: it lies in no class folder; {_LAYOUT}. Move or remove it" for e, place in placed if place is None]
-    if problems: raise DatasetError('folder', problems)
+    if not placed:
+        raise DatasetError(
+            'folder', [f"no image was given; {_LAYOUT}, in folders or archives; {describe_tables(found)}"]
+        )
+    problems = [
+        f"{e.label}: it lies in no class folder; {_LAYOUT}. Move or remove it" for e, place in placed if place is None
+    ]
+    if problems:
+        raise DatasetError('folder', problems)
     inside, outside = ([e.label for e, (split, _) in placed if bool(split) == flag] for flag in (True, False))
     if inside and outside:
-        raise DatasetError('folder', [f"{inside[0]} lies below a split and {outside[0]} does not ({len(inside)} and {len(outside)} images); "
-                                      "put all below train, val and test, or none"])
+        raise DatasetError(
+            'folder',
+            [
+                f"{inside[0]} lies below a split and {outside[0]} does not ({len(inside)} and "
+                f"{len(outside)} images); "
+                "put all below train, val and test, or none"
+            ],
+        )
 
 # %% ../../nbs/data/18_tables.ipynb #c84144e2
 def _folder_rows(placed, path_ids):
     "image_id -> (entries, class, split), an id in one place only."
-    rows, problems = {}, []
+    rows = {}
+    problems = []
     for entry, (split, word) in placed:
         stem = os.path.splitext(entry.name)[0]
         image_id = '-'.join(p for p in (split, word, stem) if p) if path_ids else stem
         entries, *place = rows.setdefault(image_id, ([], word, split))
         entries.append(entry)
         if place != [word, split]:
-            problems.append(f"image_id '{image_id}' is there twice: {entries[0].label} and {entry.label}; remove or rename one, "
-                            "or let the ids hold the folders too (--path-ids)")
-    if problems: raise DatasetError('folder', problems)
+            problems.append(
+                f"image_id '{image_id}' is there twice: {entries[0].label} and {entry.label}; remove or "
+                "rename one, "
+                "or let the ids hold the folders too (--path-ids)"
+            )
+    if problems:
+        raise DatasetError('folder', problems)
     return rows
 
 # %% ../../nbs/data/18_tables.ipynb #557a7058
 def import_folder(
     paths, # a path or several: folders or archives that hold CLASS/image or SPLIT/CLASS/image
-    out:Path|str, # dataset folder to write; an older one of the same name is replaced as a whole, anything else is refused
+    # dataset folder to write; an older one of the same name is replaced as a whole, anything else is refused
+    out:Path|str,
     about:About=About(), # name, classes, licence
     path_ids:bool=False, # make ids from split, class and file name, where file names alone are not unique
     skip_bad:bool=False, # leave out and list images that cannot be used, instead of stopping
@@ -235,14 +324,30 @@ def import_folder(
         found, placed = _gather(paths, out, stack)
         _check_places(placed, found)
         rows = _folder_rows(placed, path_ids)
-        words, splits = [r[1] for r in rows.values()], [r[2] for r in rows.values()]
+        words = [r[1] for r in rows.values()]
+        splits = [r[2] for r in rows.values()]
         info, notes = _decide(about, name, words, word_map, 'class folders')
-        table = pd.DataFrame(dict(image_id=list(rows), diagnosis=words) | (dict(split=splits) if len(set(splits)) > 1 else {}))
-        found.masks = {i: [m for e in r[0] for m in found.masks.get(os.path.splitext(e.name)[0], ())] for i, r in rows.items()} if found.masks else {}
+        table = pd.DataFrame(
+            dict(image_id=list(rows), diagnosis=words) | (dict(split=splits) if len(set(splits)) > 1 else {})
+        )
+        found.masks = (
+            {i: [m for e in r[0] for m in found.masks.get(os.path.splitext(e.name)[0], ())] for i, r in rows.items()}
+            if found.masks
+            else {}
+        )
         found.masks = {i: m for i, m in found.masks.items() if m}
         found.images = {i: r[0] for i, r in rows.items()}
-        return write_import(out, info, table, found, where=[r[0][0].label for r in rows.values()], skip_bad=skip_bad, word_map=word_map,
-                            progress=progress, notes=notes)
+        return write_import(
+            out,
+            info,
+            table,
+            found,
+            where=[r[0][0].label for r in rows.values()],
+            skip_bad=skip_bad,
+            word_map=word_map,
+            progress=progress,
+            notes=notes,
+        )
 
 # %% ../../nbs/data/18_tables.ipynb #2b9a543c
 @dataclass(frozen=True)
@@ -263,22 +368,45 @@ class Columns:
     urgent:str|None=None # yes or no
 
 # %% ../../nbs/data/18_tables.ipynb #1987593e
-_CANONICAL = dict(label='diagnosis', id='image_id', lesion='lesion_id', patient='patient_id', confirm='diagnosis_confirm_type', age='age', sex='sex', site='site',
-                  split='split', severity='severity', infectious='infectious', urgent='urgent')
+_CANONICAL = dict(
+    label='diagnosis',
+    id='image_id',
+    lesion='lesion_id',
+    patient='patient_id',
+    confirm='diagnosis_confirm_type',
+    age='age',
+    sex='sex',
+    site='site',
+    split='split',
+    severity='severity',
+    infectious='infectious',
+    urgent='urgent',
+)
 
 def _chosen(words, columns, where, unlabelled):
     "canonical name -> column of the table, or every column that is not there."
     given = {f.name: getattr(columns, f.name) for f in fields(columns) if f.name != 'image'}
     chosen = {c: given[k] or c for k, c in _CANONICAL.items() if given[k] or c in words}
     flags = {c: f'--{k}-column' for k, c in _CANONICAL.items()}
-    problems = [f"{where} row 1: the column '{c}' ({flags[k]}) is missing; the table has {', '.join(words)}.{nearest(c, words)}"
-                for k, c in chosen.items() if c not in words]
-    problems += [f"{where} row 1: '{c}' ({flags[k]}) is to fill the column '{k}', which the table has too; rename that one or leave {flags[k]} out"
-                 for k, c in chosen.items() if c != k and k in words and k not in (columns.image, columns.label)]
+    problems = [
+        f"{where} row 1: the column '{c}' ({flags[k]}) is missing; the table has {', '.join(words)}.{nearest(c, words)}"
+        for k, c in chosen.items()
+        if c not in words
+    ]
+    problems += [
+        f"{where} row 1: '{c}' ({flags[k]}) is to fill the column '{k}', which the table has too; "
+        f"rename that one or leave {flags[k]} out"
+        for k, c in chosen.items()
+        if c != k and k in words and k not in (columns.image, columns.label)
+    ]
     if 'diagnosis' not in chosen and not unlabelled:
-        problems.append(f"{where} row 1: no column is called 'diagnosis'; name the one with the classes (--label-column) from {', '.join(words)}, "
-                        "or import without (--unlabelled)")
-    if problems: raise DatasetError(where, problems)
+        problems.append(
+            f"{where} row 1: no column is called 'diagnosis'; name the one with the classes "
+            f"(--label-column) from {', '.join(words)}, "
+            "or import without (--unlabelled)"
+        )
+    if problems:
+        raise DatasetError(where, problems)
     return chosen
 
 # %% ../../nbs/data/18_tables.ipynb #d6bdbd53
@@ -289,20 +417,30 @@ def _rename(words, columns, where, unlabelled, used=()):
     table = pd.DataFrame({k: words[c] for k, c in chosen.items()}, index=words.index)
     return table.join(words[[c for c in words if c not in taken and c not in table]]).fillna('')
 
-# %% ../../nbs/data/18_tables.ipynb #9f79e966
+# %% ../../nbs/data/18_tables.ipynb #4486eac7
 def _whole(word, where):
     "A whole number from 0 as a word, or '' for missing."
     text = word.strip()
-    if is_missing(text): return ''
-    if re.fullmatch(r'\d+(\.0*)?', text): return str(int(float(text)))
-    raise ValueError(f"{where} '{word}' is not a whole number from 0; severity is an order (0, 1, 2, ...), empty for unknown (--map 'mild=1' renames words)")
+    if is_missing(text):
+        return ''
+    if re.fullmatch(r'\d+(\.0*)?', text):
+        return str(int(float(text)))
+    raise ValueError(
+        f"{where} '{word}' is not a whole number from 0; severity is an order (0, 1, 2, ...), empty for "
+        "unknown (--map 'mild=1' renames words)"
+    )
 
+# %% ../../nbs/data/18_tables.ipynb #9f79e966
 def _split_word(word, where):
     "A canonical name of a split, or '' for none."
     form = word.strip().lower()
-    if form in ('', 'external', 'unlabelled'): return form
-    if form in _SPLIT_WORDS: return _SPLIT_WORDS[form]
-    raise ValueError(f"{where} '{word}' is not known; allowed are train, valid, test, external.{nearest(word, _SPLIT_WORDS)}")
+    if form in ('', 'external', 'unlabelled'):
+        return form
+    if form in _SPLIT_WORDS:
+        return _SPLIT_WORDS[form]
+    raise ValueError(
+        f"{where} '{word}' is not known; allowed are train, valid, test, external.{nearest(word, _SPLIT_WORDS)}"
+    )
 
 _PARSERS = dict(split=_split_word, severity=_whole, infectious=_flag, urgent=_flag)
 
@@ -312,31 +450,45 @@ def _parse_targets(table, places):
     problems = []
     def read(parse, column):
         for word, place in zip(table[column], places):
-            try: yield parse(word, f'{place}: {column}')
-            except ValueError as e: problems.append(str(e)); yield ''
+            try:
+                yield parse(word, f'{place}: {column}')
+            except ValueError as e:
+                problems.append(str(e))
+                yield ''
     table = table.assign(**{c: list(read(parse, c)) for c, parse in _PARSERS.items() if c in table})
-    if problems: raise DatasetError(places[0].split(' row ')[0], problems)
-    if 'split' in table and (table.split == '').all(): table = table.drop(columns='split')
+    if problems:
+        raise DatasetError(places[0].split(' row ')[0], problems)
+    if 'split' in table and (table.split == '').all():
+        table = table.drop(columns='split')
     return table
 
-# %% ../../nbs/data/18_tables.ipynb #95d41aea
+# %% ../../nbs/data/18_tables.ipynb #b0c0a59a
 def _check_met(table, word_map, name):
     "An error for a word of the map that stands in no column it reaches."
     columns = [c for c in ('diagnosis', 'sex', 'site', 'age', *_PARSERS) if c in table]
     seen = [w for c in columns for w in table[c].unique() if w]
     forms = {comparable(w) for w in seen}
-    faults = [f"{name}: --map '{old}={new}': the word '{old}' stands nowhere in {', '.join(columns)}.{nearest(old, seen)}"
-              for form, (old, new) in comparable_map(word_map).items() if form not in forms]
-    if faults: raise DatasetError(name, faults)
+    faults = [
+        f"{name}: --map '{old}={new}': the word '{old}' stands nowhere in {', '.join(columns)}.{nearest(old, seen)}"
+        for form, (old, new) in comparable_map(word_map).items()
+        if form not in forms
+    ]
+    if faults:
+        raise DatasetError(name, faults)
 
+# %% ../../nbs/data/18_tables.ipynb #95d41aea
 def _map_targets(table, word_map):
     "The table with its target columns mapped, the map that the engine is left with, and a note for each word used here."
-    forms, notes, table, met = comparable_map(word_map), [], table.copy(), set()
+    forms = comparable_map(word_map)
+    notes = []
+    table = table.copy()
+    met = set()
     for column in [c for c in ('age', *_PARSERS) if c in table]:
         said = table[column].map({w: comparable(w) for w in table[column].unique()})
         for form, (old, new) in forms.items():
             hit = said == form
-            if not hit.any(): continue
+            if not hit.any():
+                continue
             met.add(form)
             table[column] = table[column].mask(hit, new)
             notes.append(f"{column}: '{old}' read as '{new}' in {hit.sum()} rows")
@@ -347,13 +499,18 @@ def _map_targets(table, word_map):
 class _Files:
     "The given images, found by what a cell says."
     def __init__(self, entries, paths, table_label):
-        self.entries, self.by_name, self.paths = defaultdict(list), defaultdict(list), paths
-        for e in entries: self.entries[e.parts].append(e)
+        self.entries = defaultdict(list)
+        self.by_name = defaultdict(list)
+        self.paths = paths
+        for e in entries:
+            self.entries[e.parts].append(e)
         table = PurePosixPath(table_label).parts
-        self.table, at = table[:-1], self.on_disk(table)
+        self.table = table[:-1]
+        at = self.on_disk(table)
         self.home = None if at is None else at.parent
         for parts in self.entries:
-            for name in {parts[-1], os.path.splitext(parts[-1])[0]}: self.by_name[name].append(parts)
+            for name in {parts[-1], os.path.splitext(parts[-1])[0]}:
+                self.by_name[name].append(parts)
 
     def on_disk(self, parts):
         "The path that a label stands for; None inside an archive."
@@ -362,83 +519,131 @@ class _Files:
 
     def is_link(self, parts):
         "Whether the file, or a folder on the way to it, is a symbolic link."
-        return any(path is not None and path.is_symlink() for path in map(self.on_disk, (parts[:k] for k in range(2, len(parts) + 1))))
+        return any(
+            path is not None and path.is_symlink()
+            for path in map(self.on_disk, (parts[:k] for k in range(2, len(parts) + 1)))
+        )
 
-# %% ../../nbs/data/18_tables.ipynb #ca56577d
+# %% ../../nbs/data/18_tables.ipynb #41fb2125
 def _climb(files, parts, cell):
     "The label that a path with '..' means, seen from the table's own folder."
     target = None if files.home is None else Path(os.path.normpath(files.home.joinpath(*parts)))
     root = None if target is None else next((p for p in files.paths if p in target.parents), None)
-    if root is None: raise ValueError(f"image '{cell}' leaves what was given; give the folder it lies in too, or correct the path")
+    if root is None:
+        raise ValueError(f"image '{cell}' leaves what was given; give the folder it lies in too, or correct the path")
     return target.relative_to(root.parent).parts
 
+# %% ../../nbs/data/18_tables.ipynb #ca56577d
 def _beside(files, parts):
     "The label of a path that begins above what was given."
-    try: label = _climb(files, parts, '')
-    except ValueError: return []
+    try:
+        label = _climb(files, parts, '')
+    except ValueError:
+        return []
     return [p for p in files.by_name.get(label[-1], ()) if p[:-1] == label[:-1]]
 
 # %% ../../nbs/data/18_tables.ipynb #ce928438
 def _find(files, cell):
     "Labels (as parts) that a cell may mean, [] where there is no such file; `ValueError` for what may not be read."
     text = cell.strip().replace('\\', '/')
-    if '://' in text: raise ValueError(f"image '{cell}' is an address; fetch the files first, and name them relative to the table")
+    if '://' in text:
+        raise ValueError(f"image '{cell}' is an address; fetch the files first, and name them relative to the table")
     if text.startswith(('/', '~')) or re.match(r'[A-Za-z]:', text):
         raise ValueError(f"image '{cell}' is an absolute path; write it relative to the table")
     parts = tuple(p for p in text.split('/') if p not in ('', '.'))
-    if not parts: raise ValueError("the image is empty; name its file, or remove the row")
-    if '..' in parts: parts = _climb(files, parts, cell)
+    if not parts:
+        raise ValueError("the image is empty; name its file, or remove the row")
+    if '..' in parts:
+        parts = _climb(files, parts, cell)
     near = [p for p in files.by_name.get(parts[-1], ()) if p[:-1][max(0, len(p) - len(parts)):] == parts[:-1]]
     found = [p for p in near if p[:-1] == (*files.table, *parts[:-1])] or near or _beside(files, parts)
-    if any(map(files.is_link, found or [(*files.table, *parts)])): raise ValueError(f"image '{cell}' is a symbolic link; give the file itself")
+    if any(map(files.is_link, found or [(*files.table, *parts)])):
+        raise ValueError(f"image '{cell}' is a symbolic link; give the file itself")
     return found
 
 # %% ../../nbs/data/18_tables.ipynb #8d0f8c9e
 def _the_table(found, paths, columns, unlabelled):
     "The one table that names images, or an error that lists what was looked at."
-    wanted = [columns.image or 'image_id', *([] if unlabelled and not columns.label else [columns.label or 'diagnosis'])]
+    wanted = [
+        columns.image or 'image_id',
+        *([] if unlabelled and not columns.label else [columns.label or 'diagnosis']),
+    ]
     fit = [e for e, names in found.tables if set(wanted) <= set(names)]
     given = [e for e, _ in found.tables if len(e.parts) == 1]
-    if len(fit) != 1 and len(given) == 1: fit = given
-    if len(fit) == 1: return fit[0]
-    if fit: raise DatasetError('csv', [f"{len(fit)} tables have the columns {', '.join(wanted)}: {', '.join(e.label for e in fit)}; give only the one that is meant"])
+    if len(fit) != 1 and len(given) == 1:
+        fit = given
+    if len(fit) == 1:
+        return fit[0]
+    if fit:
+        raise DatasetError(
+            'csv',
+            [
+                f"{len(fit)} tables have the columns {', '.join(wanted)}: "
+                f"{', '.join(e.label for e in fit)}; give only the one that is meant"
+            ],
+        )
     names = [c for _, columns in found.tables for c in columns]
-    raise DatasetError('csv', [f"no table has the columns {', '.join(wanted)}; {describe_tables(found)}. Name its columns with --image-column and --label-column."
-                               f"{''.join(dict.fromkeys(nearest(w, names) for w in wanted if w not in names))}"])
+    raise DatasetError(
+        'csv',
+        [
+            f"no table has the columns {', '.join(wanted)}; {describe_tables(found)}. Name its columns with "
+            "--image-column and --label-column."
+            f"{''.join(dict.fromkeys(nearest(w, names) for w in wanted if w not in names))}"
+        ],
+    )
 
 # %% ../../nbs/data/18_tables.ipynb #957fccf0
 def _name_images(words, columns, places, where):
     "The cells that name images, and an image_id for each."
     image = columns.image or 'image_id'
     if image not in words:
-        raise DatasetError(where, [f"{where} row 1: the column '{image}' (--image-column) is missing; the table has {', '.join(words)}.{nearest(image, words)}"])
+        raise DatasetError(
+            where,
+            [
+                f"{where} row 1: the column '{image}' (--image-column) is missing; the table has "
+                f"{', '.join(words)}.{nearest(image, words)}"
+            ],
+        )
     cells = words[image].str.strip()
     named = columns.id or ('image_id' if 'image_id' in words else None)
-    if named and named != image and named in words: return cells, words[named].str.strip()
+    if named and named != image and named in words:
+        return cells, words[named].str.strip()
     stems = cells.str.replace('\\', '/').str.split('/').str[-1]
     return cells, stems.str.replace(r'\.(jpe?g|png|webp|bmp|tiff?)$', '', regex=True, case=False)
 
 # %% ../../nbs/data/18_tables.ipynb #a1345f20
 def _match(found, files, cells, ids, places):
     "Give every row its file; what no row names stays under its label."
-    problems, images, users, masks = [], {}, {}, {}
+    problems = []
+    images = {}
+    users = {}
+    masks = {}
     for cell, image_id, place in zip(cells, ids, places):
-        try: hits = _find(files, cell)
-        except ValueError as e: problems.append(f'{place}: {e}'); continue
+        try:
+            hits = _find(files, cell)
+        except ValueError as e:
+            problems.append(f'{place}: {e}')
+            continue
         for parts in hits:
             first = users.setdefault(parts, (place, image_id))
-            if first[1] != image_id: problems.append(f"{place}: image '{cell}' is already in row {first[0].split(' row ')[-1]}; every image has one row")
-        if hits: images[image_id] = [e for p in hits for e in files.entries[p]]
+            if first[1] != image_id:
+                problems.append(
+                    f"{place}: image '{cell}' is already in row {first[0].split(' row ')[-1]}; every image has one row"
+                )
+        if hits:
+            images[image_id] = [e for p in hits for e in files.entries[p]]
         stems = {os.path.splitext(p[-1])[0] for p in hits} or {image_id}
         masks |= {image_id: m for s in stems if (m := found.masks.get(s))}
-    if problems: raise DatasetError(places[0].rsplit(' row ')[0], problems)
+    if problems:
+        raise DatasetError(places[0].rsplit(' row ')[0], problems)
     spare = {'/'.join(p): entries for p, entries in files.entries.items() if p not in users}
     return images | spare, masks
 
 # %% ../../nbs/data/18_tables.ipynb #0ba69028
 def import_csv(
     paths, # a table, and the folders or archives with its images; several, in any order
-    out:Path|str, # dataset folder to write; an older one of the same name is replaced as a whole, anything else is refused
+    # dataset folder to write; an older one of the same name is replaced as a whole, anything else is refused
+    out:Path|str,
     columns:Columns=Columns(), # which column holds what
     about:About=About(), # name, classes, licence
     unlabelled:bool=False, # accept rows without a diagnosis; they serve pretraining only
@@ -457,17 +662,33 @@ def import_csv(
         words, lines = open_table(entry)
         places = [f'{entry.label} row {line}' for line in lines]
         cells, ids = _name_images(words, columns, places, entry.label)
-        table = _rename(words, columns, entry.label, unlabelled, used=[columns.image or 'image_id']).assign(image_id=ids)
+        table = _rename(words, columns, entry.label, unlabelled, used=[columns.image or 'image_id']).assign(
+            image_id=ids
+        )
         files = _Files([e for group in found.images.values() for e in group], paths, entry.label)
         info, table, notes, left = _settle(about, name, table, places, word_map, 'a table of its own', unlabelled)
         found.images, found.masks = _match(found, files, cells, ids, places)
-        return write_import(out, info, table, found, where=entry.label, lines=lines, skip_bad=skip_bad, word_map=left, progress=progress, notes=notes, read=[entry.label])
+        return write_import(
+            out,
+            info,
+            table,
+            found,
+            where=entry.label,
+            lines=lines,
+            skip_bad=skip_bad,
+            word_map=left,
+            progress=progress,
+            notes=notes,
+            read=[entry.label],
+        )
 
 # %% ../../nbs/data/18_tables.ipynb #958fd132
 def _settle(about, name, table, places, word_map, source, unlabelled):
     "What the data is, its targets parsed, what the report should say, and the words left to map."
-    if not len(table): raise DatasetError(name, [f"{name}: there is no row below the header; add the images"])
-    if 'diagnosis' not in table: table = table.assign(diagnosis='')
+    if not len(table):
+        raise DatasetError(name, [f"{name}: there is no row below the header; add the images"])
+    if 'diagnosis' not in table:
+        table = table.assign(diagnosis='')
     _check_met(table, word_map, places[0].split(' row ')[0] if ' row ' in places[0] else name)
     table, left, notes = _map_targets(table, word_map)
     table = _parse_targets(table, places)
@@ -475,24 +696,36 @@ def _settle(about, name, table, places, word_map, source, unlabelled):
         about = replace(about, label_set='ham10000')
     info, said = _decide(about, name, table.diagnosis.tolist(), left, source, unlabelled)
     kept = [c for c in table if c not in _CANONICAL.values()]
-    if kept: said.append(f"columns kept as they are: {', '.join(kept)}")
+    if kept:
+        said.append(f"columns kept as they are: {', '.join(kept)}")
     return info, table, [*said, *notes], left
 
-# %% ../../nbs/data/18_tables.ipynb #7af4b9c7
+# %% ../../nbs/data/18_tables.ipynb #4f704922
 def _library():
     "The package `datasets`, or how to get it."
-    try: import datasets
-    except ImportError: raise DatasetError('hf', ["reading a Hugging Face dataset needs the package `datasets`, which is not installed; pip install 'skinlesion[hf]'"]) from None
+    try:
+        import datasets
+    except ImportError:
+        raise DatasetError(
+            'hf',
+            [
+                "reading a Hugging Face dataset needs the package `datasets`, which is not installed; pip "
+                "install 'skinlesion[hf]'"
+            ],
+        ) from None
     return datasets
 
-def _first_line(error): return next(iter(str(error).strip().splitlines()), '')[:200]
+# %% ../../nbs/data/18_tables.ipynb #3a4cd230
+def _first_line(error):
+    return next(iter(str(error).strip().splitlines()), '')[:200]
 
+# %% ../../nbs/data/18_tables.ipynb #7af4b9c7
 def _parquet_split(path):
     "The split that a file name begins with, as the hub writes them: train-00000-of-00002.parquet."
     m = re.match(r'[a-z]+', path.name.lower())
     return m[0] if m and m[0] in _SPLIT_WORDS else ''
 
-# %% ../../nbs/data/18_tables.ipynb #a13b141a
+# %% ../../nbs/data/18_tables.ipynb #fff369ee
 def _load_local(library, path, cache):
     "split -> Dataset of a Parquet file, a folder of them, or a saved dataset."
     try:
@@ -500,97 +733,184 @@ def _load_local(library, path, cache):
             loaded = library.load_from_disk(str(path))
             return dict(loaded) if hasattr(loaded, 'keys') else {'': loaded}
         files = sorted(path.rglob('*.parquet')) if path.is_dir() else [path]
-        if not files: raise DatasetError(path, [f"{path}: no Parquet file and no saved dataset in this folder; give the folder with the .parquet files"])
-        groups = {split: [str(f) for f in files if _parquet_split(f) == split] for split in dict.fromkeys(map(_parquet_split, files))}
+        if not files:
+            raise DatasetError(
+                path,
+                [
+                    f"{path}: no Parquet file and no saved dataset in this folder; give the folder with the "
+                    ".parquet files"
+                ],
+            )
+        groups = {
+            split: [str(f) for f in files if _parquet_split(f) == split]
+            for split in dict.fromkeys(map(_parquet_split, files))
+        }
         return {split: library.Dataset.from_parquet(group, cache_dir=cache) for split, group in groups.items()}
-    except DatasetError: raise
-    except Exception as e: raise DatasetError(path, [f"{path}: not readable as a Hugging Face dataset ({_first_line(e)}); fetch it again"]) from None
+    except DatasetError:
+        raise
+    except Exception as e:
+        raise DatasetError(
+            path, [f"{path}: not readable as a Hugging Face dataset ({_first_line(e)}); fetch it again"]
+        ) from None
 
+# %% ../../nbs/data/18_tables.ipynb #a13b141a
 def _load_named(library, name, revision):
     "split -> Dataset from the hub, or from what was fetched before."
-    try: loaded = library.load_dataset(name, revision=revision)
+    try:
+        loaded = library.load_dataset(name, revision=revision)
     except Exception as e:
-        raise DatasetError(name, [f"'{name}' is no file or folder here, and could not be fetched from the hub ({type(e).__name__}: {_first_line(e)}); "
-                                  "check the name and the connection, or fetch its Parquet files elsewhere and give their folder"]) from None
+        raise DatasetError(
+            name,
+            [
+                f"'{name}' is no file or folder here, and could not be fetched from the hub "
+                f"({type(e).__name__}: {_first_line(e)}); "
+                "check the name and the connection, or fetch its Parquet files "
+                "elsewhere and give their folder"
+            ],
+        ) from None
     return dict(loaded) if hasattr(loaded, 'keys') else {'': loaded}
 
-# %% ../../nbs/data/18_tables.ipynb #2c23a82b
+# %% ../../nbs/data/18_tables.ipynb #63845af3
 @contextmanager
 def _silent(library):
     "No progress bars and no log, for what goes wrong is said once."
-    bars, logs = not library.are_progress_bars_disabled(), [logging.getLogger(n) for n in ('datasets', 'huggingface_hub')]
+    bars = not library.are_progress_bars_disabled()
+    logs = [logging.getLogger(n) for n in ('datasets', 'huggingface_hub')]
     levels = [log.level for log in logs]
     library.disable_progress_bars()
-    for log in logs: log.setLevel(logging.CRITICAL)
-    try: yield
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
     finally:
-        for log, level in zip(logs, levels): log.setLevel(level)
-        if bars: library.enable_progress_bars()
+        for log, level in zip(logs, levels):
+            log.setLevel(level)
+        if bars:
+            library.enable_progress_bars()
 
+# %% ../../nbs/data/18_tables.ipynb #2c23a82b
 def _load_hf(source, revision, cache):
     "split -> Dataset."
-    library, path = _library(), Path(source).expanduser()
+    library = _library()
+    path = Path(source).expanduser()
     like_path = path.suffix == '.parquet' or str(source).startswith(('.', '/', '~')) or str(source).count('/') > 1
-    if like_path and not path.exists(): raise FileNotFoundError(f"{source}: no such file or folder; check the path")
-    with _silent(library): loaded = _load_local(library, path, cache) if path.exists() else _load_named(library, source, revision)
-    if not loaded or not all(len(d) for d in loaded.values()): raise DatasetError(source, [f"{source}: a split without rows ({', '.join(loaded) or 'none'}); give another"])
+    if like_path and not path.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder; check the path")
+    with _silent(library):
+        loaded = _load_local(library, path, cache) if path.exists() else _load_named(library, source, revision)
+    if not loaded or not all(len(d) for d in loaded.values()):
+        raise DatasetError(source, [f"{source}: a split without rows ({', '.join(loaded) or 'none'}); give another"])
     return loaded
 
-# %% ../../nbs/data/18_tables.ipynb #23ac8e7a
+# %% ../../nbs/data/18_tables.ipynb #9e56f8cf
 def _is_image(feature):
     "Whether a column holds pictures, also where Parquet forgot that it does."
     return type(feature).__name__ == 'Image' or isinstance(feature, dict) and {'bytes', 'path'} <= set(feature)
 
+# %% ../../nbs/data/18_tables.ipynb #2bc415a2
 def _image_column(features, columns, source):
     "The one column of pictures."
     fit = [columns.image] if columns.image else [c for c, f in features.items() if _is_image(f)]
-    if len(fit) == 1 and fit[0] in features and (_is_image(features[fit[0]]) or getattr(features[fit[0]], 'dtype', '') == 'binary'): return fit[0]
+    if (
+        len(fit) == 1
+        and fit[0] in features
+        and (_is_image(features[fit[0]]) or getattr(features[fit[0]], 'dtype', '') == 'binary')
+    ):
+        return fit[0]
     if columns.image:
         near = nearest(columns.image, [c for c in features if c != columns.image])
-        raise DatasetError(source, [f"{source}: '{columns.image}' (--image-column) is no column of pictures; the columns are {', '.join(features)}.{near}"])
-    raise DatasetError(source, [f"{source}: {len(fit)} columns hold pictures{': ' + ', '.join(fit) if fit else ''}; name one (--image-column) of {', '.join(features)}"])
+        raise DatasetError(
+            source,
+            [
+                f"{source}: '{columns.image}' (--image-column) is no column of pictures; the columns are "
+                f"{', '.join(features)}.{near}"
+            ],
+        )
+    raise DatasetError(
+        source,
+        [
+            f"{source}: {len(fit)} columns hold pictures{': ' + ', '.join(fit) if fit else ''}; name one "
+            f"(--image-column) of {', '.join(features)}"
+        ],
+    )
 
+# %% ../../nbs/data/18_tables.ipynb #23ac8e7a
 def _label_column(features, columns, unlabelled):
     "The column of class words: the one named, `diagnosis`, the only ClassLabel, or `label`."
     named = [c for c, f in features.items() if type(f).__name__ == 'ClassLabel']
-    if columns.label or 'diagnosis' in features: return columns.label or 'diagnosis'
+    if columns.label or 'diagnosis' in features:
+        return columns.label or 'diagnosis'
     return named[0] if len(named) == 1 else 'label' if 'label' in features else None
 
-# %% ../../nbs/data/18_tables.ipynb #a488a382
+# %% ../../nbs/data/18_tables.ipynb #348403a4
 def _word(value):
     "A value of a dataset as the cell of a table."
-    if value is None or value != value: return ''
+    if value is None or value != value:
+        return ''
     return f'{value:g}' if isinstance(value, float) and value.is_integer() else str(value)
 
+# %% ../../nbs/data/18_tables.ipynb #a488a382
 def _hf_words(data, image):
     "Every column of plain values as words, class numbers as their names; and the columns that are left out."
     features = data.features
-    plain = [c for c, f in features.items() if c != image and type(f).__name__ in ('Value', 'ClassLabel') and getattr(f, 'dtype', '') not in ('binary', 'large_binary')]
+    plain = [
+        c
+        for c, f in features.items()
+        if c != image
+        and type(f).__name__ in ('Value', 'ClassLabel')
+        and getattr(f, 'dtype', '') not in ('binary', 'large_binary')
+    ]
     cells = data.select_columns(plain).with_format(None).to_dict() if plain else {}
     names = {c: features[c].names for c in plain if hasattr(features[c], 'names')}
-    words = {c: [names[c][v] if c in names and isinstance(v, int) and 0 <= v < len(names[c]) else '' if c in names else _word(v) for v in cells[c]] for c in plain}
-    return pd.DataFrame(words, index=range(len(data)), dtype=object), [c for c in features if c != image and c not in plain]
+    words = {
+        c: [
+            names[c][v]
+            if c in names and isinstance(v, int) and 0 <= v < len(names[c])
+            else ''
+            if c in names
+            else _word(v)
+            for v in cells[c]
+        ]
+        for c in plain
+    }
+    return pd.DataFrame(words, index=range(len(data)), dtype=object), [
+        c for c in features if c != image and c not in plain
+    ]
 
-# %% ../../nbs/data/18_tables.ipynb #fe32bbe5
+# %% ../../nbs/data/18_tables.ipynb #ac766f05
 def _hf_entries(data, image, label, allowed):
     "An entry for every picture, read when it is opened."
-    library, lock = _library(), threading.Lock()
+    library = _library()
+    lock = threading.Lock()
     pictures = data.select_columns([image]).with_format(None)
-    if type(pictures.features[image]).__name__ == 'Image': pictures = pictures.cast_column(image, library.Image(decode=False))
+    if type(pictures.features[image]).__name__ == 'Image':
+        pictures = pictures.cast_column(image, library.Image(decode=False))
     def read(i):
-        with lock: held = pictures[i][image]
+        with lock:
+            held = pictures[i][image]
         data, path = (held.get('bytes'), held.get('path')) if isinstance(held, dict) else (held, None)
-        if data is None and path and any(root in Path(os.path.realpath(path)).parents for root in allowed): return open(path, 'rb')
-        if data is None: raise ImageError(f"{label}[{i}]: it holds no picture" + (f", only the path '{path}'; save the dataset with its pictures" * bool(path)))
+        if data is None and path and any(root in Path(os.path.realpath(path)).parents for root in allowed):
+            return open(path, 'rb')
+        if data is None:
+            raise ImageError(
+                f"{label}[{i}]: it holds no picture"
+                + (f", only the path '{path}'; save the dataset with its pictures" * bool(path))
+            )
         return io.BytesIO(data)
     return [Entry(f'{label}[{i}]', partial(read, i)) for i in range(len(data))]
 
+# %% ../../nbs/data/18_tables.ipynb #fe32bbe5
 def _hf_stems(data, image):
     "The file name that each picture carries, without suffix; the pictures themselves are not read."
-    arrow, stems = data.select_columns([image]).with_format('arrow'), []
+    arrow = data.select_columns([image]).with_format('arrow')
+    stems = []
     for start in range(0, len(data), 1000):
         column = arrow[start:start + 1000][image]
-        paths = [p for chunk in column.chunks for p in chunk.field('path').to_pylist()] if str(column.type).startswith('struct') else [None] * len(column)
+        paths = (
+            [p for chunk in column.chunks for p in chunk.field('path').to_pylist()]
+            if str(column.type).startswith('struct')
+            else [None] * len(column)
+        )
         stems += [os.path.splitext(re.split(r'[\\/]', p)[-1])[0] if p else '' for p in paths]
     return stems
 
@@ -606,14 +926,21 @@ def _hf_part(source, split, data, columns, unlabelled, allowed):
 # %% ../../nbs/data/18_tables.ipynb #4fb29932
 def _hf_ids(table, stems, splits):
     "Ids from the column, from the file names, or from split and number."
-    if 'image_id' in table: return table.image_id.tolist()
-    if all(stems) and len(set(stems)) == len(stems): return stems
-    return [f"{split or 'image'}-{i:06d}" for split, group in pd.Series(splits).groupby(splits, sort=False) for i in range(len(group))]
+    if 'image_id' in table:
+        return table.image_id.tolist()
+    if all(stems) and len(set(stems)) == len(stems):
+        return stems
+    return [
+        f"{split or 'image'}-{i:06d}"
+        for split, group in pd.Series(splits).groupby(splits, sort=False)
+        for i in range(len(group))
+    ]
 
 # %% ../../nbs/data/18_tables.ipynb #3f85f456
 def import_hf(
     source:str, # name of a dataset on the hub, a Parquet file, a folder of them, or a folder that `save_to_disk` wrote
-    out:Path|str, # dataset folder to write; an older one of the same name is replaced as a whole, anything else is refused
+    # dataset folder to write; an older one of the same name is replaced as a whole, anything else is refused
+    out:Path|str,
     columns:Columns=Columns(), # which column holds what; the only column of pictures and the only ClassLabel are found
     about:About=About(), # name, classes, licence
     revision:str|None=None, # of a dataset on the hub: a branch, a tag or a commit
@@ -633,28 +960,51 @@ def import_hf(
         parts = {split: _hf_part(source, split, data, columns, unlabelled, allowed) for split, data in loaded.items()}
         splits = [split for split, part in parts.items() for _ in part[1]]
         table = pd.concat([part[0] for part in parts.values()], ignore_index=True).fillna('')
-        if len(parts) > 1 and 'split' not in table: table['split'] = splits
+        if len(parts) > 1 and 'split' not in table:
+            table['split'] = splits
         table['image_id'] = _hf_ids(table, [stem for part in parts.values() for stem in part[2]], splits)
         entries = [e for part in parts.values() for e in part[1]]
         places = [e.label for e in entries]
-        info, table, notes, left = _settle(about, name, table, places, word_map, f'Hugging Face: {Path(source).name if Path(source).exists() else source}', unlabelled)
-        notes += [f"columns of lists or bytes, left out: {', '.join(rest)}" for rest in [sorted({c for part in parts.values() for c in part[3]})] if rest]
+        info, table, notes, left = _settle(
+            about,
+            name,
+            table,
+            places,
+            word_map,
+            f'Hugging Face: {Path(source).name if Path(source).exists() else source}',
+            unlabelled,
+        )
+        notes += [
+            f"columns of lists or bytes, left out: {', '.join(rest)}"
+            for rest in [sorted({c for part in parts.values() for c in part[3]})]
+            if rest
+        ]
         found = Found(images={i: [e] for i, e in zip(table.image_id, entries)})
-        return write_import(out, info, table, found, where=places, skip_bad=skip_bad, word_map=left, progress=progress, notes=notes)
+        return write_import(
+            out, info, table, found, where=places, skip_bad=skip_bad, word_map=left, progress=progress, notes=notes
+        )
 
-# %% ../../nbs/data/18_tables.ipynb #e3037a27
+# %% ../../nbs/data/18_tables.ipynb #07a1ba7a
 def _same_classes(a, b):
     "Whether two label sets mean the same, whatever they are called."
     return (a.codes, a.names, a.malignant, a.undecided) == (b.codes, b.names, b.malignant, b.undecided)
 
+# %% ../../nbs/data/18_tables.ipynb #e3037a27
 def _target(parts, about, name):
     "The label set of the merged data."
-    if about.label_set or about.labels: return choose_label_set((), name, about.label_set, about.labels)
+    if about.label_set or about.labels:
+        return choose_label_set((), name, about.label_set, about.labels)
     first = parts[0]
     for other in parts[1:]:
         if not _same_classes(first.label_set, other.label_set):
-            raise DatasetError(name, [f"'{first.info.name}' has the classes {', '.join(first.label_set.codes)} and '{other.info.name}' {', '.join(other.label_set.codes)}; "
-                                      "say which set both are to be read in (--label-set NAME, or --labels FILE)"])
+            raise DatasetError(
+                name,
+                [
+                    f"'{first.info.name}' has the classes {', '.join(first.label_set.codes)} and "
+                    f"'{other.info.name}' {', '.join(other.label_set.codes)}; "
+                    "say which set both are to be read in (--label-set NAME, or --labels FILE)"
+                ],
+            )
     return first.label_set
 
 # %% ../../nbs/data/18_tables.ipynb #b679040d
@@ -664,106 +1014,165 @@ def _recoded(part, target, forms, used):
         words = [code, part.label_set.names[code]]
         hits = [f for w in words if (f := comparable(w)) in forms]
         used.update(hits)
-        if hits: return target.parse(forms[hits[0]][1], f"--map '{'='.join(forms[hits[0]])}'")
-        if part.label_set in LABEL_SETS.values(): words = words[:1] # 'akiec' is named actinic keratoses, but also holds Bowen's disease: it is not 'ak'
+        if hits:
+            return target.parse(forms[hits[0]][1], f"--map '{'='.join(forms[hits[0]])}'")
+        if part.label_set in LABEL_SETS.values():
+            words = words[:1] # 'akiec' is named actinic keratoses, but also holds Bowen's disease: it is not 'ak'
         return next((target.parse(w) for w in words if _fits(target, [w])), None)
     return {'': ''} | {code: read(code) for code in part.table.diagnosis.unique() if code}
 
 # %% ../../nbs/data/18_tables.ipynb #9cd72377
 def _recode(parts, target, word_map, skip_bad):
     "The tables in the codes of the target, and a sentence for the rows that are left out."
-    forms, used, tables, problems, notes = comparable_map(word_map), set(), [], [], []
+    forms = comparable_map(word_map)
+    used = set()
+    tables = []
+    problems = []
+    notes = []
     for part in parts:
         codes = _recoded(part, target, forms, used)
         counts = part.table.diagnosis.value_counts()
-        problems += [f"{counts[c]} images of class '{c}' of '{part.info.name}' have no place in label set {target.name} ({', '.join(target.codes)})"
-                     for c, new in codes.items() if new is None]
-        notes += [f"class '{c}' of '{part.info.name}' read as {new}: {counts[c]} images" for c, new in codes.items() if new and new != c]
+        problems += [
+            f"{counts[c]} images of class '{c}' of '{part.info.name}' have no place in label set "
+            f"{target.name} ({', '.join(target.codes)})"
+            for c, new in codes.items()
+            if new is None
+        ]
+        notes += [
+            f"class '{c}' of '{part.info.name}' read as {new}: {counts[c]} images"
+            for c, new in codes.items()
+            if new and new != c
+        ]
         tables.append(part.table.assign(diagnosis=part.table.diagnosis.map(codes)).dropna(subset=['diagnosis']))
     words = [w for part in parts for c in part.label_set.codes for w in (c, part.label_set.names[c])]
-    unmet = [f"--map '{old}={new}': no class is called '{old}'.{nearest(old, words)}" for form, (old, new) in forms.items() if form not in used]
+    unmet = [
+        f"--map '{old}={new}': no class is called '{old}'.{nearest(old, words)}"
+        for form, (old, new) in forms.items()
+        if form not in used
+    ]
     if unmet or problems and not skip_bad:
-        raise DatasetError('merge', [*unmet, *(f"{p}; say what they are (--map 'CODE=KNOWN CODE'), choose another label set, or leave them out (--skip-bad)" for p in problems)])
+        raise DatasetError(
+            'merge',
+            [
+                *unmet,
+                *(
+                    f"{p}; say what they are (--map 'CODE=KNOWN CODE'), choose another label set, or leave them "
+                    "out (--skip-bad)"
+                    for p in problems
+                ),
+            ],
+        )
     return tables, [*notes, *(f"left out: {p}" for p in problems)]
 
 # %% ../../nbs/data/18_tables.ipynb #1d084f7e
 class _Ties:
     "Union-find: names that turn out to mean the same lesion or patient."
-    def __init__(self): self.up = {}
+    def __init__(self):
+        self.up = {}
 
     def find(self, key):
         "The first name of a group."
-        while self.up.get(key, key) != key: key = self.up[key]
+        while self.up.get(key, key) != key:
+            key = self.up[key]
         return key
 
     def tie(self, a, b):
         "Make two names one; the earlier stays."
-        a, b = self.find(a), self.find(b)
-        if a != b: self.up[b] = a
+        a = self.find(a)
+        b = self.find(b)
+        if a != b:
+            self.up[b] = a
 
-# %% ../../nbs/data/18_tables.ipynb #f49e4d94
+# %% ../../nbs/data/18_tables.ipynb #da5175e6
 def _same_picture(a, b):
     "Whether two files hold the same pixels."
-    if sha256_file(a) == sha256_file(b): return True
-    a, b = read_image(a), read_image(b)
+    if sha256_file(a) == sha256_file(b):
+        return True
+    a = read_image(a)
+    b = read_image(b)
     return a.shape == b.shape and bool((a == b).all())
 
+# %% ../../nbs/data/18_tables.ipynb #f49e4d94
 def _sharers(tables):
     "For each file name that several tables hold: its (table, image_id), which may differ in case."
     where = defaultdict(list)
     for k, table in enumerate(tables):
-        for image_id in table.image_id: where[file_key(image_id)].append((k, image_id))
+        for image_id in table.image_id:
+            where[file_key(image_id)].append((k, image_id))
     return [held for held in where.values() if len(held) > 1]
 
-# %% ../../nbs/data/18_tables.ipynb #2956f601
+# %% ../../nbs/data/18_tables.ipynb #2a981527
 def _other_picture(held):
     "The error of a file name that stands for two pictures; `held` are (dataset, image_id)."
     name, image_id = held[0]
     other, spelt = next((h for h in held if h[1] != image_id), held[1])
-    said = (f"image_id '{image_id}' names different pictures in '{name}' and '{other}'" if spelt == image_id else
-            f"image_id '{image_id}' of '{name}' and '{spelt}' of '{other}' would be one file on a disk that ignores case")
+    said = (
+        f"image_id '{image_id}' names different pictures in '{name}' and '{other}'"
+        if spelt == image_id
+        else f"image_id '{image_id}' of '{name}' and '{spelt}' of '{other}' would be one file on a "
+        "disk that ignores case"
+    )
     return f"{said}; put the dataset before such ids with --prefix-on-collision"
 
+# %% ../../nbs/data/18_tables.ipynb #2956f601
 def _collisions(parts, tables, prefix, skip_bad):
     "Ids to be prefixed, triples (id, first table, other table) of the same picture, and a sentence for each picture whose diagnoses contradict each other."
-    rename, same, problems, contradictions = set(), [], [], {}
+    rename = set()
+    same = []
+    problems = []
+    contradictions = {}
     words = [dict(zip(t.image_id, t.diagnosis)) for t in tables]
     for held in _sharers(tables):
         (first, image_id), ids, names = held[0], {i for _, i in held}, [parts[k].info.name for k, _ in held]
-        if len(ids) > 1 or not all(_same_picture(parts[first].image_path(image_id), parts[k].image_path(image_id)) for k, _ in held[1:]):
+        if len(ids) > 1 or not all(
+            _same_picture(parts[first].image_path(image_id), parts[k].image_path(image_id)) for k, _ in held[1:]
+        ):
             rename |= ids
-            if not prefix: problems.append(_other_picture([(parts[k].info.name, i) for k, i in held]))
+            if not prefix:
+                problems.append(_other_picture([(parts[k].info.name, i) for k, i in held]))
             continue
         same += [(image_id, first, k) for k, _ in held[1:]]
         said = {words[k][image_id] for k, _ in held} - {''}
         if len(said) > 1:
-            contradictions[image_id] = f"image '{image_id}' is the same picture in '{names[0]}' and '{names[1]}', but its diagnosis is {' and '.join(sorted(said))}"
+            contradictions[image_id] = (
+                f"image '{image_id}' is the same picture in '{names[0]}' and '{names[1]}', but its "
+                f"diagnosis is {' and '.join(sorted(said))}"
+            )
     if contradictions and not skip_bad:
-        problems += [f"{c}; read one class as the other (--map), correct a row, or leave such images out (--skip-bad)" for c in contradictions.values()]
-    if problems: raise DatasetError('merge', problems)
+        problems += [
+            f"{c}; read one class as the other (--map), correct a row, or leave such images out (--skip-bad)"
+            for c in contradictions.values()
+        ]
+    if problems:
+        raise DatasetError('merge', problems)
     return rename, same, contradictions
 
 # %% ../../nbs/data/18_tables.ipynb #17bdffc7
 def _keyed(parts, tables, same):
     "The tables with lesion and patient ids that are kept apart by source, but for those that a shared picture ties."
     several = len({p.info.name for p in parts}) > 1
-    tables, ties = [t.copy() for t in tables], _Ties()
+    tables = [t.copy() for t in tables]
+    ties = _Ties()
     for part, table in zip(parts, tables):
-        for c in ('lesion_id', 'patient_id'): table[c] = [(part.info.name, v) if v else '' for v in table[c]]
+        for c in ('lesion_id', 'patient_id'):
+            table[c] = [(part.info.name, v) if v else '' for v in table[c]]
     rows = [dict(zip(t.image_id, zip(t.lesion_id, t.patient_id))) for t in tables]
     known = {}
     for image_id, first, other in same:
         (lesion, patient), (lesion2, patient2) = rows[first][image_id], rows[other][image_id]
         ties.tie(('lesion', lesion), ('lesion', lesion2))
-        if patient and patient2: ties.tie(('patient', patient), ('patient', patient2))
+        if patient and patient2:
+            ties.tie(('patient', patient), ('patient', patient2))
         known.setdefault((first, image_id), patient2)
     def named(kind, key):
-        if not key: return ''
+        if not key:
+            return ''
         source, value = ties.find((kind, key))[1]
         return f'{source}:{value}' if several else value
     for k, table in enumerate(tables):
         table['patient_id'] = [p or known.get((k, i), '') for i, p in zip(table.image_id, table.patient_id)]
-        for kind in ('lesion', 'patient'): table[f'{kind}_id'] = [named(kind, key) for key in table[f'{kind}_id']]
+        for kind in ('lesion', 'patient'):
+            table[f'{kind}_id'] = [named(kind, key) for key in table[f'{kind}_id']]
     return tables
 
 # %% ../../nbs/data/18_tables.ipynb #f5a7d5ce
@@ -779,38 +1188,56 @@ def join_licences(
     terms = list(dict.fromkeys((i.name, i.licence.strip()) for i in infos))
     warnings = []
     for name, term in terms:
-        if not term or term.lower() == 'unknown': warnings.append(f"the licence of '{name}' is not known: nobody may pass the images on before it is")
-        warnings += [f"the licence of '{name}' ({term}) {said}" for pattern, said in _RESTRICTIONS.items() if re.search(pattern, term, re.I)]
-    return '; '.join(f"{name}: {term or 'unknown'}" for name, term in terms) if len(terms) > 1 else terms[0][1], warnings
+        if not term or term.lower() == 'unknown':
+            warnings.append(f"the licence of '{name}' is not known: nobody may pass the images on before it is")
+        warnings += [
+            f"the licence of '{name}' ({term}) {said}"
+            for pattern, said in _RESTRICTIONS.items()
+            if re.search(pattern, term, re.I)
+        ]
+    return '; '.join(f"{name}: {term or 'unknown'}" for name, term in terms) if len(terms) > 1 else terms[0][
+        1
+    ], warnings
 
-# %% ../../nbs/data/18_tables.ipynb #98a52153
+# %% ../../nbs/data/18_tables.ipynb #823cf170
 def _together(parts, tables, rename, same):
     "One table; `source` says where a row is from, and a picture that several hold is there once."
     gone = {(k, i) for i, _, k in same}
-    named = [t.assign(source=[old or part.info.name for old in t.get('source', [''] * len(t))]) for part, t in zip(parts, tables)]
-    kept = [t[[(k, i) not in gone for i in t.image_id]].assign(part=k, file=lambda t: t.image_id) for k, t in enumerate(named)]
+    named = [
+        t.assign(source=[old or part.info.name for old in t.get('source', [''] * len(t))])
+        for part, t in zip(parts, tables)
+    ]
+    kept = [
+        t[[(k, i) not in gone for i in t.image_id]].assign(part=k, file=lambda t: t.image_id)
+        for k, t in enumerate(named)
+    ]
     whole = pd.concat(kept, ignore_index=True)
     prefix = [re.sub(r'[^\w.+-]+', '_', parts[k].info.name).strip('._') or 'data' for k in whole.part]
     whole['image_id'] = [f'{p}-{i}' if i in rename else i for p, i in zip(prefix, whole.image_id)]
     whole = whole.assign(**{c: whole[c].fillna('') for c in whole if c not in ('age', 'part')})
     return whole.drop(columns=[c for c in whole if c not in COLUMNS and (whole[c] == '').all()])
 
+# %% ../../nbs/data/18_tables.ipynb #98a52153
 def _files_of(parts, whole, same):
     "Images, masks, evidence and artefacts of the merged rows; a mask may come from the other holder of a picture."
     others = defaultdict(list)
-    for image_id, first, k in same: others[first, image_id].append(k)
+    for image_id, first, k in same:
+        others[first, image_id].append(k)
     found = Found()
     for kind in ('images', 'masks', 'evidence', 'artefacts'):
         for image_id, k, file in zip(whole.image_id, whole.part, whole.file):
             path = next((p for p in (parts[j]._path(kind, file) for j in (k, *others[k, file])) if p), None)
-            if path: getattr(found, kind)[image_id] = [Entry('/'.join(path.parts[-3:]), partial(open, path, 'rb'))]
+            if path:
+                getattr(found, kind)[image_id] = [Entry('/'.join(path.parts[-3:]), partial(open, path, 'rb'))]
     return found
 
 # %% ../../nbs/data/18_tables.ipynb #9c4de02f
 def merge_datasets(
     paths, # dataset folders, in order: of a picture that several hold, the first one's row is kept
-    out:Path|str, # dataset folder to write; an older one of the same name is replaced as a whole, anything else is refused
-    about:About=About(), # name (by default the names joined by '+'), label set; licence and citation come from the datasets
+    # dataset folder to write; an older one of the same name is replaced as a whole, anything else is refused
+    out:Path|str,
+    # name (by default the names joined by '+'), label set; licence and citation come from the datasets
+    about:About=About(),
     prefix_on_collision:bool=False, # where an image_id names different pictures, put the dataset's name before it
     skip_bad:bool=False, # leave out and list images whose class has no place, or that cannot be used
     progress=None, # called with (images done, images in all) after each
@@ -818,7 +1245,8 @@ def merge_datasets(
 ) -> ImportReport:
     "Join dataset folders; ids of different sources are kept apart, pictures that are the same become one."
     parts = [read_dataset(p) for p in _as_list(paths)]
-    if len(parts) < 2: raise ValueError(f"{len(parts)} dataset to merge; give two folders or more")
+    if len(parts) < 2:
+        raise ValueError(f"{len(parts)} dataset to merge; give two folders or more")
     name = about.name or '+'.join(dict.fromkeys(p.info.name for p in parts))
     out = check_target(out, name)
     target = _target(parts, about, name)
@@ -827,11 +1255,31 @@ def merge_datasets(
     whole = _together(parts, _keyed(parts, tables, same), rename, same)
     whole = whole[~whole.image_id.isin(list(contradictions))].reset_index(drop=True)
     licence, warnings = join_licences([p.info for p in parts])
-    joined = lambda key: '; '.join(dict.fromkeys(f'{p.info.name}: {v}' for p in parts if (v := getattr(p.info, key))))
-    info = DatasetInfo(name, target.name if target in LABEL_SETS.values() else target.to_dict(), about.licence or licence, about.citation or joined('citation'),
-                       joined('source'), unlabelled=any(p.info.unlabelled for p in parts))
-    notes = [*left_out, *(f"left out: {c}" for c in contradictions.values()),
-             *([f"pictures that several datasets hold, kept as the first one has them: {len(same)}"] if same else []),
-             *([f"ids that name different pictures, now with the dataset before them: {len(rename)}"] if rename else []), *warnings]
+    def joined(key):
+        return '; '.join(dict.fromkeys(f'{p.info.name}: {v}' for p in parts if (v := getattr(p.info, key))))
+    info = DatasetInfo(
+        name,
+        target.name if target in LABEL_SETS.values() else target.to_dict(),
+        about.licence or licence,
+        about.citation or joined('citation'),
+        joined('source'),
+        unlabelled=any(p.info.unlabelled for p in parts),
+    )
+    notes = [
+        *left_out,
+        *(f"left out: {c}" for c in contradictions.values()),
+        *([f"pictures that several datasets hold, kept as the first one has them: {len(same)}"] if same else []),
+        *([f"ids that name different pictures, now with the dataset before them: {len(rename)}"] if rename else []),
+        *warnings,
+    ]
     where = [f"{parts[k].root.name}/metadata.csv, image '{file}'" for k, file in zip(whole.part, whole.file)]
-    return write_import(out, info, whole.drop(columns=['part', 'file']), _files_of(parts, whole, same), where=where, skip_bad=skip_bad, progress=progress, notes=notes)
+    return write_import(
+        out,
+        info,
+        whole.drop(columns=['part', 'file']),
+        _files_of(parts, whole, same),
+        where=where,
+        skip_bad=skip_bad,
+        progress=progress,
+        notes=notes,
+    )

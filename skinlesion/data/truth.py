@@ -21,7 +21,16 @@ import pandas as pd
 from scipy.special import ndtr
 
 from .schema import Dataset, DatasetInfo, dataset_writer
-from .synthetic import LOOKALIKES, RATES, TONES, draw_lesion, skin_tone, take_view, tone_group, typology_angle
+from skinlesion.data.synthetic import (
+    LOOKALIKES,
+    RATES,
+    TONES,
+    draw_lesion,
+    skin_tone,
+    take_view,
+    tone_group,
+    typology_angle,
+)
 from ..files import atomic_write, read_json, write_json
 from ..images import read_image
 from ..taxonomy import get_label_set, nearest
@@ -51,39 +60,76 @@ class Recipe:
     shortcut_class:str='mel' # the class
     shortcut_rate:float=.8 # share of its images that carry it
     shortcut_where:str='train' # 'train' only, or in 'all' splits
-    rates:dict|None=None # share of all other images, by artefact, where it is not as in BASE_RATES; 'corners' follow the class
+    rates: dict | None = (
+        None # share of all other images, by artefact, where it is not as in BASE_RATES; 'corners' follow the class
+    )
     skin_tones:str='light' # 'light' as on HAM10000, or 'range': the six groups alike
     severity:bool=False # write the column `severity`
 
-    def __post_init__(self): _check_recipe(self)
+    def __post_init__(self):
+        _check_recipe(self)
 
 # %% ../../nbs/data/19_truth.ipynb #945406ab
-NEAR_KINDS = ('rot90', 'rot180', 'rot270', 'flip', 'flip-rot90', 'flip-rot180', 'flip-rot270', 'jpeg70', 'resize80', 'crop5', 'bright10', 'dark10')
+NEAR_KINDS = (
+    'rot90',
+    'rot180',
+    'rot270',
+    'flip',
+    'flip-rot90',
+    'flip-rot180',
+    'flip-rot270',
+    'jpeg70',
+    'resize80',
+    'crop5',
+    'bright10',
+    'dark10',
+)
 BASE_RATES = RATES | dict(ruler=.15, ink=.03, cast=0.)
-_CHOICES = dict(duplicate_lesions=('same', 'new', 'mixed'), duplicate_splits=('same', 'other', 'mixed'),
-                shortcut=('ruler', 'ink', 'cast', 'none'), shortcut_where=('train', 'all'), skin_tones=('light', 'range'))
+_CHOICES = dict(
+    duplicate_lesions=('same', 'new', 'mixed'),
+    duplicate_splits=('same', 'other', 'mixed'),
+    shortcut=('ruler', 'ink', 'cast', 'none'),
+    shortcut_where=('train', 'all'),
+    skin_tones=('light', 'range'),
+)
 _SHARES = ('ambiguity', 'metadata_signal', 'missing', 'label_errors', 'shortcut_rate')
-_COUNTS = ('recoded_duplicates', 'near_duplicates', 'crossing_lesions', 'crossing_patients', 'conflicting_lesions', 'exact_duplicates')
+_COUNTS = (
+    'recoded_duplicates',
+    'near_duplicates',
+    'crossing_lesions',
+    'crossing_patients',
+    'conflicting_lesions',
+    'exact_duplicates',
+)
 
 def _check_recipe(r):
     "Refuse values that cannot be drawn."
     for name, allowed in _CHOICES.items():
         value = getattr(r, name)
-        if value not in allowed: raise ValueError(f"{name} is '{value}'; allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
-    shares = {name: getattr(r, name) for name in _SHARES} | {f"rates['{name}']": share for name, share in (r.rates or {}).items()}
+        if value not in allowed:
+            raise ValueError(f"{name} is '{value}'; allowed are {', '.join(allowed)}.{nearest(value, allowed)}")
+    shares = {name: getattr(r, name) for name in _SHARES} | {
+        f"rates['{name}']": share for name, share in (r.rates or {}).items()
+    }
     for name, share in shares.items():
-        if not 0 <= share <= 1: raise ValueError(f"{name} is {share}; choose a share from 0 to 1")
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}; choose a share from 0 to 1")
     for name in _COUNTS:
         count = getattr(r, name)
-        if count is not None and (count != int(count) or count < 0): raise ValueError(f"{name} is {count}; choose a whole number from 0 on")
+        if count is not None and (count != int(count) or count < 0):
+            raise ValueError(f"{name} is {count}; choose a whole number from 0 on")
     known = (*BASE_RATES, 'corners')
     for name in r.rates or ():
-        if name not in known: raise ValueError(f"rates: '{name}' is no artefact; allowed are {', '.join(known)}.{nearest(name, known)}")
+        if name not in known:
+            raise ValueError(f"rates: '{name}' is no artefact; allowed are {', '.join(known)}.{nearest(name, known)}")
     if len(r.size) != 2 or min(r.size) < 48:
-        raise ValueError(f"size is {tuple(r.size)}; choose (height, width) of at least (48, 48), smaller images show no structures")
-    if r.views < 1: raise ValueError(f"views is {r.views}; a lesion has 1 image or more")
+        raise ValueError(
+            f"size is {tuple(r.size)}; choose (height, width) of at least (48, 48), smaller images show no structures"
+        )
+    if r.views < 1:
+        raise ValueError(f"views is {r.views}; a lesion has 1 image or more")
 
-# %% ../../nbs/data/19_truth.ipynb #d66762c2
+# %% ../../nbs/data/19_truth.ipynb #54012fad
 SHARES = dict(akiec=.11, bcc=.13, bkl=.167, df=.081, mel=.167, nv=.264, vasc=.081) # a softened HAM10000
 
 def make_recipe(
@@ -93,52 +139,103 @@ def make_recipe(
     "A recipe with some choices changed; an unknown one is an error."
     allowed = [f.name for f in fields(Recipe)]
     for name in options:
-        if name not in allowed: raise ValueError(f"'{name}' is no option of a synthetic set; allowed are {', '.join(allowed)}.{nearest(name, allowed)}")
+        if name not in allowed:
+            raise ValueError(
+                f"'{name}' is no option of a synthetic set; allowed are {', '.join(allowed)}.{nearest(name, allowed)}"
+            )
     return replace(recipe or Recipe(), **options)
 
+# %% ../../nbs/data/19_truth.ipynb #d66762c2
 def _class_counts(recipe):
     "Code -> number of images, in the order of the codes."
-    said, least = ('per_class', 3) if recipe.per_class is not None else ('n_images', math.ceil(2.5 / min(SHARES.values())))
-    if recipe.per_class is None: counts = {code: round(share * recipe.n_images) for code, share in SHARES.items()}
-    else: counts = dict(recipe.per_class) if isinstance(recipe.per_class, dict) else dict.fromkeys(SHARES, recipe.per_class)
+    said, least = (
+        ('per_class', 3) if recipe.per_class is not None else ('n_images', math.ceil(2.5 / min(SHARES.values())))
+    )
+    if recipe.per_class is None:
+        counts = {code: round(share * recipe.n_images) for code, share in SHARES.items()}
+    else:
+        counts = (
+            dict(recipe.per_class) if isinstance(recipe.per_class, dict) else dict.fromkeys(SHARES, recipe.per_class)
+        )
     labels = get_label_set('ham10000')
     counts = {labels.parse(code, said): n for code, n in sorted(counts.items())}
     for code, n in counts.items():
-        if n < 3: raise ValueError(f"{said}: {n} images of '{code}'; at least 3 are needed, a lesion for each of train, valid and test (choose {said}={least} or more)")
-    if len(counts) < 2: raise ValueError(f"per_class: only {', '.join(counts)}; name at least two classes, one cannot be told from itself")
+        if n < 3:
+            raise ValueError(
+                f"{said}: {n} images of '{code}'; at least 3 are needed, a lesion for each of train, "
+                f"valid and test (choose {said}={least} or more)"
+            )
+    if len(counts) < 2:
+        raise ValueError(
+            f"per_class: only {', '.join(counts)}; name at least two classes, one cannot be told from itself"
+        )
     return counts
 
 # %% ../../nbs/data/19_truth.ipynb #329ee790
-AGES = dict(akiec=(65, 11), bcc=(67, 14), bkl=(65, 13), df=(52, 14), mel=(61, 15), nv=(47, 14), vasc=(53, 21)) # mean, sd
+AGES = dict(
+    akiec=(65, 11), bcc=(67, 14), bkl=(65, 13), df=(52, 14), mel=(61, 15), nv=(47, 14), vasc=(53, 21)
+) # mean, sd
 FEMALE = dict(akiec=.36, bcc=.40, bkl=.42, df=.49, mel=.40, nv=.48, vasc=.48)
 SITE_ODDS = {
     'akiec': dict(face=42, lower_extremity=17, upper_extremity=17, back=11, neck=5, chest=3, hand=3, scalp=2),
-    'bcc': dict(back=37, face=19, lower_extremity=11, upper_extremity=10, chest=10, neck=4, abdomen=4, scalp=3, trunk=2),
-    'bkl': dict(face=26, back=20, lower_extremity=15, upper_extremity=10, trunk=9, chest=7, abdomen=5, neck=3, scalp=3, hand=2),
+    'bcc': dict(
+        back=37, face=19, lower_extremity=11, upper_extremity=10, chest=10, neck=4, abdomen=4, scalp=3, trunk=2
+    ),
+    'bkl': dict(
+        face=26, back=20, lower_extremity=15, upper_extremity=10, trunk=9, chest=7, abdomen=5, neck=3, scalp=3, hand=2
+    ),
     'df': dict(lower_extremity=73, upper_extremity=24, abdomen=2, genital=1),
-    'mel': dict(back=28, lower_extremity=18, upper_extremity=16, face=12, chest=6, abdomen=5, trunk=5, neck=3, ear=3, scalp=2, foot=2),
-    'nv': dict(lower_extremity=23, back=20, trunk=20, abdomen=14, upper_extremity=9, foot=5, chest=3, hand=2, face=2, neck=1, genital=1),
+    'mel': dict(
+        back=28,
+        lower_extremity=18,
+        upper_extremity=16,
+        face=12,
+        chest=6,
+        abdomen=5,
+        trunk=5,
+        neck=3,
+        ear=3,
+        scalp=2,
+        foot=2,
+    ),
+    'nv': dict(
+        lower_extremity=23,
+        back=20,
+        trunk=20,
+        abdomen=14,
+        upper_extremity=9,
+        foot=5,
+        chest=3,
+        hand=2,
+        face=2,
+        neck=1,
+        genital=1,
+    ),
     'vasc': dict(trunk=32, abdomen=22, back=15, lower_extremity=15, upper_extremity=7, face=3, scalp=3, neck=2, hand=1),
 }
 
-# %% ../../nbs/data/19_truth.ipynb #29716add
+# %% ../../nbs/data/19_truth.ipynb #f0691ec7
 def _age_table(codes):
     "Ages 5, 10 ... 85 and their probabilities in each class (C,17)."
     ages = np.arange(5, 86, 5)
     edges = np.r_[-np.inf, ages[:-1] + 2.5, np.inf]
     return tuple(ages.tolist()), np.array([np.diff(ndtr((edges - mean) / sd)) for mean, sd in (AGES[c] for c in codes)])
 
+# %% ../../nbs/data/19_truth.ipynb #ceef6487
 def _site_table(codes):
     "Sites and their probabilities in each class (C,K)."
     words = tuple(sorted({w for c in codes for w in SITE_ODDS[c]}))
     odds = np.array([[SITE_ODDS[c].get(w, 0) for w in words] for c in codes], float)
     return tuple(w.replace('_', ' ') for w in words), odds / odds.sum(1, keepdims=True)
 
+# %% ../../nbs/data/19_truth.ipynb #29716add
 def _appearance_table(codes, ambiguity):
     "How a class is drawn: (C,C), the rest spread evenly over its look-alikes in the set."
     table = np.eye(len(codes))
     for k, code in enumerate(codes):
-        twins = [j for j, other in enumerate(codes) if other in LOOKALIKES[code]] or [j for j in range(len(codes)) if j != k]
+        twins = [j for j, other in enumerate(codes) if other in LOOKALIKES[code]] or [
+            j for j in range(len(codes)) if j != k
+        ]
         table[k] *= 1 - ambiguity
         table[k, twins] = ambiguity / len(twins)
     return table
@@ -155,15 +252,20 @@ class BayesModel:
 
     def posterior(self,
         appearance=None, # (N,) codes that the pictures show; None for a reader who sees no picture
-        table:pd.DataFrame|None=None, # (N rows) with age, sex, site, NaN or '' where unknown; None for a reader without metadata
+        # (N rows) with age, sex, site, NaN or '' where unknown; None for a reader without metadata
+        table:pd.DataFrame|None=None,
     ) -> np.ndarray: # (N,C) float64, rows sum to 1
         "What the best reader knows of each image."
         n = 1 if appearance is None and table is None else len(table if appearance is None else appearance)
         weights = np.repeat(self.prior[None], n, 0)
-        if appearance is not None: weights = weights * self.appearance.T[[self.codes.index(z) for z in appearance]]
+        if appearance is not None:
+            weights = weights * self.appearance.T[[self.codes.index(z) for z in appearance]]
         for name, (words, chance) in (self.tables if table is not None else {}).items():
             where = {w: k for k, w in enumerate(words)}
-            weights = weights * np.c_[chance, np.ones(len(self.codes))].T[table[name].map(lambda w: where.get(w, -1)).to_numpy(int)]
+            weights = (
+                weights
+                * np.c_[chance, np.ones(len(self.codes))].T[table[name].map(lambda w: where.get(w, -1)).to_numpy(int)]
+            )
         return weights / weights.sum(1, keepdims=True)
 
     def joint(self,
@@ -172,9 +274,11 @@ class BayesModel:
     ) -> np.ndarray: # (C,K) probability of each diagnosis with each of the K things that can be seen; sums to 1
         "The whole law as one table."
         seen = [self.appearance] if picture else []
-        if metadata: seen += [np.c_[(1 - self.missing) * t, np.full(len(t), self.missing)] for _, t in self.tables.values()]
+        if metadata:
+            seen += [np.c_[(1 - self.missing) * t, np.full(len(t), self.missing)] for _, t in self.tables.values()]
         law = self.prior[:, None]
-        for part in seen: law = (law[:, :, None] * part[:, None]).reshape(len(law), -1)
+        for part in seen:
+            law = (law[:, :, None] * part[:, None]).reshape(len(law), -1)
         return law
 
 # %% ../../nbs/data/19_truth.ipynb #b1198a5c
@@ -182,32 +286,42 @@ def bayes_model(
     recipe:Recipe, # of the set
 ) -> BayesModel:
     "The law of a recipe."
-    counts, signal = _class_counts(recipe), recipe.metadata_signal
-    codes, prior = tuple(counts), np.array([*counts.values()]) / sum(counts.values())
+    counts = _class_counts(recipe)
+    signal = recipe.metadata_signal
+    codes = tuple(counts)
+    prior = np.array([*counts.values()]) / sum(counts.values())
     female = np.array([FEMALE[c] for c in codes])
     tables = dict(age=_age_table(codes), sex=(('female', 'male'), np.c_[female, 1 - female]), site=_site_table(codes))
     mixed = {name: (words, signal * t + (1 - signal) * (prior @ t)) for name, (words, t) in tables.items()}
     return BayesModel(codes, prior, _appearance_table(codes, recipe.ambiguity), mixed, recipe.missing)
 
-# %% ../../nbs/data/19_truth.ipynb #71fb84ef
+# %% ../../nbs/data/19_truth.ipynb #13090c76
 def _exact_auroc(score, positive, negative):
     "AUROC of a score that takes each value with the probability given for each of two classes."
     _, level = np.unique(np.round(score, 12), return_inverse=True)
-    positive, negative = np.bincount(level, positive), np.bincount(level, negative)
+    positive = np.bincount(level, positive)
+    negative = np.bincount(level, negative)
     below = np.cumsum(negative) - negative
     return float(positive @ (below + negative / 2) / (positive.sum() * negative.sum()))
 
+# %% ../../nbs/data/19_truth.ipynb #71fb84ef
 def bayes_figures(
     law:np.ndarray, # (C,K) joint probability of diagnosis and what is seen, from `BayesModel.joint`
 ) -> dict: # accuracy, balanced_accuracy, auroc_macro, log_loss in nats
     "The best figures that any reader can expect."
-    seen, prior = law.sum(0), law.sum(1)
-    law, seen = law[:, seen > 0], seen[seen > 0]
+    seen = law.sum(0)
+    prior = law.sum(1)
+    law = law[:, seen > 0]
+    seen = seen[seen > 0]
     posterior = law / seen
     loss = -np.sum(law * np.log(np.where(posterior > 0, posterior, 1)))
     areas = [_exact_auroc(posterior[k], law[k], seen - law[k]) for k in range(len(law))]
-    return dict(accuracy=min(float(law.max(0).sum()), 1.), balanced_accuracy=min(float((law / prior[:, None]).max(0).sum() / len(law)), 1.),
-                auroc_macro=float(np.mean(areas)), log_loss=max(float(loss), 0.))
+    return dict(
+        accuracy=min(float(law.max(0).sum()), 1.0),
+        balanced_accuracy=min(float((law / prior[:, None]).max(0).sum() / len(law)), 1.0),
+        auroc_macro=float(np.mean(areas)),
+        log_loss=max(float(loss), 0.0),
+    )
 
 # %% ../../nbs/data/19_truth.ipynb #dd49b647
 def information(
@@ -217,10 +331,16 @@ def information(
     left = {name: bayes_figures(model.joint(*seen))['log_loss'] / math.log(2)
             for name, seen in dict(nothing=(False, False), z=(True, False), m=(False, True), zm=(True, True)).items()}
     gain = {name: left['nothing'] - bits for name, bits in left.items()}
-    return {'H(Y)': left['nothing'], 'I(Y;Z)': gain['z'], 'I(Y;M)': gain['m'], 'I(Y;Z,M)': gain['zm'], 'I(Y;M|Z)': gain['zm'] - gain['z'],
-            'metadata_share': gain['m'] / gain['zm'] if gain['zm'] > 1e-12 else None}
+    return {
+        'H(Y)': left['nothing'],
+        'I(Y;Z)': gain['z'],
+        'I(Y;M)': gain['m'],
+        'I(Y;Z,M)': gain['zm'],
+        'I(Y;M|Z)': gain['zm'] - gain['z'],
+        'metadata_share': gain['m'] / gain['zm'] if gain['zm'] > 1e-12 else None,
+    }
 
-# %% ../../nbs/data/19_truth.ipynb #a48d9f12
+# %% ../../nbs/data/19_truth.ipynb #9616f050
 def _plan_class(code, n_images, views, rng):
     "One row per lesion of a class: its number of images and its split."
     n = min(n_images, max(3, round(n_images / views)))
@@ -229,6 +349,7 @@ def _plan_class(code, n_images, views, rng):
     split = ['valid'] * held + ['test'] * held + ['train'] * (n - 2 * held)
     return pd.DataFrame(dict(true_diagnosis=code, views=np.bincount(of, minlength=n), split=split))
 
+# %% ../../nbs/data/19_truth.ipynb #a48d9f12
 def _draw_words(lesions, model, rng):
     "What a lesion is drawn as, its person's age and sex, and its site: each by its law."
     tables = dict(appearance=(model.codes, model.appearance)) | model.tables
@@ -240,7 +361,7 @@ def _draw_words(lesions, model, rng):
         lesions = lesions.assign(**{name: column})
     return lesions
 
-# %% ../../nbs/data/19_truth.ipynb #1e036d6e
+# %% ../../nbs/data/19_truth.ipynb #89f50c8c
 def _plan_patients(lesions, rng, pairs=.2):
     "Give lesions to patients, some of whom have two: in one split, of one age and sex."
     lesions = lesions.iloc[rng.permutation(len(lesions))].reset_index(drop=True)
@@ -249,9 +370,11 @@ def _plan_patients(lesions, rng, pairs=.2):
     joined = rng.random(pair.max() + 1) < pairs
     return lesions.assign(patient=pd.factorize(np.where(joined[pair], pair, len(lesions) + np.arange(len(lesions))))[0])
 
+# %% ../../nbs/data/19_truth.ipynb #f5c47464
 def _cross_patients(lesions, count):
     "Let `count` patients have lesions in two splits."
-    patient, left = lesions.patient.to_numpy().copy(), count
+    patient = lesions.patient.to_numpy().copy()
+    left = count
     single = lesions[~lesions.patient.duplicated(keep=False)]
     for _, rows in single.groupby(['age', 'sex']):
         by_split = [list(r.index) for _, r in rows.groupby('split')]
@@ -259,37 +382,53 @@ def _cross_patients(lesions, count):
             first, second = sorted((r for r in by_split if r), key=len)[-2:]
             patient[second.pop()] = patient[first.pop()]
             left -= 1
-    if left: raise ValueError(f"crossing_patients is {count}; only {count - left} can be made here. Choose fewer, or more images")
+    if left:
+        raise ValueError(
+            f"crossing_patients is {count}; only {count - left} can be made here. Choose fewer, or more images"
+        )
     return lesions.assign(patient=patient)
 
+# %% ../../nbs/data/19_truth.ipynb #1e036d6e
 def _hide_words(lesions, missing, rng):
     "Forget age and sex of some persons and the site of some lesions, whatever they are."
-    forgotten = lambda n: rng.random(n) < missing
+    def forgotten(n):
+        return rng.random(n) < missing
     age, sex = (forgotten(lesions.patient.max() + 1)[lesions.patient] for _ in range(2))
     site = forgotten(len(lesions))
-    return lesions.assign(age=lesions.age.where(~age, np.nan).astype(float), sex=lesions.sex.where(~sex, ''), site=lesions.site.where(~site, ''))
+    return lesions.assign(
+        age=lesions.age.where(~age, np.nan).astype(float),
+        sex=lesions.sex.where(~sex, ''),
+        site=lesions.site.where(~site, ''),
+    )
 
-# %% ../../nbs/data/19_truth.ipynb #d976b050
+# %% ../../nbs/data/19_truth.ipynb #c40d2dc9
 def _pick(candidates, count, name, what, rng):
     "`count` of the candidates by chance, or an error that names the option."
-    if count > len(candidates): raise ValueError(f"{name} is {count}; there are only {len(candidates)} {what}. Choose fewer, or more images")
+    if count > len(candidates):
+        raise ValueError(f"{name} is {count}; there are only {len(candidates)} {what}. Choose fewer, or more images")
     return rng.permutation(np.asarray(candidates))[:count]
 
+# %% ../../nbs/data/19_truth.ipynb #0d1cff5e
 def _plan_images(lesions, recipe, rng):
     "One row per image, some of a crossing lesion moved to another split."
     images = lesions.loc[lesions.index.repeat(lesions.views)].rename_axis('lesion').reset_index().drop(columns='views')
     images['view'] = images.groupby('lesion').cumcount()
     several = lesions.index[lesions.views > 1]
-    for k, lesion in enumerate(_pick(several, recipe.crossing_lesions, 'crossing_lesions', 'lesions of two images or more', rng)):
+    for k, lesion in enumerate(
+        _pick(several, recipe.crossing_lesions, 'crossing_lesions', 'lesions of two images or more', rng)
+    ):
         row = images.index[images.lesion == lesion][-1]
         other = [s for s in ('train', 'valid', 'test') if s != images.split[row]]
         images.loc[row, 'split'] = other[k % 2]
     return images
 
+# %% ../../nbs/data/19_truth.ipynb #d976b050
 def _plan_artefacts(images, recipe, codes, rng):
     "Which images carry a ruler, ink, an orange-red light: at the base rate, and by the shortcut."
-    rates, tied = BASE_RATES | (recipe.rates or {}), recipe.shortcut_class
-    if recipe.shortcut != 'none' and tied not in codes: raise ValueError(f"shortcut_class is '{tied}'; allowed are {', '.join(codes)}.{nearest(tied, codes)}")
+    rates = BASE_RATES | (recipe.rates or {})
+    tied = recipe.shortcut_class
+    if recipe.shortcut != 'none' and tied not in codes:
+        raise ValueError(f"shortcut_class is '{tied}'; allowed are {', '.join(codes)}.{nearest(tied, codes)}")
     for name in ('ruler', 'ink', 'cast'):
         images[name] = False
         for (split, code), rows in images.groupby(['split', 'true_diagnosis']).groups.items():
@@ -303,11 +442,24 @@ def _plan_labels(images, recipe, codes, rng):
     "The written diagnosis of each image."
     wrong = {c: [t for t in LOOKALIKES[c] if t in codes] or [t for t in codes if t != c] for c in codes}
     images['diagnosis'] = images.true_diagnosis
-    lesions, crossing = images.groupby('lesion'), images.groupby('lesion').split.nunique() > 1
+    lesions = images.groupby('lesion')
+    crossing = images.groupby('lesion').split.nunique() > 1
     clean = np.flatnonzero(~crossing)
-    mistaken = set(_pick(clean, round(recipe.label_errors * len(crossing)), 'label_errors', 'lesions that cross no split', rng).tolist())
+    mistaken = set(
+        _pick(
+            clean, round(recipe.label_errors * len(crossing)), 'label_errors', 'lesions that cross no split', rng
+        ).tolist()
+    )
     several = [k for k in np.flatnonzero((lesions.size() > 1) & ~crossing) if k not in mistaken]
-    torn = set(_pick(several, recipe.conflicting_lesions, 'conflicting_lesions', 'lesions of two images or more that are still without a fault', rng).tolist())
+    torn = set(
+        _pick(
+            several,
+            recipe.conflicting_lesions,
+            'conflicting_lesions',
+            'lesions of two images or more that are still without a fault',
+            rng,
+        ).tolist()
+    )
     other = {k: rng.choice(wrong[c]) for k, c in lesions.true_diagnosis.first().items() if k in mistaken | torn}
     last = images['view'] == lesions['view'].transform('max')
     rows = images.lesion.isin(mistaken) | images.lesion.isin(torn) & last
@@ -318,7 +470,11 @@ def _plan_labels(images, recipe, codes, rng):
 def _plan_copies(images, recipe, rng):
     "Copies as rows at the end: of which row, altered how, in which lesion and split."
     exact = min(4, images.lesion.nunique() // 10) if recipe.exact_duplicates is None else recipe.exact_duplicates
-    kinds = ['same'] * exact + ['recoded'] * recipe.recoded_duplicates + [NEAR_KINDS[k % len(NEAR_KINDS)] for k in range(recipe.near_duplicates)]
+    kinds = (
+        ['same'] * exact
+        + ['recoded'] * recipe.recoded_duplicates
+        + [NEAR_KINDS[k % len(NEAR_KINDS)] for k in range(recipe.near_duplicates)]
+    )
     choices = {name: ('same', other) if mode == 'mixed' else (mode,) for name, mode, other in
                (('lesion', recipe.duplicate_lesions, 'new'), ('split', recipe.duplicate_splits, 'other'))}
     modes = [(lesion, split) for lesion in choices['lesion'] for split in choices['split']]
@@ -326,14 +482,20 @@ def _plan_copies(images, recipe, rng):
     images['copy_of'], images['transform'], images['copy_lesion'], images['copy_split'] = -1, '', '', ''
     rows = rng.permutation(images.index[~faulty].to_numpy())
     rows = rows[np.argsort(images.split[rows] != 'train', kind='stable')] # of the training split first
-    if len(kinds) > len(rows): raise ValueError(f"exact_, recoded_ and near_duplicates are {len(kinds)} together; there are only {len(rows)} images without a fault. Choose fewer, or more images")
+    if len(kinds) > len(rows):
+        raise ValueError(
+            f"exact_, recoded_ and near_duplicates are {len(kinds)} together; there are only "
+            f"{len(rows)} images without a fault. Choose fewer, or more images"
+        )
     rows = rows[:len(kinds)]
     copies = images.loc[rows].assign(copy_of=rows, transform=kinds)
     how = [modes[(k + k // len(NEAR_KINDS)) % len(modes)] for k in range(len(kinds))]
     copies['copy_lesion'], copies['copy_split'] = [h[0] for h in how], [h[1] for h in how]
-    new, moved = copies.copy_lesion.to_numpy() == 'new', copies.copy_split.to_numpy() == 'other'
+    new = copies.copy_lesion.to_numpy() == 'new'
+    moved = copies.copy_split.to_numpy() == 'other'
     fresh = np.cumsum(new)
-    for column in ('lesion', 'patient'): copies[column] = np.where(new, images[column].max() + fresh, copies[column])
+    for column in ('lesion', 'patient'):
+        copies[column] = np.where(new, images[column].max() + fresh, copies[column])
     others = dict(train=('valid', 'test'), valid=('train', 'test'), test=('train', 'valid'))
     copies['split'] = [others[s][k % 2] if m else s for s, m, k in zip(copies.split, moved, np.cumsum(moved))]
     return pd.concat([images, copies], ignore_index=True)
@@ -358,8 +520,11 @@ def plan_synthetic(
 ) -> pd.DataFrame: # one row per image
     "What `make_synthetic` is going to draw."
     recipe = make_recipe(recipe, **options)
-    model, rng = bayes_model(recipe), np.random.default_rng([recipe.seed, 0x5EED])
-    lesions = pd.concat([_plan_class(code, n, recipe.views, rng) for code, n in _class_counts(recipe).items()], ignore_index=True)
+    model = bayes_model(recipe)
+    rng = np.random.default_rng([recipe.seed, 0x5EED])
+    lesions = pd.concat(
+        [_plan_class(code, n, recipe.views, rng) for code, n in _class_counts(recipe).items()], ignore_index=True
+    )
     lesions = _plan_patients(_draw_words(lesions, model, rng), rng)
     lesions = _hide_words(_cross_patients(lesions, recipe.crossing_patients), recipe.missing, rng)
     groups = rng.permutation(np.arange(lesions.patient.max() + 1) % len(TONES))
@@ -374,20 +539,30 @@ def alter(
     kind:str, # one of NEAR_KINDS
 ) -> np.ndarray: # same dtype; turned, smaller or cropped where the kind says so
     "An altered copy of an image, or the mask that goes with it."
-    if kind not in NEAR_KINDS: raise ValueError(f"alteration '{kind}' is not known; allowed are {', '.join(NEAR_KINDS)}.{nearest(kind, NEAR_KINDS)}")
+    if kind not in NEAR_KINDS:
+        raise ValueError(
+            f"alteration '{kind}' is not known; allowed are {', '.join(NEAR_KINDS)}.{nearest(kind, NEAR_KINDS)}"
+        )
     h, w = image.shape[:2]
     mask = image.ndim == 2
-    if kind.startswith('flip'): image = image[:, ::-1]
-    if 'rot' in kind: image = np.rot90(image, int(kind.split('rot')[1]) // 90)
-    if kind == 'crop5': image = image[round(.025 * h):h - round(.025 * h), round(.025 * w):w - round(.025 * w)]
+    if kind.startswith('flip'):
+        image = image[:, ::-1]
+    if 'rot' in kind:
+        image = np.rot90(image, int(kind.split('rot')[1]) // 90)
+    if kind == 'crop5':
+        image = image[round(.025 * h):h - round(.025 * h), round(.025 * w):w - round(.025 * w)]
     if kind == 'resize80':
-        smaller = cv2.resize(image.astype(np.uint8), (round(.8 * w), round(.8 * h)), interpolation=cv2.INTER_NEAREST if mask else cv2.INTER_AREA)
+        smaller = cv2.resize(
+            image.astype(np.uint8),
+            (round(0.8 * w), round(0.8 * h)),
+            interpolation=cv2.INTER_NEAREST if mask else cv2.INTER_AREA,
+        )
         image = smaller.astype(image.dtype)
     if kind in ('bright10', 'dark10') and not mask:
         image = np.clip(np.round(image * (1.1 if kind == 'bright10' else .9)), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(image)
 
-# %% ../../nbs/data/19_truth.ipynb #1b7c5f3b
+# %% ../../nbs/data/19_truth.ipynb #9a978613
 SEVERITY = (.10, .25, .45) # grade 1, 2, 3 from these shares of the view on; below the first it is 0
 
 def shown_tone(
@@ -399,116 +574,208 @@ def shown_tone(
     reach = 2 * round(.08 * len(lesion)) + 1
     near = cv2.dilate(lesion.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))) > 0
     free = ~near & ~artefact
-    if free.mean() < .01: return np.full(3, np.nan)
+    if free.mean() < .01:
+        return np.full(3, np.nan)
     return np.median(cv2.cvtColor(image[free][None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0], 0)
 
+# %% ../../nbs/data/19_truth.ipynb #c938baf4
 def _jpeg(image, quality=88):
     return cv2.imencode('.jpg', image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
+# %% ../../nbs/data/19_truth.ipynb #1b7c5f3b
 def _png(image):
     "A mask with a bit per pixel, or a picture."
-    if image.ndim == 3: return cv2.imencode('.png', image[..., ::-1])[1].tobytes()
-    return cv2.imencode('.png', image.astype(np.uint8) * 255, [cv2.IMWRITE_PNG_BILEVEL, 1, cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
+    if image.ndim == 3:
+        return cv2.imencode('.png', image[..., ::-1])[1].tobytes()
+    return cv2.imencode(
+        '.png', image.astype(np.uint8) * 255, [cv2.IMWRITE_PNG_BILEVEL, 1, cv2.IMWRITE_PNG_COMPRESSION, 9]
+    )[1].tobytes()
 
-# %% ../../nbs/data/19_truth.ipynb #743d2bc8
+# %% ../../nbs/data/19_truth.ipynb #b8b00c8e
 def _copy_files(files, masks, kind):
     "The files of a copy: kind of folder -> bytes."
-    if kind == 'same': return files
+    if kind == 'same':
+        return files
     pixels = read_image(files['images'])
-    if kind == 'recoded': return files | dict(images=_png(pixels))
-    return dict(images=_jpeg(alter(pixels, kind), 70 if kind == 'jpeg70' else 88)) | {name: _png(alter(mask, kind)) for name, mask in masks.items()}
+    if kind == 'recoded':
+        return files | dict(images=_png(pixels))
+    return dict(images=_jpeg(alter(pixels, kind), 70 if kind == 'jpeg70' else 88)) | {
+        name: _png(alter(mask, kind)) for name, mask in masks.items()
+    }
 
+# %% ../../nbs/data/19_truth.ipynb #743d2bc8
 def _draw_lesion_files(task):
     "One lesion of the plan: [(row, its files, what is true of it)], the copies of its images among them."
     size, seed, rates, rows = task
-    first, out = rows[0], []
+    first = rows[0]
+    out = []
     tone = skin_tone(np.random.default_rng([seed, 0x70E, first.patient]), first.tone)
     lesion = draw_lesion(first.appearance, np.random.default_rng([seed, 1 + first.lesion]), size, tone)
     for row in (r for r in rows if r.copy_of < 0):
-        s = take_view(lesion, np.random.default_rng([seed, 1 + first.lesion, 1 + row.view]), row.ruler, row.ink, row.cast, rates)
+        s = take_view(
+            lesion, np.random.default_rng([seed, 1 + first.lesion, 1 + row.view]), row.ruler, row.ink, row.cast, rates
+        )
         masks = dict(masks=s.lesion, evidence=s.evidence, artefacts=s.artefact)
         files = dict(images=_jpeg(s.image)) | {name: _png(mask) for name, mask in masks.items()}
         angle = float(typology_angle(tone))
-        facts = dict(structures='; '.join(s.structures), artefacts='; '.join(s.artefacts), blend=s.blend, tone=tone_group(angle), ita=angle,
-                     ita_shown=float(typology_angle(shown_tone(s.image, s.lesion, s.artefact))), area=lesion.area,
-                     severity=sum(lesion.area >= t for t in SEVERITY))
+        facts = dict(
+            structures='; '.join(s.structures),
+            artefacts='; '.join(s.artefacts),
+            blend=s.blend,
+            tone=tone_group(angle),
+            ita=angle,
+            ita_shown=float(typology_angle(shown_tone(s.image, s.lesion, s.artefact))),
+            area=lesion.area,
+            severity=sum(lesion.area >= t for t in SEVERITY),
+        )
         out.append((row.image_id, files, facts))
         out += [(c.image_id, _copy_files(files, masks, c.transform), facts) for c in rows if c.copy_of == row.row]
     return out
 
-# %% ../../nbs/data/19_truth.ipynb #8da54071
+# %% ../../nbs/data/19_truth.ipynb #d3b8f36a
 def _tasks(plan, recipe):
     "What each lesion needs."
-    rows = plan[['image_id', 'row', 'lesion', 'patient', 'view', 'appearance', 'tone', 'ruler', 'ink', 'cast', 'copy_of', 'transform']]
-    of = rows.lesion.where(rows.copy_of < 0, rows.copy_of.map(dict(zip(rows.row, rows.lesion)))) # a copy is made beside its original
+    rows = plan[
+        [
+            'image_id',
+            'row',
+            'lesion',
+            'patient',
+            'view',
+            'appearance',
+            'tone',
+            'ruler',
+            'ink',
+            'cast',
+            'copy_of',
+            'transform',
+        ]
+    ]
+    of = rows.lesion.where(
+        rows.copy_of < 0, rows.copy_of.map(dict(zip(rows.row, rows.lesion)))
+    ) # a copy is made beside its original
     rates = {k: v for k, v in (recipe.rates or {}).items() if k in (*RATES, 'corners')}
-    return [(tuple(recipe.size), recipe.seed, rates, [SimpleNamespace(**r) for r in group.sort_values('row').to_dict('records')]) for _, group in rows.groupby(of)]
+    return [
+        (
+            tuple(recipe.size),
+            recipe.seed,
+            rates,
+            [SimpleNamespace(**r) for r in group.sort_values('row').to_dict('records')],
+        )
+        for _, group in rows.groupby(of)
+    ]
 
+# %% ../../nbs/data/19_truth.ipynb #8da54071
 def _drawn(tasks, workers):
     "The results of all tasks in their order, a few at a time."
-    if workers < 2: yield from map(_draw_lesion_files, tasks)
+    if workers < 2:
+        yield from map(_draw_lesion_files, tasks)
     else:
         with ThreadPoolExecutor(workers) as pool: # NumPy and OpenCV let go of the interpreter for most of the work
             waiting = deque()
             for task in tasks:
                 waiting.append(pool.submit(_draw_lesion_files, task))
-                if len(waiting) >= 3 * workers: yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
+                if len(waiting) >= 3 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
-# %% ../../nbs/data/19_truth.ipynb #a3ef9cac
+# %% ../../nbs/data/19_truth.ipynb #4b3cfafe
 ASSUMPTIONS = (
     "Each image is read by itself: a reader who also sees other images of the lesion or patient may know more.",
-    "The picture shows the class it is drawn as (appearance) and nothing else of the diagnosis; a reader who cannot tell the classes apart for sure knows less.",
+    "The picture shows the class it is drawn as (appearance) and nothing else of the diagnosis; a "
+    "reader who cannot tell the classes apart for sure knows less.",
     "A planted shortcut is not part of the law: where it stands, a reader who uses it may know more.",
-    "Probabilities and figures are of the true diagnosis, before label errors; copies are not counted.")
+    "Probabilities and figures are of the true diagnosis, before label errors; copies are not counted.",
+)
 
 def _leaf(values, lesions):
     "Mean over images with a 95 % interval that takes lesions as the units; Wilson's for a share."
     values, n, units, z = np.asarray(values), len(values), len(np.unique(lesions)), 1.96
     mean = values.mean()
     away = np.bincount(pd.factorize(lesions)[0], values - mean)
-    error, method = z * math.sqrt((away**2).sum() * units / max(units - 1, 1)) / n, 'normal approximation, lesions as units'
+    error = z * math.sqrt((away**2).sum() * units / max(units - 1, 1)) / n
+    method = 'normal approximation, lesions as units'
     if values.dtype == bool:
-        middle, method = (mean + z**2 / (2 * units)) / (1 + z**2 / units), 'Wilson, as many trials as lesions'
+        middle = (mean + z**2 / (2 * units)) / (1 + z**2 / units)
+        method = 'Wilson, as many trials as lesions'
         error = z / (1 + z**2 / units) * math.sqrt(mean * (1 - mean) / units + z**2 / (4 * units**2))
     low, high = (middle - error, middle + error) if values.dtype == bool else (mean - error, mean + error)
     return dict(value=mean, low=max(min(low, mean), 0.), high=max(high, mean), n=n, n_lesions=units, method=method)
 
+# %% ../../nbs/data/19_truth.ipynb #a3ef9cac
 def _listed(plan, keys, unit):
     "Groups of rows as the truth lists them."
-    return [{unit: name, 'images': sorted(rows.image_id)} | {k: sorted(set(rows[c])) if k == 'splits' else rows[c].iloc[0] for k, c in keys.items()}
-            for name, rows in plan.groupby(unit)]
+    return [
+        {unit: name, 'images': sorted(rows.image_id)}
+        | {k: sorted(set(rows[c])) if k == 'splits' else rows[c].iloc[0] for k, c in keys.items()}
+        for name, rows in plan.groupby(unit)
+    ]
 
 # %% ../../nbs/data/19_truth.ipynb #15ba99d0
 def _planted(plan, table, recipe):
     "Every fault by its images."
-    crossing = lambda unit: plan[plan.groupby(unit).split.transform('nunique') > 1]
+    def crossing(unit):
+        return plan[plan.groupby(unit).split.transform('nunique') > 1]
     wrong = plan[plan.diagnosis != plan.true_diagnosis]
     torn = plan[plan.groupby('lesion_id').diagnosis.transform('nunique') > 1]
     exact = ('same', 'recoded')
     tied = plan.true_diagnosis.eq(recipe.shortcut_class) & (plan.split.eq('train') | (recipe.shortcut_where == 'all'))
     return dict(
-        duplicates=[dict(image_id=r.image_id, original=r.duplicate_of, kind='exact' if r.transform in exact else 'near', transform=r.transform,
-                         lesion=r.copy_lesion, split=r.copy_split) for r in plan[plan.copy_of >= 0].itertuples()],
+        duplicates=[
+            dict(
+                image_id=r.image_id,
+                original=r.duplicate_of,
+                kind='exact' if r.transform in exact else 'near',
+                transform=r.transform,
+                lesion=r.copy_lesion,
+                split=r.copy_split,
+            )
+            for r in plan[plan.copy_of >= 0].itertuples()
+        ],
         label_errors=_listed(wrong, dict(diagnosis='diagnosis', true_diagnosis='true_diagnosis'), 'lesion_id'),
         conflicting_lesions=_listed(torn, dict(true_diagnosis='true_diagnosis'), 'lesion_id'),
         crossing_lesions=_listed(crossing('lesion_id'), dict(splits='split'), 'lesion_id'),
         crossing_patients=_listed(crossing('patient_id'), dict(splits='split'), 'patient_id'),
-        shortcut=None if recipe.shortcut == 'none' else dict(name=recipe.shortcut, diagnosis=recipe.shortcut_class, where=recipe.shortcut_where,
-            rate=recipe.shortcut_rate, base_rate=(BASE_RATES | (recipe.rates or {}))[recipe.shortcut], images=sorted(plan.image_id[tied & plan[recipe.shortcut]])),
-        artefacts={name: sorted(table.image_id[table.artefacts.str.split('; ').map(lambda a: name in a)])
-                   for name in ('hair', 'bubbles', 'glare', 'ruler', 'ink', 'cast', 'corners')},
-        severity=dict(rule='grade by the share of a centred view that the lesion covers', thresholds=SEVERITY, counts=table.severity.value_counts().sort_index().tolist()),
-        skin=dict(groups={name: int((table.tone == name).sum()) for name in TONES}, angle='degrees(arctan2(L* - 50, b*))'))
+        shortcut=None
+        if recipe.shortcut == 'none'
+        else dict(
+            name=recipe.shortcut,
+            diagnosis=recipe.shortcut_class,
+            where=recipe.shortcut_where,
+            rate=recipe.shortcut_rate,
+            base_rate=(BASE_RATES | (recipe.rates or {}))[recipe.shortcut],
+            images=sorted(plan.image_id[tied & plan[recipe.shortcut]]),
+        ),
+        artefacts={
+            name: sorted(table.image_id[table.artefacts.str.split('; ').map(lambda a: name in a)])
+            for name in ('hair', 'bubbles', 'glare', 'ruler', 'ink', 'cast', 'corners')
+        },
+        severity=dict(
+            rule='grade by the share of a centred view that the lesion covers',
+            thresholds=SEVERITY,
+            counts=table.severity.value_counts().sort_index().tolist(),
+        ),
+        skin=dict(
+            groups={name: int((table.tone == name).sum()) for name in TONES}, angle='degrees(arctan2(L* - 50, b*))'
+        ),
+    )
 
 # %% ../../nbs/data/19_truth.ipynb #d7718444
-READERS = {'bayes': (True, True), 'image': (True, False), 'metadata': (False, True)} # prefix of the columns -> sees picture, sees metadata
+READERS = {
+    'bayes': (True, True),
+    'image': (True, False),
+    'metadata': (False, True),
+} # prefix of the columns -> sees picture, sees metadata
 
 def _state(plan, facts, recipe):
     "The two files of the truth: a dict and a table."
     model = bayes_model(recipe)
-    table = plan[['image_id', 'true_diagnosis', 'appearance', 'duplicate_of', 'transform']].merge(pd.DataFrame(facts), on='image_id', validate='1:1')
-    own, lesions = (plan.copy_of < 0).to_numpy(), plan.lesion_id.to_numpy()
+    table = plan[['image_id', 'true_diagnosis', 'appearance', 'duplicate_of', 'transform']].merge(
+        pd.DataFrame(facts), on='image_id', validate='1:1'
+    )
+    own = (plan.copy_of < 0).to_numpy()
+    lesions = plan.lesion_id.to_numpy()
     truth = plan.true_diagnosis.to_numpy()[:, None] == np.array(model.codes)
     realised = {}
     for name, (picture, metadata) in READERS.items():
@@ -519,19 +786,38 @@ def _state(plan, facts, recipe):
                           for split in ('train', 'valid', 'test') for rows in [own & (plan.split == split).to_numpy()]}
     law = dict(codes=model.codes, prior=model.prior, appearance=model.appearance, missing=model.missing,
                **{name: dict(words=words, probability=t) for name, (words, t) in model.tables.items()})
-    stated = dict(schema_version=1, recipe=asdict(recipe) | dict(size=list(recipe.size)), assumptions=ASSUMPTIONS, n_images=len(plan), n_lesions=plan.lesion_id.nunique(),
-                  model=law, bayes={name: bayes_figures(model.joint(*seen)) for name, seen in READERS.items()},
-                  units=dict(log_loss='nats', information='bits', bayes='expected values, exact sums over everything that can be seen'),
-                  information=information(model), realised=realised, planted=_planted(plan, table, recipe))
+    stated = dict(
+        schema_version=1,
+        recipe=asdict(recipe) | dict(size=list(recipe.size)),
+        assumptions=ASSUMPTIONS,
+        n_images=len(plan),
+        n_lesions=plan.lesion_id.nunique(),
+        model=law,
+        bayes={name: bayes_figures(model.joint(*seen)) for name, seen in READERS.items()},
+        units=dict(
+            log_loss='nats', information='bits', bayes='expected values, exact sums over everything that can be seen'
+        ),
+        information=information(model),
+        realised=realised,
+        planted=_planted(plan, table, recipe),
+    )
     return stated, table
 
-# %% ../../nbs/data/19_truth.ipynb #9c1368c8
+# %% ../../nbs/data/19_truth.ipynb #dc8d97a1
 def _source(recipe):
     "Where the set comes from, for people."
     where = 'training ' if recipe.shortcut_where == 'train' else ''
-    tied = f"; {recipe.shortcut} on about {recipe.shortcut_rate:.0%} of the {where}images of {recipe.shortcut_class}" if recipe.shortcut != 'none' else ''
-    return f'Drawn by skinlesion.data.truth.make_synthetic, seed {recipe.seed}, {recipe.size[1]} x {recipe.size[0]} pixels{tied}. truth.json states all that is planted.'
+    tied = (
+        f"; {recipe.shortcut} on about {recipe.shortcut_rate:.0%} of the {where}images of {recipe.shortcut_class}"
+        if recipe.shortcut != 'none'
+        else ''
+    )
+    return (
+        f'Drawn by skinlesion.data.truth.make_synthetic, seed {recipe.seed}, {recipe.size[1]} x '
+        f'{recipe.size[0]} pixels{tied}. truth.json states all that is planted.'
+    )
 
+# %% ../../nbs/data/19_truth.ipynb #9c1368c8
 def make_synthetic(
     out:Path|str, # the dataset folder to write; new, empty or an older synthetic set
     recipe:Recipe|None=None, # what to draw and plant; the embedded set where None
@@ -541,29 +827,45 @@ def make_synthetic(
 ) -> Dataset: # with masks, evidence and artefacts, and the truth beside
     "Write a synthetic data set as a canonical folder with `truth.json` and `truth.csv`."
     recipe = make_recipe(recipe, **options)
-    plan, facts = plan_synthetic(recipe), []
-    info = DatasetInfo(name='synthetic', label_set='ham10000', licence='CC0-1.0', citation='None needed: drawn by skinlesion.data.truth.', source=_source(recipe))
+    plan = plan_synthetic(recipe)
+    facts = []
+    info = DatasetInfo(
+        name='synthetic',
+        label_set='ham10000',
+        licence='CC0-1.0',
+        citation='None needed: drawn by skinlesion.data.truth.',
+        source=_source(recipe),
+    )
     with dataset_writer(out, info) as writer:
         tasks = _tasks(plan, recipe)
         for _, drawn in zip((progress or iter)(tasks), _drawn(tasks, workers)):
             for image_id, files, true in drawn:
-                for kind, data in files.items(): writer.add(kind, image_id, data)
+                for kind, data in files.items():
+                    writer.add(kind, image_id, data)
                 facts.append(dict(image_id=image_id) | true)
         stated, truth = _state(plan, facts, recipe)
         write_json(writer.scratch/'truth.json', stated)
         atomic_write(writer.scratch/'truth.csv', truth.to_csv(index=False, lineterminator='\n', float_format='%.6g'))
         inside = (plan.copy_lesion == 'same') & (plan.copy_split == 'same') # what a data set knows of itself
-        table = plan.assign(diagnosis_confirm_type='synthetic', duplicate_of=plan.duplicate_of.where(inside, ''), severity=truth.severity.astype(str))
-        columns = 'image_id lesion_id patient_id diagnosis diagnosis_confirm_type age sex site split duplicate_of'.split() + ['severity'] * recipe.severity
+        table = plan.assign(
+            diagnosis_confirm_type='synthetic',
+            duplicate_of=plan.duplicate_of.where(inside, ''),
+            severity=truth.severity.astype(str),
+        )
+        columns = (
+            'image_id lesion_id patient_id diagnosis diagnosis_confirm_type age sex site split duplicate_of'.split()
+            + ['severity'] * recipe.severity
+        )
         return writer.finish(table[columns])
 
-# %% ../../nbs/data/19_truth.ipynb #384fee11
+# %% ../../nbs/data/19_truth.ipynb #bd9de26e
 @dataclass(frozen=True)
 class Truth:
     "What is true of a synthetic set."
     facts:dict # of truth.json
     table:pd.DataFrame # of truth.csv, one row per image; words as str, '' where there is none
 
+# %% ../../nbs/data/19_truth.ipynb #384fee11
 def read_truth(
     root:Path|str, # a folder that `make_synthetic` wrote
 ) -> Truth:
@@ -571,7 +873,13 @@ def read_truth(
     root = Path(root)
     for name in ('truth.json', 'truth.csv'):
         if not (root/name).is_file():
-            raise FileNotFoundError(f"{root/name}: no such file, so nobody knows what is true of {root.name}; only `skinlesion import synthetic` writes it")
-    words = dict.fromkeys(('image_id', 'true_diagnosis', 'appearance', 'duplicate_of', 'transform', 'structures', 'artefacts', 'tone'), str)
+            raise FileNotFoundError(
+                f"{root / name}: no such file, so nobody knows what is true of {root.name}; only "
+                "`skinlesion import synthetic` writes it"
+            )
+    words = dict.fromkeys(
+        ('image_id', 'true_diagnosis', 'appearance', 'duplicate_of', 'transform', 'structures', 'artefacts', 'tone'),
+        str,
+    )
     table = pd.read_csv(root/'truth.csv', dtype=words)
     return Truth(read_json(root/'truth.json'), table.assign(**{name: table[name].fillna('') for name in words}))

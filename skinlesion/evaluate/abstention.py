@@ -23,40 +23,52 @@ from ..taxonomy import nearest
 def _numbers(values, name, n=None):
     "A one-dimensional array of finite numbers, as float64."
     values = np.asarray(values)
-    if values.ndim != 1 or not len(values): raise ValueError(f"{name} has shape {values.shape}; give (N,), a number per picture, at least one")
-    if n is not None and len(values) != n: raise ValueError(f"{name} has {len(values)} entries for {n} pictures; give one each")
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"{name} has shape {values.shape}; give (N,), a number per picture, at least one")
+    if n is not None and len(values) != n:
+        raise ValueError(f"{name} has {len(values)} entries for {n} pictures; give one each")
     values = values.astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad): raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]}; give finite numbers")
+    if len(bad):
+        raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]}; give finite numbers")
     return values
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #41f4359a
 def _lesions(lesion_ids, n):
     "The lesion of each picture; each its own where none are given."
-    if lesion_ids is None: return np.arange(n)
+    if lesion_ids is None:
+        return np.arange(n)
     lesion_ids = np.asarray(lesion_ids)
-    if lesion_ids.shape != (n,): raise ValueError(f"lesion_ids has shape {lesion_ids.shape} for {n} pictures; give one each")
+    if lesion_ids.shape != (n,):
+        raise ValueError(f"lesion_ids has shape {lesion_ids.shape} for {n} pictures; give one each")
     return lesion_ids
 
-# %% ../../nbs/evaluate/36_abstention.ipynb #d1f7cb98
+# %% ../../nbs/evaluate/36_abstention.ipynb #35037ce0
 def _ranked(confidence, correct):
     "Order by falling confidence, the starts of its groups of ties, and who is wrong (N,) float64."
     confidence = _numbers(confidence, 'confidence')
     correct = _numbers(correct, 'correct', len(confidence))
-    if not np.isin(correct, (0, 1)).all(): raise ValueError("correct holds something else than true and false; give whether each answer was right")
+    if not np.isin(correct, (0, 1)).all():
+        raise ValueError("correct holds something else than true and false; give whether each answer was right")
     order = np.argsort(-confidence, kind='stable')
     return order, np.flatnonzero(np.diff(confidence[order], prepend=np.inf)), 1 - correct
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #f6e2031e
 def _answered(ranked, block):
     "Pictures answered and errors among them after each group of ties, (G+1,S), from resamples (N,S)."
     order, starts, wrong = ranked
-    add = lambda values: np.concatenate([np.zeros((1, block.shape[1])), np.cumsum(np.add.reduceat(values[order], starts, axis=0), axis=0)])
+    def add(values):
+        return np.concatenate(
+            [np.zeros((1, block.shape[1])), np.cumsum(np.add.reduceat(values[order], starts, axis=0), axis=0)]
+        )
     return add(block), add(block * wrong[:, None])
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #d77223ea
 def _risks(answered, errors, coverages):
     "Share of errors among the surest `coverages` (P,) of the pictures, (S,P)."
     return np.stack([np.interp(coverages * a[-1], a, e) / (coverages * a[-1]) for a, e in zip(answered.T, errors.T)])
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #d1f7cb98
 def _lesions_answered(order, lesion_ids, counts):
     "Lesions among the first `counts` (P,) of the pictures in that order, (P,) int."
     return np.searchsorted(np.sort(np.unique(lesion_ids[order], return_index=True)[1]), counts)
@@ -73,19 +85,35 @@ def risk_coverage(
     "The share of errors among the surest answers, for each share of the pictures that is answered."
     ranked = _ranked(confidence, correct)
     N = len(ranked[0])
-    coverages, lesions = np.arange(1, min(points, N) + 1) / min(points, N), _lesions(lesion_ids, N)
+    coverages = np.arange(1, min(points, N) + 1) / min(points, N)
+    lesions = _lesions(lesion_ids, N)
     weights = np.concatenate([np.ones((1, N), np.int16), lesion_weights(lesions, n_resamples, seed)])
     risks = np.empty((n_resamples + 1, len(coverages)))
-    for rows, block in weight_blocks(weights): risks[rows] = _risks(*_answered(ranked, block), coverages)
+    for rows, block in weight_blocks(weights):
+        risks[rows] = _risks(*_answered(ranked, block), coverages)
     counts = np.rint(coverages * N).astype(int)
     behind = _lesions_answered(ranked[0], lesions, counts)
-    bounds = pd.DataFrame([interval_leaf(own[0], own[1:], n, k, fallback=(*wilson_interval(own[0], k), '')) for own, n, k in zip(risks.T, counts, behind)])
-    return pd.DataFrame(dict(coverage=coverages, risk=risks[0], low=bounds['low'].astype(float), high=bounds['high'].astype(float), n=counts))
+    bounds = pd.DataFrame(
+        [
+            interval_leaf(own[0], own[1:], n, k, fallback=(*wilson_interval(own[0], k), ''))
+            for own, n, k in zip(risks.T, counts, behind)
+        ]
+    )
+    return pd.DataFrame(
+        dict(
+            coverage=coverages,
+            risk=risks[0],
+            low=bounds['low'].astype(float),
+            high=bounds['high'].astype(float),
+            n=counts,
+        )
+    )
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #bb108589
 def _mean_risk(answered, errors):
     "AURC of each resample, ties in expectation: within a group the errors grow evenly, and 1 + 1/2 + ... sums by digamma."
-    pictures, slope = np.diff(answered, axis=0), np.diff(errors, axis=0)
+    pictures = np.diff(answered, axis=0)
+    slope = np.diff(errors, axis=0)
     slope = np.divide(slope, pictures, out=np.zeros_like(slope), where=pictures > 0)
     start = errors[:-1] - slope * answered[:-1]
     return (slope * pictures + start * np.diff(digamma(answered + 1), axis=0)).sum(0) / answered[-1]
@@ -95,16 +123,22 @@ def _best_mean_risk(n, wrong):
     "AURC of `n` pictures with all `wrong` ones last."
     return (wrong - (n - wrong) * (digamma(n + 1) - digamma(n - wrong + 1))) / n
 
-# %% ../../nbs/evaluate/36_abstention.ipynb #25d2e422
-def _method(seed): return f'percentile lesion bootstrap, seed {seed}'
+# %% ../../nbs/evaluate/36_abstention.ipynb #fa87fa1c
+def _method(seed):
+    return f'percentile lesion bootstrap, seed {seed}'
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #9457c6cc
 def _share_leaf(samples, units, lesion_ids, reason, seed):
     "A leaf of a share of the pictures `units` (N,) bool."
-    return share_leaf(samples[0], samples[1:], int(units.sum()), len(np.unique(lesion_ids[units])), reason, _method(seed))
+    return share_leaf(
+        samples[0], samples[1:], int(units.sum()), len(np.unique(lesion_ids[units])), reason, _method(seed)
+    )
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #25d2e422
 def _shares(weights, chosen, among):
     "Share of `chosen` among `among`, both (N,) bool, in each resample; NaN where there are none."
-    top, bottom = weights @ (chosen & among).astype(float), weights @ among.astype(float)
+    top = weights @ (chosen & among).astype(float)
+    bottom = weights @ among.astype(float)
     return np.divide(top, bottom, out=np.full(len(weights), np.nan), where=bottom > 0)
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #da3b6967
@@ -119,43 +153,68 @@ def abstention_scorecard(
 ) -> dict: # risk, aurc, eaurc, risk_at_80_coverage ...; with `abstained` answered, answered_risk and abstained_risk: leaves
     "How well the confidence orders the answers, and what abstaining brings."
     ranked = _ranked(confidence, correct)
-    N, coverages, wrong = len(ranked[0]), np.asarray(coverages, float), ranked[2] > 0
-    if not ((coverages > 0) & (coverages <= 1)).all(): raise ValueError(f"coverages are {coverages.tolist()}; give shares above 0 and up to 1")
-    lesion_ids, every = _lesions(lesion_ids, N), np.ones(N, bool)
+    N = len(ranked[0])
+    coverages = np.asarray(coverages, float)
+    wrong = ranked[2] > 0
+    if not ((coverages > 0) & (coverages <= 1)).all():
+        raise ValueError(f"coverages are {coverages.tolist()}; give shares above 0 and up to 1")
+    lesion_ids = _lesions(lesion_ids, N)
+    every = np.ones(N, bool)
     weights = np.concatenate([np.ones((1, N), np.int16), lesion_weights(lesion_ids, n_resamples, seed)])
-    found = {name: np.empty(n_resamples + 1) for name in ('aurc', 'eaurc', *(f'risk_at_{100 * c:g}_coverage' for c in coverages))}
+    found = {
+        name: np.empty(n_resamples + 1)
+        for name in ('aurc', 'eaurc', *(f'risk_at_{100 * c:g}_coverage' for c in coverages))
+    }
     for rows, block in weight_blocks(weights):
         answered, errors = _answered(ranked, block)
-        area, risks = _mean_risk(answered, errors), _risks(answered, errors, coverages)
-        for name, values in zip(found, (area, area - _best_mean_risk(answered[-1], errors[-1]), *risks.T)): found[name][rows] = values
-    card, lesions = dict(risk=_share_leaf(_shares(weights, wrong, every), every, lesion_ids, '', seed)), len(np.unique(lesion_ids))
-    card |= {name: interval_leaf(values[0], values[1:], N, lesions, method=_method(seed)) for name, values in found.items()}
-    return card if abstained is None else card | _abstained_leaves(np.asarray(abstained), wrong, lesion_ids, weights, seed)
+        area = _mean_risk(answered, errors)
+        risks = _risks(answered, errors, coverages)
+        for name, values in zip(found, (area, area - _best_mean_risk(answered[-1], errors[-1]), *risks.T)):
+            found[name][rows] = values
+    card = dict(risk=_share_leaf(_shares(weights, wrong, every), every, lesion_ids, '', seed))
+    lesions = len(np.unique(lesion_ids))
+    card |= {
+        name: interval_leaf(values[0], values[1:], N, lesions, method=_method(seed)) for name, values in found.items()
+    }
+    return (
+        card if abstained is None else card | _abstained_leaves(np.asarray(abstained), wrong, lesion_ids, weights, seed)
+    )
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #75434fcf
 def _abstained_leaves(abstained, wrong, lesion_ids, weights, seed):
     "What a locked rule did: how many were answered, and who erred on either side of it."
-    if abstained.dtype != bool or abstained.shape != wrong.shape: raise ValueError(f"abstained is {abstained.dtype} of shape {abstained.shape}; give bool of shape {wrong.shape}")
-    every, given = np.ones(len(wrong), bool), ~abstained
-    leaf = lambda chosen, among, reason='': _share_leaf(_shares(weights, chosen, among), among, lesion_ids, reason, seed)
+    if abstained.dtype != bool or abstained.shape != wrong.shape:
+        raise ValueError(f"abstained is {abstained.dtype} of shape {abstained.shape}; give bool of shape {wrong.shape}")
+    every = np.ones(len(wrong), bool)
+    given = ~abstained
+    def leaf(chosen, among, reason=''):
+        return _share_leaf(_shares(weights, chosen, among), among, lesion_ids, reason, seed)
     return dict(answered=leaf(given, every), answered_risk=leaf(wrong, given, 'no picture was answered'),
                 abstained_risk=leaf(wrong, abstained, 'no picture was passed on'))
 
-# %% ../../nbs/evaluate/36_abstention.ipynb #6768d349
+# %% ../../nbs/evaluate/36_abstention.ipynb #02b368e4
 def _read(cls, values):
     "A dataclass from exactly its fields; `ValueError` names what is unknown, missing or no finite number."
-    names, where = tuple(f.name for f in fields(cls)), cls.__name__
+    names = tuple(f.name for f in fields(cls))
+    where = cls.__name__
     check_keys(values, names, where)
     for name in names:
-        try: numbers = np.asarray(values[name], np.float64)
-        except (ValueError, TypeError): raise ValueError(f"{where}, {name}: {str(values[name])[:40]!r} is no number, nor a list of numbers of one shape") from None
-        if not np.isfinite(numbers).all(): raise ValueError(f"{where}, {name}: holds a value that is no finite number")
+        try:
+            numbers = np.asarray(values[name], np.float64)
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{where}, {name}: {str(values[name])[:40]!r} is no number, nor a list of numbers of one shape"
+            ) from None
+        if not np.isfinite(numbers).all():
+            raise ValueError(f"{where}, {name}: holds a value that is no finite number")
     return cls(**values)
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #6768d349
 def _rounded(value, way):
     "A number at eight significant digits, the nearest that does not lie on the wrong side of it."
     near = float(f'{value:.8g}')
-    if near == value or (near < value) == (way == ROUND_FLOOR): return near
+    if near == value or (near < value) == (way == ROUND_FLOOR):
+        return near
     return float(Context(prec=8, rounding=way).create_decimal_from_float(float(value)))
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #9cb45afb
@@ -198,14 +257,21 @@ def lock_abstention(
     share:float=.1, # of the lesions to pass on, at most; in [0, 1)
 ) -> LockedAbstention:
     "The highest confidence below which at most `share` of the validation lesions lie."
-    if not 0 <= share < 1: raise ValueError(f"share is {share}; give the share of lesions to pass on, at least 0 and below 1")
+    if not 0 <= share < 1:
+        raise ValueError(f"share is {share}; give the share of lesions to pass on, at least 0 and below 1")
     confidence = _numbers(confidence, 'confidence')
     counts, n_lesions = _lesion_shares(_lesions(lesion_ids, len(confidence)))
     levels, level = np.unique(confidence, return_inverse=True)
     at = np.bincount(level, counts) / n_lesions
     below = np.cumsum(at) - at                                    # share of lesions less sure than each level
     value = _rounded(levels[np.flatnonzero(below <= share + 1e-9)[-1]], ROUND_FLOOR)
-    return LockedAbstention(value, float(share), _rounded(counts[confidence < value].sum() / n_lesions, ROUND_FLOOR), len(confidence), n_lesions)
+    return LockedAbstention(
+        value,
+        float(share),
+        _rounded(counts[confidence < value].sum() / n_lesions, ROUND_FLOOR),
+        len(confidence),
+        n_lesions,
+    )
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #3457c92d
 def energy(
@@ -214,9 +280,12 @@ def energy(
 ) -> np.ndarray: # (N,) higher is stranger
     "Free energy of the logits (Liu et al. 2020, equation 4): -T log sum exp(logit / T)."
     logits = np.asarray(logits, np.float64)
-    if logits.ndim != 2: raise ValueError(f"logits have shape {logits.shape}; give (N, C)")
-    if not temperature > 0: raise ValueError(f"temperature is {temperature}; give a number above 0")
-    if not np.isfinite(logits).all(): raise ValueError(f"logits[{np.argwhere(~np.isfinite(logits))[0].tolist()}] is not a finite number")
+    if logits.ndim != 2:
+        raise ValueError(f"logits have shape {logits.shape}; give (N, C)")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; give a number above 0")
+    if not np.isfinite(logits).all():
+        raise ValueError(f"logits[{np.argwhere(~np.isfinite(logits))[0].tolist()}] is not a finite number")
     return -temperature * logsumexp(logits / temperature, axis=1)
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #86662fb5
@@ -232,12 +301,24 @@ class Mahalanobis:
     normalised:bool=True # features are brought to length 1 first
 
     def __post_init__(self):
-        for name in ('mean', 'scale', 'axes', 'whitener', 'centres'): object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
+        for name in ('mean', 'scale', 'axes', 'whitener', 'centres'):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
         K, D = self.axes.shape if self.axes.ndim == 2 else (0, 0)
-        shapes = dict(mean=(D,), scale=(D,), whitener=(K, K), centres=(len(self.centres) if self.centres.ndim else 0, K))
-        off = [name for name, shape in shapes.items() if getattr(self, name).shape != shape or not K or not len(self.centres)]
-        if off: raise ValueError(f"Mahalanobis, {off[0]}: shape {getattr(self, off[0]).shape} does not fit axes of shape {self.axes.shape}")
-        if not (self.scale > 0).all() or not self.rest >= 0: raise ValueError("Mahalanobis: scale must be above 0 everywhere, and rest at least 0")
+        shapes = dict(
+            mean=(D,), scale=(D,), whitener=(K, K), centres=(len(self.centres) if self.centres.ndim else 0, K)
+        )
+        off = [
+            name
+            for name, shape in shapes.items()
+            if getattr(self, name).shape != shape or not K or not len(self.centres)
+        ]
+        if off:
+            raise ValueError(
+                f"Mahalanobis, {off[0]}: shape {getattr(self, off[0]).shape} does not fit axes of shape "
+                f"{self.axes.shape}"
+            )
+        if not (self.scale > 0).all() or not self.rest >= 0:
+            raise ValueError("Mahalanobis: scale must be above 0 everywhere, and rest at least 0")
 
     def to_dict(self) -> dict: # plain JSON values: nested lists at the digits of the fit
         "What `from_dict` reads back."
@@ -258,7 +339,10 @@ def score(self:Mahalanobis,
     "How far each picture lies from the nearest class."
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or features.shape[1] != len(self.mean):
-        raise ValueError(f"features have shape {features.shape}; this detector reads (N, {len(self.mean)}), what the head of its member reads")
+        raise ValueError(
+            f"features have shape {features.shape}; this detector reads (N, {len(self.mean)}), what the "
+            "head of its member reads"
+        )
     steps = ((_unit(features) if self.normalised else features) - self.mean) / self.scale
     placed = steps @ self.axes.T
     near = ((placed @ self.whitener.T)[:, None] - self.centres) ** 2
@@ -270,20 +354,24 @@ def _unit(features):
     "Features at length 1; a vector of zeros stays."
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
-# %% ../../nbs/evaluate/36_abstention.ipynb #a2ba662f
+# %% ../../nbs/evaluate/36_abstention.ipynb #f741b9a0
 def _standardiser(features):
     "Mean and deviation of each feature; a deviation is at least a hundredth of the mean one, so that a dead feature does not shout."
     scale = features.std(0)
-    if not scale.max() > 1e-12: raise ValueError("features are the same for every picture; there is nothing to measure a distance by")
+    if not scale.max() > 1e-12:
+        raise ValueError("features are the same for every picture; there is nothing to measure a distance by")
     return features.mean(0), np.maximum(scale, scale.mean() / 100)
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #c291a5ee
 def _whitener(residuals):
     "A matrix (K,K) after which the shrunk covariance of the residuals is the identity."
     from sklearn.covariance import ledoit_wolf # only fits need it
     values, vectors = np.linalg.eigh(ledoit_wolf(residuals, assume_centered=True)[0])
-    if not values.max() > 1e-12: raise ValueError("the features of a class are all alike; there is no spread to measure a distance by")
+    if not values.max() > 1e-12:
+        raise ValueError("the features of a class are all alike; there is no spread to measure a distance by")
     return (vectors / np.sqrt(np.maximum(values, 1e-9 * values.max()))).T
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #a2ba662f
 def _seven(values):
     "Numbers at seven significant digits, as float32 has them; what is stored is what is applied."
     return np.array([float(f'{x:.7g}') for x in np.ravel(values)]).reshape(np.shape(values))
@@ -291,12 +379,20 @@ def _seven(values):
 # %% ../../nbs/evaluate/36_abstention.ipynb #a7a23943
 def _check_fit(features, targets, dims):
     "Features, classes in order and the class of each picture; an error where no spread can be told."
-    features, targets = np.asarray(features, np.float64), np.asarray(targets)
-    if features.ndim != 2 or targets.shape != (len(features),): raise ValueError(f"features have shape {features.shape}, targets {targets.shape}; give (N, D) and (N,)")
-    if not np.isfinite(features).all(): raise ValueError(f"features[{np.argwhere(~np.isfinite(features))[0].tolist()}] is not a finite number")
-    if dims < 1: raise ValueError(f"dims is {dims}; keep at least 1 component")
+    features = np.asarray(features, np.float64)
+    targets = np.asarray(targets)
+    if features.ndim != 2 or targets.shape != (len(features),):
+        raise ValueError(f"features have shape {features.shape}, targets {targets.shape}; give (N, D) and (N,)")
+    if not np.isfinite(features).all():
+        raise ValueError(f"features[{np.argwhere(~np.isfinite(features))[0].tolist()}] is not a finite number")
+    if dims < 1:
+        raise ValueError(f"dims is {dims}; keep at least 1 component")
     classes, member = np.unique(targets, return_inverse=True)
-    if len(features) < len(classes) + 2: raise ValueError(f"{len(features)} pictures of {len(classes)} class(es) say nothing of the spread within a class; give at least {len(classes) + 2}")
+    if len(features) < len(classes) + 2:
+        raise ValueError(
+            f"{len(features)} pictures of {len(classes)} class(es) say nothing of the spread within a "
+            f"class; give at least {len(classes) + 2}"
+        )
     return features, classes, member
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #ac7acf45
@@ -308,17 +404,23 @@ def fit_mahalanobis(
 ) -> Mahalanobis:
     "Class centres, the covariance they share in the first principal components, and one variance for all other directions."
     features, classes, member = _check_fit(features, targets, dims)
-    if normalise: features = _unit(features)
+    if normalise:
+        features = _unit(features)
     mean, scale = _standardiser(features)
     steps = (features - mean) / scale
     _, strength, axes = np.linalg.svd(steps, full_matrices=False)
     keep = min(dims, max(1, (len(features) - len(classes)) // 10), int((strength > 1e-6 * strength[0]).sum()))
-    axes, directions = axes[:keep], steps.shape[1] - keep
+    axes = axes[:keep]
+    directions = steps.shape[1] - keep
     placed = steps @ axes.T
     centres = np.stack([placed[member == c].mean(0) for c in range(len(classes))])
     whitener = _whitener(placed - centres[member])
     rest = (strength[keep:]**2).sum() / len(steps) / directions if directions else 0.
-    return Mahalanobis(*map(_seven, (mean, scale, axes, whitener, centres @ whitener.T)), float(_seven(rest if rest > 1e-9 else 0.)), bool(normalise))
+    return Mahalanobis(
+        *map(_seven, (mean, scale, axes, whitener, centres @ whitener.T)),
+        float(_seven(rest if rest > 1e-9 else 0.0)),
+        bool(normalise),
+    )
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #1f7b935d
 def crossfit_mahalanobis(
@@ -330,9 +432,14 @@ def crossfit_mahalanobis(
     seed:int=0, # of the folds
 ) -> np.ndarray: # (N,) scores to lock a threshold on
     "Score each picture by a detector fitted without its lesion."
-    features, targets = np.asarray(features, np.float64), np.asarray(targets)
-    dealt, scores = lesion_folds(targets, lesion_ids, folds, seed), np.empty(len(targets))
-    for fold in range(folds): scores[dealt == fold] = fit_mahalanobis(features[dealt != fold], targets[dealt != fold], dims).score(features[dealt == fold])
+    features = np.asarray(features, np.float64)
+    targets = np.asarray(targets)
+    dealt = lesion_folds(targets, lesion_ids, folds, seed)
+    scores = np.empty(len(targets))
+    for fold in range(folds):
+        scores[dealt == fold] = fit_mahalanobis(features[dealt != fold], targets[dealt != fold], dims).score(
+            features[dealt == fold]
+        )
     return scores
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #dbb10bcf
@@ -368,7 +475,8 @@ def lock_ood(
     share:float=.95, # of the lesions to answer, in (0, 1)
 ) -> LockedOod:
     "The lowest score at which `share` of the lesions, and of one more unseen, are not yet strange."
-    if not 0 < share < 1: raise ValueError(f"share is {share}; give the share of lesions to answer, between 0 and 1")
+    if not 0 < share < 1:
+        raise ValueError(f"share is {share}; give the share of lesions to answer, between 0 and 1")
     scores = _numbers(scores, 'scores')
     counts, n_lesions = _lesion_shares(_lesions(lesion_ids, len(scores)))
     order = np.argsort(scores, kind='stable')
@@ -379,44 +487,70 @@ def lock_ood(
                          f"give at least {int(np.ceil(share / (1 - share) - 1e-9))}, or ask for a smaller share")
     return LockedOod(_rounded(scores[order[enough[0]]], ROUND_CEILING), float(share), len(scores), n_lesions)
 
-# %% ../../nbs/evaluate/36_abstention.ipynb #cf0a0b86
+# %% ../../nbs/evaluate/36_abstention.ipynb #f321464b
 FOREIGN = ('noise', 'flat', 'text', 'stripes', 'sky', 'shapes')
 
-def _noise(rng, size): return rng.integers(0, 256, (size, size, 3))
+def _noise(rng, size):
+    return rng.integers(0, 256, (size, size, 3))
 
-def _flat(rng, size): return np.broadcast_to(rng.integers(0, 256, 3), (size, size, 3))
+# %% ../../nbs/evaluate/36_abstention.ipynb #ea81856c
+def _flat(rng, size):
+    return np.broadcast_to(rng.integers(0, 256, 3), (size, size, 3))
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #cf0a0b86
 def _text(rng, size):
     "Lines of letters, dark on light paper."
-    page, step = np.full((size, size, 3), rng.integers(215, 256), np.uint8), max(6, size // 12)
+    page = np.full((size, size, 3), rng.integers(215, 256), np.uint8)
+    step = max(6, size // 12)
     for row in range(step, size, step):
         line = ''.join(rng.choice(list('abcdefghijklmnopqrstuvwxyz   '), 60))
-        cv2.putText(page, line, (int(step // 3), row), cv2.FONT_HERSHEY_SIMPLEX, step / 32, (int(rng.integers(0, 70)),) * 3, 1, cv2.LINE_AA)
+        cv2.putText(
+            page,
+            line,
+            (int(step // 3), row),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            step / 32,
+            (int(rng.integers(0, 70)),) * 3,
+            1,
+            cv2.LINE_AA,
+        )
     return page
 
-# %% ../../nbs/evaluate/36_abstention.ipynb #617821a2
+# %% ../../nbs/evaluate/36_abstention.ipynb #9a7de68f
 def _stripes(rng, size):
     "A regular texture of two colours: stripes, or two crossing sets of them."
     y, x = np.mgrid[:size, :size] / size
-    wave = lambda: np.sin(2 * np.pi * rng.uniform(4, 14) * (x * np.cos(angle := rng.uniform(0, np.pi)) + y * np.sin(angle)) + rng.uniform(0, 7))
+    def wave():
+        return np.sin(
+            2 * np.pi * rng.uniform(4, 14) * (x * np.cos(angle := rng.uniform(0, np.pi)) + y * np.sin(angle))
+            + rng.uniform(0, 7)
+        )
     mix = (wave() * (wave() if rng.random() < .5 else 1) > 0)[..., None]
     return np.where(mix, rng.integers(0, 256, 3), rng.integers(0, 256, 3))
 
+# %% ../../nbs/evaluate/36_abstention.ipynb #617821a2
 def _sky(rng, size):
     "A smooth fall from one colour to another, with soft clouds."
-    top, foot, y = rng.integers(60, 256, 3), rng.integers(60, 256, 3), np.linspace(0, 1, size)[:, None, None]
+    top = rng.integers(60, 256, 3)
+    foot = rng.integers(60, 256, 3)
+    y = np.linspace(0, 1, size)[:, None, None]
     clouds = cv2.GaussianBlur(rng.normal(size=(size, size)), (0, 0), size / 10)
     return top * (1 - y) + foot * y + 25 * (clouds / clouds.std())[..., None]
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #7074815a
 def _shapes(rng, size):
     "Boxes, discs and lines in many colours, blurred and grainy: things seen by a camera."
-    scene, at = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8), lambda: tuple(int(v) for v in rng.integers(0, size, 2))
+    scene = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8)
+    at = lambda: tuple(int(v) for v in rng.integers(0, size, 2))
     for _ in range(rng.integers(8, 16)):
-        colour, form = tuple(int(v) for v in rng.integers(0, 256, 3)), rng.integers(0, 3)
-        if form == 0: cv2.rectangle(scene, at(), at(), colour, -1)
-        elif form == 1: cv2.circle(scene, at(), int(rng.integers(size // 16, size // 4)), colour, -1)
-        else: cv2.line(scene, at(), at(), colour, int(rng.integers(1, max(2, size // 12))))
+        colour = tuple(int(v) for v in rng.integers(0, 256, 3))
+        form = rng.integers(0, 3)
+        if form == 0:
+            cv2.rectangle(scene, at(), at(), colour, -1)
+        elif form == 1:
+            cv2.circle(scene, at(), int(rng.integers(size // 16, size // 4)), colour, -1)
+        else:
+            cv2.line(scene, at(), at(), colour, int(rng.integers(1, max(2, size // 12))))
     return cv2.GaussianBlur(scene, (0, 0), size / 200) + rng.normal(0, 6, (size, size, 1))
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #38c9153d
@@ -429,22 +563,29 @@ def foreign_images(
     seed:int=0, # same seed, same pictures; the first ones do not depend on n
 ) -> np.ndarray: # (n,size,size,3) uint8 RGB
     "Made-up pictures of one kind that are no lesion."
-    if kind not in FOREIGN: raise ValueError(f"kind {kind!r} is not one of {', '.join(FOREIGN)}.{nearest(str(kind), FOREIGN)}")
-    if n < 1 or size < 16: raise ValueError(f"n is {n} and size {size}; give at least 1 picture of at least 16 pixels")
+    if kind not in FOREIGN:
+        raise ValueError(f"kind {kind!r} is not one of {', '.join(FOREIGN)}.{nearest(str(kind), FOREIGN)}")
+    if n < 1 or size < 16:
+        raise ValueError(f"n is {n} and size {size}; give at least 1 picture of at least 16 pixels")
     rngs = (np.random.default_rng([seed, FOREIGN.index(kind), i]) for i in range(n))
     return np.stack([np.clip(_DRAWN[kind](rng, size), 0, 255).astype(np.uint8) for rng in rngs])
 
-# %% ../../nbs/evaluate/36_abstention.ipynb #c6c04d08
+# %% ../../nbs/evaluate/36_abstention.ipynb #2d675798
 def _passed(inside, outside, blocks, share=.95):
     "Share of strange pictures no stranger than the `share` quantile of the lesions, in resamples (N,S) of either."
-    order, out = np.argsort(inside, kind='stable'), np.argsort(outside, kind='stable')
+    order = np.argsort(inside, kind='stable')
+    out = np.argsort(outside, kind='stable')
     reached = np.cumsum(blocks[0][order], axis=0)
-    edge = np.minimum((reached < share * reached[-1] - 1e-9).sum(0), len(order) - 1)           # the picture at which the share is reached
+    edge = np.minimum(
+        (reached < share * reached[-1] - 1e-9).sum(0), len(order) - 1
+    ) # the picture at which the share is reached
     below = np.searchsorted(outside[out], inside[order][edge], side='right')
     counts = np.concatenate([np.zeros((1, blocks[1].shape[1])), np.cumsum(blocks[1][out], axis=0)])
     return counts[below, np.arange(len(edge))] / counts[-1]
 
-def _of_pictures(leaf): return leaf | dict(method=leaf['method'].replace('lesion', 'picture'))
+# %% ../../nbs/evaluate/36_abstention.ipynb #c6c04d08
+def _of_pictures(leaf):
+    return leaf | dict(method=leaf['method'].replace('lesion', 'picture'))
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #8fb43910
 def ood_scorecard(
@@ -456,26 +597,53 @@ def ood_scorecard(
     seed:int=0, # of the resamples
 ) -> dict: # kind -> auroc, fpr_at_95_tpr, with `locked` also flagged; 'inside' -> flagged: leaves
     "How well a score of strangeness tells lesions from pictures that are none."
-    inside, card = _numbers(inside, 'inside'), {}
+    inside = _numbers(inside, 'inside')
+    card = {}
     lesion_ids = _lesions(lesion_ids, len(inside))
-    once = lambda n: np.ones((1, n), np.int16)
+    def once(n):
+        return np.ones((1, n), np.int16)
     drawn = np.concatenate([once(len(inside)), lesion_weights(lesion_ids, n_resamples, seed)])
-    flagged = lambda scores, weights, ids: _share_leaf(_shares(weights, locked.strange(scores), np.ones(len(scores), bool)), np.ones(len(scores), bool), ids, '', seed)
-    if locked: card['inside'] = dict(flagged=flagged(inside, drawn, lesion_ids))
+    def flagged(scores, weights, ids):
+        return _share_leaf(
+            _shares(weights, locked.strange(scores), np.ones(len(scores), bool)),
+            np.ones(len(scores), bool),
+            ids,
+            '',
+            seed,
+        )
+    if locked:
+        card['inside'] = dict(flagged=flagged(inside, drawn, lesion_ids))
     for k, (kind, scores) in enumerate(outside.items()):
         scores = _numbers(scores, f"outside '{kind}'")
         own = np.concatenate([once(len(scores)), lesion_weights(np.arange(len(scores)), n_resamples, seed + 1 + k)])
         card[kind] = _kind_leaves(inside, scores, drawn, own, lesion_ids, seed)
-        if locked: card[kind]['flagged'] = _of_pictures(flagged(scores, own, np.arange(len(scores))))
+        if locked:
+            card[kind]['flagged'] = _of_pictures(flagged(scores, own, np.arange(len(scores))))
     return card
 
 # %% ../../nbs/evaluate/36_abstention.ipynb #986063f7
 def _kind_leaves(inside, outside, drawn, own, lesion_ids, seed):
     "AUROC and false positive rate of one kind."
-    n, lesions = len(outside), len(np.unique(lesion_ids))
-    area = weighted_auroc(np.r_[np.zeros(len(inside)), np.ones(n)] > 0, np.r_[inside, outside], np.concatenate([drawn, own], axis=1))
-    passed = np.concatenate([_passed(inside, outside, (a.T.astype(float), b.T.astype(float))) for a, b in zip(np.array_split(drawn, 8), np.array_split(own, 8))])
-    exact = (*newcombe_interval(area[0], n, lesions), 'Newcombe method 5 over lesions, perfectly ranked') if area[0] in (0, 1) else None
+    n = len(outside)
+    lesions = len(np.unique(lesion_ids))
+    area = weighted_auroc(
+        np.r_[np.zeros(len(inside)), np.ones(n)] > 0, np.r_[inside, outside], np.concatenate([drawn, own], axis=1)
+    )
+    passed = np.concatenate(
+        [
+            _passed(inside, outside, (a.T.astype(float), b.T.astype(float)))
+            for a, b in zip(np.array_split(drawn, 8), np.array_split(own, 8))
+        ]
+    )
+    exact = (
+        (*newcombe_interval(area[0], n, lesions), 'Newcombe method 5 over lesions, perfectly ranked')
+        if area[0] in (0, 1)
+        else None
+    )
     alike = (*wilson_interval(passed[0], n), 'Wilson over pictures, all alike') if passed[0] in (0, 1) else None
-    return dict(auroc=interval_leaf(area[0], area[1:], len(inside) + n, lesions + n, '', exact, _method(seed), fewest=min(lesions, n)),
-                fpr_at_95_tpr=interval_leaf(passed[0], passed[1:], n, n, '', alike, _method(seed), fewest=min(lesions, n)))
+    return dict(
+        auroc=interval_leaf(
+            area[0], area[1:], len(inside) + n, lesions + n, '', exact, _method(seed), fewest=min(lesions, n)
+        ),
+        fpr_at_95_tpr=interval_leaf(passed[0], passed[1:], n, n, '', alike, _method(seed), fewest=min(lesions, n)),
+    )

@@ -18,18 +18,24 @@ from fastcore.basics import patch
 from ..data.splits import SPLITS
 from ..taxonomy import nearest
 
-# %% ../../nbs/evaluate/42_benchmarks.ipynb #c8f382fb
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #ecdaf9b8
 VARIANTS = dict(dermamnist=('', 'C', 'E')) # benchmark -> its splits; '' is the first one published
-RESOLUTIONS = dict(dermamnist=('28', '224-upsampled-from-28', '224-true', '224-corrected-splits')) # benchmark -> kinds of images
+RESOLUTIONS = dict(
+    dermamnist=('28', '224-upsampled-from-28', '224-true', '224-corrected-splits')
+) # benchmark -> kinds of images
 CORRECTED = '224-corrected-splits' # a resolution that implies the variant C
 
 class BenchmarkError(ValueError):
     "Two results that may not be compared, or a benchmark that cannot be."
 
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #c8f382fb
 def _check_word(value, what, allowed):
     "Refuse a variant or a resolution that the benchmark has not; '' for a resolution is unknown."
     if value not in allowed:
-        raise BenchmarkError(f"{what} '{value}' is none of {', '.join(repr(a) for a in allowed)}.{nearest(value, [a for a in allowed if a])}")
+        raise BenchmarkError(
+            f"{what} '{value}' is none of "
+            f"{', '.join(repr(a) for a in allowed)}.{nearest(value, [a for a in allowed if a])}"
+        )
 
 # %% ../../nbs/evaluate/42_benchmarks.ipynb #e407398a
 @dataclass(frozen=True)
@@ -48,21 +54,31 @@ class BenchmarkId:
             _check_word(self.variant, f'{self.name}: variant', VARIANTS[self.name])
             _check_word(self.resolution, f'{self.name}: resolution', ('', *RESOLUTIONS[self.name]))
             if self.resolution == CORRECTED and self.variant != 'C':
-                raise BenchmarkError(f"{self.name}: resolution '{CORRECTED}' belongs to variant 'C', and the variant is '{self.variant}'; correct one")
+                raise BenchmarkError(
+                    f"{self.name}: resolution '{CORRECTED}' belongs to variant 'C', and the variant is "
+                    f"'{self.variant}'; correct one"
+                )
         if self.split_sha256 and not re.fullmatch('[0-9a-f]{64}', self.split_sha256):
-            raise BenchmarkError(f"{self.name}: split_sha256 is {self.split_sha256!r}; give what split_digest returns, or '' where it is unknown")
+            raise BenchmarkError(
+                f"{self.name}: split_sha256 is {self.split_sha256!r}; give what split_digest returns, "
+                "or '' where it is unknown"
+            )
         if self.leak is not None and not (isinstance(self.leak, int) and self.leak >= 0):
-            raise BenchmarkError(f"{self.name}: leak is {self.leak!r}; give how many lesions stand in more than one part, or None where it is unknown")
+            raise BenchmarkError(
+                f"{self.name}: leak is {self.leak!r}; give how many lesions stand in more than one "
+                "part, or None where it is unknown"
+            )
 
     def __str__(self):
         return f"{self.name or 'unnamed'}{f'-{self.variant}' if self.variant else ''}{f'@{self.resolution}' if self.resolution else ''}"
 
-# %% ../../nbs/evaluate/42_benchmarks.ipynb #4944acce
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #289821dd
 @patch
 def to_dict(self:BenchmarkId) -> dict: # of plain JSON values
     "The identity as a metrics file holds it."
     return asdict(self)
 
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #4944acce
 @patch(cls_method=True)
 def from_dict(cls:BenchmarkId,
     values:dict, # what `to_dict` gave
@@ -70,9 +86,13 @@ def from_dict(cls:BenchmarkId,
     "Read an identity back; an unknown or missing key is an error."
     allowed = [f.name for f in fields(cls)]
     for key in values:
-        if key not in allowed: raise BenchmarkError(f"benchmark: unknown key '{key}'; allowed are {', '.join(allowed)}.{nearest(str(key), allowed)}")
+        if key not in allowed:
+            raise BenchmarkError(
+                f"benchmark: unknown key '{key}'; allowed are {', '.join(allowed)}.{nearest(str(key), allowed)}"
+            )
     for key in allowed:
-        if key not in values: raise BenchmarkError(f"benchmark: the key '{key}' is missing; it needs {', '.join(allowed)}")
+        if key not in values:
+            raise BenchmarkError(f"benchmark: the key '{key}' is missing; it needs {', '.join(allowed)}")
     return cls(**values)
 
 # %% ../../nbs/evaluate/42_benchmarks.ipynb #c8837f4a
@@ -82,45 +102,64 @@ def parse_benchmark(
     "A benchmark in words."
     head, at, resolution = text.strip().partition('@')
     name, dash, variant = head.partition('-')
-    if not head: raise BenchmarkError(f"benchmark '{text}': the name is missing; write NAME or NAME@RESOLUTION, such as ham10000@96")
-    if name.lower() in VARIANTS: return BenchmarkId(name.lower(), variant, resolution)
-    if at and not resolution: raise BenchmarkError(f"benchmark '{text}': nothing stands behind the @; write NAME@RESOLUTION, such as ham10000@96")
+    if not head:
+        raise BenchmarkError(
+            f"benchmark '{text}': the name is missing; write NAME or NAME@RESOLUTION, such as ham10000@96"
+        )
+    if name.lower() in VARIANTS:
+        return BenchmarkId(name.lower(), variant, resolution)
+    if at and not resolution:
+        raise BenchmarkError(
+            f"benchmark '{text}': nothing stands behind the @; write NAME@RESOLUTION, such as ham10000@96"
+        )
     return BenchmarkId(head.lower(), '', resolution)
 
-# %% ../../nbs/evaluate/42_benchmarks.ipynb #643f4b15
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #718e6d74
 def _words(table, *columns):
     "Columns as text, unknown as ''."
     for column in columns:
-        if column not in table: raise ValueError(f"split: no column {column}; found {', '.join(map(str, table.columns))}.{nearest(column, map(str, table.columns))}")
+        if column not in table:
+            raise ValueError(
+                f"split: no column {column}; found "
+                f"{', '.join(map(str, table.columns))}.{nearest(column, map(str, table.columns))}"
+            )
     return table[list(columns)].fillna('').astype(str)
 
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #0eca0cf4
 def split_digest(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, split
 ) -> str: # 64 hexadecimal digits
     "SHA-256 of the images that are tested on and their lesions, whatever the order of the rows; of all images where no split is called test."
     rows = _words(table, 'image_id', 'lesion_id', 'split')
-    if (rows['split'] == 'test').any(): rows = rows[rows['split'] == 'test']
+    if (rows['split'] == 'test').any():
+        rows = rows[rows['split'] == 'test']
     rows = sorted(rows.itertuples(index=False, name=None))
     return hashlib.sha256(json.dumps(rows, ensure_ascii=True, separators=(',', ':')).encode()).hexdigest()
 
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #643f4b15
 def shared_lesions(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, split
 ) -> int|None: # None where that cannot be told: no lesion is known, or none crosses the parts given and the training part is not among them
     "How many lesions stand in more than one of train, valid and test."
     rows = _words(table, 'image_id', 'lesion_id', 'split')
     rows = rows[rows['split'].isin(SPLITS) & (rows['lesion_id'] != '')]
-    crossing, parts = int((rows.groupby('lesion_id')['split'].nunique() > 1).sum()), set(rows['split'])
+    crossing = int((rows.groupby('lesion_id')['split'].nunique() > 1).sum())
+    parts = set(rows['split'])
     return crossing if crossing or ('train' in parts and len(parts) > 1) else None
 
-# %% ../../nbs/evaluate/42_benchmarks.ipynb #519c09b5
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #aa86abfc
 def identify(
     benchmark:BenchmarkId, # what is known by name
     table:pd.DataFrame|None=None, # one row per image: image_id, lesion_id, split; None where the split is unknown
 ) -> BenchmarkId: # with the digest of the split and the lesions that leak
     "Complete an identity by the split that a result was measured on."
-    if table is None: return benchmark
-    return BenchmarkId(benchmark.name, benchmark.variant, benchmark.resolution, split_digest(table), shared_lesions(table))
+    if table is None:
+        return benchmark
+    return BenchmarkId(
+        benchmark.name, benchmark.variant, benchmark.resolution, split_digest(table), shared_lesions(table)
+    )
 
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #519c09b5
 def benchmark_of(
     dataset:str, # name of a data set, as its dataset.json has it
     table:pd.DataFrame|None=None, # one row per image: image_id, lesion_id, split
@@ -128,26 +167,38 @@ def benchmark_of(
     "The identity of a result on a data set that is no named benchmark."
     return identify(BenchmarkId(re.sub('[^a-z0-9]+', '-', dataset.lower()).strip('-')), table)
 
-# %% ../../nbs/evaluate/42_benchmarks.ipynb #5a680a86
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #d2457e51
 _WHY = dict(
     name="other images, another case mix: neither number says anything about the other",
-    variant="the parts hold other images; of the first DermaMNIST split 1,006 lesions stand in more than one part, of C none, and E is tested on another collection",
+    variant="the parts hold other images; of the first DermaMNIST split 1,006 lesions stand in more than "
+    "one part, of C none, and E is tested on another collection",
     resolution="images of another kind hold more or less to see",
     leak="where a lesion of the test set was learnt from, the result is too good",
-    split_sha256="other images are tested on, or other lesions are told apart in them")
+    split_sha256="other images are tested on, or other lesions are told apart in them",
+)
 
 def _differences(a, b):
     "Which fields of two identities differ, unknown ones aside."
     known = [(key, getattr(a, key), getattr(b, key)) for key in _WHY]
-    unknown = lambda key, value: value is None or (value == '' and key != 'variant')
+    def unknown(key, value):
+        return value is None or (value == '' and key != 'variant')
     return [(key, x, y) for key, x, y in known if not unknown(key, x) and not unknown(key, y) and x != y]
 
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #01844698
 def _unknowns(identity, who):
     "Sentences on what an identity leaves open."
-    if identity is None: return (f"{who}: nothing says what it was measured on, so whether the two may be compared is not known",)
-    open_ = [what for key, what in dict(name='name', resolution='kind of images', split_sha256='split', leak='leak between its parts').items() if getattr(identity, key) in ('', None)]
+    if identity is None:
+        return (f"{who}: nothing says what it was measured on, so whether the two may be compared is not known",)
+    open_ = [
+        what
+        for key, what in dict(
+            name='name', resolution='kind of images', split_sha256='split', leak='leak between its parts'
+        ).items()
+        if getattr(identity, key) in ('', None)
+    ]
     return (f"{who} ({identity}): unknown {', '.join(open_)}",) if open_ else ()
 
+# %% ../../nbs/evaluate/42_benchmarks.ipynb #5a680a86
 def check_comparable(
     a:BenchmarkId|None, # what one result was measured on; None where nothing is known
     b:BenchmarkId|None, # what the other was
@@ -157,5 +208,9 @@ def check_comparable(
     if a is not None and b is not None:
         found = _differences(a, b)
         said = [f"{key}: {names[0]} {x!r}, {names[1]} {y!r} ({_WHY[key]})" for key, x, y in found]
-        if said: raise BenchmarkError(f"{names[0]} and {names[1]} may not be compared; {'; '.join(said)}. Measure both on the same split and images")
+        if said:
+            raise BenchmarkError(
+                f"{names[0]} and {names[1]} may not be compared; {'; '.join(said)}. Measure both on the "
+                "same split and images"
+            )
     return (*_unknowns(a, names[0]), *_unknowns(b, names[1]))

@@ -18,18 +18,23 @@ from .intervals import expanded_level, format_leaf, lesion_weights
 from .metrics import LOG_FLOOR, weight_blocks
 from ..taxonomy import nearest
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #258fd90d
+# %% ../../nbs/evaluate/32_calibration.ipynb #60741557
 def _lesion_classes(targets, lesion_ids):
     "The lesions, which one each image shows, and the class of each lesion (the lowest where its images disagree)."
     targets = np.asarray(targets, np.int64)
     lesion_ids = np.asarray(lesion_ids)
-    if lesion_ids.dtype.kind not in 'iu': lesion_ids = lesion_ids.astype(str)
-    if lesion_ids.shape != targets.shape: raise ValueError(f"targets has shape {targets.shape}, lesion_ids {lesion_ids.shape}; give (N,) and (N,), an entry per image")
+    if lesion_ids.dtype.kind not in 'iu':
+        lesion_ids = lesion_ids.astype(str)
+    if lesion_ids.shape != targets.shape:
+        raise ValueError(
+            f"targets has shape {targets.shape}, lesion_ids {lesion_ids.shape}; give (N,) and (N,), an entry per image"
+        )
     lesions, member = np.unique(lesion_ids, return_inverse=True)
     classes = np.full(len(lesions), np.iinfo(np.int64).max)
     np.minimum.at(classes, member, targets)
     return lesions, member, classes
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #258fd90d
 def lesion_folds(
     targets:np.ndarray, # (N,) int, true class
     lesion_ids:np.ndarray, # (N,) str or int, lesion of each image
@@ -37,9 +42,13 @@ def lesion_folds(
     seed:int=0, # same seed, same folds, whatever the order of the rows
 ) -> np.ndarray: # (N,) int in [0, folds); images of one lesion share theirs
     "Deal whole lesions out to folds, class by class, so that folds differ by at most one lesion of a class."
-    if not (folds == int(folds) and folds >= 2): raise ValueError(f"folds is {folds}; give a whole number of folds, at least 2")
+    if not (folds == int(folds) and folds >= 2):
+        raise ValueError(f"folds is {folds}; give a whole number of folds, at least 2")
     lesions, member, classes = _lesion_classes(targets, lesion_ids)
-    if len(lesions) < folds: raise ValueError(f"{len(lesions)} lesion(s) cannot fill {folds} folds; ask for fewer folds, or give more lesions")
+    if len(lesions) < folds:
+        raise ValueError(
+            f"{len(lesions)} lesion(s) cannot fill {folds} folds; ask for fewer folds, or give more lesions"
+        )
     order = np.random.default_rng(seed).permutation(len(lesions))
     order = order[np.argsort(classes[order], kind='stable')]     # class by class, shuffled within
     fold = np.empty(len(lesions), np.int64)
@@ -54,10 +63,18 @@ def crossfit(
     folds:np.ndarray, # (N,) int, fold of each image, as `lesion_folds` gives it
 ) -> np.ndarray: # (N,C) float64, each row from a fit that saw nothing of its fold
     "What a fitted map says about images it has not been fitted on."
-    values, targets, folds = np.asarray(values, np.float64), np.asarray(targets, np.int64), np.asarray(folds)
+    values = np.asarray(values, np.float64)
+    targets = np.asarray(targets, np.int64)
+    folds = np.asarray(folds)
     if not values.shape[-2] == len(targets) == len(folds):
-        raise ValueError(f"shapes do not fit: values {values.shape}, targets {targets.shape}, folds {folds.shape}; give (..., N, C), (N,) and (N,)")
-    if len(np.unique(folds)) < 2: raise ValueError(f"folds holds {len(np.unique(folds))} fold(s); a cross-fit needs at least 2, one to fit and one to look at")
+        raise ValueError(
+            f"shapes do not fit: values {values.shape}, targets {targets.shape}, folds {folds.shape}; "
+            "give (..., N, C), (N,) and (N,)"
+        )
+    if len(np.unique(folds)) < 2:
+        raise ValueError(
+            f"folds holds {len(np.unique(folds))} fold(s); a cross-fit needs at least 2, one to fit and one to look at"
+        )
     answers = np.empty(values.shape[-2:])
     for fold in np.unique(folds):
         out = folds == fold
@@ -72,16 +89,19 @@ def image_log_losses(
     "Log loss of each image: minus the logarithm of what its true class was given, at most 36."
     return -np.log(np.clip(probs[np.arange(len(targets)), targets], LOG_FLOOR, 1))
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #57a25691
+# %% ../../nbs/evaluate/32_calibration.ipynb #9c1dd528
 def _resampled_means(values, weights):
     "Mean of each column of `values` (N,K) in each resample (R,N): (R,K)."
     means = np.empty((len(weights), values.shape[1]))
-    for rows, block in weight_blocks(weights): means[rows] = block.T @ values / block.sum(0)[:, None]
+    for rows, block in weight_blocks(weights):
+        means[rows] = block.T @ values / block.sum(0)[:, None]
     return means
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #57a25691
 def _joint_intervals(differences, weights, level=.95):
     "Mean of each column (N,K) with intervals that hold all at once: means, lows, highs (K,); NaN where nothing varies."
-    means, samples = differences.mean(0), _resampled_means(differences, weights)
+    means = differences.mean(0)
+    samples = _resampled_means(differences, weights)
     spread = samples.std(0) if len(samples) > 1 else np.zeros(len(means))
     varies = spread > 1e-12
     half = np.full(len(means), np.nan)
@@ -98,50 +118,78 @@ def check_probs(
 ) -> np.ndarray: # (N,C) float64
     "Probabilities that can be fitted or judged, or a `ValueError` that names the row."
     probs = np.asarray(probs, np.float64)
-    if probs.ndim != 2 or probs.shape[1] < 2: raise ValueError(f"{where} has shape {probs.shape}; give (N, C), a row per image and a column per class, at least 2")
+    if probs.ndim != 2 or probs.shape[1] < 2:
+        raise ValueError(
+            f"{where} has shape {probs.shape}; give (N, C), a row per image and a column per class, at least 2"
+        )
     bad = np.flatnonzero(~((probs >= 0).all(1) & (np.abs(probs.sum(1) - 1) < 1e-3)))
-    if len(bad): raise ValueError(f"{where}, row {bad[0]}: {probs[bad[0]].round(4).tolist()} are no probabilities that sum to 1 ({len(bad)} such row(s)); "
-                                  f"give softmax outputs, not logits")
-    if targets is None: return probs
+    if len(bad):
+        raise ValueError(
+            f"{where}, row {bad[0]}: {probs[bad[0]].round(4).tolist()} are no probabilities that sum to "
+            f"1 ({len(bad)} such row(s)); "
+            f"give softmax outputs, not logits"
+        )
+    if targets is None:
+        return probs
     targets = np.asarray(targets)
-    if len(targets) != len(probs): raise ValueError(f"{where} has {len(probs)} rows and there are {len(targets)} targets; give one target per row")
+    if len(targets) != len(probs):
+        raise ValueError(f"{where} has {len(probs)} rows and there are {len(targets)} targets; give one target per row")
     bad = np.flatnonzero((targets < 0) | (targets >= probs.shape[1]))
-    if len(bad): raise ValueError(f"targets[{bad[0]}] is {targets[bad[0]]}; allowed are 0 to {probs.shape[1] - 1}, the columns of {where}")
+    if len(bad):
+        raise ValueError(
+            f"targets[{bad[0]}] is {targets[bad[0]]}; allowed are 0 to {probs.shape[1] - 1}, the columns of {where}"
+        )
     return probs
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #fbb7e203
+# %% ../../nbs/evaluate/32_calibration.ipynb #4319112e
 @dataclass(frozen=True, eq=False)
 class Selection:
     "The candidate taken, and why it and no other."
     name:str # of the candidate
-    table:pd.DataFrame # candidate, log_loss, difference (from the baseline), low, high, verdict, n, n_lesions; simplest first
+    table: (
+        pd.DataFrame
+    ) # candidate, log_loss, difference (from the baseline), low, high, verdict, n, n_lesions; simplest first
     reasons:tuple # of str, in the order in which they decided
 
-    def __str__(self): return '\n'.join([f'{self.name}:', *(f'- {reason}' for reason in self.reasons)])
+    def __str__(self):
+        return '\n'.join([f'{self.name}:', *(f'- {reason}' for reason in self.reasons)])
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #fbb7e203
 def _checked_candidates(candidates, targets, lesion_ids, baseline):
     "Candidates as float64 arrays and the targets, or an error that names the candidate."
-    if not candidates: raise ValueError("candidates is empty; give at least one, by name, as (N, C) probabilities")
+    if not candidates:
+        raise ValueError("candidates is empty; give at least one, by name, as (N, C) probabilities")
     if baseline is not None and baseline not in candidates:
-        raise ValueError(f"baseline {baseline!r} is none of the candidates ({', '.join(candidates)}).{nearest(str(baseline), candidates)}")
+        raise ValueError(
+            f"baseline {baseline!r} is none of the candidates "
+            f"({', '.join(candidates)}).{nearest(str(baseline), candidates)}"
+        )
     targets = np.asarray(targets, np.int64)
-    if len(targets) != len(lesion_ids): raise ValueError(f"{len(targets)} targets and {len(lesion_ids)} lesion_ids; give one of each per image")
+    if len(targets) != len(lesion_ids):
+        raise ValueError(f"{len(targets)} targets and {len(lesion_ids)} lesion_ids; give one of each per image")
     return {name: check_probs(probs, targets, f'candidate {name!r}') for name, probs in candidates.items()}, targets
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #c0558012
+# %% ../../nbs/evaluate/32_calibration.ipynb #9f9f6a7e
 def _difference(means, lows, highs, k):
     "A difference in log loss as people write it."
     low, high = (None if np.isnan(v[k]) else v[k] for v in (lows, highs))
     return format_leaf(dict(value=means[k], low=low, high=high), 4)
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #c0558012
 def _simplest_within_reach(names, losses, better, weights, level):
     "The lowest mean among `better`, or the simplest candidate that is not clearly worse; and a sentence."
     best = min(better, key=lambda k: losses[:, k].mean())
     simpler = [k for k in better if k < best]
-    if not simpler: return best, f"{names[best]} has the lowest log loss of those, and no simpler one stands among them"
+    if not simpler:
+        return best, f"{names[best]} has the lowest log loss of those, and no simpler one stands among them"
     found = _joint_intervals(losses[:, simpler] - losses[:, [best]], weights, level)
     for i, k in enumerate(simpler):
-        if not found[1][i] > 0: return k, f"{names[best]} has the lowest log loss; the simpler {names[k]} is not clearly worse: {_difference(*found, i)}"
+        if not found[1][i] > 0:
+            return (
+                k,
+                f"{names[best]} has the lowest log loss; the simpler {names[k]} is not clearly worse: "
+                f"{_difference(*found, i)}",
+            )
     return best, f"{names[best]} has the lowest log loss, clearly lower than every simpler one"
 
 # %% ../../nbs/evaluate/32_calibration.ipynb #d489388e
@@ -159,23 +207,51 @@ def choose_candidate(
     base = names.index(baseline or names[0])
     losses = np.stack([image_log_losses(targets, probs) for probs in candidates.values()], 1)
     lesions = len(np.unique(np.asarray(lesion_ids).astype(str)))
-    weights, level = lesion_weights(lesion_ids, n_resamples, seed), expanded_level(lesions)
+    weights = lesion_weights(lesion_ids, n_resamples, seed)
+    level = expanded_level(lesions)
     rivals = [k for k in range(len(names)) if k != base]
-    means, lows, highs = (np.insert(v, base, np.nan) for v in _joint_intervals(losses[:, rivals] - losses[:, [base]], weights, level))
+    means, lows, highs = (
+        np.insert(v, base, np.nan) for v in _joint_intervals(losses[:, rivals] - losses[:, [base]], weights, level)
+    )
     better = [k for k in rivals if highs[k] < 0]
-    verdicts = ['baseline' if k == base else 'better' if highs[k] < 0 else 'worse' if lows[k] > 0 else 'not distinguishable' for k in range(len(names))]
-    rows = pd.DataFrame(dict(candidate=names, log_loss=losses.mean(0), difference=means, low=lows, high=highs, verdict=verdicts,
-                             n=len(targets), n_lesions=lesions))
-    if not rivals: return Selection(names[base], rows, (f"{names[base]} is the only candidate",))
+    verdicts = [
+        'baseline' if k == base else 'better' if highs[k] < 0 else 'worse' if lows[k] > 0 else 'not distinguishable'
+        for k in range(len(names))
+    ]
+    rows = pd.DataFrame(
+        dict(
+            candidate=names,
+            log_loss=losses.mean(0),
+            difference=means,
+            low=lows,
+            high=highs,
+            verdict=verdicts,
+            n=len(targets),
+            n_lesions=lesions,
+        )
+    )
+    if not rivals:
+        return Selection(names[base], rows, (f"{names[base]} is the only candidate",))
     if not better:
         k = min(rivals, key=lambda k: means[k])
-        return Selection(names[base], rows, (f"{names[base]} stays: of {len(rivals)} rival(s) none has a clearly lower log loss; the nearest, {names[k]}, "
-                                             f"differs by {_difference(means, lows, highs, k)}",))
+        return Selection(
+            names[base],
+            rows,
+            (
+                f"{names[base]} stays: of {len(rivals)} rival(s) none has a clearly lower log loss; the "
+                f"nearest, {names[k]}, "
+                f"differs by {_difference(means, lows, highs, k)}",
+            ),
+        )
     taken, why = _simplest_within_reach(names, losses, better, weights, level)
-    reasons = [f"clearly lower log loss than {names[base]}: " + ', '.join(f"{names[k]} by {_difference(means, lows, highs, k)}" for k in better), why]
+    reasons = [
+        f"clearly lower log loss than {names[base]}: "
+        + ', '.join(f"{names[k]} by {_difference(means, lows, highs, k)}" for k in better),
+        why,
+    ]
     return Selection(names[taken], rows, tuple(reasons))
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #f0899d81
+# %% ../../nbs/evaluate/32_calibration.ipynb #4ed832bf
 CALIBRATIONS = ('none', 'temperature', 'vector', 'dirichlet', 'isotonic') # simplest first
 
 def _softmax(z):
@@ -183,10 +259,12 @@ def _softmax(z):
     e = np.exp(z - z.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #9eb8c99f
 def _log(probs):
     "Logarithms that stay finite."
     return np.log(np.clip(probs, LOG_FLOOR, 1))
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #f0899d81
 def _curves(probs, x, y):
     "Each class along its own curve, then all of an image divided by their sum."
     values = np.stack([np.interp(probs[:, c], x[c], y[c]) for c in range(probs.shape[1])], 1)
@@ -199,26 +277,49 @@ _APPLY = dict(
     dirichlet=lambda probs, weight, bias: _softmax((_log(probs)[:, None] * np.asarray(weight)).sum(-1) + bias),
     isotonic=_curves)
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #f6158e33
+# %% ../../nbs/evaluate/32_calibration.ipynb #7bac7727
 def _shape_fault(kind, num_classes, parameters):
     "What is wrong with the parameters of a calibrator, or ''."
     C = num_classes
-    shapes = dict(none={}, temperature=dict(temperature=()), vector=dict(scale=(C,), bias=(C,)), dirichlet=dict(weight=(C, C), bias=(C,)),
-                  isotonic=dict(x=None, y=None))[kind]
-    if set(parameters) != set(shapes): return f"parameters are {', '.join(parameters) or 'none'}; {kind} has {', '.join(shapes) or 'none'}"
-    try: arrays = {key: [np.asarray(v, np.float64) for v in parameters[key]] if shape is None else np.asarray(parameters[key], np.float64) for key, shape in shapes.items()}
-    except (ValueError, TypeError): return "parameters hold something that is no number"
-    if kind == 'isotonic': return _curve_fault(arrays['x'], arrays['y'], C)
+    shapes = dict(
+        none={},
+        temperature=dict(temperature=()),
+        vector=dict(scale=(C,), bias=(C,)),
+        dirichlet=dict(weight=(C, C), bias=(C,)),
+        isotonic=dict(x=None, y=None),
+    )[kind]
+    if set(parameters) != set(shapes):
+        return f"parameters are {', '.join(parameters) or 'none'}; {kind} has {', '.join(shapes) or 'none'}"
+    try:
+        arrays = {
+            key: [np.asarray(v, np.float64) for v in parameters[key]]
+            if shape is None
+            else np.asarray(parameters[key], np.float64)
+            for key, shape in shapes.items()
+        }
+    except (ValueError, TypeError):
+        return "parameters hold something that is no number"
+    if kind == 'isotonic':
+        return _curve_fault(arrays['x'], arrays['y'], C)
     for key, shape in shapes.items():
-        if arrays[key].shape != shape: return f"{key} has shape {arrays[key].shape}, for {C} classes it must be {shape}"
-        if not np.isfinite(arrays[key]).all(): return f"{key} holds a value that is not finite"
-    return f"temperature is {parameters['temperature']}; it must be above 0" if kind == 'temperature' and arrays['temperature'] <= 0 else ''
+        if arrays[key].shape != shape:
+            return f"{key} has shape {arrays[key].shape}, for {C} classes it must be {shape}"
+        if not np.isfinite(arrays[key]).all():
+            return f"{key} holds a value that is not finite"
+    return (
+        f"temperature is {parameters['temperature']}; it must be above 0"
+        if kind == 'temperature' and arrays['temperature'] <= 0
+        else ''
+    )
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #f6158e33
 def _curve_fault(x, y, num_classes):
     "What is wrong with the curves of an isotonic calibrator, or ''."
-    if not len(x) == len(y) == num_classes: return f"x and y hold {len(x)} and {len(y)} curves for {num_classes} classes"
+    if not len(x) == len(y) == num_classes:
+        return f"x and y hold {len(x)} and {len(y)} curves for {num_classes} classes"
     for c, (own_x, own_y) in enumerate(zip(x, y)):
-        if own_x.ndim != 1 or own_x.shape != own_y.shape or len(own_x) < 2: return f"the curve of class {c} needs as many x as y, at least 2"
+        if own_x.ndim != 1 or own_x.shape != own_y.shape or len(own_x) < 2:
+            return f"the curve of class {c} needs as many x as y, at least 2"
         if not ((np.diff(own_x) >= 0).all() and (np.diff(own_y) >= 0).all() and own_y[0] > 0 and own_y[-1] <= 1):
             return f"the curve of class {c} must rise, its y above 0 and at most 1"
     return ''
@@ -230,11 +331,16 @@ def check_keys(
     where:str, # what errors call it
 ) -> dict: # `values`
     "Exactly the keys that belong there, or a `ValueError` that names the first other one."
-    if not isinstance(values, dict): raise ValueError(f"{where} is {values!r}; give a mapping with the keys {', '.join(allowed)}")
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {values!r}; give a mapping with the keys {', '.join(allowed)}")
     for key in values:
-        if key not in allowed: raise ValueError(f"{where}: unknown key {key!r}; allowed are {', '.join(allowed)}.{nearest(str(key), allowed)}")
+        if key not in allowed:
+            raise ValueError(
+                f"{where}: unknown key {key!r}; allowed are {', '.join(allowed)}.{nearest(str(key), allowed)}"
+            )
     for key in allowed:
-        if key not in values: raise ValueError(f"{where}: the key {key!r} is missing; it needs {', '.join(allowed)}")
+        if key not in values:
+            raise ValueError(f"{where}: the key {key!r} is missing; it needs {', '.join(allowed)}")
     return values
 
 # %% ../../nbs/evaluate/32_calibration.ipynb #e94053f4
@@ -246,17 +352,24 @@ class Calibrator:
     parameters:dict = field(default_factory=dict, hash=False) # plain numbers and lists, by name
 
     def __post_init__(self):
-        if self.kind not in CALIBRATIONS: raise ValueError(f"calibration {self.kind!r} is not known; choose one of {', '.join(CALIBRATIONS)}.{nearest(str(self.kind), CALIBRATIONS)}")
+        if self.kind not in CALIBRATIONS:
+            raise ValueError(
+                f"calibration {self.kind!r} is not known; choose one of "
+                f"{', '.join(CALIBRATIONS)}.{nearest(str(self.kind), CALIBRATIONS)}"
+            )
         fault = _shape_fault(self.kind, self.num_classes, self.parameters)
-        if fault: raise ValueError(f"calibrator of kind {self.kind}: {fault}; fit it again by fit_calibrator")
+        if fault:
+            raise ValueError(f"calibrator of kind {self.kind}: {fault}; fit it again by fit_calibrator")
 
     def __call__(self, probs):
         "Calibrated probabilities (N,C) of probabilities (N,C); each row by itself."
         probs = check_probs(probs)
-        if probs.shape[1] != self.num_classes: raise ValueError(f"probs has {probs.shape[1]} classes; this calibrator was fitted on {self.num_classes}")
+        if probs.shape[1] != self.num_classes:
+            raise ValueError(f"probs has {probs.shape[1]} classes; this calibrator was fitted on {self.num_classes}")
         return _APPLY[self.kind](probs, **self.parameters)
 
-    def __str__(self): return f"temperature {self.parameters['temperature']:.3g}" if self.kind == 'temperature' else self.kind
+    def __str__(self):
+        return f"temperature {self.parameters['temperature']:.3g}" if self.kind == 'temperature' else self.kind
 
     def to_dict(self):
         "As a bundle holds it: plain JSON values."
@@ -267,41 +380,55 @@ class Calibrator:
         "Read a calibrator back; an unknown or missing key is an error."
         return cls(**check_keys(values, ('kind', 'num_classes', 'parameters'), 'calibrator'))
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #f0e8a71d
+# %% ../../nbs/evaluate/32_calibration.ipynb #255234e3
 TEMPERATURES = (.1, 10.) # bounds of the search; a fit that ends on one says that the data ask for no finite value
 
 def _rounded(values):
     "Numbers to eight significant digits, as plain floats in plain lists."
-    if isinstance(values, (list, np.ndarray)): return [_rounded(v) for v in values]
+    if isinstance(values, (list, np.ndarray)):
+        return [_rounded(v) for v in values]
     return float(f'{float(values):.8g}')
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #f0e8a71d
 def _fit_temperature(probs, targets, weights):
     "Minimise the log loss over the temperature."
     z = _log(probs)
-    truth, total = z[np.arange(len(z)), targets], weights.sum()
-    slope = lambda beta: weights @ ((_softmax(beta * z) * z).sum(1) - truth) / total
-    least, most = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    if slope(least) >= 0: beta = least
-    elif slope(most) <= 0: beta = most
-    else: beta = brentq(slope, least, most, xtol=1e-12)
+    truth = z[np.arange(len(z)), targets]
+    total = weights.sum()
+    def slope(beta):
+        return weights @ ((_softmax(beta * z) * z).sum(1) - truth) / total
+    least = 1 / TEMPERATURES[1]
+    most = 1 / TEMPERATURES[0]
+    if slope(least) >= 0:
+        beta = least
+    elif slope(most) <= 0:
+        beta = most
+    else:
+        beta = brentq(slope, least, most, xtol=1e-12)
     return dict(temperature=_rounded(1 / beta))
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #95344a1a
+# %% ../../nbs/evaluate/32_calibration.ipynb #7d7f2d3a
 PRIOR_WIDTHS = dict(diagonal=.3, off_diagonal=.1, bias=1.) # standard deviations around 1/T, 0 and 0
 
 def _prior(kind, num_classes, beta):
     "Centre, precision and which are free, (C,C+1) each: weights, then biases in the last column."
-    C, own = num_classes, np.eye(num_classes, dtype=bool)
+    C = num_classes
+    own = np.eye(num_classes, dtype=bool)
     centre = np.hstack([beta * np.eye(C), np.zeros((C, 1))])
-    width = np.hstack([np.where(own, PRIOR_WIDTHS['diagonal'], PRIOR_WIDTHS['off_diagonal']), np.full((C, 1), PRIOR_WIDTHS['bias'])])
+    width = np.hstack(
+        [np.where(own, PRIOR_WIDTHS['diagonal'], PRIOR_WIDTHS['off_diagonal']), np.full((C, 1), PRIOR_WIDTHS['bias'])]
+    )
     free = np.hstack([own | (kind == 'dirichlet'), np.ones((C, 1), bool)])
     return centre, width**-2., free
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #95344a1a
 def _posterior(probs, targets, weights, centre, precision, free):
     "Value, gradient and Hessian of the penalised mean log loss in the free parameters."
     x = np.hstack([_log(probs), np.ones((len(probs), 1))])
-    total, C = weights.sum(), centre.shape[0]
-    share, actual = weights / total, np.eye(C)[targets]
+    total = weights.sum()
+    C = centre.shape[0]
+    share = weights / total
+    actual = np.eye(C)[targets]
     def whole(theta):
         full = centre.copy()
         full[free] = theta
@@ -324,23 +451,29 @@ def _fit_logistic(kind, probs, targets, weights):
     beta = 1 / _fit_temperature(probs, targets, weights)['temperature']
     centre, precision, free = _prior(kind, probs.shape[1], beta)
     value, hessian, whole = _posterior(probs, targets, weights, centre, precision, free)
-    found = minimize(value, centre[free], jac=True, hess=hessian, method='trust-exact', options=dict(gtol=1e-9, maxiter=500))
+    found = minimize(
+        value, centre[free], jac=True, hess=hessian, method='trust-exact', options=dict(gtol=1e-9, maxiter=500)
+    )
     full = whole(found.x)
-    if kind == 'vector': return dict(scale=_rounded(full[:, :-1].diagonal()), bias=_rounded(full[:, -1]))
+    if kind == 'vector':
+        return dict(scale=_rounded(full[:, :-1].diagonal()), bias=_rounded(full[:, -1]))
     return dict(weight=_rounded(full[:, :-1]), bias=_rounded(full[:, -1]))
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #d970f756
+# %% ../../nbs/evaluate/32_calibration.ipynb #f2c885e6
 def _rising_curve(score, positive, weights, prior):
     "The best rising curve from scores (N,) to shares: x and y of the ends of its steps."
     x = np.concatenate([[0.], score, [1.]])
-    y, w = np.concatenate([[prior], positive, [prior]]), np.concatenate([[1.], weights, [1.]])
+    y = np.concatenate([[prior], positive, [prior]])
+    w = np.concatenate([[1.], weights, [1.]])
     places, at = np.unique(x, return_inverse=True)
     mass = np.bincount(at, w)
     fit = isotonic_regression(np.bincount(at, w * y)[mass > 0] / mass[mass > 0], weights=mass[mass > 0])
-    first, last = fit.blocks[:-1], fit.blocks[1:] - 1
+    first = fit.blocks[:-1]
+    last = fit.blocks[1:] - 1
     ends = np.unique(np.concatenate([first, last]))
     return places[mass > 0][ends], fit.x[ends]
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #d970f756
 def _fit_isotonic(probs, targets, weights):
     "One rising curve for each class against the rest."
     C = probs.shape[1]
@@ -349,7 +482,7 @@ def _fit_isotonic(probs, targets, weights):
     curves = [_rising_curve(probs[:, c], (targets == c).astype(float), weights, prior[c]) for c in range(C)]
     return dict(x=_rounded([x for x, _ in curves]), y=_rounded([y for _, y in curves]))
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #f0c85103
+# %% ../../nbs/evaluate/32_calibration.ipynb #9eec41f5
 _FITS = dict(
     none=lambda probs, targets, weights: {},
     temperature=_fit_temperature,
@@ -364,6 +497,7 @@ def _checked_weights(weights, n):
         raise ValueError(f"weights must be ({n},), finite, at least 0 and not all 0; they have shape {weights.shape}")
     return weights
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #f0c85103
 def fit_calibrator(
     kind:str, # one of CALIBRATIONS
     probs:np.ndarray, # (N,C) probabilities of validation images, rows sum to 1
@@ -371,16 +505,23 @@ def fit_calibrator(
     weights:np.ndarray=None, # (N,) how often each image counts, at least 0; None for once
 ) -> Calibrator:
     "Fit one map to validation probabilities."
-    if kind not in CALIBRATIONS: raise ValueError(f"calibration {kind!r} is not known; choose one of {', '.join(CALIBRATIONS)}.{nearest(str(kind), CALIBRATIONS)}")
+    if kind not in CALIBRATIONS:
+        raise ValueError(
+            f"calibration {kind!r} is not known; choose one of "
+            f"{', '.join(CALIBRATIONS)}.{nearest(str(kind), CALIBRATIONS)}"
+        )
     targets = np.asarray(targets, np.int64)
     probs = check_probs(probs, targets)
     weights = _checked_weights(weights, len(targets))
     present = np.unique(targets[weights > 0])
     if kind != 'none' and len(present) < 2:
-        raise ValueError(f"all {len(targets)} image(s) are of class {present[0]}; {kind} needs images of at least 2 classes, otherwise it learns to say nothing else")
+        raise ValueError(
+            f"all {len(targets)} image(s) are of class {present[0]}; {kind} needs images of at least 2 "
+            "classes, otherwise it learns to say nothing else"
+        )
     return Calibrator(kind, probs.shape[1], _FITS[kind](probs, targets, weights))
 
-# %% ../../nbs/evaluate/32_calibration.ipynb #5d714ccf
+# %% ../../nbs/evaluate/32_calibration.ipynb #6dd62c2c
 @dataclass(frozen=True, eq=False)
 class CalibrationChoice:
     "The calibrator taken, why, and what it says about lesions it was not fitted on."
@@ -388,15 +529,18 @@ class CalibrationChoice:
     selection:Selection # of the kinds, by cross-fitted log loss
     crossfitted:np.ndarray # (N,C) probabilities by the kind taken, each row fitted without its fold
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #d720f804
 def _unfit(targets, folds):
     "Why these folds can fit nothing, or ''."
     left = [len(np.unique(targets[folds != fold])) for fold in np.unique(folds)]
     return '' if min(left) >= 2 else f"without one of the {len(left)} folds only one class is left to fit on"
 
+# %% ../../nbs/evaluate/32_calibration.ipynb #5d714ccf
 def _calibration_folds(targets, lesion_ids, folds, seed):
     "Folds and '', or None and why there can be none."
     n = len(np.unique(np.asarray(lesion_ids).astype(str)))
-    if n < folds: return None, f"{n} lesion(s) cannot fill {folds} folds"
+    if n < folds:
+        return None, f"{n} lesion(s) cannot fill {folds} folds"
     fold = lesion_folds(targets, lesion_ids, folds, seed)
     return fold, _unfit(np.asarray(targets), fold)
 
@@ -411,15 +555,22 @@ def choose_calibration(
     n_resamples:int=1000, # of the lesions
 ) -> CalibrationChoice:
     "Fit, choose and refit a calibration on validation images, and on nothing else."
-    if not len(kinds): raise ValueError(f"kinds is empty; name at least one of {', '.join(CALIBRATIONS)}")
+    if not len(kinds):
+        raise ValueError(f"kinds is empty; name at least one of {', '.join(CALIBRATIONS)}")
     targets = np.asarray(targets, np.int64)
     probs = check_probs(probs, targets)
     fold, why_not = _calibration_folds(targets, lesion_ids, folds, seed)
     if why_not and set(kinds) != {'none'}:
-        if 'none' not in kinds: raise ValueError(f"{why_not}, so none of {', '.join(kinds)} can be fitted and judged; give more lesions, or calibration none")
+        if 'none' not in kinds:
+            raise ValueError(
+                f"{why_not}, so none of {', '.join(kinds)} can be fitted and judged; give more lesions, "
+                "or calibration none"
+            )
         kinds = ('none',)
-    fitting = lambda kind: lambda values, truth: fit_calibrator(kind, values, truth)
+    def fitting(kind):
+        return lambda values, truth: fit_calibrator(kind, values, truth)
     crossfitted = {kind: probs if kind == 'none' else crossfit(fitting(kind), probs, targets, fold) for kind in kinds}
     selection = choose_candidate(crossfitted, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
-    if why_not: selection = replace(selection, reasons=(f"none stays: {why_not}",))
+    if why_not:
+        selection = replace(selection, reasons=(f"none stays: {why_not}",))
     return CalibrationChoice(fit_calibrator(selection.name, probs, targets), selection, crossfitted[selection.name])

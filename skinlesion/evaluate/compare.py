@@ -22,7 +22,15 @@ from .scorecard import align_tables, deciding_lesions, malignancy_probability
 from ..taxonomy import LabelSet, nearest
 
 # %% ../../nbs/evaluate/43_compare.ipynb #99666a50
-COMPARED = ('accuracy', 'balanced_accuracy', 'auroc_macro', 'malignant_auroc', 'malignant_sensitivity', 'log_loss', 'ece_debiased')
+COMPARED = (
+    'accuracy',
+    'balanced_accuracy',
+    'auroc_macro',
+    'malignant_auroc',
+    'malignant_sensitivity',
+    'log_loss',
+    'ece_debiased',
+)
 TEMPERED = ('malignant_sensitivity', 'log_loss', 'ece_debiased') # measured after a cross-fitted temperature
 LOWER_IS_BETTER = tuple(name for name in COMPARED if METRICS[name.removeprefix('malignant_')].better == 'lower')
 DELONG = 'malignant_auroc_delong' # malignant_auroc again, its difference by DeLong's test
@@ -34,35 +42,48 @@ def tempered(
 ) -> np.ndarray: # (N,C) probabilities; as they are where fewer than two lesions or classes leave nothing to fit
     "Probabilities after a temperature fitted on the lesions of the other folds."
     lesions = len(np.unique(data.lesion_ids))
-    if lesions < 2 or len(np.unique(data.targets)) < 2: return data.probs
-    fold, fit = lesion_folds(data.targets, data.lesion_ids, min(folds, lesions), seed), lambda probs, targets: fit_calibrator('temperature', probs, targets)
-    if any(len(np.unique(data.targets[fold != f])) < 2 for f in np.unique(fold)): return data.probs
+    if lesions < 2 or len(np.unique(data.targets)) < 2:
+        return data.probs
+    fold = lesion_folds(data.targets, data.lesion_ids, min(folds, lesions), seed)
+    fit = lambda probs, targets: fit_calibrator('temperature', probs, targets)
+    if any(len(np.unique(data.targets[fold != f])) < 2 for f in np.unique(fold)):
+        return data.probs
     return crossfit(fit, data.probs, data.targets, fold)
 
-# %% ../../nbs/evaluate/43_compare.ipynb #a8d128fa
+# %% ../../nbs/evaluate/43_compare.ipynb #292f60d8
 def _masks(data, label_set):
     "Over which images (N,) bool each metric is."
     said = np.array([label_set.is_malignant(code) for code in label_set.codes], object)
-    known, positive = np.not_equal(said, None)[data.targets], np.equal(said, True)[data.targets]
+    known = np.not_equal(said, None)[data.targets]
+    positive = np.equal(said, True)[data.targets]
     own = dict(malignant_auroc=known, malignant_sensitivity=positive) | {DELONG: known}
     return {name: own.get(name, np.ones(len(positive), bool)) for name in (*COMPARED, DELONG)}
 
+# %% ../../nbs/evaluate/43_compare.ipynb #f836104d
 def _malignant_columns(data, probs, label_set, weights, masks):
     "The metrics of malignancy (R,), and the score that ranks; NaN where nothing malignant, or nothing else, is there."
-    score, known = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5), masks['malignant_auroc']
-    sure, positive = np.nan_to_num(malignancy_probability(probs, label_set), nan=.5), masks['malignant_sensitivity']
+    score = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5)
+    known = masks['malignant_auroc']
+    sure = np.nan_to_num(malignancy_probability(probs, label_set), nan=.5)
+    positive = masks['malignant_sensitivity']
     ranked = malignancy_metrics(positive[known], score[known], weights[:, known], names=('auroc',))['auroc']
-    found = malignancy_metrics(positive[positive], sure[positive], weights[:, positive], names=('sensitivity',))['sensitivity']
+    found = malignancy_metrics(positive[positive], sure[positive], weights[:, positive], names=('sensitivity',))[
+        'sensitivity'
+    ]
     return dict(malignant_auroc=ranked, malignant_sensitivity=found), score
 
+# %% ../../nbs/evaluate/43_compare.ipynb #a8d128fa
 def _run_metrics(data, label_set, weights, masks):
     "Each compared metric over the resamples, (R,), NaN where it is undefined; and the score of malignancy."
-    probs, plain = tempered(data), [name for name in COMPARED if name in METRICS and name not in TEMPERED]
+    probs = tempered(data)
+    plain = [name for name in COMPARED if name in METRICS and name not in TEMPERED]
     after = [name for name in COMPARED if name in METRICS and name in TEMPERED]
     malignant, score = _malignant_columns(data, probs, label_set, weights, masks)
-    return weighted_metrics(data.targets, data.probs, weights, plain) | malignant | weighted_metrics(data.targets, probs, weights, after, data.lesion_ids), score
+    return weighted_metrics(data.targets, data.probs, weights, plain) | malignant | weighted_metrics(
+        data.targets, probs, weights, after, data.lesion_ids
+    ), score
 
-# %% ../../nbs/evaluate/43_compare.ipynb #bec39742
+# %% ../../nbs/evaluate/43_compare.ipynb #e53b124d
 _COLUMNS = ('run', 'against', 'metric', 'value', 'difference', 'low', 'high', 'verdict', 'clear', 'n', 'n_lesions')
 
 def cost_columns(
@@ -71,46 +92,70 @@ def cost_columns(
     "The columns that say what a run costs."
     return [c for c in table.columns if c not in _COLUMNS]
 
+# %% ../../nbs/evaluate/43_compare.ipynb #a49e7906
 def _check_runs(tables, costs):
     "Stop where there is nothing to compare, or costs of a run that is not there."
-    if len(tables) < 2: raise ValueError(f"tables holds {len(tables)} run(s) ({', '.join(tables)}); give the predictions of at least two, by name")
+    if len(tables) < 2:
+        raise ValueError(
+            f"tables holds {len(tables)} run(s) ({', '.join(tables)}); give the predictions of at least two, by name"
+        )
     for name in costs:
-        if name not in tables: raise ValueError(f"costs names the run {name!r}, which has no predictions ({', '.join(tables)}).{nearest(str(name), tables)}")
+        if name not in tables:
+            raise ValueError(
+                f"costs names the run {name!r}, which has no predictions "
+                f"({', '.join(tables)}).{nearest(str(name), tables)}"
+            )
 
+# %% ../../nbs/evaluate/43_compare.ipynb #bec39742
 def _aligned(tables, labels, label_set):
     "Each run's predictions beside the labels; an error names the run."
     aligned = {}
     for name, table in tables.items():
-        try: aligned[name] = align_tables(table, labels, label_set)
-        except ValueError as e: raise ValueError(f"run {name!r}: {e}") from None
+        try:
+            aligned[name] = align_tables(table, labels, label_set)
+        except ValueError as e:
+            raise ValueError(f"run {name!r}: {e}") from None
     return aligned
 
-# %% ../../nbs/evaluate/43_compare.ipynb #85a50f24
+# %% ../../nbs/evaluate/43_compare.ipynb #fc578f9a
 TAIL = 10 # resamples that a tail must hold to be read off them
 
 def _clear(samples, value, rivals):
     "Whether a difference leaves out zero at the level that shares 5 % among all rivals."
-    if rivals * TAIL * 2 <= .05 * len(samples): low, high = percentile_interval(samples, 1 - .05 / rivals)
-    else: low, high = value + ndtri(1 - .025 / rivals) * np.nanstd(samples, ddof=1) * np.array([-1, 1])
+    if rivals * TAIL * 2 <= .05 * len(samples):
+        low, high = percentile_interval(samples, 1 - .05 / rivals)
+    else:
+        low, high = value + ndtri(1 - .025 / rivals) * np.nanstd(samples, ddof=1) * np.array([-1, 1])
     return bool(low > 0 or high < 0)
 
+# %% ../../nbs/evaluate/43_compare.ipynb #16e83cc3
 def _pair(a, b, units, lesion_ids, higher_is_better, rivals, fewest):
     "The difference between two runs over the images `units`, from their values on the data and in the resamples."
-    leaf = paired_leaf((a[0], b[0]), (a[1:], b[1:]), int(units.sum()), len(np.unique(lesion_ids[units])), higher_is_better, fewest)
+    leaf = paired_leaf(
+        (a[0], b[0]), (a[1:], b[1:]), int(units.sum()), len(np.unique(lesion_ids[units])), higher_is_better, fewest
+    )
     return leaf | dict(clear=leaf['verdict'] != 'not distinguishable' and _clear(a[1:] - b[1:], leaf['value'], rivals))
 
+# %% ../../nbs/evaluate/43_compare.ipynb #50e983e6
 def _delong_pair(positive, a, b, units, lesion_ids, rivals):
     "The same by DeLong's test, of two scores (N,)."
     leaf = delong(positive[units], a[units], b[units], lesion_ids[units])
     return leaf | dict(clear=leaf['p'] is not None and leaf['p'] < .05 / rivals)
 
+# %% ../../nbs/evaluate/43_compare.ipynb #85a50f24
 def _check_identities(identities, tables):
     "Stop at runs that may not be compared; what is not known is given back as sentences."
     for name in identities:
-        if name not in tables: raise ValueError(f"identities names the run {name!r}, which has no predictions ({', '.join(tables)}).{nearest(str(name), tables)}")
-    first, notes = next(iter(tables)), {}
+        if name not in tables:
+            raise ValueError(
+                f"identities names the run {name!r}, which has no predictions "
+                f"({', '.join(tables)}).{nearest(str(name), tables)}"
+            )
+    first = next(iter(tables))
+    notes = {}
     if identities:
-        for name in tables: notes |= dict.fromkeys(check_comparable(identities.get(first), identities.get(name), (first, name)))
+        for name in tables:
+            notes |= dict.fromkeys(check_comparable(identities.get(first), identities.get(name), (first, name)))
     return tuple(notes)
 
 # %% ../../nbs/evaluate/43_compare.ipynb #bf062478
@@ -118,36 +163,60 @@ def compare_runs(
     tables:dict, # run -> predictions: image_id, one p_<code> per class; all on the images of `labels`
     labels:pd.DataFrame, # image_id, diagnosis, optional lesion_id
     label_set:LabelSet, # classes and their order
-    costs:dict|None=None, # run -> dict of numbers of which less is better, such as latency_ms and size_mb; a run may have none
+    # run -> dict of numbers of which less is better, such as latency_ms and size_mb; a run may have none
+    costs:dict|None=None,
     n_resamples:int=1000, # of the lesions
     seed:int=0, # of the resamples
-    identities:dict|None=None, # run -> BenchmarkId of what it was measured on; what is not known stands in `attrs['notes']` of the table
+    # run -> BenchmarkId of what it was measured on; what is not known stands in `attrs['notes']` of the table
+    identities:dict|None=None,
 ) -> pd.DataFrame: # run, against, metric, value, difference, low, high, verdict, clear, n, n_lesions, and a column per cost
     "Each metric of each run, and how it differs from every other run in the same resamples of the lesions."
-    costs, rivals = costs or {}, len(tables) - 1
+    costs = costs or {}
+    rivals = len(tables) - 1
     _check_runs(tables, costs)
-    notes, aligned, rows = _check_identities(identities or {}, tables), _aligned(tables, labels, label_set), []
+    notes = _check_identities(identities or {}, tables)
+    aligned = _aligned(tables, labels, label_set)
+    rows = []
     data = next(iter(aligned.values()))
-    weights = np.concatenate([np.ones((1, len(data.targets)), np.int16), lesion_weights(data.lesion_ids, n_resamples, seed)]) # the data, then their resamples
-    masks, fewest = _masks(data, label_set), {metric: deciding_lesions(metric, data, label_set) for metric in COMPARED}
+    weights = np.concatenate(
+        [np.ones((1, len(data.targets)), np.int16), lesion_weights(data.lesion_ids, n_resamples, seed)]
+    ) # the data, then their resamples
+    masks = _masks(data, label_set)
+    fewest = {metric: deciding_lesions(metric, data, label_set) for metric in COMPARED}
     found = {name: _run_metrics(d, label_set, weights, masks) for name, d in aligned.items()}
     for run, against, metric in [(a, b, m) for a in tables for b in tables if a != b for m in (*COMPARED, DELONG)]:
         (own, score), (other, rival) = found[run], found[against]
         column = 'malignant_auroc' if metric == DELONG else metric
-        if metric == DELONG: leaf = _delong_pair(masks['malignant_sensitivity'], score, rival, masks[metric], data.lesion_ids, rivals)
-        else: leaf = _pair(own[metric], other[metric], masks[metric], data.lesion_ids, metric not in LOWER_IS_BETTER, rivals, fewest[metric])
+        if metric == DELONG:
+            leaf = _delong_pair(masks['malignant_sensitivity'], score, rival, masks[metric], data.lesion_ids, rivals)
+        else:
+            leaf = _pair(
+                own[metric],
+                other[metric],
+                masks[metric],
+                data.lesion_ids,
+                metric not in LOWER_IS_BETTER,
+                rivals,
+                fewest[metric],
+            )
         keep = {k: leaf[k] for k in ('low', 'high', 'verdict', 'clear', 'n', 'n_lesions')}
-        rows.append(dict(run=run, against=against, metric=metric, value=own[column][0], difference=leaf['value']) | keep | costs.get(run, {}))
+        rows.append(
+            dict(run=run, against=against, metric=metric, value=own[column][0], difference=leaf['value'])
+            | keep
+            | costs.get(run, {})
+        )
     table = pd.DataFrame(rows)
     table.attrs['notes'] = notes
     return table.astype({c: float for c in ('value', 'difference', 'low', 'high', *cost_columns(table))})
 
-# %% ../../nbs/evaluate/43_compare.ipynb #bb303eba
+# %% ../../nbs/evaluate/43_compare.ipynb #48dda0d8
 def _known_run(table, name):
     "Stop at a run that the table does not hold."
     runs = list(dict.fromkeys(table['run']))
-    if name not in runs: raise ValueError(f"baseline {name!r} is none of the runs ({', '.join(runs)}).{nearest(str(name), runs)}")
+    if name not in runs:
+        raise ValueError(f"baseline {name!r} is none of the runs ({', '.join(runs)}).{nearest(str(name), runs)}")
 
+# %% ../../nbs/evaluate/43_compare.ipynb #d9077af3
 def comparison_table(
     table:pd.DataFrame, # what `compare_runs` gave
     baseline:str, # run that the others are held against
@@ -157,18 +226,30 @@ def comparison_table(
     _known_run(table, baseline)
     rows = {}
     for run in [baseline, *(r for r in dict.fromkeys(table['run']) if r != baseline)]:
-        own = table[(table['run'] == run) & (table['against'] == baseline if run != baseline else ~table[['run', 'metric']].duplicated())]
-        rows[run] = {r['metric']: _cell(r, run == baseline, digits) for _, r in own.iterrows() if r['metric'] in COMPARED} | own.iloc[0][cost_columns(table)].to_dict()
+        own = table[
+            (table['run'] == run)
+            & (table['against'] == baseline if run != baseline else ~table[['run', 'metric']].duplicated())
+        ]
+        rows[run] = {
+            r['metric']: _cell(r, run == baseline, digits) for _, r in own.iterrows() if r['metric'] in COMPARED
+        } | own.iloc[0][cost_columns(table)].to_dict()
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('run')
 
+# %% ../../nbs/evaluate/43_compare.ipynb #bb303eba
 def _cell(row, alone, digits):
     "A value and its difference as people write them."
-    if np.isnan(row['value']): return 'undefined'
-    if alone or np.isnan(row['difference']): return f"{row['value']:.{digits}f}"
-    leaf = dict(value=row['difference'], low=None if np.isnan(row['low']) else row['low'], high=None if np.isnan(row['high']) else row['high'])
+    if np.isnan(row['value']):
+        return 'undefined'
+    if alone or np.isnan(row['difference']):
+        return f"{row['value']:.{digits}f}"
+    leaf = dict(
+        value=row['difference'],
+        low=None if np.isnan(row['low']) else row['low'],
+        high=None if np.isnan(row['high']) else row['high'],
+    )
     return f"{row['value']:.{digits}f}; {'+' if row['difference'] >= 0 else ''}{format_leaf(leaf, digits)}"
 
-# %% ../../nbs/evaluate/43_compare.ipynb #50d5182e
+# %% ../../nbs/evaluate/43_compare.ipynb #6e04e375
 @dataclass(frozen=True)
 class Choice:
     "A run, and why it and no other."
@@ -176,57 +257,90 @@ class Choice:
     reasons:tuple # of str, in the order in which they decided
     left:tuple # names of the runs that no clear difference told from it
 
-    def __str__(self): return '\n'.join([f'{self.run}:', *(f'- {reason}' for reason in self.reasons)])
+    def __str__(self):
+        return '\n'.join([f'{self.run}:', *(f'- {reason}' for reason in self.reasons)])
 
+# %% ../../nbs/evaluate/43_compare.ipynb #50d5182e
 def _clearly_worse(table, runs, metric):
     "Runs that a rival among `runs` clearly beats in one metric, and the row of the largest defeat of each."
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    rows = table[(table['metric'] == metric) & table['run'].isin(runs) & table['against'].isin(runs) & table['clear'] & (sign * table['difference'] < 0)]
+    rows = table[
+        (table['metric'] == metric)
+        & table['run'].isin(runs)
+        & table['against'].isin(runs)
+        & table['clear']
+        & (sign * table['difference'] < 0)
+    ]
     worst = (sign * rows['difference']).groupby(rows['run'], sort=False).idxmin()
     return {run: table.loc[k] for run, k in worst.items()}
 
-# %% ../../nbs/evaluate/43_compare.ipynb #e2c26229
+# %% ../../nbs/evaluate/43_compare.ipynb #9dbc5b6d
 def _cheaper(table, runs, cost, tolerance):
     "The runs whose cost lies within `tolerance` of the least, and a sentence; all of them where one has no figure."
     values = {run: float(table.loc[table['run'] == run, cost].iloc[0]) for run in runs}
     unknown = [run for run, value in values.items() if np.isnan(value)]
-    if unknown: return runs, f"{cost} decides nothing: {', '.join(unknown)} has no figure"
+    if unknown:
+        return runs, f"{cost} decides nothing: {', '.join(unknown)} has no figure"
     least = min(values, key=values.get)
     kept = [run for run in runs if values[run] <= values[least] * (1 + tolerance)]
     figures = ', '.join(f'{run} {values[run]:.3g}' for run in runs)
-    return kept, f"{cost}: {figures}; {'all alike' if len(kept) == len(runs) else 'least, or within ' + format(tolerance, '.0%') + ' of it: ' + ', '.join(kept)}"
+    return (
+        kept,
+        f"{cost}: {figures}; "
+        f"{'all alike' if len(kept) == len(runs) else 'least, or within ' + format(tolerance, '.0%') + ' of it: ' + ', '.join(kept)}",
+    )
 
+# %% ../../nbs/evaluate/43_compare.ipynb #e2c26229
 def _hidden(table, runs, metric):
     "How wide the intervals between the remaining runs are: what could be there unseen."
     rows = table[(table['metric'] == metric) & table['run'].isin(runs) & table['against'].isin(runs)]
     return float(np.nanmax(rows[['low', 'high']].abs().to_numpy(), initial=0))
 
-# %% ../../nbs/evaluate/43_compare.ipynb #a92d1f92
+# %% ../../nbs/evaluate/43_compare.ipynb #f903824a
 def pick_default(
     table:pd.DataFrame, # what `compare_runs` gave, on validation lesions
     baseline:str|None=None, # today's choice, which stays where nothing speaks for another; None for the first run
-    criteria:tuple=('balanced_accuracy', 'auroc_macro', 'malignant_sensitivity', 'log_loss'), # metrics, the one that matters most first
-    prefer:tuple=('latency_ms', 'size_mb'), # costs, the one that matters most first; those the table lacks are passed over
+    # metrics, the one that matters most first
+    criteria:tuple=('balanced_accuracy', 'auroc_macro', 'malignant_sensitivity', 'log_loss'),
+    # costs, the one that matters most first; those the table lacks are passed over
+    prefer:tuple=('latency_ms', 'size_mb'),
     tolerance:float=.1, # share by which costs may differ and still count as equal, at least 0
 ) -> Choice: # the run and the reasons
     "Pick a run by clear differences, then by cost."
-    runs, reasons = list(dict.fromkeys(table['run'])), []
+    runs = list(dict.fromkeys(table['run']))
+    reasons = []
     baseline = baseline or runs[0]
     _known_run(table, baseline)
     for metric in criteria:
-        if metric not in COMPARED: raise ValueError(f"criteria names {metric!r}; allowed: {', '.join(COMPARED)}.{nearest(str(metric), COMPARED)}")
+        if metric not in COMPARED:
+            raise ValueError(
+                f"criteria names {metric!r}; allowed: {', '.join(COMPARED)}.{nearest(str(metric), COMPARED)}"
+            )
         worse = _clearly_worse(table, runs, metric)
-        reasons += [f"{run} is out: {metric} {row['value']:.3f}, clearly worse than {row['against']} by {format_leaf(_absolute(row), 3)}" for run, row in worse.items()]
+        reasons += [
+            f"{run} is out: {metric} {row['value']:.3f}, clearly worse than {row['against']} by "
+            f"{format_leaf(_absolute(row), 3)}"
+            for run, row in worse.items()
+        ]
         runs = [run for run in runs if run not in worse]
     left = tuple(runs)
-    if len(runs) > 1: reasons.append(f"{', '.join(runs)}: no clear difference; one in {criteria[0]} of up to {_hidden(table, runs, criteria[0]):.3f} could have stayed hidden")
+    if len(runs) > 1:
+        reasons.append(
+            f"{', '.join(runs)}: no clear difference; one in {criteria[0]} of up to "
+            f"{_hidden(table, runs, criteria[0]):.3f} could have stayed hidden"
+        )
     for cost in prefer:
-        if len(runs) < 2 or cost not in table: continue
+        if len(runs) < 2 or cost not in table:
+            continue
         runs, reason = _cheaper(table, runs, cost, tolerance)
         reasons.append(reason)
-    if len(runs) > 1: reasons.append(f"{', '.join(runs)} are left; " + (f"{baseline} stays" if baseline in runs else f"{runs[0]} comes first"))
+    if len(runs) > 1:
+        reasons.append(
+            f"{', '.join(runs)} are left; " + (f"{baseline} stays" if baseline in runs else f"{runs[0]} comes first")
+        )
     return Choice(baseline if baseline in runs else runs[0], tuple(reasons), left)
 
+# %% ../../nbs/evaluate/43_compare.ipynb #a92d1f92
 def _absolute(row):
     "The size of a difference with its interval."
     low, high = sorted(abs(row[k]) for k in ('low', 'high'))

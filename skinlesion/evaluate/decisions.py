@@ -21,50 +21,79 @@ from .intervals import interval_leaf, lesion_weights, wilson_interval
 from .metrics import weight_blocks
 from ..taxonomy import LabelSet, nearest
 
-# %% ../../nbs/evaluate/35_decisions.ipynb #7d90615d
+# %% ../../nbs/evaluate/35_decisions.ipynb #0a04a37c
 def _ratios(columns, weights):
     "Weighted sums of the first half of the columns (N,2K) over those of the second, in each resample: (R,K), NaN over nothing."
     half = columns.shape[1] // 2
     sums = np.empty((len(weights), 2 * half))
-    for rows, block in weight_blocks(weights): sums[rows] = block.T @ columns
-    return np.divide(sums[:, :half], sums[:, half:], out=np.full((len(weights), half), np.nan), where=sums[:, half:] > 0)
+    for rows, block in weight_blocks(weights):
+        sums[rows] = block.T @ columns
+    return np.divide(
+        sums[:, :half], sums[:, half:], out=np.full((len(weights), half), np.nan), where=sums[:, half:] > 0
+    )
 
+# %% ../../nbs/evaluate/35_decisions.ipynb #7d90615d
 def mean_leaves(
-    asked:dict, # name -> (values (N,), bool where their mean is a share; units (N,) bool or weights at least 0; reason said where there is no unit)
+    # name -> (values (N,), bool where their mean is a share; units (N,) bool or weights at least 0; reason said where
+    # there is no unit)
+    asked:dict,
     lesion_ids:np.ndarray, # (N,) str or int, lesion of each image
     n_resamples:int=1000, # of the lesions; 0 for no intervals
     seed:int=0, # of the resamples
 ) -> dict: # name -> leaf
     "The mean of some values over some images, with its lesion-bootstrap interval; Wilson over lesions for a share of none or of all."
     codes = pd.factorize(np.asarray(lesion_ids), sort=True)[0]
-    weights = np.concatenate([np.ones((1, len(codes)), np.int16), lesion_weights(lesion_ids, n_resamples, seed)]) # the data, then their resamples
+    weights = np.concatenate(
+        [np.ones((1, len(codes)), np.int16), lesion_weights(lesion_ids, n_resamples, seed)]
+    ) # the data, then their resamples
     values, units = (np.stack([np.asarray(row[k], np.float64) for row in asked.values()], 1) for k in (0, 1))
     found = _ratios(np.hstack([np.where(units > 0, values * units, 0), units]), weights)
     leaves = {}
     for k, (name, (_, _, reason)) in enumerate(asked.items()):
         counted = units[:, k] > 0
-        n_lesions, value = len(np.unique(codes[counted])), found[0, k]
+        n_lesions = len(np.unique(codes[counted]))
+        value = found[0, k]
         share = np.asarray(asked[name][0]).dtype == bool # of a cost or a number of classes Wilson knows nothing
-        exact = (*wilson_interval(value, n_lesions), 'Wilson over lesions, all alike') if share and value in (0, 1) else None
-        leaves[name] = interval_leaf(value, found[1:, k], counted.sum(), n_lesions, reason, exact, f'percentile lesion bootstrap, seed {seed}')
+        exact = (
+            (*wilson_interval(value, n_lesions), 'Wilson over lesions, all alike')
+            if share and value in (0, 1)
+            else None
+        )
+        leaves[name] = interval_leaf(
+            value, found[1:, k], counted.sum(), n_lesions, reason, exact, f'percentile lesion bootstrap, seed {seed}'
+        )
     return leaves
 
-# %% ../../nbs/evaluate/35_decisions.ipynb #1046ad4d
+# %% ../../nbs/evaluate/35_decisions.ipynb #b3ada134
 def _digits(value, digits, rounding):
     "A number cut to so many significant digits, up or down; itself where it has no more."
-    if float(f'{float(value):.{digits}g}') == value: return float(value) # 0.3 is no 0.299999..., as which a binary number stores it
+    if float(f'{float(value):.{digits}g}') == value:
+        return float(value) # 0.3 is no 0.299999..., as which a binary number stores it
     return float(Context(prec=digits, rounding=rounding).create_decimal_from_float(float(value)))
 
+# %% ../../nbs/evaluate/35_decisions.ipynb #a14bef73
 def _checked_scores(positive, score, lesion_ids):
     "Truth as bool and scores as float64, or an error."
-    positive, score = np.asarray(positive), np.asarray(score, np.float64)
+    positive = np.asarray(positive)
+    score = np.asarray(score, np.float64)
     if not positive.shape == score.shape == np.shape(lesion_ids) or score.ndim != 1:
-        raise ValueError(f"shapes do not fit: positive {positive.shape}, score {score.shape}, lesion_ids {np.shape(lesion_ids)}; give (N,) three times")
-    if not np.isin(positive, (0, 1)).all(): raise ValueError(f"positive holds {positive[~np.isin(positive, (0, 1))][0]!r}; allowed are True and False (or 1 and 0)")
+        raise ValueError(
+            f"shapes do not fit: positive {positive.shape}, score {score.shape}, lesion_ids "
+            f"{np.shape(lesion_ids)}; give (N,) three times"
+        )
+    if not np.isin(positive, (0, 1)).all():
+        raise ValueError(
+            f"positive holds {positive[~np.isin(positive, (0, 1))][0]!r}; allowed are True and False (or 1 and 0)"
+        )
     bad = np.flatnonzero(~((score >= 0) & (score <= 1)))
-    if len(bad): raise ValueError(f"score[{bad[0]}] is {score[bad[0]]:.6g} ({len(bad)} such value(s)); give probabilities in [0, 1], and leave out images without one")
+    if len(bad):
+        raise ValueError(
+            f"score[{bad[0]}] is {score[bad[0]]:.6g} ({len(bad)} such value(s)); give probabilities in "
+            "[0, 1], and leave out images without one"
+        )
     return positive.astype(bool), score
 
+# %% ../../nbs/evaluate/35_decisions.ipynb #1046ad4d
 def lesions_to_promise(
     target:float, # sensitivity, in (0, 1)
     confidence:float=.95, # with which it is to be shown
@@ -86,13 +115,15 @@ class LockedThreshold:
     reason:str = '' # why the target cannot be promised, '' where nothing speaks against it
 
     def __post_init__(self):
-        if not (isinstance(self.target, (int, float)) and 0 < self.target <= 1): raise ValueError(f"target is {self.target!r}; give a sensitivity above 0 and at most 1")
+        if not (isinstance(self.target, (int, float)) and 0 < self.target <= 1):
+            raise ValueError(f"target is {self.target!r}; give a sensitivity above 0 and at most 1")
         if self.value is not None and not (isinstance(self.value, (int, float)) and 0 <= self.value <= 1):
             raise ValueError(f"threshold is {self.value!r}; give a probability in [0, 1], or None where there is none")
 
     def flags(self, score):
         "Which images (N,) bool are flagged, of malignancy probabilities (N,)."
-        if self.value is None: raise ValueError(f"no threshold was locked: {self.reason}")
+        if self.value is None:
+            raise ValueError(f"no threshold was locked: {self.reason}")
         score = np.asarray(score, np.float64)
         return _checked_scores(np.zeros(score.shape, bool), score, np.zeros(score.shape))[1] >= self.value
 
@@ -105,14 +136,20 @@ class LockedThreshold:
         "Read a threshold back; an unknown or missing key is an error."
         return cls(**check_keys(values, _THRESHOLD_KEYS, 'locked threshold'))
 
-# %% ../../nbs/evaluate/35_decisions.ipynb #9dd15e44
+# %% ../../nbs/evaluate/35_decisions.ipynb #221e33ab
 def _promise(target, n_lesions):
     "Why so many malignant lesions cannot promise the target, or ''."
-    if target == 1: return "a sensitivity of 1 cannot be promised from any number of lesions"
+    if target == 1:
+        return "a sensitivity of 1 cannot be promised from any number of lesions"
     needed = lesions_to_promise(target)
-    if n_lesions >= needed: return ''
-    return f"too few to promise {target:.4g}: {n_lesions} malignant lesion(s), {needed} all found would be needed to show it with 95 % confidence"
+    if n_lesions >= needed:
+        return ''
+    return (
+        f"too few to promise {target:.4g}: {n_lesions} malignant lesion(s), {needed} all found would be "
+        "needed to show it with 95 % confidence"
+    )
 
+# %% ../../nbs/evaluate/35_decisions.ipynb #9dd15e44
 def lock_threshold(
     positive:np.ndarray, # (N,) bool, whether the true class is malignant
     score:np.ndarray, # (N,) malignancy probability of validation images, in [0, 1]
@@ -123,12 +160,16 @@ def lock_threshold(
 ) -> LockedThreshold:
     "The highest threshold whose sensitivity on these images is at least the target."
     positive, score = _checked_scores(positive, score, lesion_ids)
-    n, n_lesions = int(positive.sum()), len(np.unique(np.asarray(lesion_ids)[positive]))
-    if not 0 < target <= 1: raise ValueError(f"target is {target}; give a sensitivity above 0 and at most 1")
-    value, reason = None, "no malignant image to lock a threshold on"
+    n = int(positive.sum())
+    n_lesions = len(np.unique(np.asarray(lesion_ids)[positive]))
+    if not 0 < target <= 1:
+        raise ValueError(f"target is {target}; give a sensitivity above 0 and at most 1")
+    value = None
+    reason = "no malignant image to lock a threshold on"
     if n:
         missed = min(n - 1, int(np.floor(n * (1 - target) + 1e-9)))     # so many may lie below
-        value, reason = _digits(np.sort(score[positive])[missed], 6, ROUND_FLOOR), _promise(target, n_lesions)
+        value = _digits(np.sort(score[positive])[missed], 6, ROUND_FLOOR)
+        reason = _promise(target, n_lesions)
     found = score >= value if n else np.zeros(len(score))
     reached = mean_leaves(dict(sensitivity=(found, positive, reason)), lesion_ids, n_resamples, seed)['sensitivity']
     reached = {key: float(f'{v:.8g}') if isinstance(v, float) else v for key, v in reached.items()}
@@ -148,13 +189,30 @@ def threshold_scorecard(
     value = threshold.value if isinstance(threshold, LockedThreshold) else threshold
     if value is None:
         nothing = np.zeros(len(score))
-        return mean_leaves({name: (nothing, nothing, threshold.reason) for name in ('sensitivity', 'specificity', 'ppv', 'npv', 'flagged')}, lesion_ids, 0, seed)
-    if not 0 <= value <= 1: raise ValueError(f"threshold is {value}; give a probability in [0, 1]")
+        return mean_leaves(
+            {
+                name: (nothing, nothing, threshold.reason)
+                for name in ('sensitivity', 'specificity', 'ppv', 'npv', 'flagged')
+            },
+            lesion_ids,
+            0,
+            seed,
+        )
+    if not 0 <= value <= 1:
+        raise ValueError(f"threshold is {value}; give a probability in [0, 1]")
     flagged = score >= value
-    return mean_leaves(dict(
-        sensitivity=(flagged, positive, "no image is malignant"), specificity=(~flagged, ~positive, "every image is malignant"),
-        ppv=(positive, flagged, "no image is flagged"), npv=(~positive, ~flagged, "every image is flagged"),
-        flagged=(flagged, np.ones(len(score)), "no image")), lesion_ids, n_resamples, seed)
+    return mean_leaves(
+        dict(
+            sensitivity=(flagged, positive, "no image is malignant"),
+            specificity=(~flagged, ~positive, "every image is malignant"),
+            ppv=(positive, flagged, "no image is flagged"),
+            npv=(~positive, ~flagged, "every image is flagged"),
+            flagged=(flagged, np.ones(len(score)), "no image"),
+        ),
+        lesion_ids,
+        n_resamples,
+        seed,
+    )
 
 # %% ../../nbs/evaluate/35_decisions.ipynb #8310fabc
 CONFORMAL = ('split', 'class_conditional')
@@ -165,20 +223,26 @@ def strangeness(
     score:str='lac', # one of STRANGENESS
 ) -> np.ndarray: # (N,C) in [0, 1]; higher is stranger
     "How strange each class would be as the diagnosis of each image."
-    if score not in STRANGENESS: raise ValueError(f"score {score!r} is not known; choose one of {', '.join(STRANGENESS)}.{nearest(str(score), STRANGENESS)}")
+    if score not in STRANGENESS:
+        raise ValueError(
+            f"score {score!r} is not known; choose one of {', '.join(STRANGENESS)}.{nearest(str(score), STRANGENESS)}"
+        )
     probs = check_probs(probs)
-    if score == 'lac': return 1 - probs
-    order, before = np.argsort(-probs, axis=1, kind='stable'), np.zeros_like(probs)
-    mass = np.take_along_axis(probs, order, 1).cumsum(1)[:, :-1].clip(max=1)     # of the classes before each but the first
+    if score == 'lac':
+        return 1 - probs
+    order = np.argsort(-probs, axis=1, kind='stable')
+    before = np.zeros_like(probs)
+    mass = np.take_along_axis(probs, order, 1).cumsum(1)[:, :-1].clip(max=1) # of the classes before each but the first
     np.put_along_axis(before, order[:, 1:], mass, 1)
     return before
 
-# %% ../../nbs/evaluate/35_decisions.ipynb #77b02b9d
+# %% ../../nbs/evaluate/35_decisions.ipynb #0748d566
 def _lesion_votes(lesion_ids):
     "One over the number of images of each image's lesion (N,), and how many lesions there are."
     _, member, counts = np.unique(np.asarray(lesion_ids), return_inverse=True, return_counts=True)
     return 1 / counts[member], len(counts)
 
+# %% ../../nbs/evaluate/35_decisions.ipynb #302d9499
 def conformal_quantile(
     scores:np.ndarray, # (N,) strangeness of the true class, in [0, 1]
     lesion_ids:np.ndarray, # (N,) str or int, lesion of each image
@@ -190,6 +254,7 @@ def conformal_quantile(
     enough = np.flatnonzero(votes[order].cumsum() >= (lesions + 1) * coverage - 1e-9)
     return min(1., _digits(np.asarray(scores)[order][enough[0]], 8, ROUND_CEILING)) if len(enough) else 1.
 
+# %% ../../nbs/evaluate/35_decisions.ipynb #77b02b9d
 def lesions_to_cover(
     coverage:float, # in (0, 1)
 ) -> int: # lesions
@@ -210,26 +275,46 @@ class ConformalSets:
 
     def __post_init__(self):
         for name, allowed in (('kind', CONFORMAL), ('score', STRANGENESS)):
-            if getattr(self, name) not in allowed: raise ValueError(f"{name} {getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.{nearest(str(getattr(self, name)), allowed)}")
-        if not 0 < self.coverage < 1: raise ValueError(f"coverage is {self.coverage}; give a share strictly between 0 and 1")
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is not known; choose one of "
+                    f"{', '.join(allowed)}.{nearest(str(getattr(self, name)), allowed)}"
+                )
+        if not 0 < self.coverage < 1:
+            raise ValueError(f"coverage is {self.coverage}; give a share strictly between 0 and 1")
         if len(self.quantiles) != len(self.lesions) or not all(0 <= q <= 1 for q in self.quantiles):
-            raise ValueError(f"quantiles {self.quantiles} and lesions {self.lesions}: give one of each per class, the quantiles in [0, 1]")
+            raise ValueError(
+                f"quantiles {self.quantiles} and lesions {self.lesions}: give one of each per class, "
+                "the quantiles in [0, 1]"
+            )
 
     def sets(self, probs):
         "Sets (N,C) bool of probabilities (N,C); each row by itself, and a row may be empty."
         probs = check_probs(probs)
-        if probs.shape[1] != len(self.quantiles): raise ValueError(f"probs has {probs.shape[1]} classes, the sets were fitted on {len(self.quantiles)}")
+        if probs.shape[1] != len(self.quantiles):
+            raise ValueError(f"probs has {probs.shape[1]} classes, the sets were fitted on {len(self.quantiles)}")
         return strangeness(probs, self.score) <= np.asarray(self.quantiles)
 
     def always(self, codes):
         "Why a class is in every set, by code, for those that are."
         needed = lesions_to_cover(self.coverage)
-        return {code: f"in every set: {n} validation lesion(s), {needed} are needed to promise {self.coverage:.4g}" if n < needed
-                else f"in every set: at {self.coverage:.4g} its validation lesions leave nothing out" for code, q, n in zip(codes, self.quantiles, self.lesions) if q >= 1}
+        return {
+            code: f"in every set: {n} validation lesion(s), {needed} are needed to promise {self.coverage:.4g}"
+            if n < needed
+            else f"in every set: at {self.coverage:.4g} its validation lesions leave nothing out"
+            for code, q, n in zip(codes, self.quantiles, self.lesions)
+            if q >= 1
+        }
 
     def to_dict(self):
         "As a bundle holds it: plain JSON values."
-        return dict(kind=self.kind, score=self.score, coverage=self.coverage, quantiles=list(self.quantiles), lesions=list(self.lesions))
+        return dict(
+            kind=self.kind,
+            score=self.score,
+            coverage=self.coverage,
+            quantiles=list(self.quantiles),
+            lesions=list(self.lesions),
+        )
 
     @classmethod
     def from_dict(cls, values):
@@ -247,10 +332,13 @@ def fit_conformal(
     score:str='lac', # one of STRANGENESS
 ) -> ConformalSets:
     "Lock the quantiles of conformal sets on validation images."
-    targets, lesion_ids = np.asarray(targets, np.int64), np.asarray(lesion_ids)
+    targets = np.asarray(targets, np.int64)
+    lesion_ids = np.asarray(lesion_ids)
     probs = check_probs(probs, targets)
-    if len(lesion_ids) != len(targets): raise ValueError(f"{len(targets)} targets and {len(lesion_ids)} lesion_ids; give one of each per image")
-    own, C = strangeness(probs, score)[np.arange(len(targets)), targets], probs.shape[1]
+    if len(lesion_ids) != len(targets):
+        raise ValueError(f"{len(targets)} targets and {len(lesion_ids)} lesion_ids; give one of each per image")
+    own = strangeness(probs, score)[np.arange(len(targets)), targets]
+    C = probs.shape[1]
     groups = [targets == c for c in range(C)] if kind == 'class_conditional' else [np.ones(len(targets), bool)] * C
     quantiles = tuple(conformal_quantile(own[g], lesion_ids[g], coverage) for g in groups)
     return ConformalSets(kind, score, coverage, quantiles, tuple(len(np.unique(lesion_ids[g])) for g in groups))
@@ -265,17 +353,37 @@ def conformal_scorecard(
     seed:int=0, # of the resamples
 ) -> dict: # coverage, lesion_coverage, mean_set_size, singleton, empty -> leaf; per_class: code -> n, coverage, mean_set_size
     "How often sets hold the true class, and how much they leave open."
-    sets, targets = np.asarray(sets, bool), np.asarray(targets, np.int64)
-    if sets.shape != (len(targets), len(codes)): raise ValueError(f"sets has shape {sets.shape}; for {len(targets)} targets and {len(codes)} codes it must be {(len(targets), len(codes))}")
-    hit, size, every = sets[np.arange(len(targets)), targets], sets.sum(1), np.ones(len(targets))
-    asked = dict(coverage=(hit, every, "no image"), lesion_coverage=(hit, _lesion_votes(lesion_ids)[0], "no image"), mean_set_size=(size, every, "no image"),
-                 singleton=(size == 1, every, "no image"), empty=(size == 0, every, "no image"))
+    sets = np.asarray(sets, bool)
+    targets = np.asarray(targets, np.int64)
+    if sets.shape != (len(targets), len(codes)):
+        raise ValueError(
+            f"sets has shape {sets.shape}; for {len(targets)} targets and {len(codes)} codes it must be "
+            f"{(len(targets), len(codes))}"
+        )
+    hit = sets[np.arange(len(targets)), targets]
+    size = sets.sum(1)
+    every = np.ones(len(targets))
+    asked = dict(
+        coverage=(hit, every, "no image"),
+        lesion_coverage=(hit, _lesion_votes(lesion_ids)[0], "no image"),
+        mean_set_size=(size, every, "no image"),
+        singleton=(size == 1, every, "no image"),
+        empty=(size == 0, every, "no image"),
+    )
     for c, code in enumerate(codes):
-        asked |= {(code, name): (values, targets == c, f"no image of class {code}") for name, values in (('coverage', hit), ('mean_set_size', size))}
+        asked |= {
+            (code, name): (values, targets == c, f"no image of class {code}")
+            for name, values in (('coverage', hit), ('mean_set_size', size))
+        }
     leaves = mean_leaves(asked, lesion_ids, n_resamples, seed)
     counts = np.bincount(targets, minlength=len(codes)).tolist()
-    per_class = {code: dict(n=dict(value=counts[c], n=counts[c]), **{name: leaves.pop((code, name)) for name in ('coverage', 'mean_set_size')})
-                 for c, code in enumerate(codes)}
+    per_class = {
+        code: dict(
+            n=dict(value=counts[c], n=counts[c]),
+            **{name: leaves.pop((code, name)) for name in ('coverage', 'mean_set_size')},
+        )
+        for c, code in enumerate(codes)
+    }
     return leaves | dict(per_class=per_class)
 
 # %% ../../nbs/evaluate/35_decisions.ipynb #3b925af8
@@ -286,13 +394,18 @@ def cost_matrix(
 ) -> np.ndarray: # (C,C) float64: true class, answer
     "Costs by malignancy alone: a mix-up within malignant or within benign costs nothing; an undecided answer calls for a look, an undecided truth costs nothing."
     for name, value in (('missed', missed), ('alarm', alarm)):
-        if not 0 <= value < np.inf: raise ValueError(f"{name} is {value}; give a finite cost of at least 0")
-    if label_set.malignant is None: raise ValueError(f"label set {label_set.name} does not say which classes are malignant; give a cost matrix of your own (read_costs)")
+        if not 0 <= value < np.inf:
+            raise ValueError(f"{name} is {value}; give a finite cost of at least 0")
+    if label_set.malignant is None:
+        raise ValueError(
+            f"label set {label_set.name} does not say which classes are malignant; give a cost matrix "
+            "of your own (read_costs)"
+        )
     said = [label_set.is_malignant(code) for code in label_set.codes]
     malignant, benign = (np.array([s is which for s in said]) for which in (True, False))
     return missed * np.outer(malignant, benign) + alarm * np.outer(benign, ~benign)
 
-# %% ../../nbs/evaluate/35_decisions.ipynb #324004c1
+# %% ../../nbs/evaluate/35_decisions.ipynb #bf88b98f
 def check_costs(
     costs:np.ndarray, # (C,C) true class, answer
     num_classes:int, # C
@@ -300,49 +413,79 @@ def check_costs(
 ) -> np.ndarray: # (C,C) float64
     "A cost matrix that can be used, or a `ValueError`."
     costs = np.asarray(costs, np.float64)
-    if costs.shape != (num_classes, num_classes): raise ValueError(f"{where} has shape {costs.shape}; for {num_classes} classes it must be {(num_classes, num_classes)}: true class, answer")
-    if not (np.isfinite(costs).all() and (costs >= 0).all()): raise ValueError(f"{where}: {costs[~(costs >= 0) | ~np.isfinite(costs)][0]} is no cost; give finite numbers of at least 0")
+    if costs.shape != (num_classes, num_classes):
+        raise ValueError(
+            f"{where} has shape {costs.shape}; for {num_classes} classes it must be "
+            f"{(num_classes, num_classes)}: true class, answer"
+        )
+    if not (np.isfinite(costs).all() and (costs >= 0).all()):
+        raise ValueError(
+            f"{where}: {costs[~(costs >= 0) | ~np.isfinite(costs)][0]} is no cost; give finite numbers of at least 0"
+        )
     worse = np.flatnonzero(costs.diagonal() > costs.min(1))
-    if len(worse): raise ValueError(f"{where}: for true class {worse[0]} the right answer costs {costs[worse[0], worse[0]]:g}, a wrong one {costs[worse[0]].min():g}; "
-                                    f"rows are the truth and columns the answer")
+    if len(worse):
+        raise ValueError(
+            f"{where}: for true class {worse[0]} the right answer costs {costs[worse[0], worse[0]]:g}, "
+            f"a wrong one {costs[worse[0]].min():g}; "
+            f"rows are the truth and columns the answer"
+        )
     return costs
 
+# %% ../../nbs/evaluate/35_decisions.ipynb #324004c1
 def read_costs(
     path:Path|str, # CSV: first column the true class, further columns the answers, one row and one column per class
     label_set:LabelSet, # classes and their order; full names and aliases are understood
 ) -> np.ndarray: # (C,C) float64: true class, answer
     "Read a cost matrix."
-    try: table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file; give a CSV of costs") from None
-    except (ValueError, UnicodeError) as error: raise ValueError(f"{path}: not readable as CSV ({error}); give comma-separated UTF-8 text with one header row") from None
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; give a CSV of costs") from None
+    except (ValueError, UnicodeError) as error:
+        raise ValueError(
+            f"{path}: not readable as CSV ({error}); give comma-separated UTF-8 text with one header row"
+        ) from None
     rows = [label_set.parse(word, f'{path} row {i + 2}') for i, word in enumerate(table.iloc[:, 0])]
     columns = [label_set.parse(word, f'{path} header') for word in table.columns[1:]]
     for found, what in ((rows, 'row'), (columns, 'column')):
         for code in label_set.codes:
-            if found.count(code) != 1: raise ValueError(f"{path}: class '{code}' has {found.count(code)} {what}s; it needs exactly one (label set {label_set.name}: {', '.join(label_set.codes)})")
+            if found.count(code) != 1:
+                raise ValueError(
+                    f"{path}: class '{code}' has {found.count(code)} {what}s; it needs exactly one "
+                    f"(label set {label_set.name}: {', '.join(label_set.codes)})"
+                )
     values = table.iloc[:, 1:].apply(pd.to_numeric, errors='coerce').to_numpy(np.float64)
     if np.isnan(values).any():
         i, j = np.argwhere(np.isnan(values))[0]
-        raise ValueError(f"{path} row {i + 2}, column {table.columns[j + 1]}: '{table.iloc[i, j + 1]}' is no number; give a cost of at least 0")
+        raise ValueError(
+            f"{path} row {i + 2}, column {table.columns[j + 1]}: '{table.iloc[i, j + 1]}' is no number; "
+            "give a cost of at least 0"
+        )
     order = np.ix_([rows.index(code) for code in label_set.codes], [columns.index(code) for code in label_set.codes])
     return check_costs(values[order], label_set.num_classes, str(path))
 
-# %% ../../nbs/evaluate/35_decisions.ipynb #ce8440fd
+# %% ../../nbs/evaluate/35_decisions.ipynb #f529ff26
 DECISIONS = ('argmax', 'cheapest')
 
 def cost_answers(
     probs:np.ndarray, # (N,C) probabilities
     costs:np.ndarray, # (C,C) true class, answer
-    decide:str='cheapest', # 'argmax' the most probable class, 'cheapest' the one of least expected cost (the most probable of those that tie)
+    # 'argmax' the most probable class, 'cheapest' the one of least expected cost (the most probable of those that tie)
+    decide:str='cheapest',
 ) -> np.ndarray: # (N,) int, the answer
     "The answer to each image."
-    if decide not in DECISIONS: raise ValueError(f"decide {decide!r} is not known; choose one of {', '.join(DECISIONS)}.{nearest(str(decide), DECISIONS)}")
+    if decide not in DECISIONS:
+        raise ValueError(
+            f"decide {decide!r} is not known; choose one of {', '.join(DECISIONS)}.{nearest(str(decide), DECISIONS)}"
+        )
     probs = check_probs(probs)
-    if decide == 'argmax': return probs.argmax(1)
+    if decide == 'argmax':
+        return probs.argmax(1)
     expected = (probs[:, :, None] * check_costs(costs, probs.shape[1])).sum(1)
     cheap = expected <= expected.min(1, keepdims=True) + 1e-9
     return np.where(cheap, probs, -1).argmax(1)
 
+# %% ../../nbs/evaluate/35_decisions.ipynb #ce8440fd
 def expected_cost(
     targets:np.ndarray, # (N,) int, true class
     probs:np.ndarray, # (N,C) probabilities
@@ -370,5 +513,7 @@ def cost_scorecard(
     costs = check_costs(costs, check_probs(probs, targets).shape[1])
     paid = {how: costs[targets, cost_answers(probs, costs, how)] for how in DECISIONS}
     every = np.ones(len(targets))
-    asked = {how: (values, every, "no image") for how, values in paid.items()} | dict(saved=(paid['argmax'] - paid['cheapest'], every, "no image"))
+    asked = {how: (values, every, "no image") for how, values in paid.items()} | dict(
+        saved=(paid['argmax'] - paid['cheapest'], every, "no image")
+    )
     return mean_leaves(asked, lesion_ids, n_resamples, seed)

@@ -12,7 +12,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
-from .calibration import Calibrator, Selection, check_keys, check_probs, choose_candidate, crossfit, fit_calibrator, lesion_folds
+from skinlesion.evaluate.calibration import (
+    Calibrator,
+    Selection,
+    check_keys,
+    check_probs,
+    choose_candidate,
+    crossfit,
+    fit_calibrator,
+    lesion_folds,
+)
 from .intervals import interval_leaf, lesion_weights, newcombe_interval
 from .metrics import weight_blocks, weighted_auroc
 from ..taxonomy import nearest
@@ -23,7 +32,8 @@ def _stack(
     members, # list of (N,C) probabilities, or array (M,N,C)
 ) -> np.ndarray: # (M,N,C) float64
     "Members' probabilities as one array; `ValueError` where they do not belong together."
-    if not len(members): raise ValueError("no members given; an ensemble needs at least one (N, C) array of probabilities")
+    if not len(members):
+        raise ValueError("no members given; an ensemble needs at least one (N, C) array of probabilities")
     members = [np.asarray(m, np.float64) for m in members]
     for i, m in enumerate(members):
         if m.ndim != 2 or m.shape != members[0].shape:
@@ -31,15 +41,20 @@ def _stack(
                              f"all must be (N, C) for the same images and classes, in the same order")
         bad = np.flatnonzero(~((np.abs(m.sum(1) - 1) < 1e-3) & (m >= 0).all(1)))
         if len(bad):
-            raise ValueError(f"member {i}, row {bad[0]}: probabilities sum to {m[bad[0]].sum():.4g}, not to 1; "
-                             f"give softmax outputs, not logits" if (m[bad[0]] >= 0).all() else
-                             f"member {i}, row {bad[0]}: {m[bad[0]].min():.4g} is no probability; give softmax outputs, not logits")
+            raise ValueError(
+                f"member {i}, row {bad[0]}: probabilities sum to {m[bad[0]].sum():.4g}, not to 1; "
+                f"give softmax outputs, not logits"
+                if (m[bad[0]] >= 0).all()
+                else f"member {i}, row {bad[0]}: {m[bad[0]].min():.4g} is no probability; "
+                "give softmax outputs, not logits"
+            )
     return np.stack(members)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #0a9f7c53
 def _by_member(members):
     "Names (None for a list or an array) and probabilities (M,N,C), the fits of a member averaged."
-    if not isinstance(members, dict): return None, _stack(members)
+    if not isinstance(members, dict):
+        return None, _stack(members)
     if any('.' in name for name in members):
         from skinlesion.model.bundle import mean_fits # torch and timm, for those who have fits
         members = mean_fits(list(members), list(members.values()))
@@ -47,16 +62,35 @@ def _by_member(members):
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #713d4e18
 def mean_ensemble(
-    members, # list of (N,C) probabilities, one per member, rows and classes in the same order; or dict name -> (N,C), fits of a member averaged first
+    # list of (N,C) probabilities, one per member, rows and classes in the same order; or dict name -> (N,C), fits of a
+    # member averaged first
+    members,
 ) -> np.ndarray: # (N,C) float64, rows sum to 1
     "Mean of the members' probabilities."
     return _by_member(members)[1].mean(0)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #ba71d13c
-COMBINATIONS = ('mean', 'logit_mean', 'tempered_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking') # least fitted first
+COMBINATIONS = (
+    'mean',
+    'logit_mean',
+    'tempered_mean',
+    'best_member',
+    'best_subset',
+    'convex',
+    'rank_mean',
+    'stacking',
+) # least fitted first
 
-_PARAMETERS = dict(mean=(), logit_mean=(), tempered_mean=('temperatures',), best_member=('weights',), best_subset=('weights',), convex=('weights', 'temperatures'),
-                   rank_mean=('quantiles', 'mean_quantiles'), stacking=('weights', 'bias')) # of each kind
+_PARAMETERS = dict(
+    mean=(),
+    logit_mean=(),
+    tempered_mean=('temperatures',),
+    best_member=('weights',),
+    best_subset=('weights',),
+    convex=('weights', 'temperatures'),
+    rank_mean=('quantiles', 'mean_quantiles'),
+    stacking=('weights', 'bias'),
+) # of each kind
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #47400ea5
 @dataclass(frozen=True)
@@ -67,18 +101,24 @@ class Combiner:
     num_classes:int # C
     parameters:dict=field(default_factory=dict) # name -> nested lists of numbers, as JSON holds them
 
-    def __post_init__(self): _check_combiner(self)
+    def __post_init__(self):
+        _check_combiner(self)
 
     def __call__(self,
-        members, # dict name -> (N,C) probabilities, fits of a member averaged first; or array (M,N,C) in the order of `members`
+        # dict name -> (N,C) probabilities, fits of a member averaged first; or array (M,N,C) in the order of `members`
+        members,
     ) -> np.ndarray: # (N,C) float64, rows sum to 1
         "The ensemble's answer."
-        answer = _ANSWERS[self.kind](_ordered(self, members), {k: np.asarray(v, np.float64) for k, v in self.parameters.items()})
+        answer = _ANSWERS[self.kind](
+            _ordered(self, members), {k: np.asarray(v, np.float64) for k, v in self.parameters.items()}
+        )
         return answer / answer.sum(1, keepdims=True)
 
     def to_dict(self) -> dict: # plain JSON values
         "What `from_dict` reads back."
-        return dict(kind=self.kind, members=list(self.members), num_classes=self.num_classes, parameters=self.parameters)
+        return dict(
+            kind=self.kind, members=list(self.members), num_classes=self.num_classes, parameters=self.parameters
+        )
 
     @classmethod
     def from_dict(cls,
@@ -86,34 +126,56 @@ class Combiner:
     ) -> 'Combiner':
         "A combiner from plain values; `ValueError` names what is unknown, missing or off."
         check_keys(values, ('kind', 'members', 'num_classes', 'parameters'), 'combiner')
-        if not isinstance(values['members'], (list, tuple)): raise ValueError(f"combiner, members: {values['members']!r} is no list of names")
+        if not isinstance(values['members'], (list, tuple)):
+            raise ValueError(f"combiner, members: {values['members']!r} is no list of names")
         return cls(values['kind'], tuple(values['members']), values['num_classes'], values['parameters'])
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #ac0f0e82
 def _check_kind(kind, allowed=COMBINATIONS):
     "Stop at a kind that is none."
-    if kind not in allowed: raise ValueError(f"combination {kind!r} is not one of {', '.join(allowed)}.{nearest(str(kind), allowed)}")
+    if kind not in allowed:
+        raise ValueError(f"combination {kind!r} is not one of {', '.join(allowed)}.{nearest(str(kind), allowed)}")
 
-# %% ../../nbs/evaluate/33_ensemble.ipynb #e22a6e45
+# %% ../../nbs/evaluate/33_ensemble.ipynb #9e2a387c
 def _shapes(one):
     "The shape of each parameter of a combiner."
-    M, C, Q = len(one.members), one.num_classes, len(_LEVELS)
-    return dict(weights=(M, C, C) if one.kind == 'stacking' else (M,), temperatures=(M,), bias=(C,), quantiles=(M, C, Q), mean_quantiles=(C, Q))
+    M = len(one.members)
+    C = one.num_classes
+    Q = len(_LEVELS)
+    return dict(
+        weights=(M, C, C) if one.kind == 'stacking' else (M,),
+        temperatures=(M,),
+        bias=(C,),
+        quantiles=(M, C, Q),
+        mean_quantiles=(C, Q),
+    )
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #e22a6e45
 def _check_combiner(one):
     "Stop where the parts of a combiner do not fit together."
     _check_kind(one.kind)
-    if not one.members or len(set(one.members)) < len(one.members): raise ValueError(f"combiner, members: {list(one.members)!r}; give at least one name, each once")
-    if type(one.num_classes) is not int or one.num_classes < 2: raise ValueError(f"combiner, num_classes is {one.num_classes!r}; give a whole number, at least 2")
+    if not one.members or len(set(one.members)) < len(one.members):
+        raise ValueError(f"combiner, members: {list(one.members)!r}; give at least one name, each once")
+    if type(one.num_classes) is not int or one.num_classes < 2:
+        raise ValueError(f"combiner, num_classes is {one.num_classes!r}; give a whole number, at least 2")
     where = f"combiner '{one.kind}', parameters"
     check_keys(one.parameters, _PARAMETERS[one.kind], where)
-    M, C, shapes = len(one.members), one.num_classes, _shapes(one)
+    M = len(one.members)
+    C = one.num_classes
+    shapes = _shapes(one)
     for name, values in one.parameters.items():
-        try: array = np.asarray(values, np.float64)
-        except (ValueError, TypeError): raise ValueError(f"{where}, {name}: not a list of numbers of one shape") from None
-        if array.shape != shapes[name]: raise ValueError(f"{where}, {name}: shape {array.shape}, but {M} members and {C} classes need {shapes[name]}")
-        if not np.isfinite(array).all(): raise ValueError(f"{where}, {name}: holds a value that is no finite number")
-        if name == 'temperatures' and (array <= 0).any(): raise ValueError(f"{where}, temperatures: {array.min():g}; all must be above 0")
+        try:
+            array = np.asarray(values, np.float64)
+        except (ValueError, TypeError):
+            raise ValueError(f"{where}, {name}: not a list of numbers of one shape") from None
+        if array.shape != shapes[name]:
+            raise ValueError(
+                f"{where}, {name}: shape {array.shape}, but {M} members and {C} classes need {shapes[name]}"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"{where}, {name}: holds a value that is no finite number")
+        if name == 'temperatures' and (array <= 0).any():
+            raise ValueError(f"{where}, temperatures: {array.min():g}; all must be above 0")
         if name == 'weights' and one.kind != 'stacking' and ((array < 0).any() or abs(array.sum() - 1) > 1e-6):
             raise ValueError(f"{where}, weights: {array.tolist()}; all must be at least 0 and sum to 1")
 
@@ -125,10 +187,13 @@ def _ordered(one, members):
         check_keys(dict.fromkeys(names), one.members, f"members of the combiner '{one.kind}'")
         stack = stack[[names.index(name) for name in one.members]]
     if stack.shape[::2] != (len(one.members), one.num_classes):
-        raise ValueError(f"members have shape {stack.shape}; this combiner was fitted on {len(one.members)} members ({', '.join(one.members)}) and {one.num_classes} classes")
+        raise ValueError(
+            f"members have shape {stack.shape}; this combiner was fitted on {len(one.members)} members "
+            f"({', '.join(one.members)}) and {one.num_classes} classes"
+        )
     return stack
 
-# %% ../../nbs/evaluate/33_ensemble.ipynb #7502c26e
+# %% ../../nbs/evaluate/33_ensemble.ipynb #8de112fa
 PROBABILITY_FLOOR = 1e-7 # smaller probabilities count as this where logarithms are taken
 
 _LEVELS = np.linspace(0, 1, 129) # of the quantiles that `rank_mean` keeps
@@ -137,24 +202,34 @@ def _logs(stack):
     "Log probabilities that are finite."
     return np.log(np.maximum(stack, PROBABILITY_FLOOR))
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #a2c63a44
 def _scaled(stack, temperatures):
     "Members (M,N,C), each at its temperature."
-    return np.stack([Calibrator('temperature', stack.shape[2], dict(temperature=float(t)))(member) for member, t in zip(stack, temperatures)])
+    return np.stack(
+        [
+            Calibrator('temperature', stack.shape[2], dict(temperature=float(t)))(member)
+            for member, t in zip(stack, temperatures)
+        ]
+    )
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #7502c26e
 def _curve(quantiles):
     "Increasing values and their mean levels: a quantile function without steps."
     values, first, counts = np.unique(quantiles, return_index=True, return_counts=True)
     return values, _LEVELS[first] / 2 + _LEVELS[first + counts - 1] / 2
 
-# %% ../../nbs/evaluate/33_ensemble.ipynb #76058cc6
+# %% ../../nbs/evaluate/33_ensemble.ipynb #064e513b
 def _rank_mean(stack, fitted):
     "Mean rank among the validation pictures, read back through the quantiles of the mean."
     answer = np.empty(stack.shape[1:])
     for c in range(stack.shape[2]):
-        ranks = np.mean([np.interp(member[:, c], *_curve(q)) for member, q in zip(stack, fitted['quantiles'][:, c])], axis=0)
+        ranks = np.mean(
+            [np.interp(member[:, c], *_curve(q)) for member, q in zip(stack, fitted['quantiles'][:, c])], axis=0
+        )
         answer[:, c] = np.interp(ranks, *_curve(fitted['mean_quantiles'][c])[::-1])
     return np.maximum(answer, PROBABILITY_FLOOR)
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #76058cc6
 def _weighted(stack, fitted):
     "Weighted mean of the members."
     return np.einsum('m,mnc->nc', fitted['weights'], stack)
@@ -164,34 +239,54 @@ _ANSWERS = dict(
     mean=lambda stack, fitted: stack.mean(0),
     logit_mean=lambda stack, fitted: softmax(_logs(stack).mean(0), axis=1),
     tempered_mean=lambda stack, fitted: _scaled(stack, fitted['temperatures']).mean(0),
-    best_member=_weighted, best_subset=_weighted,
+    best_member=_weighted,
+    best_subset=_weighted,
     convex=lambda stack, fitted: _weighted(_scaled(stack, fitted['temperatures']), fitted),
     rank_mean=_rank_mean,
-    stacking=lambda stack, fitted: softmax(np.einsum('mnd,mcd->nc', _logs(stack), fitted['weights']) + fitted['bias'], axis=1))
+    stacking=lambda stack, fitted: softmax(
+        np.einsum('mnd,mcd->nc', _logs(stack), fitted['weights']) + fitted['bias'], axis=1
+    ),
+)
 
-# %% ../../nbs/evaluate/33_ensemble.ipynb #5951d8d6
+# %% ../../nbs/evaluate/33_ensemble.ipynb #e8ae539e
 def _true_class(stack, targets):
     "What each member gave the true class, (N,M), at least the floor."
     return np.maximum(stack[:, np.arange(len(targets)), targets].T, PROBABILITY_FLOOR)
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #72e17750
 def _temperatures(stack, targets, weights):
     "The temperature of each member."
-    return np.array([fit_calibrator('temperature', member, targets, weights).parameters['temperature'] for member in stack])
+    return np.array(
+        [fit_calibrator('temperature', member, targets, weights).parameters['temperature'] for member in stack]
+    )
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #5951d8d6
 def _fit_convex(stack, targets, weights, temperatures=True):
     "Temperature of each member, then the weights of the lowest log loss."
     M = len(stack)
     warm = _temperatures(stack, targets, weights) if temperatures else np.ones(M)
-    given, share = _true_class(_scaled(stack, warm), targets), weights / weights.sum()
+    given = _true_class(_scaled(stack, warm), targets)
+    share = weights / weights.sum()
     def loss(w):
         mixed = given @ w
         return -share @ np.log(mixed), -(share / mixed) @ given
-    found = minimize(loss, np.full(M, 1 / M), jac=True, method='SLSQP', bounds=[(0, 1)] * M, options=dict(ftol=1e-12, maxiter=500),
-                     constraints=dict(type='eq', fun=lambda w: w.sum() - 1, jac=lambda w: np.ones(M)))
+    found = minimize(
+        loss,
+        np.full(M, 1 / M),
+        jac=True,
+        method='SLSQP',
+        bounds=[(0, 1)] * M,
+        options=dict(ftol=1e-12, maxiter=500),
+        constraints=dict(type='eq', fun=lambda w: w.sum() - 1, jac=lambda w: np.ones(M)),
+    )
     w = np.where(found.x < 1e-6, 0, found.x)
     w /= w.sum()
     gap = ((share / (given @ w)) @ given).max() - 1 # how far the loss can lie above the least, at most
-    if not gap < 1e-3: raise ValueError(f"convex weights of {M} members on {len(targets)} pictures: not found ({found.message}); leave 'convex' out of the combinations")
+    if not gap < 1e-3:
+        raise ValueError(
+            f"convex weights of {M} members on {len(targets)} pictures: not found ({found.message}); "
+            "leave 'convex' out of the combinations"
+        )
     return dict(weights=_short(w), temperatures=warm)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #ba20d123
@@ -206,7 +301,10 @@ def _fit_best_subset(stack, targets, weights):
     "The subset whose mean has the lowest log loss; of several alike the smallest, then the first."
     M = len(stack)
     if M > MAX_SUBSET_MEMBERS:
-        raise ValueError(f"best_subset tries every subset and takes up to {MAX_SUBSET_MEMBERS} members; these are {M}. Leave members out, or choose 'convex'")
+        raise ValueError(
+            f"best_subset tries every subset and takes up to {MAX_SUBSET_MEMBERS} members; these are "
+            f"{M}. Leave members out, or choose 'convex'"
+        )
     subsets = (np.arange(1, 2**M)[:, None] >> np.arange(M)) & 1
     subsets = subsets[np.argsort(subsets.sum(1), kind='stable')]
     return _best_of(subsets / subsets.sum(1, keepdims=True), stack, targets, weights)
@@ -214,14 +312,18 @@ def _fit_best_subset(stack, targets, weights):
 # %% ../../nbs/evaluate/33_ensemble.ipynb #b0d6fb66
 def _best_of(rows, stack, targets, weights):
     "The row of member weights (K,M) of the lowest log loss; of several alike the first."
-    given, share = _true_class(stack, targets), weights / weights.sum()
+    given = _true_class(stack, targets)
+    share = weights / weights.sum()
     losses = np.array([-share @ np.log(given @ row) for row in rows])
     return dict(weights=_short(rows[np.flatnonzero(losses <= losses.min() + 1e-12)[0]]))
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #c71096ea
 def _fit_rank_mean(stack, targets, weights):
     "Quantiles of each member and of their mean, class by class."
-    of = lambda probs: np.stack([np.quantile(probs[:, c], _LEVELS, method='inverted_cdf', weights=weights) for c in range(probs.shape[1])])
+    def of(probs):
+        return np.stack(
+            [np.quantile(probs[:, c], _LEVELS, method='inverted_cdf', weights=weights) for c in range(probs.shape[1])]
+        )
     return dict(quantiles=_short([of(member) for member in stack]), mean_quantiles=_short(of(stack.mean(0))))
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #513bd604
@@ -237,34 +339,52 @@ def _fit_stacking(stack, targets, weights, deviation=STACKING_DEVIATION):
     spread = np.concatenate([np.full(C * M * C, deviation), np.full(C, BIAS_DEVIATION)])
     hit = np.eye(C)[targets]
     def loss(x):
-        w, off = x[:-C].reshape(C, M * C), (x - centre) / spread
+        w = x[:-C].reshape(C, M * C)
+        off = (x - centre) / spread
         log_probs = log_softmax(logs @ w.T + x[-C:], axis=1)
         error = (np.exp(log_probs) - hit) * weights[:, None]
         slope = np.concatenate([(error.T @ logs).ravel(), error.sum(0)]) + off / spread
         return -(weights @ (log_probs * hit).sum(1)) + off @ off / 2, slope
-    found = minimize(loss, centre, jac=True, method='L-BFGS-B', options=dict(maxiter=2000, maxfun=4000, ftol=1e-12, gtol=1e-5))
+    found = minimize(
+        loss, centre, jac=True, method='L-BFGS-B', options=dict(maxiter=2000, maxfun=4000, ftol=1e-12, gtol=1e-5)
+    )
     return dict(weights=_short(found.x[:-C].reshape(C, M, C).transpose(1, 0, 2)), bias=_short(found.x[-C:]))
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #d230e1aa
-_FITS = dict(mean=lambda *_: {}, logit_mean=lambda *_: {}, tempered_mean=lambda *given: dict(temperatures=_temperatures(*given)), convex=_fit_convex, stacking=_fit_stacking, rank_mean=_fit_rank_mean,
-             best_subset=_fit_best_subset, best_member=lambda stack, *rest: _best_of(np.eye(len(stack)), stack, *rest))
+_FITS = dict(
+    mean=lambda *_: {},
+    logit_mean=lambda *_: {},
+    tempered_mean=lambda *given: dict(temperatures=_temperatures(*given)),
+    convex=_fit_convex,
+    stacking=_fit_stacking,
+    rank_mean=_fit_rank_mean,
+    best_subset=_fit_best_subset,
+    best_member=lambda stack, *rest: _best_of(np.eye(len(stack)), stack, *rest),
+)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #a2099122
 def fit_combiner(
     kind:str, # one of COMBINATIONS
-    members, # dict name -> (N,C) probabilities of validation or out-of-fold pictures; or array (M,N,C), members then called 0, 1, ...
+    # dict name -> (N,C) probabilities of validation or out-of-fold pictures; or array (M,N,C), members then called 0,
+    # 1, ...
+    members,
     targets:np.ndarray, # (N,) int, true class
-    weights:np.ndarray=None, # (N,) what each picture counts, at least 0, such as 1 / pictures of its lesion; None counts each once
+    # (N,) what each picture counts, at least 0, such as 1 / pictures of its lesion; None counts each once
+    weights:np.ndarray=None,
     temperatures:bool=True, # 'convex' brings each member to its own temperature first
 ) -> Combiner:
     "Fit one way to combine members."
     _check_kind(kind)
     names, stack = _by_member(members)
     targets = np.asarray(targets, np.int64)
-    for m, member in enumerate(stack): check_probs(member, targets, f"member '{names[m]}'" if names else f'member {m}')
+    for m, member in enumerate(stack):
+        check_probs(member, targets, f"member '{names[m]}'" if names else f'member {m}')
     weights = np.ones(len(targets)) if weights is None else np.asarray(weights, np.float64)
     if weights.shape != targets.shape or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
-        raise ValueError(f"weights of shape {weights.shape}, from {weights.min(initial=0):g}; give (N,) = {targets.shape}, all at least 0 and some above")
+        raise ValueError(
+            f"weights of shape {weights.shape}, from {weights.min(initial=0):g}; give (N,) = "
+            f"{targets.shape}, all at least 0 and some above"
+        )
     fitted = _FITS[kind](stack, targets, weights, **(dict(temperatures=temperatures) if kind == 'convex' else {}))
     names = names or tuple(str(m) for m in range(len(stack)))
     return Combiner(kind, names, stack.shape[2], {k: v.tolist() for k, v in fitted.items()})
@@ -275,30 +395,43 @@ class CombinationChoice:
     "The way to combine members that the validation lesions justify."
     combiner:Combiner # the one taken, fitted on all rows
     selection:Selection # every kind, its cross-fitted log loss, and why this one
-    crossfitted:np.ndarray # (N,C) what the kind taken says of each row, fitted without its lesion: fit calibration and thresholds on these
+    crossfitted: (
+        np.ndarray
+    ) # (N,C) what the kind taken says of each row, fitted without its lesion: fit calibration and thresholds on these
     combiners:dict # kind -> Combiner fitted on all rows, to show what each would have brought
-    candidates:dict # kind -> (N,C) what it says of each row, fitted without its lesion; before the temperature at which it was judged
+    # kind -> (N,C) what it says of each row, fitted without its lesion; before the temperature at which it was judged
+    candidates: dict
 
-# %% ../../nbs/evaluate/33_ensemble.ipynb #5c99901f
+# %% ../../nbs/evaluate/33_ensemble.ipynb #afd3079d
 def _possible(kinds, n_members):
     "The kinds that can be asked of so many members: of one member the first alone."
-    for kind in kinds: _check_kind(kind)
+    for kind in kinds:
+        _check_kind(kind)
     kinds = tuple(k for k in kinds if k != 'best_subset' or n_members <= MAX_SUBSET_MEMBERS or len(kinds) == 1)
-    if not kinds: raise ValueError(f"kinds is empty; name at least one of {', '.join(COMBINATIONS)}")
+    if not kinds:
+        raise ValueError(f"kinds is empty; name at least one of {', '.join(COMBINATIONS)}")
     return kinds[:1] if n_members == 1 else kinds
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #ea590b78
 def _dealt(targets, lesion_ids, folds, seed):
     "Folds of whole lesions and '', or None and why there can be none."
     lesions = len(np.unique(lesion_ids))
-    if lesions < folds: return None, f"{lesions} lesion(s) cannot fill {folds} folds"
+    if lesions < folds:
+        return None, f"{lesions} lesion(s) cannot fill {folds} folds"
     dealt = lesion_folds(targets, lesion_ids, folds, seed)
-    if min(len(np.unique(targets[dealt != fold])) for fold in range(folds)) < 2: return None, "without one of the folds only one class is left to fit on"
+    if min(len(np.unique(targets[dealt != fold])) for fold in range(folds)) < 2:
+        return None, "without one of the folds only one class is left to fit on"
     return dealt, ''
 
+# %% ../../nbs/evaluate/33_ensemble.ipynb #5c99901f
 def _tempered(candidates, targets, dealt):
     "Each candidate at a temperature of its own, cross-fitted; as it is where there are no folds."
-    if dealt is None: return candidates
-    return {name: crossfit(lambda *seen: fit_calibrator('temperature', *seen), probs, targets, dealt) for name, probs in candidates.items()}
+    if dealt is None:
+        return candidates
+    return {
+        name: crossfit(lambda *seen: fit_calibrator('temperature', *seen), probs, targets, dealt)
+        for name, probs in candidates.items()
+    }
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #88a16cea
 def choose_combination(
@@ -309,21 +442,45 @@ def choose_combination(
     folds:int=5, # of the cross-fit
     seed:int=0, # of folds and resamples
     n_resamples:int=1000, # of the lesions
-    recalibrate:bool=True, # judge each kind at a temperature of its own, so that none wins by what the calibration after it mends anyway
+    # judge each kind at a temperature of its own, so that none wins by what the calibration after it mends anyway
+    recalibrate:bool=True,
 ) -> CombinationChoice:
     "Choose on lesions that were not fitted on, then fit on all."
     names, stack = _by_member(members)
-    names, targets, asked, kinds = names or tuple(str(m) for m in range(len(stack))), np.asarray(targets, np.int64), kinds, _possible(kinds, len(stack))
+    names = names or tuple(str(m) for m in range(len(stack)))
+    targets = np.asarray(targets, np.int64)
+    asked = kinds
+    kinds = _possible(kinds, len(stack))
     untried = len(stack) > MAX_SUBSET_MEMBERS and 'best_subset' in asked
     dealt, why_not = _dealt(targets, lesion_ids, folds, seed)
-    if why_not: kinds = kinds[:1]
-    if why_not and _PARAMETERS[kinds[0]]: raise ValueError(f"{why_not}, so {kinds[0]} cannot be judged; give more lesions, or put mean first")
-    fit = lambda kind: lambda values, given: fit_combiner(kind, dict(zip(names, values)), given)
+    if why_not:
+        kinds = kinds[:1]
+    if why_not and _PARAMETERS[kinds[0]]:
+        raise ValueError(f"{why_not}, so {kinds[0]} cannot be judged; give more lesions, or put mean first")
+    def fit(kind):
+        return lambda values, given: fit_combiner(kind, dict(zip(names, values)), given)
     combiners = {kind: fit(kind)(stack, targets) for kind in kinds}
-    candidates = {kind: crossfit(fit(kind), stack, targets, dealt) if _PARAMETERS[kind] else one(stack) for kind, one in combiners.items()}
-    selection = choose_candidate(_tempered(candidates, targets, dealt) if recalibrate else candidates, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
-    if why_not: selection = replace(selection, reasons=(f"{kinds[0]} stays: {why_not}",))
-    if untried: selection = replace(selection, reasons=(*selection.reasons, f"not tried: best_subset, which takes up to {MAX_SUBSET_MEMBERS} members; these are {len(stack)}"))
+    candidates = {
+        kind: crossfit(fit(kind), stack, targets, dealt) if _PARAMETERS[kind] else one(stack)
+        for kind, one in combiners.items()
+    }
+    selection = choose_candidate(
+        _tempered(candidates, targets, dealt) if recalibrate else candidates,
+        targets,
+        lesion_ids,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+    if why_not:
+        selection = replace(selection, reasons=(f"{kinds[0]} stays: {why_not}",))
+    if untried:
+        selection = replace(
+            selection,
+            reasons=(
+                *selection.reasons,
+                f"not tried: best_subset, which takes up to {MAX_SUBSET_MEMBERS} members; these are {len(stack)}",
+            ),
+        )
     return CombinationChoice(combiners[selection.name], selection, candidates[selection.name], combiners, candidates)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #90497685
@@ -337,9 +494,13 @@ def choose_views(
     recalibrate:bool=True, # judge each set at a temperature of its own, as combinations are
 ) -> Selection: # `.name` is the set; the one of the fewest views stays unless another is clearly better
     "The set of views that the validation lesions justify."
-    passes, targets = {name: len(view_names(name)) for name in by_views}, np.asarray(targets, np.int64)
-    candidates = {name: check_probs(by_views[name], targets, f"views '{name}'") for name in sorted(passes, key=passes.get)}
-    if recalibrate: candidates = _tempered(candidates, targets, _dealt(targets, lesion_ids, folds, seed)[0])
+    passes = {name: len(view_names(name)) for name in by_views}
+    targets = np.asarray(targets, np.int64)
+    candidates = {
+        name: check_probs(by_views[name], targets, f"views '{name}'") for name in sorted(passes, key=passes.get)
+    }
+    if recalibrate:
+        candidates = _tempered(candidates, targets, _dealt(targets, lesion_ids, folds, seed)[0])
     return choose_candidate(candidates, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
 
 # %% ../../nbs/evaluate/33_ensemble.ipynb #32f427ba
@@ -385,17 +546,41 @@ def disagreement_scorecard(
     "How large the disagreement of members is, and how well it tells where their ensemble errs."
     names, stack = _by_member(members)
     probs = stack.mean(0) if probs is None else check_probs(probs, targets)
-    targets, lesion_ids, apart = np.asarray(targets, np.int64), np.asarray(lesion_ids), member_disagreement(stack)
-    wrong, missed = probs.argmax(1) != targets, 1 - probs[np.arange(len(targets)), targets]
+    targets = np.asarray(targets, np.int64)
+    lesion_ids = np.asarray(lesion_ids)
+    apart = member_disagreement(stack)
+    wrong = probs.argmax(1) != targets
+    missed = 1 - probs[np.arange(len(targets)), targets]
     weights = np.concatenate([np.ones((1, len(targets)), np.int16), lesion_weights(lesion_ids, n_resamples, seed)])
-    lesions = lambda rows: len(np.unique(lesion_ids[rows]))
-    n, n_lesions, alone, method = len(targets), lesions(slice(None)), len(stack) == 1, f'percentile lesion bootstrap, seed {seed}'
+    def lesions(rows):
+        return len(np.unique(lesion_ids[rows]))
+    n = len(targets)
+    n_lesions = lesions(slice(None))
+    alone = len(stack) == 1
+    method = f'percentile lesion bootstrap, seed {seed}'
     def leaf(samples, reason, exact=None, fewest=None):
-        return interval_leaf(samples[0], samples[1:], n, n_lesions, 'one member has nobody to disagree with' if alone else reason, exact, method, fewest=fewest)
+        return interval_leaf(
+            samples[0],
+            samples[1:],
+            n,
+            n_lesions,
+            'one member has nobody to disagree with' if alone else reason,
+            exact,
+            method,
+            fewest=fewest,
+        )
     area = np.full(n_resamples + 1, np.nan) if alone else weighted_auroc(wrong, apart, weights)
     either = lesions(wrong), lesions(~wrong)
-    exact = (*newcombe_interval(area[0], *either), 'Newcombe method 5 over lesions, perfectly ranked') if area[0] in (0, 1) else None
-    return dict(n_members=dict(value=len(stack), n=len(stack)),
-                mean=leaf(weights @ apart / weights.sum(1) if not alone else area, ''),
-                error_auroc=leaf(area, f"the ensemble is {'never' if not wrong.any() else 'always'} wrong", exact, min(either)),
-                error_spearman=leaf(weighted_spearman(apart, missed, weights), 'all pictures are alike in disagreement or in error'))
+    exact = (
+        (*newcombe_interval(area[0], *either), 'Newcombe method 5 over lesions, perfectly ranked')
+        if area[0] in (0, 1)
+        else None
+    )
+    return dict(
+        n_members=dict(value=len(stack), n=len(stack)),
+        mean=leaf(weights @ apart / weights.sum(1) if not alone else area, ''),
+        error_auroc=leaf(area, f"the ensemble is {'never' if not wrong.any() else 'always'} wrong", exact, min(either)),
+        error_spearman=leaf(
+            weighted_spearman(apart, missed, weights), 'all pictures are alike in disagreement or in error'
+        ),
+    )

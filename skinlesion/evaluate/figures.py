@@ -19,15 +19,17 @@ from ..taxonomy import LabelSet, class_colours
 from .metrics import ECE_BINS, METRICS, confidence_bins, group_sums
 from .intervals import format_leaf, lesion_weights, share_leaf
 
-# %% ../../nbs/evaluate/38_figures.ipynb #eb66ac31
+# %% ../../nbs/evaluate/38_figures.ipynb #4fb866cf
 def _axes(ax, width, height):
     "The axes given, or new ones of that size in inches."
     return plt.subplots(figsize=(width, height))[1] if ax is None else ax
 
+# %% ../../nbs/evaluate/38_figures.ipynb #54d5a38e
 def _thin(n, most):
     "Indices of at most `most` of `n` points, the ends kept."
     return np.unique(np.linspace(0, n - 1, min(most, n)).round().astype(int))
 
+# %% ../../nbs/evaluate/38_figures.ipynb #eb66ac31
 def class_titles(
     label_set:LabelSet, # whose classes
 ) -> list: # of str, in the order of the codes
@@ -45,19 +47,21 @@ def roc_points(
     curves = []
     for c, code in enumerate(label_set.codes):
         positive = np.asarray(targets) == c
-        if positive.all() or not positive.any(): continue
+        if positive.all() or not positive.any():
+            continue
         fpr, tpr, _ = roc_curve(positive, probs[:, c])
         keep = _thin(len(fpr), max_points)
         curves.append(pd.DataFrame({'class': code, 'fpr': fpr[keep], 'tpr': tpr[keep]}))
     return pd.concat(curves, ignore_index=True) if curves else pd.DataFrame({'class': [], 'fpr': [], 'tpr': []})
 
-# %% ../../nbs/evaluate/38_figures.ipynb #f3e6d202
+# %% ../../nbs/evaluate/38_figures.ipynb #9b1321b2
 LINE_STYLES = ('-', '--', '-.', ':') # a second cue beside the colour
 
 def _legend_title(leaf, title):
     "A class and its AUROC with the interval, on two lines."
     return f"{title}\n{format_leaf(leaf)}" if leaf else title
 
+# %% ../../nbs/evaluate/38_figures.ipynb #f3e6d202
 def plot_roc(
     targets:np.ndarray, # (N,) int, true class
     probs:np.ndarray, # (N,C) probabilities
@@ -66,8 +70,11 @@ def plot_roc(
     ax:plt.Axes=None, # where to draw; None makes a figure
 ) -> plt.Axes: # the axes drawn on
     "One-against-rest ROC curves, the AUROC with its interval in the legend."
-    ax, points, counts = _axes(ax, 5.2, 4.8), roc_points(targets, probs, label_set), np.bincount(targets, minlength=len(label_set))
-    titles, colours = class_titles(label_set), class_colours(label_set)
+    ax = _axes(ax, 5.2, 4.8)
+    points = roc_points(targets, probs, label_set)
+    counts = np.bincount(targets, minlength=len(label_set))
+    titles = class_titles(label_set)
+    colours = class_colours(label_set)
     for c, code in enumerate(label_set.codes):
         curve = points[points['class'] == code]
         label = _legend_title((leaves or {}).get(code), f"{titles[c]}, n = {counts[c]}")
@@ -75,8 +82,16 @@ def plot_roc(
     ax.plot([0, 1], [0, 1], color='.6', lw=1, label='chance')
     ax.set(xlim=(-.01, 1.01), ylim=(-.01, 1.01), aspect='equal', xlabel='false positive rate (1 - specificity)',
            ylabel='true positive rate (sensitivity)', title='ROC, each class against the rest')
-    ax.legend(title='AUROC (95 % interval)' if leaves else None, loc='center left', bbox_to_anchor=(1.02, .5), frameon=False, fontsize=9)
-    ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
+    ax.legend(
+        title='AUROC (95 % interval)' if leaves else None,
+        loc='center left',
+        bbox_to_anchor=(1.02, 0.5),
+        frameon=False,
+        fontsize=9,
+    )
+    ax.grid(color='.92')
+    ax.set_axisbelow(True)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/evaluate/38_figures.ipynb #93f7203c
@@ -90,7 +105,8 @@ def pr_points(
     curves = [pd.DataFrame({'class': [], 'recall': [], 'precision': []})]
     for c, code in enumerate(label_set.codes):
         positive = np.asarray(targets) == c
-        if positive.all() or not positive.any(): continue
+        if positive.all() or not positive.any():
+            continue
         precision, recall, _ = precision_recall_curve(positive, probs[:, c])
         keep = len(recall) - 1 - _thin(len(recall), max_points)
         curves.append(pd.DataFrame({'class': code, 'recall': recall[keep], 'precision': precision[keep]}))
@@ -105,18 +121,43 @@ def plot_pr(
     ax:plt.Axes=None, # where to draw; None makes a figure
 ) -> plt.Axes: # the axes drawn on
     "One-against-rest precision-recall curves, the average precision with its interval in the legend."
-    ax, points, counts = _axes(ax, 5.2, 4.8), pr_points(targets, probs, label_set), np.bincount(targets, minlength=len(label_set))
-    titles, colours = class_titles(label_set), class_colours(label_set)
+    ax = _axes(ax, 5.2, 4.8)
+    points = pr_points(targets, probs, label_set)
+    counts = np.bincount(targets, minlength=len(label_set))
+    titles = class_titles(label_set)
+    colours = class_colours(label_set)
     for c, code in enumerate(label_set.codes):
         curve = points[points['class'] == code]
         label = _legend_title((leaves or {}).get(code), f"{titles[c]}, n = {counts[c]}")
-        ax.plot(curve['recall'], curve['precision'], color=colours[code], ls=LINE_STYLES[c % 4], lw=2, drawstyle='steps-pre', label=label)
-        if len(curve): ax.plot(1.015, counts[c] / counts.sum(), marker='<', color=colours[code], ms=7, mew=0, clip_on=False)
+        ax.plot(
+            curve['recall'],
+            curve['precision'],
+            color=colours[code],
+            ls=LINE_STYLES[c % 4],
+            lw=2,
+            drawstyle='steps-pre',
+            label=label,
+        )
+        if len(curve):
+            ax.plot(1.015, counts[c] / counts.sum(), marker='<', color=colours[code], ms=7, mew=0, clip_on=False)
     ax.plot([], [], ls='', marker='<', color='.5', label='chance: share of the class')
-    ax.set(xlim=(-.01, 1.01), ylim=(-.01, 1.03), xlabel='recall (sensitivity)', ylabel='precision (positive predictive value)',
-           title='Precision and recall, each class against the rest')
-    ax.legend(title='average precision (95 % interval)' if leaves else None, loc='center left', bbox_to_anchor=(1.04, .5), frameon=False, fontsize=9)
-    ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
+    ax.set(
+        xlim=(-0.01, 1.01),
+        ylim=(-0.01, 1.03),
+        xlabel='recall (sensitivity)',
+        ylabel='precision (positive predictive value)',
+        title='Precision and recall, each class against the rest',
+    )
+    ax.legend(
+        title='average precision (95 % interval)' if leaves else None,
+        loc='center left',
+        bbox_to_anchor=(1.04, 0.5),
+        frameon=False,
+        fontsize=9,
+    )
+    ax.grid(color='.92')
+    ax.set_axisbelow(True)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/evaluate/38_figures.ipynb #695417c7
@@ -129,7 +170,7 @@ def confusion_points(
     codes = np.array(label_set.codes, dtype=object)
     return pd.DataFrame(dict(actual=codes[np.asarray(targets)], predicted=codes[np.asarray(probs).argmax(1)]))
 
-# %% ../../nbs/evaluate/38_figures.ipynb #f8f64ed4
+# %% ../../nbs/evaluate/38_figures.ipynb #824f1a69
 def _sensitivity_axis(ax, leaves, label_set):
     "Each row's sensitivity with its interval, to the right of the matrix."
     right = ax.secondary_yaxis('right')
@@ -138,6 +179,7 @@ def _sensitivity_axis(ax, leaves, label_set):
     right.tick_params(length=0)
     right.spines['right'].set_visible(False)
 
+# %% ../../nbs/evaluate/38_figures.ipynb #f8f64ed4
 def plot_confusion(
     targets:np.ndarray, # (N,) int, true class
     probs:np.ndarray, # (N,C) probabilities; the largest decides
@@ -146,31 +188,50 @@ def plot_confusion(
     ax:plt.Axes=None, # where to draw; None makes a figure
 ) -> plt.Axes: # the axes drawn on
     "Confusion matrix: counts in the cells, share of the row as colour."
-    calls, titles = confusion_points(targets, probs, label_set), class_titles(label_set)
-    counts = pd.crosstab(calls['actual'], calls['predicted']).reindex(index=label_set.codes, columns=label_set.codes, fill_value=0).to_numpy()
+    calls = confusion_points(targets, probs, label_set)
+    titles = class_titles(label_set)
+    counts = (
+        pd.crosstab(calls['actual'], calls['predicted'])
+        .reindex(index=label_set.codes, columns=label_set.codes, fill_value=0)
+        .to_numpy()
+    )
     totals = counts.sum(1, keepdims=True)
     ax = _axes(ax, 2.6 + .62 * len(titles), 1.9 + .5 * len(titles))
-    sns.heatmap(counts / np.maximum(totals, 1), annot=counts, fmt='d', cmap='Blues', vmin=0, vmax=1, ax=ax, linewidths=1,
-                xticklabels=titles, yticklabels=[f'{t} (n = {n})' for t, n in zip(titles, totals[:, 0])],
-                cbar_kws=dict(label='share of the true class', location='top', shrink=.6, aspect=30, pad=.03))
+    sns.heatmap(
+        counts / np.maximum(totals, 1),
+        annot=counts,
+        fmt='d',
+        cmap='Blues',
+        vmin=0,
+        vmax=1,
+        ax=ax,
+        linewidths=1,
+        xticklabels=titles,
+        yticklabels=[f'{t} (n = {n})' for t, n in zip(titles, totals[:, 0])],
+        cbar_kws=dict(label='share of the true class', location='top', shrink=0.6, aspect=30, pad=0.03),
+    )
     ax.set(xlabel='predicted class', ylabel='true class')
     ax.set_xticklabels(titles, rotation=40, ha='right', rotation_mode='anchor')
     ax.tick_params(length=0)
     ax.tick_params(axis='y', rotation=0)
-    if leaves: _sensitivity_axis(ax, leaves, label_set)
+    if leaves:
+        _sensitivity_axis(ax, leaves, label_set)
     return ax
 
-# %% ../../nbs/evaluate/38_figures.ipynb #318a387d
+# %% ../../nbs/evaluate/38_figures.ipynb #a62a45ab
 def _bin_interval(happened, hits, counts, n_lesions):
     "Interval of the share that `happened` in one bin, from its weighted `hits` and `counts` (R,); NaN where nothing can be said."
     samples = np.divide(hits, counts, out=np.full(len(hits), np.nan), where=counts > 0)
     leaf = share_leaf(happened.mean(), samples, len(happened), n_lesions)
     return [np.nan if leaf[k] is None else leaf[k] for k in ('low', 'high')]
 
+# %% ../../nbs/evaluate/38_figures.ipynb #b2581e8f
 def _binned(happened, chance, lesion_ids, weights, n_bins):
     "A row per filled bin of `chance`: bin, predicted, observed, low, high, n, n_lesions."
-    bins, rows = confidence_bins(chance, n_bins), []
-    counts, hits = group_sums(weights, bins, n_bins), group_sums(weights, bins, n_bins, happened)
+    bins = confidence_bins(chance, n_bins)
+    rows = []
+    counts = group_sums(weights, bins, n_bins)
+    hits = group_sums(weights, bins, n_bins, happened)
     for b in np.unique(bins):
         inside = bins == b
         n_lesions = len(np.unique(lesion_ids[inside]))
@@ -179,6 +240,7 @@ def _binned(happened, chance, lesion_ids, weights, n_bins):
                          low=low, high=high, n=int(inside.sum()), n_lesions=n_lesions))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/evaluate/38_figures.ipynb #318a387d
 def reliability_points(
     targets:np.ndarray, # (N,) int, true class
     probs:np.ndarray, # (N,C) probabilities
@@ -193,8 +255,11 @@ def reliability_points(
     bins = _binned(right, np.max(probs, 1), lesion_ids, lesion_weights(lesion_ids, n_resamples, seed), n_bins)
     return bins.rename(columns=dict(predicted='confidence', observed='accuracy'))
 
-# %% ../../nbs/evaluate/38_figures.ipynb #7dfd8311
-BLUE, ORANGE, GREY = '#0072B2', '#D55E00', '.55' # told apart by every eye (Okabe & Ito 2008), and by their lightness
+# %% ../../nbs/evaluate/38_figures.ipynb #99f417d2
+# told apart by every eye (Okabe & Ito 2008), and by their lightness
+BLUE = '#0072B2'
+ORANGE = '#D55E00'
+GREY = '.55'
 
 def _count_bars(ax, bins, n_bins):
     "How many images each bin holds, under the diagram."
@@ -205,10 +270,12 @@ def _count_bars(ax, bins, n_bins):
     ax.tick_params(labelbottom=False)
     sns.despine(ax=below)
 
+# %% ../../nbs/evaluate/38_figures.ipynb #e2dc3f96
 def _whiskers(value, low, high):
     "Lengths of error bars, (2,N); NaN where there is no interval."
     return np.abs(np.stack([np.asarray(value, float) - low, np.asarray(high, float) - value]))
 
+# %% ../../nbs/evaluate/38_figures.ipynb #7dfd8311
 def plot_reliability(
     targets:np.ndarray, # (N,) int, true class
     probs:np.ndarray, # (N,C) probabilities
@@ -220,15 +287,35 @@ def plot_reliability(
     seed:int=0, # of the resamples
 ) -> plt.Axes: # the axes of the diagram; the counts stand in axes of their own below
     "Reliability diagram with intervals, the diagonal and the images per bin."
-    bins, ax = reliability_points(targets, probs, lesion_ids, n_bins, n_resamples, seed), _axes(ax, 5.2, 5.6)
+    bins = reliability_points(targets, probs, lesion_ids, n_bins, n_resamples, seed)
+    ax = _axes(ax, 5.2, 5.6)
     ax.plot([0, 1], [0, 1], color='.5', lw=1, ls='--', label='as sure as right')
-    ax.errorbar(bins['confidence'], bins['accuracy'], yerr=_whiskers(bins['accuracy'], bins['low'], bins['high']), fmt='o-', color=BLUE,
-                ms=5, lw=1.2, capsize=3, label='right answers, 95 % interval')
+    ax.errorbar(
+        bins['confidence'],
+        bins['accuracy'],
+        yerr=_whiskers(bins['accuracy'], bins['low'], bins['high']),
+        fmt='o-',
+        color=BLUE,
+        ms=5,
+        lw=1.2,
+        capsize=3,
+        label='right answers, 95 % interval',
+    )
     ax.set(xlim=(0, 1.01), ylim=(-.02, 1.02), ylabel='share of right answers')
     ax.set_title('Reliability' + (f": ECE {format_leaf(ece, 3)}" if ece else ''))
-    ax.text(.97, .06, 'below the diagonal:\ntoo sure of itself', ha='right', color='.4', fontsize=9, transform=ax.transAxes)
+    ax.text(
+        0.97,
+        0.06,
+        'below the diagonal:\ntoo sure of itself',
+        ha='right',
+        color='.4',
+        fontsize=9,
+        transform=ax.transAxes,
+    )
     ax.legend(loc='upper left', frameon=False, fontsize=9)
-    ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
+    ax.grid(color='.92')
+    ax.set_axisbelow(True)
+    sns.despine(ax=ax)
     _count_bars(ax, bins, n_bins)
     return ax
 
@@ -250,11 +337,13 @@ def plot_calibration_before_after(
         plot_reliability(targets, probs, lesion_ids, leaf, ax, n_bins, n_resamples, seed)
         ax.set_title(f'{name}, n = {len(targets)}' + (f"\nECE {format_leaf(leaf, 3)}" if leaf else ''), fontsize=11)
     lines = axes[0].get_legend_handles_labels()
-    for ax in axes: ax.get_legend().remove()
+    for ax in axes:
+        ax.get_legend().remove()
     fig.legend(*lines, loc='upper center', ncols=2, frameon=False, fontsize=9, bbox_to_anchor=(.5, 1.06))
     axes[1].set_ylabel('')
     most = max(ax.get_ylim()[1] for ax in fig.axes[2:])
-    for ax in fig.axes[2:]: ax.set_ylim(0, most)
+    for ax in fig.axes[2:]:
+        ax.set_ylim(0, most)
     fig.axes[3].set_ylabel('')
     fig.subplots_adjust(wspace=.12)
     return axes
@@ -271,8 +360,11 @@ def class_reliability_points(
 ) -> pd.DataFrame: # class, bin (centre), predicted, observed, low, high, n, n_lesions
     "Mean probability of a class and the share that was of it, by bin of that probability."
     lesion_ids = np.arange(len(targets)) if lesion_ids is None else np.asarray(lesion_ids)
-    weights, probs = lesion_weights(lesion_ids, n_resamples, seed), np.asarray(probs)
-    tables = [_binned(np.asarray(targets) == c, probs[:, c], lesion_ids, weights, n_bins) for c in range(len(label_set.codes))]
+    weights = lesion_weights(lesion_ids, n_resamples, seed)
+    probs = np.asarray(probs)
+    tables = [
+        _binned(np.asarray(targets) == c, probs[:, c], lesion_ids, weights, n_bins) for c in range(len(label_set.codes))
+    ]
     return pd.concat(tables, keys=label_set.codes, names=['class', None]).reset_index(level=0).reset_index(drop=True)
 
 # %% ../../nbs/evaluate/38_figures.ipynb #bf4e5cb7
@@ -287,22 +379,30 @@ def plot_class_reliability(
 ) -> np.ndarray: # of axes, one for each class
     "A small reliability diagram for every class, the images of each bin at its foot; a bin of one lesion is hollow."
     points = class_reliability_points(targets, probs, label_set, lesion_ids, n_bins, n_resamples, seed)
-    codes, titles, rows = label_set.codes, class_titles(label_set), -(-len(label_set.codes) // 3)
+    codes = label_set.codes
+    titles = class_titles(label_set)
+    rows = -(-len(label_set.codes) // 3)
     fig, axes = plt.subplots(rows, 3, figsize=(9.4, .5 + 2.9 * rows), sharex=True, sharey=True, squeeze=False)
     for c, (ax, code) in enumerate(zip(axes.flat, codes)):
-        bins, n = points[points['class'] == code], int((np.asarray(targets) == c).sum())
+        bins = points[points['class'] == code]
+        n = int((np.asarray(targets) == c).sum())
         ax.plot([0, 1], [0, 1], color='.5', lw=1, ls='--')
         ax.plot(bins['predicted'], bins['observed'], color=BLUE, lw=1, alpha=.35)
         reach = _whiskers(bins['observed'], bins['low'], bins['high'])
         ax.errorbar(bins['predicted'], bins['observed'], yerr=reach, fmt='o', color=BLUE, ms=4, lw=1.1, capsize=2)
         alone = bins[bins['low'].isna()] # one lesion: a point that nothing is known of
         ax.plot(alone['predicted'], alone['observed'], ls='', marker='o', mfc='w', mec=BLUE, ms=4, zorder=3)
-        for x, count in zip(bins['bin'], bins['n']): ax.text(x, -.15, count, ha='center', va='bottom', fontsize=7, color='.35')
+        for x, count in zip(bins['bin'], bins['n']):
+            ax.text(x, -.15, count, ha='center', va='bottom', fontsize=7, color='.35')
         ax.set_title(f'{titles[c]}\n{n} of {len(targets)} images', fontsize=9)
         ax.set(xlim=(-.02, 1.02), ylim=(-.17, 1.04), yticks=np.arange(0, 1.01, .25))
-        ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
-    for ax in axes.flat[len(codes):]: ax.remove()
-    for ax in axes.flat[max(0, len(codes) - 3):len(codes)]: ax.tick_params(labelbottom=True)
+        ax.grid(color='.92')
+        ax.set_axisbelow(True)
+        sns.despine(ax=ax)
+    for ax in axes.flat[len(codes):]:
+        ax.remove()
+    for ax in axes.flat[max(0, len(codes) - 3):len(codes)]:
+        ax.tick_params(labelbottom=True)
     fig.supxlabel('probability given to the class (small figures: images of the bin)', fontsize=10)
     fig.supylabel('share that was of the class, 95 % interval', fontsize=10)
     fig.tight_layout()
@@ -315,16 +415,39 @@ def plot_risk_coverage(
     ax:plt.Axes=None, # where to draw; None makes a figure
 ) -> plt.Axes: # the axes drawn on
     "Risk against coverage with its interval; the dashed line is the error rate when every image is answered."
-    ax, points = _axes(ax, 5.6, 3.8), points.sort_values('coverage')
-    ax.fill_between(points['coverage'], points['low'].astype(float), points['high'].astype(float), color=BLUE, alpha=.18, lw=0, label='95 % interval')
+    ax = _axes(ax, 5.6, 3.8)
+    points = points.sort_values('coverage')
+    ax.fill_between(
+        points['coverage'],
+        points['low'].astype(float),
+        points['high'].astype(float),
+        color=BLUE,
+        alpha=0.18,
+        lw=0,
+        label='95 % interval',
+    )
     ax.plot(points['coverage'], points['risk'], color=BLUE, lw=2, label='wrong among those answered')
     whole = points.iloc[-1]
-    ax.axhline(whole['risk'], color=GREY, lw=1, ls='--', label=f"all answered (n = {int(whole['n'])}): {whole['risk']:.1%} wrong")
-    ax.set(xlim=(0, 1.01), ylim=(0, max(.05, 1.45 * points[['risk', 'high']].max().max())), xlabel='coverage: share of images answered, the surest first',
-           ylabel='risk: share of wrong answers', title='Risk and coverage' + (f": AURC {format_leaf(leaf, 3)}" if leaf else ''))
-    ax.xaxis.set_major_formatter('{x:.0%}'); ax.yaxis.set_major_formatter('{x:.0%}')
+    ax.axhline(
+        whole['risk'],
+        color=GREY,
+        lw=1,
+        ls='--',
+        label=f"all answered (n = {int(whole['n'])}): {whole['risk']:.1%} wrong",
+    )
+    ax.set(
+        xlim=(0, 1.01),
+        ylim=(0, max(0.05, 1.45 * points[['risk', 'high']].max().max())),
+        xlabel='coverage: share of images answered, the surest first',
+        ylabel='risk: share of wrong answers',
+        title='Risk and coverage' + (f": AURC {format_leaf(leaf, 3)}" if leaf else ''),
+    )
+    ax.xaxis.set_major_formatter('{x:.0%}')
+    ax.yaxis.set_major_formatter('{x:.0%}')
     ax.legend(loc='upper left', frameon=False, fontsize=9)
-    ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
+    ax.grid(color='.92')
+    ax.set_axisbelow(True)
+    sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/evaluate/38_figures.ipynb #28fa2889
@@ -335,14 +458,22 @@ def plot_decision_curve(
     ax:plt.Axes=None, # where to draw; None makes a figure
 ) -> plt.Axes: # the axes drawn on
     "Decision curve with its interval, beside acting on all and on none."
-    ax, curve = _axes(ax, 6, 4.2), curve.sort_values('threshold')
-    at, best = curve['threshold'], curve[['model', 'high', 'treat_all']].max().max()
-    ax.fill_between(at, curve['low'].astype(float), curve['high'].astype(float), color=BLUE, alpha=.18, lw=0, label='95 % interval')
+    ax = _axes(ax, 6, 4.2)
+    curve = curve.sort_values('threshold')
+    at = curve['threshold']
+    best = curve[['model', 'high', 'treat_all']].max().max()
+    ax.fill_between(
+        at, curve['low'].astype(float), curve['high'].astype(float), color=BLUE, alpha=0.18, lw=0, label='95 % interval'
+    )
     ax.plot(at, curve['model'], color=BLUE, lw=2, label=name)
     ax.plot(at, curve['treat_all'], color=ORANGE, lw=1.5, ls='--', label='act on all')
     ax.plot(at, curve['treat_none'], color='.3', lw=1.2, ls=':', label='act on none')
-    ax.set(xlim=(at.min(), at.max()), ylim=(-.25 * best, 1.1 * best), xlabel='threshold: probability of malignancy at which one would act',
-           ylabel='net benefit (malignant lesions found\nper image, less needless ones weighed)')
+    ax.set(
+        xlim=(at.min(), at.max()),
+        ylim=(-0.25 * best, 1.1 * best),
+        xlabel='threshold: probability of malignancy at which one would act',
+        ylabel='net benefit (malignant lesions found\nper image, less needless ones weighed)',
+    )
     ax.set_title('Decision curve' + (f', n = {n}' if n else ''), pad=12)
     costs = ax.secondary_xaxis('top')
     marks = [t for t in (.02, .05, .1, .2, .3, .5, .7) if at.min() <= t <= at.max()]
@@ -350,29 +481,37 @@ def plot_decision_curve(
     costs.set_xlabel('lesions one would excise to find one malignant', fontsize=9)
     ax.xaxis.set_major_formatter('{x:.0%}')
     ax.legend(loc='upper right', frameon=False, fontsize=9)
-    ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
+    ax.grid(color='.92')
+    ax.set_axisbelow(True)
+    sns.despine(ax=ax)
     return ax
 
-# %% ../../nbs/evaluate/38_figures.ipynb #26f8fae0
+# %% ../../nbs/evaluate/38_figures.ipynb #3fdcf5a7
 def _named_leaf(cell, name):
     "The leaf a dotted name leads to, None where there is none."
-    for key in name.split('.'): cell = (cell or {}).get(key)
+    for key in name.split('.'):
+        cell = (cell or {}).get(key)
     return cell
 
+# %% ../../nbs/evaluate/38_figures.ipynb #66211a3c
 def _forest_rows(card, metric):
     "Text, whether it is a heading, leaf and gap, from top to bottom."
     for column, groups in card.items():
         yield column.replace('_', ' '), True, None, None
-        for group, cell in groups.items(): yield group, False, _named_leaf(cell, metric), _named_leaf(cell.get('gap'), metric)
+        for group, cell in groups.items():
+            yield group, False, _named_leaf(cell, metric), _named_leaf(cell.get('gap'), metric)
 
+# %% ../../nbs/evaluate/38_figures.ipynb #f66c877c
 def _forest_words(leaf, gap):
     "What stands to the right of a row."
-    if not leaf or leaf['value'] is None: return (leaf or {}).get('reason', 'not measured').split(',')[0], '', ''
+    if not leaf or leaf['value'] is None:
+        return (leaf or {}).get('reason', 'not measured').split(',')[0], '', ''
     found = gap and gap['value'] is not None
     mark = ' *' if found and gap.get('verdict') in ('higher', 'lower') else ''
     limits = f"({gap['low']:+.2f} to {gap['high']:+.2f}){mark}" if found and gap['low'] is not None else ''
     return format_leaf(leaf), (f"{gap['value']:+.2f}" if found else ''), limits
 
+# %% ../../nbs/evaluate/38_figures.ipynb #26f8fae0
 _FOREST_COLUMNS = (1.10, 1.14, 1.63, 1.67) # where the texts stand, in widths of the axes
 
 def _row_texts(ax, y, texts, colour):
@@ -380,7 +519,7 @@ def _row_texts(ax, y, texts, colour):
     for x, text, side in zip(_FOREST_COLUMNS, texts, ('right', 'left', 'right', 'left')):
         ax.text(x, y, text, transform=ax.get_yaxis_transform(), ha=side, va='center', fontsize=8.5, color=colour)
 
-# %% ../../nbs/evaluate/38_figures.ipynb #7dc2aaba
+# %% ../../nbs/evaluate/38_figures.ipynb #859f7d65
 def metric_words(
     name:str, # dotted, such as 'malignant.auroc'
 ) -> str: # such as 'AUROC, malignant against benign'
@@ -389,6 +528,7 @@ def metric_words(
     words = METRICS[last].title if last in METRICS else last.replace('_', ' ')
     return words + (', malignant against benign' if scope == ['malignant'] else f", {' '.join(scope)}" if scope else '')
 
+# %% ../../nbs/evaluate/38_figures.ipynb #7dc2aaba
 def plot_subgroups(
     card:dict, # column -> group -> leaves, from `evaluate.subgroups`
     metric:str='malignant.auroc', # dotted name of the leaf shown
@@ -401,48 +541,109 @@ def plot_subgroups(
     ax = _axes(ax, 5, .9 + .27 * len(rows))
     for y, (name, heading, leaf, gap) in enumerate(rows):
         said = bool(leaf) and leaf['value'] is not None
-        ax.text(-.02, y, name if heading else f'   {name}', transform=ax.get_yaxis_transform(), ha='right', va='center', fontsize=9,
-                weight='bold' if heading else 'normal', color='k' if heading or said else GREY)
-        if heading: continue
+        ax.text(
+            -0.02,
+            y,
+            name if heading else f'   {name}',
+            transform=ax.get_yaxis_transform(),
+            ha='right',
+            va='center',
+            fontsize=9,
+            weight='bold' if heading else 'normal',
+            color='k' if heading or said else GREY,
+        )
+        if heading:
+            continue
         if said:
             low, high = (leaf['value'] if leaf[k] is None else leaf[k] for k in ('low', 'high'))
-            ax.errorbar(leaf['value'], y, xerr=_whiskers([leaf['value']], low, high), fmt='o', color=BLUE, ms=5, lw=1.4, capsize=3)
+            ax.errorbar(
+                leaf['value'],
+                y,
+                xerr=_whiskers([leaf['value']], low, high),
+                fmt='o',
+                color=BLUE,
+                ms=5,
+                lw=1.4,
+                capsize=3,
+            )
         texts = (str(leaf['n_lesions'] if leaf else 0), *_forest_words(leaf, gap))
         _row_texts(ax, y, texts, 'k' if said else GREY)
     _row_texts(ax, -1, ('lesions', 'value (95 %)', 'gap', 'to the rest (95 %)'), '.3')
-    if whole and whole['value'] is not None: ax.axvline(whole['value'], color='.5', lw=1, ls='--', zorder=0)
-    if metric.endswith('calibration_in_the_large'): ax.axvline(0, color='.5', lw=1, zorder=0)
+    if whole and whole['value'] is not None:
+        ax.axvline(whole['value'], color='.5', lw=1, ls='--', zorder=0)
+    if metric.endswith('calibration_in_the_large'):
+        ax.axvline(0, color='.5', lw=1, zorder=0)
     words = metric_words(metric)
-    ax.set(ylim=(len(rows) - .4, -1.6), yticks=[], xlabel=words + ' (95 % interval' + (', dashed: all images)' if whole else ')'))
+    ax.set(
+        ylim=(len(rows) - 0.4, -1.6),
+        yticks=[],
+        xlabel=words + ' (95 % interval' + (', dashed: all images)' if whole else ')'),
+    )
     ax.set_title(title or f'{words[0].upper()}{words[1:]} by group', loc='left')
-    ax.text(_FOREST_COLUMNS[1], len(rows), '* stands out among all gaps looked at', transform=ax.get_yaxis_transform(), va='center', fontsize=8, color='.3')
-    ax.grid(axis='x', color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax, left=True)
+    ax.text(
+        _FOREST_COLUMNS[1],
+        len(rows),
+        '* stands out among all gaps looked at',
+        transform=ax.get_yaxis_transform(),
+        va='center',
+        fontsize=8,
+        color='.3',
+    )
+    ax.grid(axis='x', color='.92')
+    ax.set_axisbelow(True)
+    sns.despine(ax=ax, left=True)
     return ax
 
-# %% ../../nbs/evaluate/38_figures.ipynb #2e25519f
-_STRESS = (('drop', 'drop', BLUE, 'o', '-', 'AUROC lost', -.06), ('over_change', 'over', ORANGE, 's', '--', 'overconfidence gained', .06))
+# %% ../../nbs/evaluate/38_figures.ipynb #d068735f
+_STRESS = (
+    ('drop', 'drop', BLUE, 'o', '-', 'AUROC lost', -0.06),
+    ('over_change', 'over', ORANGE, 's', '--', 'overconfidence gained', 0.06),
+)
 
 def _stress_panel(ax, rows, kind):
     "Drop and change of one disturbance by grade."
     for name, limits, colour, mark, style, words, shift in _STRESS:
         reach = _whiskers(rows[name], rows[f'{limits}_low'], rows[f'{limits}_high'])
-        ax.errorbar(rows['grade'] + shift, rows[name], yerr=reach, color=colour, marker=mark, ls=style, ms=4, lw=1.3, capsize=2, label=words)
-    ax.axhline(0, color='.4', lw=1); ax.set_title(kind.replace('_', ' '), fontsize=10)
-    ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
+        ax.errorbar(
+            rows['grade'] + shift,
+            rows[name],
+            yerr=reach,
+            color=colour,
+            marker=mark,
+            ls=style,
+            ms=4,
+            lw=1.3,
+            capsize=2,
+            label=words,
+        )
+    ax.axhline(0, color='.4', lw=1)
+    ax.set_title(kind.replace('_', ' '), fontsize=10)
+    ax.grid(color='.92')
+    ax.set_axisbelow(True)
+    sns.despine(ax=ax)
 
+# %% ../../nbs/evaluate/38_figures.ipynb #621c5f3b
 def _clean_words(row):
     "The undisturbed figures in words."
     auroc = f"{row['auroc']:.2f}" if row['auroc'] == row['auroc'] else 'undefined'
-    return f"AUROC {auroc}, confidence less accuracy {row['over']:+.2f}; n = {row['n']} images of {row['n_lesions']} lesions"
+    return (
+        f"AUROC {auroc}, confidence less accuracy {row['over']:+.2f}; n = {row['n']} images of "
+        f"{row['n_lesions']} lesions"
+    )
 
+# %% ../../nbs/evaluate/38_figures.ipynb #2e25519f
 def _plot_image_stress(table):
     "A panel for each disturbance, on one scale."
-    kinds, columns = [k for k in dict.fromkeys(table['kind']) if k != 'none'], 3
+    kinds = [k for k in dict.fromkeys(table['kind']) if k != 'none']
+    columns = 3
     rows = -(-len(kinds) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(9, .9 + 2.1 * rows), sharex=True, sharey=True, squeeze=False)
-    for ax, kind in zip(axes.flat, kinds): _stress_panel(ax, table[table['kind'] == kind], kind)
-    for ax in axes.flat[len(kinds):]: ax.remove()
-    for ax in axes.flat[max(0, len(kinds) - columns):len(kinds)]: ax.tick_params(labelbottom=True)
+    for ax, kind in zip(axes.flat, kinds):
+        _stress_panel(ax, table[table['kind'] == kind], kind)
+    for ax in axes.flat[len(kinds):]:
+        ax.remove()
+    for ax in axes.flat[max(0, len(kinds) - columns):len(kinds)]:
+        ax.tick_params(labelbottom=True)
     axes[0, 0].set_xticks(sorted(set(table['grade']) - {0}))
     clean = table[table['kind'] == 'none'].iloc[0]
     fig.supxlabel(f'grade of the disturbance (undisturbed: {_clean_words(clean)})', fontsize=10)
@@ -451,26 +652,44 @@ def _plot_image_stress(table):
     fig.tight_layout(rect=(0, 0, 1, .95))
     return axes.ravel()[:len(kinds)]
 
-# %% ../../nbs/evaluate/38_figures.ipynb #074c1db1
+# %% ../../nbs/evaluate/38_figures.ipynb #48342723
 def _plot_metadata_stress(table):
     "A row for each change, both figures beside each other."
     rows = table[table['field'] != 'none'].reset_index(drop=True)
-    names = [f"{field}: {change}" if field != 'all' else f'all fields: {change}' for field, change in zip(rows['field'], rows['change'])]
+    names = [
+        f"{field}: {change}" if field != 'all' else f'all fields: {change}'
+        for field, change in zip(rows['field'], rows['change'])
+    ]
     fig, axes = plt.subplots(1, 2, figsize=(9, 1.2 + .28 * len(rows)), sharey=True)
     for ax, (name, limits, colour, mark, _, words, _) in zip(axes, _STRESS):
         reach = _whiskers(rows[name], rows[f'{limits}_low'], rows[f'{limits}_high'])
         ax.axvline(0, color='.4', lw=1)
         ax.errorbar(rows[name], rows.index, xerr=reach, fmt=mark, color=colour, ms=5, lw=1.3, capsize=3)
-        ax.set(xlabel=f'{words} (95 % interval)'); ax.grid(color='.92'); ax.set_axisbelow(True); sns.despine(ax=ax)
+        ax.set(xlabel=f'{words} (95 % interval)')
+        ax.grid(color='.92')
+        ax.set_axisbelow(True)
+        sns.despine(ax=ax)
         for y, reason in enumerate(rows['reason']):
-            if not str(reason).startswith('refused'): continue
-            ax.text(.5, y, 'refused at the gate', transform=ax.get_yaxis_transform(), ha='center', va='center', fontsize=8, color='.4')
-    axes[0].set_yticks(rows.index, names, fontsize=9); axes[0].invert_yaxis()
+            if not str(reason).startswith('refused'):
+                continue
+            ax.text(
+                0.5,
+                y,
+                'refused at the gate',
+                transform=ax.get_yaxis_transform(),
+                ha='center',
+                va='center',
+                fontsize=8,
+                color='.4',
+            )
+    axes[0].set_yticks(rows.index, names, fontsize=9)
+    axes[0].invert_yaxis()
     clean = table[table['field'] == 'none'].iloc[0]
     fig.suptitle(f'Metadata (as they are: {_clean_words(clean)})', fontsize=10)
     fig.tight_layout()
     return axes
 
+# %% ../../nbs/evaluate/38_figures.ipynb #074c1db1
 def plot_stress(
     table:pd.DataFrame, # from `evaluate.robustness`: by kind and grade, or by field and change
 ) -> np.ndarray: # of axes

@@ -12,25 +12,32 @@ import pandas as pd
 from .intervals import format_leaf, interval_leaf, lesion_weights
 from ..model.heads import HEAD_METRICS, HeadSpec, head_metrics
 
-# %% ../../nbs/evaluate/40_heads.ipynb #426eae20
+# %% ../../nbs/evaluate/40_heads.ipynb #36d9b4de
 def _asked(targets, probs, lesion_ids, spec):
     "The rows for which somebody said what is right."
-    targets, probs, lesion_ids = np.asarray(targets, np.int64), np.asarray(probs, np.float64), np.asarray(lesion_ids).astype(str)
+    targets = np.asarray(targets, np.int64)
+    probs = np.asarray(probs, np.float64)
+    lesion_ids = np.asarray(lesion_ids).astype(str)
     if not len(targets) == len(probs) == len(lesion_ids):
-        raise ValueError(f"head '{spec.name}': {len(targets)} targets, {len(probs)} rows of probabilities and {len(lesion_ids)} lesions; give one of each for every image")
+        raise ValueError(
+            f"head '{spec.name}': {len(targets)} targets, {len(probs)} rows of probabilities and "
+            f"{len(lesion_ids)} lesions; give one of each for every image"
+        )
     known = targets >= 0
     return targets[known], probs[known], lesion_ids[known]
 
+# %% ../../nbs/evaluate/40_heads.ipynb #426eae20
 def _resampled(targets, probs, spec, weights):
     "Each metric in each resample, NaN where it is undefined there."
     samples = {name: np.full(len(weights), np.nan) for name in HEAD_METRICS[spec.kind]}
     for r, weight in enumerate(weights):
         rows = np.repeat(np.arange(len(targets)), weight)
         for name, leaf in head_metrics(targets[rows], probs[rows], spec).items():
-            if leaf['value'] is not None: samples[name][r] = leaf['value']
+            if leaf['value'] is not None:
+                samples[name][r] = leaf['value']
     return samples
 
-# %% ../../nbs/evaluate/40_heads.ipynb #e8fcf20a
+# %% ../../nbs/evaluate/40_heads.ipynb #fe7ee8e6
 def head_scorecard(
     targets, # (N,) int, position in the levels, -1 where missing
     probs, # (N, n_levels) probabilities, rows sum to 1
@@ -41,16 +48,37 @@ def head_scorecard(
 ) -> dict: # metric of HEAD_METRICS -> leaf with value, low, high, n, n_lesions, method
     "Every metric of one head with its 95 % interval, over the images whose answer is known."
     targets, probs, lesions = _asked(targets, probs, lesion_ids, spec)
-    point, count = head_metrics(targets, probs, spec), len(set(lesions))
+    point = head_metrics(targets, probs, spec)
+    count = len(set(lesions))
     samples = _resampled(targets, probs, spec, lesion_weights(lesions, n_resamples if count else 0, seed))
-    return {name: interval_leaf(np.nan if leaf['value'] is None else leaf['value'], samples[name], len(targets), count, leaf.get('reason', ''),
-                                method=f'percentile lesion bootstrap, seed {seed}') for name, leaf in point.items()}
+    return {
+        name: interval_leaf(
+            np.nan if leaf['value'] is None else leaf['value'],
+            samples[name],
+            len(targets),
+            count,
+            leaf.get('reason', ''),
+            method=f'percentile lesion bootstrap, seed {seed}',
+        )
+        for name, leaf in point.items()
+    }
 
+# %% ../../nbs/evaluate/40_heads.ipynb #e8fcf20a
 def head_table(
     cards:dict, # head -> what `head_scorecard` gave
     digits:int=2, # decimals
 ) -> pd.DataFrame: # one row per head and metric: value with interval, images, lesions, note
     "Heads and their metrics side by side."
-    rows = [dict(head=head, metric=metric, **{'value (95 % interval)': format_leaf(leaf, digits)}, images=leaf['n'], lesions=leaf['n_lesions'], note=leaf.get('reason', ''))
-            for head, card in cards.items() for metric, leaf in card.items()]
+    rows = [
+        dict(
+            head=head,
+            metric=metric,
+            **{'value (95 % interval)': format_leaf(leaf, digits)},
+            images=leaf['n'],
+            lesions=leaf['n_lesions'],
+            note=leaf.get('reason', ''),
+        )
+        for head, card in cards.items()
+        for metric, leaf in card.items()
+    ]
     return pd.DataFrame(rows, columns=['head', 'metric', 'value (95 % interval)', 'images', 'lesions', 'note'])

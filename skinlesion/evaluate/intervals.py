@@ -18,7 +18,8 @@ from ..taxonomy import nearest
 def _lesion_members(lesion_ids):
     "Each image's lesion as a number, in the order of the ids, and the first image of each lesion."
     lesion_ids = np.asarray(lesion_ids)
-    if lesion_ids.dtype.kind not in 'iu': lesion_ids = lesion_ids.astype(str)
+    if lesion_ids.dtype.kind not in 'iu':
+        lesion_ids = lesion_ids.astype(str)
     empty = np.flatnonzero(np.isin(lesion_ids, ['', 'nan', 'None'])) if lesion_ids.dtype.kind == 'U' else ()
     if len(empty):
         raise ValueError(f"lesion_ids[{empty[0]}] is '{lesion_ids[empty[0]]}'; every image needs the id of its lesion "
@@ -31,13 +32,18 @@ def lesion_weights(
     lesion_ids:np.ndarray, # (N,) str or int, lesion (or patient) of each image; none empty
     n_resamples:int=1000, # R, at least 0
     seed:int=0, # same seed, same resamples
-    strata:np.ndarray=None, # (N,) class of each image: lesions are redrawn within that of their first image; None draws from all
+    # (N,) class of each image: lesions are redrawn within that of their first image; None draws from all
+    strata:np.ndarray=None,
 ) -> np.ndarray: # (R,N) int16 multiplicities; images of one lesion share theirs
     "Multiplicities of a lesion-cluster bootstrap: as many lesions as there are, with replacement."
     (member, first), rng = _lesion_members(lesion_ids), np.random.default_rng(seed)
     if strata is not None and len(strata) != len(member):
-        raise ValueError(f"strata holds {len(strata)} values for {len(member)} images; give one for every image, or None")
-    stratum = np.zeros(len(first), int) if strata is None else np.unique(np.asarray(strata)[first], return_inverse=True)[1]
+        raise ValueError(
+            f"strata holds {len(strata)} values for {len(member)} images; give one for every image, or None"
+        )
+    stratum = (
+        np.zeros(len(first), int) if strata is None else np.unique(np.asarray(strata)[first], return_inverse=True)[1]
+    )
     groups = [np.flatnonzero(stratum == s) for s in range(stratum.max(initial=-1) + 1)]
     weights = np.empty((n_resamples, len(member)), np.int16)
     for r in range(n_resamples):
@@ -56,7 +62,8 @@ def percentile_interval(
     "Percentile interval of a metric over its resamples."
     samples = np.asarray(samples, np.float64)
     defined = samples[~np.isnan(samples)]
-    if not len(defined) or len(defined) < (1 - MAX_UNDEFINED) * len(samples): return np.nan, np.nan
+    if not len(defined) or len(defined) < (1 - MAX_UNDEFINED) * len(samples):
+        return np.nan, np.nan
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -66,7 +73,8 @@ def expanded_level(
     level:float=.95, # wanted confidence, in (0, 1)
 ) -> float: # in [level, 1]
     "The share of resamples between the percentiles that make up for few lesions."
-    if units < 2: return level
+    if units < 2:
+        return level
     return float(2 * ndtr(np.sqrt(units / (units - 1)) * stdtrit(units - 1, (1 + level) / 2)) - 1)
 
 # %% ../../nbs/evaluate/31_intervals.ipynb #69c9cd58
@@ -80,7 +88,8 @@ def shifted_interval(
 ) -> tuple: # (low, high), at least 0; (nan, nan) where `percentile_interval` gives that
     "Percentile interval of an error that noise lifts, moved down by as much as it can tell."
     low, high = percentile_interval(samples, level)
-    if np.isnan(low): return low, high
+    if np.isnan(low):
+        return low, high
     lift = max(0., float(np.nanmean(samples)) - value)
     return max(0., low - LIFT * lift), max(0., high - lift)
 
@@ -104,7 +113,8 @@ def newcombe_interval(
     level:float=.95, # confidence, in (0, 1)
 ) -> tuple: # (low, high)
     "Newcombe's score interval (method 5) of an AUROC at the end of its range."
-    z, half = ndtri((1 + level) / 2), (positives + negatives) / 2 - 1
+    z = ndtri((1 + level) / 2)
+    half = (positives + negatives) / 2 - 1
     def excess(t): # above 0 where `t` is too far from a perfect area
         spread = t * (1 - t) * (1 + half * (1 - t) / (2 - t) + half * t / (1 + t)) / (positives * negatives)
         return (1 - t) - z * np.sqrt(spread)
@@ -121,8 +131,10 @@ def _missing_reason(
     n_lesions:int, # lesions it hangs on
 ) -> str: # '' where an interval can be drawn from `samples`
     "Why there is no bootstrap interval."
-    if n_lesions < 2: return f"no interval: {n_lesions} lesion(s), at least 2 are needed"
-    if not len(samples): return "no interval: no resamples were asked for"
+    if n_lesions < 2:
+        return f"no interval: {n_lesions} lesion(s), at least 2 are needed"
+    if not len(samples):
+        return "no interval: no resamples were asked for"
     lost = np.isnan(samples).mean()
     if lost > MAX_UNDEFINED:
         return f"no interval: undefined in {lost:.0%} of the resamples, at most {MAX_UNDEFINED:.0%} may be"
@@ -144,23 +156,40 @@ def interval_leaf(
     fallback:tuple=None, # (low, high, method) for a value on which every resample agrees
     method:str='percentile lesion bootstrap', # how the resamples were drawn
     kind:str='percentile', # of interval: percentile or, for an error that noise lifts, shifted
-    fewest:int=None, # lesions that the value hangs on, such as those of the rarer class of an AUROC; None takes `n_lesions`
+    # lesions that the value hangs on, such as those of the rarer class of an AUROC; None takes `n_lesions`
+    fewest:int=None,
 ) -> dict: # value, low, high, n, n_lesions, method, and a reason where something is None
     "A metric with its 95 % interval as it stands in a metrics file."
-    if kind not in INTERVALS: raise ValueError(f"kind is '{kind}'; allowed are {', '.join(INTERVALS)}.{nearest(kind, INTERVALS)}")
-    if kind == 'shifted': method = method.replace('percentile', 'shifted percentile')
-    leaf = dict(value=None, low=None, high=None, n=int(n), n_lesions=int(n_lesions), method=f"{method}, {len(samples)} resamples")
-    if np.isnan(value): return leaf | dict(reason=reason)
+    if kind not in INTERVALS:
+        raise ValueError(f"kind is '{kind}'; allowed are {', '.join(INTERVALS)}.{nearest(kind, INTERVALS)}")
+    if kind == 'shifted':
+        method = method.replace('percentile', 'shifted percentile')
+    leaf = dict(
+        value=None,
+        low=None,
+        high=None,
+        n=int(n),
+        n_lesions=int(n_lesions),
+        method=f"{method}, {len(samples)} resamples",
+    )
+    if np.isnan(value):
+        return leaf | dict(reason=reason)
     leaf['value'] = float(value)
     units = n_lesions if fewest is None else min(fewest, n_lesions)
     reason = _missing_reason(samples, units)
-    if reason: return leaf | dict(reason=reason)
-    if units < FEW_LESIONS: leaf['method'] += f", expanded for {units} lesions"
+    if reason:
+        return leaf | dict(reason=reason)
+    if units < FEW_LESIONS:
+        leaf['method'] += f", expanded for {units} lesions"
     level = expanded_level(units)
     low, high = percentile_interval(samples, level) if kind == 'percentile' else shifted_interval(value, samples, level)
-    if high - low > 1e-12: return _hold_value(leaf, low, high)
-    if fallback: return leaf | dict(zip(('low', 'high', 'method'), fallback))
-    return leaf | dict(reason="no interval: every resample gives the same value, so the bootstrap cannot say how sure it is")
+    if high - low > 1e-12:
+        return _hold_value(leaf, low, high)
+    if fallback:
+        return leaf | dict(zip(('low', 'high', 'method'), fallback))
+    return leaf | dict(
+        reason="no interval: every resample gives the same value, so the bootstrap cannot say how sure it is"
+    )
 
 # %% ../../nbs/evaluate/31_intervals.ipynb #7f4b9faf
 def share_leaf(
@@ -175,7 +204,14 @@ def share_leaf(
     exact = None if np.isnan(value) or n_lesions < 1 else wilson_interval(value, n_lesions)
     if exact and len(samples) and n == n_lesions > 1:
         low, high = exact
-        return dict(value=float(value), low=low, high=high, n=int(n), n_lesions=int(n_lesions), method='Wilson, each lesion once')
+        return dict(
+            value=float(value),
+            low=low,
+            high=high,
+            n=int(n),
+            n_lesions=int(n_lesions),
+            method='Wilson, each lesion once',
+        )
     alike = (*exact, 'Wilson over lesions, all alike') if exact and value in (0, 1) else None
     return interval_leaf(value, samples, n, n_lesions, reason, alike, method)
 
@@ -185,9 +221,11 @@ def format_leaf(
     digits:int=2, # decimals
 ) -> str: # like '0.93 (0.91-0.95)'
     "A leaf as people write it."
-    if leaf['value'] is None: return 'undefined'
+    if leaf['value'] is None:
+        return 'undefined'
     value, low, high = (None if leaf.get(k) is None else f"{leaf[k]:.{digits}f}" for k in ('value', 'low', 'high'))
-    if low is None: return f"{value} (no interval)"
+    if low is None:
+        return f"{value} (no interval)"
     return f"{value} ({low}{' to ' if leaf['low'] < 0 else '-'}{high})"
 
 # %% ../../nbs/evaluate/31_intervals.ipynb #573c5c27
@@ -200,9 +238,17 @@ def paired_leaf(
     fewest:int=None, # lesions that the difference hangs on; None takes `n_lesions`
 ) -> dict: # a leaf of a - b with a `verdict`: better, worse, not distinguishable
     "The difference between two systems with its interval."
-    leaf = interval_leaf(values[0] - values[1], np.subtract(*samples), n, n_lesions, method='paired percentile lesion bootstrap', fewest=fewest)
+    leaf = interval_leaf(
+        values[0] - values[1],
+        np.subtract(*samples),
+        n,
+        n_lesions,
+        method='paired percentile lesion bootstrap',
+        fewest=fewest,
+    )
     sign = 0 if leaf['low'] is None else (leaf['low'] > 0) - (leaf['high'] < 0)
-    if not higher_is_better: sign = -sign
+    if not higher_is_better:
+        sign = -sign
     return leaf | dict(verdict={1: 'better', -1: 'worse', 0: 'not distinguishable'}[int(sign)])
 
 # %% ../../nbs/evaluate/31_intervals.ipynb #e92b9da1
@@ -213,15 +259,20 @@ def _midranks(score):
 
 def _placements(positive, score):
     "Share of negatives each positive beats, and of positives that beat each negative; ties count half."
-    ranks, up = _midranks(score), positive.sum()
+    ranks = _midranks(score)
+    up = positive.sum()
     won = (ranks[positive] - _midranks(score[positive])) / (len(score) - up)
     return won, 1 - (ranks[~positive] - _midranks(score[~positive])) / up
 
 # %% ../../nbs/evaluate/31_intervals.ipynb #9bc8b7a4
 def _clustered_error(positive, won, beaten, member):
     "Standard error of the mean of `won` (positives) and `beaten` (negatives), whose lesions are `member`."
-    m, n, L = len(won), len(beaten), member.max() + 1
-    sums = [np.bincount(member[rows], values - values.mean(), L) for rows, values in ((positive, won), (~positive, beaten))]
+    m = len(won)
+    n = len(beaten)
+    L = member.max() + 1
+    sums = [
+        np.bincount(member[rows], values - values.mean(), L) for rows, values in ((positive, won), (~positive, beaten))
+    ]
     counts = [len(np.unique(member[rows])) for rows in (positive, ~positive)]
     within = [k / (k - 1) * (s**2).sum() / size**2 for k, s, size in zip(counts, sums, (m, n))]
     both = L / (L - 1) * (sums[0] * sums[1]).sum() / (m * n)
@@ -233,20 +284,33 @@ def _ranked(positive, scores, lesion_ids):
     positive = np.asarray(positive, bool)
     scores = [np.asarray(score, np.float64) for score in scores]
     for score in scores:
-        if score.shape != positive.shape: raise ValueError(f"shapes do not fit: positive {positive.shape}, score {score.shape}; give (N,) each")
-        if not np.isfinite(score).all(): raise ValueError(f"score[{np.flatnonzero(~np.isfinite(score))[0]}] is not a number; give one for every image")
+        if score.shape != positive.shape:
+            raise ValueError(f"shapes do not fit: positive {positive.shape}, score {score.shape}; give (N,) each")
+        if not np.isfinite(score).all():
+            raise ValueError(
+                f"score[{np.flatnonzero(~np.isfinite(score))[0]}] is not a number; give one for every image"
+            )
     member = np.arange(len(positive)) if lesion_ids is None else _lesion_members(lesion_ids)[0]
-    if len(member) != len(positive): raise ValueError(f"lesion_ids holds {len(member)} values for {len(positive)} images; give one for every image")
+    if len(member) != len(positive):
+        raise ValueError(f"lesion_ids holds {len(member)} values for {len(positive)} images; give one for every image")
     sides = [len(np.unique(member[rows])) for rows in (positive, ~positive)]
     return positive, scores, member, sides
 
 # %% ../../nbs/evaluate/31_intervals.ipynb #22359514
 def _delong_leaf(sides, member, lesion_ids):
     "A leaf without a value, and the reason where there can be none or no interval."
-    named = 'DeLong' if lesion_ids is None or len(np.unique(member)) == len(member) else 'DeLong, lesions clustered by Obuchowski'
+    named = (
+        'DeLong'
+        if lesion_ids is None or len(np.unique(member)) == len(member)
+        else 'DeLong, lesions clustered by Obuchowski'
+    )
     leaf = dict(value=None, low=None, high=None, n=len(member), n_lesions=len(np.unique(member)), method=named)
-    if min(sides) == 0: leaf['reason'] = f"no image is {'positive' if sides[0] == 0 else 'negative'}"
-    elif min(sides) < 2: leaf['reason'] = f"no interval: {sides[0]} positive and {sides[1]} negative lesion(s), at least 2 of each are needed"
+    if min(sides) == 0:
+        leaf['reason'] = f"no image is {'positive' if sides[0] == 0 else 'negative'}"
+    elif min(sides) < 2:
+        leaf['reason'] = (
+            f"no interval: {sides[0]} positive and {sides[1]} negative lesion(s), at least 2 of each are needed"
+        )
     return leaf
 
 # %% ../../nbs/evaluate/31_intervals.ipynb #12751bf1
@@ -259,13 +323,20 @@ def delong_interval(
     "An AUROC with DeLong's interval, drawn on the logit scale so that it stays within 0 and 1."
     positive, (score,), member, sides = _ranked(positive, [score], lesion_ids)
     leaf = _delong_leaf(sides, member, lesion_ids)
-    if min(sides) == 0: return leaf
+    if min(sides) == 0:
+        return leaf
     won, beaten = _placements(positive, score)
     leaf['value'] = area = float(won.mean())
-    if 'reason' in leaf: return leaf
-    if area in (0, 1): return leaf | dict(zip(('low', 'high'), newcombe_interval(area, *sides, level)), method='Newcombe method 5 over lesions, perfectly ranked')
+    if 'reason' in leaf:
+        return leaf
+    if area in (0, 1):
+        return leaf | dict(
+            zip(('low', 'high'), newcombe_interval(area, *sides, level)),
+            method='Newcombe method 5 over lesions, perfectly ranked',
+        )
     error = _clustered_error(positive, won, beaten, member)
-    if error < 1e-12: return leaf | dict(reason="no interval: every lesion is ranked alike, so the error cannot be told")
+    if error < 1e-12:
+        return leaf | dict(reason="no interval: every lesion is ranked alike, so the error cannot be told")
     half = ndtri((1 + level) / 2) * error / (area * (1 - area))
     low, high = expit(logit(area) + np.array([-half, half]))
     return leaf | dict(low=float(low), high=float(high), method=leaf['method'] + ', logit scale')
@@ -281,12 +352,17 @@ def delong(
     "The difference of two AUROCs on the same images by DeLong's test."
     positive, scores, member, sides = _ranked(positive, [score_a, score_b], lesion_ids)
     leaf = _delong_leaf(sides, member, lesion_ids) | dict(p=None, verdict='not distinguishable')
-    if min(sides) == 0: return leaf
+    if min(sides) == 0:
+        return leaf
     won, beaten = (np.subtract(*pair) for pair in zip(*(_placements(positive, score) for score in scores)))
     leaf['value'] = gap = float(won.mean())
-    if 'reason' in leaf: return leaf
+    if 'reason' in leaf:
+        return leaf
     error = _clustered_error(positive, won, beaten, member)
-    if error < 1e-12: return leaf | dict(reason="no interval: every lesion shows the same difference, so its error cannot be told")
+    if error < 1e-12:
+        return leaf | dict(reason="no interval: every lesion shows the same difference, so its error cannot be told")
     low, high = gap + ndtri((1 + level) / 2) * error * np.array([-1, 1])
     verdict = 'better' if low > 0 else 'worse' if high < 0 else 'not distinguishable'
-    return leaf | dict(low=max(-1., float(low)), high=min(1., float(high)), p=float(2 * ndtr(-abs(gap) / error)), verdict=verdict)
+    return leaf | dict(
+        low=max(-1.0, float(low)), high=min(1.0, float(high)), p=float(2 * ndtr(-abs(gap) / error)), verdict=verdict
+    )

@@ -33,7 +33,8 @@ def row_chunks(
     weights:np.ndarray, # (R,N) multiplicities
 ): # yields a slice of resamples and their weights, (S,N) float64
     "Resamples a few at a time, resample by resample."
-    for rows, block in weight_blocks(weights): yield rows, block.T
+    for rows, block in weight_blocks(weights):
+        yield rows, block.T
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #0514a197
 def _group_matrix(groups, n_groups, values=None):
@@ -49,12 +50,15 @@ def group_sums(
     values:np.ndarray=None, # (N,) what to sum; None counts
 ) -> np.ndarray: # (R,G) float64
     "Weighted sum of `values` within each group, in each resample."
-    matrix, sums = _group_matrix(groups, n_groups, values), np.empty((len(weights), n_groups))
-    for rows, block in weight_blocks(weights): sums[rows] = (matrix @ block).T
+    matrix = _group_matrix(groups, n_groups, values)
+    sums = np.empty((len(weights), n_groups))
+    for rows, block in weight_blocks(weights):
+        sums[rows] = (matrix @ block).T
     return sums
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #5b42b945
-def _once(n): return np.ones((1, n), np.int16)
+def _once(n):
+    return np.ones((1, n), np.int16)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #27d85839
 def confusion_counts(
@@ -64,7 +68,8 @@ def confusion_counts(
     weights:np.ndarray=None, # (R,N) multiplicities; None takes each image once
 ) -> np.ndarray: # (R,C,C) float64: resample, true class, predicted class
     "Confusion matrix of every resample."
-    targets, predicted = np.asarray(targets), np.asarray(predicted)
+    targets = np.asarray(targets)
+    predicted = np.asarray(predicted)
     weights = _once(len(targets)) if weights is None else weights
     return group_sums(weights, targets * num_classes + predicted, num_classes**2).reshape(-1, num_classes, num_classes)
 
@@ -80,7 +85,8 @@ def class_rates(
 ) -> dict: # name -> (R,C) float64
     "Sensitivity, specificity, PPV, NPV and F1 of each class, one against the rest."
     hits = np.diagonal(confusion, axis1=1, axis2=2)
-    actual, called = confusion.sum(2), confusion.sum(1)
+    actual = confusion.sum(2)
+    called = confusion.sum(1)
     total = actual.sum(1, keepdims=True)
     spared = total - actual - called + hits
     return dict(
@@ -97,21 +103,30 @@ def _class_means(
     "The mean over classes, and the mean weighted by their images."
     weighed = np.where(actual > 0, np.nan_to_num(values) * actual, 0).sum(1)
     hidden = ((actual > 0) & np.isnan(values)).any(1) # a class has images but no value
-    return {f'{name}_macro': values.mean(1), f'{name}_weighted': np.where(hidden, np.nan, _ratio(weighed, actual.sum(1)))}
+    return {
+        f'{name}_macro': values.mean(1),
+        f'{name}_weighted': np.where(hidden, np.nan, _ratio(weighed, actual.sum(1))),
+    }
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #4a43f30f
 def agreement(
     confusion:np.ndarray, # (R,C,C) counts: resample, true class, predicted class
 ) -> dict: # name -> (R,) float64
     "Accuracy, balanced accuracy, F1, MCC and Cohen's kappa of the whole table."
-    actual, called, rates = confusion.sum(2), confusion.sum(1), class_rates(confusion)
-    total, right, chance = actual.sum(1), np.trace(confusion, axis1=1, axis2=2), (actual * called).sum(1)
+    actual = confusion.sum(2)
+    called = confusion.sum(1)
+    rates = class_rates(confusion)
+    total = actual.sum(1)
+    right = np.trace(confusion, axis1=1, axis2=2)
+    chance = (actual * called).sum(1)
     spread = (total**2 - (actual**2).sum(1)) * (total**2 - (called**2).sum(1))
     return dict(
-        accuracy=_ratio(right, total), balanced_accuracy=rates['sensitivity'].mean(1),
+        accuracy=_ratio(right, total),
+        balanced_accuracy=rates['sensitivity'].mean(1),
         **_class_means('f1', rates['f1'], actual),
         mcc=_ratio(right * total - chance, np.sqrt(spread)),
-        kappa=np.where((actual > 0).sum(1) > 1, _ratio(right * total - chance, total**2 - chance), np.nan)) # one true class: nothing to agree on
+        kappa=np.where((actual > 0).sum(1) > 1, _ratio(right * total - chance, total**2 - chance), np.nan),
+    ) # one true class: nothing to agree on
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #180bcc23
 @dataclass(frozen=True)
@@ -124,18 +139,20 @@ class RankCounts:
     positives:np.ndarray # (S,) all positives
     negatives:np.ndarray # (S,) all negatives
 
-# %% ../../nbs/evaluate/30_metrics.ipynb #f0a8d5de
+# %% ../../nbs/evaluate/30_metrics.ipynb #2ab57bfd
 def _tie_groups(score):
     "Order by falling score, and start and end of each run of equal scores in that order."
     order = np.argsort(-score)
     falls = np.flatnonzero(np.diff(score[order])) + 1
     return order, np.r_[0, falls], np.r_[falls, len(score)]
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #9f8509bf
 def _row_sums(sums, rows, n_sums, N):
     "Sparse (n_sums,N) of ones: adds up `rows`, of which `sums` says where each goes; `sums` never falls."
     starts = np.searchsorted(sums, np.arange(n_sums + 1))
     return sparse.csr_array((np.ones(len(rows)), rows, starts), shape=(n_sums, N))
 
+# %% ../../nbs/evaluate/30_metrics.ipynb #f0a8d5de
 def _step_sums(positive, score):
     "Sparse sums of what lies before and in each step, (2E,N), and of the positives in it, (E,N)."
     order, start, end = _tie_groups(score)
@@ -145,13 +162,17 @@ def _step_sums(positive, score):
     held[step[hit]] = True # it has a positive
     later = np.r_[0, np.cumsum(held)] # steps taken before each group
     part = (2 * later[:-1] + held)[step] # before the first step 0, in it 1, before the second 2, in it 3 ...
-    E, below = int(held.sum()), part < 2 * held.sum()
-    return _row_sums(part[below], order[below], 2 * E, len(score)), _row_sums(later[step[hit]], order[hit], E, len(score))
+    E = int(held.sum())
+    below = part < 2 * held.sum()
+    return _row_sums(part[below], order[below], 2 * E, len(score)), _row_sums(
+        later[step[hit]], order[hit], E, len(score)
+    )
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #e824908a
 def _plain_counts(positive, score):
     "The counts where every image stands once."
-    ups, downs = np.sort(score[positive]), np.sort(score[~positive])
+    ups = np.sort(score[positive])
+    downs = np.sort(score[~positive])
     first = np.flatnonzero(np.diff(ups, prepend=-np.inf)) # of each run of equal scores
     hits = np.diff(np.append(first, len(ups)))[::-1]
     wrong, above = (len(downs) - np.searchsorted(downs, ups[first], side)[::-1] for side in ('left', 'right'))
@@ -166,11 +187,15 @@ def rank_counter(
     "Sort once; count in any number of resamples."
     sums = []
     def count(block):
-        if block.shape[1] == 1 and (block == 1).all(): return _plain_counts(positive, score)
-        if not sums: sums.extend(_step_sums(positive, score))
+        if block.shape[1] == 1 and (block == 1).all():
+            return _plain_counts(positive, score)
+        if not sums:
+            sums.extend(_step_sums(positive, score))
         (parts_of, hits_of), E = sums, sums[1].shape[0]
-        parts, hits = parts_of @ block, hits_of @ block
-        ties, found = parts[1::2] - hits, np.cumsum(hits, axis=0)
+        parts = parts_of @ block
+        hits = hits_of @ block
+        ties = parts[1::2] - hits
+        found = np.cumsum(hits, axis=0)
         positives = found[-1] if E else np.zeros(block.shape[1])
         return RankCounts(hits, found, ties, np.cumsum(parts[::2] + ties, axis=0), positives, block.sum(0) - positives)
     return count
@@ -190,9 +215,12 @@ def _average_precision(counts):
 # %% ../../nbs/evaluate/30_metrics.ipynb #2e62fd22
 def _over_blocks(measure, positive, score, weights):
     "A measure of ranking in every resample."
-    positive, score = np.asarray(positive, bool), np.asarray(score, np.float64)
-    if np.isnan(score).any(): raise ValueError(f"score[{np.flatnonzero(np.isnan(score))[0]}] is not a number; give one for every image")
-    weights, counter = _once(len(score)) if weights is None else np.asarray(weights), rank_counter(positive, score)
+    positive = np.asarray(positive, bool)
+    score = np.asarray(score, np.float64)
+    if np.isnan(score).any():
+        raise ValueError(f"score[{np.flatnonzero(np.isnan(score))[0]}] is not a number; give one for every image")
+    weights = _once(len(score)) if weights is None else np.asarray(weights)
+    counter = rank_counter(positive, score)
     return np.concatenate([np.empty(0), *(measure(counter(block)) for _, block in weight_blocks(weights))])
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #5808ab0a
@@ -216,13 +244,17 @@ def weighted_average_precision(
 # %% ../../nbs/evaluate/30_metrics.ipynb #f3e0e288
 def _partial_areas(counts, level=.8):
     "The two pAUC above sensitivity `level`, each (S,)."
-    P, N = counts.positives, counts.negatives
+    P = counts.positives
+    N = counts.negatives
     need = level * P - (counts.found - counts.hits) # positives still missing before each step
-    skip = np.divide(need, counts.hits, out=np.ones_like(need), where=counts.hits > 0).clip(0, 1) # of a step, what lies below the line
+    skip = np.divide(need, counts.hits, out=np.ones_like(need), where=counts.hits > 0).clip(
+        0, 1
+    ) # of a step, what lies below the line
     cut = counts.wrong - (1 - skip) * counts.ties # negatives above where the step crosses the line
     above = ((1 - skip) * counts.hits * (N - (cut + counts.wrong) / 2)).sum(0)
     crosses = (counts.hits > 0) & (need > 0) & (need <= counts.hits)
-    area, spare = _ratio(above, P * N), _ratio(N - (crosses * cut).sum(0), N)
+    area = _ratio(above, P * N)
+    spare = _ratio(N - (crosses * cut).sum(0), N)
     return dict(pauc80_isic2019=area + level * spare, pauc80_isic2024=area)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #9cccd3b1
@@ -269,7 +301,9 @@ def weighted_ece(
 def _adaptive_plan(correct, confidence, n_bins=ECE_BINS):
     "A function: weights (N,S) -> ECE over bins of equal weight, (S,)."
     order, start, end = _tie_groups(-confidence) # rising confidence
-    gap, last = (correct - confidence)[order], np.repeat(end, end - start) # `last`: where each row's group of ties ends
+    # `last`: where each row's group of ties ends
+    gap = (correct - confidence)[order]
+    last = np.repeat(end, end - start)
 
     def measure(block):
         drawn = block[order].T.copy()
@@ -311,10 +345,12 @@ def _debiased_plan(correct, confidence, lesion_ids=None, n_bins=ECE_BINS):
 def _binned_plan(correct, confidence, n_bins=ECE_BINS):
     "A function: weights (N,S) -> ece and mce, each (S,)."
     bins = confidence_bins(confidence, n_bins)
-    gap_of, count_of = _group_matrix(bins, n_bins, correct - confidence), _group_matrix(bins, n_bins)
+    gap_of = _group_matrix(bins, n_bins, correct - confidence)
+    count_of = _group_matrix(bins, n_bins)
 
     def measure(block):
-        gaps, counts = np.abs(gap_of @ block), count_of @ block
+        gaps = np.abs(gap_of @ block)
+        counts = count_of @ block
         largest = np.divide(gaps, counts, out=np.zeros_like(gaps), where=counts > 0).max(0)
         total = counts.sum(0)
         return dict(ece=_ratio(gaps.sum(0), total), mce=np.where(total > 0, largest, np.nan))
@@ -324,7 +360,9 @@ def _binned_plan(correct, confidence, n_bins=ECE_BINS):
 def _classwise_plan(targets, probs, n_bins=ECE_BINS):
     "A function: weights (N,S) -> class_ece (S,C) and ece_classwise (S,)."
     (N, C), classes = probs.shape, np.arange(probs.shape[1])
-    gaps, cells = (targets[:, None] == classes) - probs, confidence_bins(probs, n_bins) + n_bins * classes # of each image and class, (N,C)
+    # of each image and class, (N,C)
+    gaps = (targets[:, None] == classes) - probs
+    cells = confidence_bins(probs, n_bins) + n_bins * classes
     gap_of = sparse.csc_array((gaps.ravel(), cells.ravel(), np.arange(0, N * C + 1, C)), shape=(C * n_bins, N))
 
     def measure(block):
@@ -363,31 +401,82 @@ class Metric:
     interval:str='percentile' # kind of bootstrap interval: percentile or shifted
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #57a90843
-def _share(title, definition, source=''): return Metric(title, 'higher', 0., 1., definition, source)
-def _error(title, definition, source='', high=1., interval='percentile'): return Metric(title, 'lower', 0., high, definition, source, interval)
+def _share(title, definition, source=''):
+    return Metric(title, 'higher', 0., 1., definition, source)
+def _error(title, definition, source='', high=1., interval='percentile'):
+    return Metric(title, 'lower', 0., high, definition, source, interval)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #107cd1cc
-_SK, _TM = 'scikit-learn', 'torchmetrics'
+_SK = 'scikit-learn'
+_TM = 'torchmetrics'
 _WHOLE = dict(
     accuracy=_share('accuracy', 'Share of images whose most probable class is right.', _SK),
     balanced_accuracy=_share('balanced accuracy', 'Mean sensitivity over all classes of the label set.', _SK),
     top2_accuracy=_share('top-2 accuracy', 'Share of images whose class is among the two most probable.', _SK),
-    auroc_macro=_share('AUROC, macro', 'Mean over classes of the area under the ROC curve, one class against the rest.', 'Hanley & McNeil 1982'),
+    auroc_macro=_share(
+        'AUROC, macro',
+        'Mean over classes of the area under the ROC curve, one class against the rest.',
+        'Hanley & McNeil 1982',
+    ),
     auroc_weighted=_share('AUROC, weighted', 'The same, each class weighed by its images.', _SK),
-    average_precision_macro=_share('average precision, macro', 'Mean over classes of the average precision, one class against the rest.', _SK),
-    average_precision_weighted=_share('average precision, weighted', 'The same, each class weighed by its images.', _SK),
+    average_precision_macro=_share(
+        'average precision, macro', 'Mean over classes of the average precision, one class against the rest.', _SK
+    ),
+    average_precision_weighted=_share(
+        'average precision, weighted', 'The same, each class weighed by its images.', _SK
+    ),
     f1_macro=_share('F1, macro', 'Mean over classes of the harmonic mean of sensitivity and PPV.', _SK),
     f1_weighted=_share('F1, weighted', 'The same, each class weighed by its images.', _SK),
-    mcc=Metric('MCC', 'higher', -1., 1., "Matthews correlation of true and predicted class (R_K with several classes).", 'Gorodkin 2004'),
-    kappa=Metric("Cohen's kappa", 'higher', -1., 1., 'Agreement of true and predicted class beyond what chance would give.', 'Cohen 1960'),
-    log_loss=_error('log loss', 'Mean of minus the natural logarithm of the probability given to the true class.', _SK, None),
-    brier=_error('Brier score', 'Mean over images of the squared errors of all class probabilities, added up.', 'Brier 1950', 2.),
-    ece=_error('ECE', f'Mean gap between confidence and accuracy in {ECE_BINS} bins of equal width; noise lifts it.', 'Guo et al. 2017, eq. 3', interval='shifted'),
-    ece_adaptive=_error('ECE, adaptive', f'The same in {ECE_BINS} bins of equally many images.', 'Nixon et al. 2019', interval='shifted'),
-    ece_debiased=_error('ECE, de-biased', 'Root-mean-square gap between confidence and accuracy, from pairs of different lesions, so that noise does not lift its square.',
-                        'Ferro & Fricker 2012; Kumar et al. 2019'),
-    ece_classwise=_error('ECE, class-wise', "Mean over classes of the gap between a class's probability and its frequency, in bins of equal width.", 'Kull et al. 2019', interval='shifted'),
-    mce=_error('MCE', f'Largest gap between confidence and accuracy of any of {ECE_BINS} bins; one image in a bin can set it.', 'Guo et al. 2017, eq. 5', interval='shifted'))
+    mcc=Metric(
+        'MCC',
+        'higher',
+        -1.0,
+        1.0,
+        "Matthews correlation of true and predicted class (R_K with several classes).",
+        'Gorodkin 2004',
+    ),
+    kappa=Metric(
+        "Cohen's kappa",
+        'higher',
+        -1.0,
+        1.0,
+        'Agreement of true and predicted class beyond what chance would give.',
+        'Cohen 1960',
+    ),
+    log_loss=_error(
+        'log loss', 'Mean of minus the natural logarithm of the probability given to the true class.', _SK, None
+    ),
+    brier=_error(
+        'Brier score', 'Mean over images of the squared errors of all class probabilities, added up.', 'Brier 1950', 2.0
+    ),
+    ece=_error(
+        'ECE',
+        f'Mean gap between confidence and accuracy in {ECE_BINS} bins of equal width; noise lifts it.',
+        'Guo et al. 2017, eq. 3',
+        interval='shifted',
+    ),
+    ece_adaptive=_error(
+        'ECE, adaptive', f'The same in {ECE_BINS} bins of equally many images.', 'Nixon et al. 2019', interval='shifted'
+    ),
+    ece_debiased=_error(
+        'ECE, de-biased',
+        'Root-mean-square gap between confidence and accuracy, from pairs of different lesions, so '
+        'that noise does not lift its square.',
+        'Ferro & Fricker 2012; Kumar et al. 2019',
+    ),
+    ece_classwise=_error(
+        'ECE, class-wise',
+        "Mean over classes of the gap between a class's probability and its frequency, in bins of equal width.",
+        'Kull et al. 2019',
+        interval='shifted',
+    ),
+    mce=_error(
+        'MCE',
+        f'Largest gap between confidence and accuracy of any of {ECE_BINS} bins; one image in a bin can set it.',
+        'Guo et al. 2017, eq. 5',
+        interval='shifted',
+    ),
+)
 WHOLE = tuple(_WHOLE) # metrics of all classes together
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #7c3bdde6
@@ -395,21 +484,62 @@ _CLASS = dict(
     sensitivity=_share('sensitivity', 'Share of the images of the class that were called it.', _SK),
     specificity=_share('specificity', 'Share of all other images that were not called it.', _SK),
     ppv=_share('PPV', 'Share of the images called the class that are of it, at the prevalence of these data.', _SK),
-    npv=_share('NPV', 'Share of the images not called the class that are not of it, at the prevalence of these data.', _SK),
+    npv=_share(
+        'NPV', 'Share of the images not called the class that are not of it, at the prevalence of these data.', _SK
+    ),
     f1=_share('F1', 'Harmonic mean of sensitivity and PPV.', _SK),
     auroc=_share('AUROC', 'Chance that an image of the class is ranked above another one.', 'Hanley & McNeil 1982'),
-    average_precision=_share('average precision', 'Mean PPV over the images of the class, each at its own threshold.', _SK),
+    average_precision=_share(
+        'average precision', 'Mean PPV over the images of the class, each at its own threshold.', _SK
+    ),
     class_brier=_error('Brier score', "Mean squared error of the class's probability.", 'Brier 1950'),
-    class_ece=_error('ECE', f"Mean gap between the class's probability and its frequency in {ECE_BINS} bins of equal width.", 'Kull et al. 2019', interval='shifted'))
+    class_ece=_error(
+        'ECE',
+        f"Mean gap between the class's probability and its frequency in {ECE_BINS} bins of equal width.",
+        'Kull et al. 2019',
+        interval='shifted',
+    ),
+)
 PER_CLASS = {name.removeprefix('class_'): name for name in _CLASS} # name within one class -> name in METRICS
 
-_AT = {f'{a}_at_{level}_{b}': _share(f'{a} at {level} % {b}', f'Best {a} of a threshold that keeps at least {level} % {b} on these data.', _TM)
-       for a, b in (('sensitivity', 'specificity'), ('specificity', 'sensitivity')) for level in (90, 95)}
+_AT = {
+    f'{a}_at_{level}_{b}': _share(
+        f'{a} at {level} % {b}', f'Best {a} of a threshold that keeps at least {level} % {b} on these data.', _TM
+    )
+    for a, b in (('sensitivity', 'specificity'), ('specificity', 'sensitivity'))
+    for level in (90, 95)
+}
 _PAUC = dict(
-    pauc80_isic2019=_share('pAUC above 80 % sensitivity (ISIC 2019)', 'Area under the ROC curve from where it reaches 80 % sensitivity, down to 0.', 'isic-challenge-scoring'),
-    pauc80_isic2024=Metric('pAUC above 80 % sensitivity (ISIC 2024)', 'higher', 0., .2, 'Area between the ROC curve and the line at 80 % sensitivity.', 'ISIC 2024 challenge'))
+    pauc80_isic2019=_share(
+        'pAUC above 80 % sensitivity (ISIC 2019)',
+        'Area under the ROC curve from where it reaches 80 % sensitivity, down to 0.',
+        'isic-challenge-scoring',
+    ),
+    pauc80_isic2024=Metric(
+        'pAUC above 80 % sensitivity (ISIC 2024)',
+        'higher',
+        0.0,
+        0.2,
+        'Area between the ROC curve and the line at 80 % sensitivity.',
+        'ISIC 2024 challenge',
+    ),
+)
 METRICS = _WHOLE | _CLASS | _PAUC | _AT
-BINARY = ('auroc', 'average_precision', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'mcc', 'brier', 'log_loss', 'ece', *_PAUC, *_AT)
+BINARY = (
+    'auroc',
+    'average_precision',
+    'sensitivity',
+    'specificity',
+    'ppv',
+    'npv',
+    'f1',
+    'mcc',
+    'brier',
+    'log_loss',
+    'ece',
+    *_PAUC,
+    *_AT,
+)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #88d77040
 def _check_shapes(
@@ -430,14 +560,18 @@ def _check_shapes(
                          f"allowed are probabilities in [0, 1]")
     if len(probs) and (probs.min() < 0 or probs.max() > 1 + 1e-6):
         place = np.argwhere((probs < 0) | (probs > 1 + 1e-6))[0]
-        raise ValueError(f"probs{place.tolist()} is {probs[tuple(place)]:g}; allowed are probabilities in [0, 1]; turn logits into them by a softmax")
+        raise ValueError(
+            f"probs{place.tolist()} is {probs[tuple(place)]:g}; allowed are probabilities in [0, 1]; "
+            "turn logits into them by a softmax"
+        )
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #6547a437
 def _check_names(names, known):
     "The names asked for, all of them by default."
     names = tuple(known) if names is None else (names,) if isinstance(names, str) else tuple(names)
     for name in names:
-        if name not in known: raise ValueError(f"metric '{name}' is not known here; there are {', '.join(known)}.{nearest(name, known)}")
+        if name not in known:
+            raise ValueError(f"metric '{name}' is not known here; there are {', '.join(known)}.{nearest(name, known)}")
     return names
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #f0c2c36d
@@ -466,7 +600,8 @@ def _ranking_plan(targets, probs):
 # %% ../../nbs/evaluate/30_metrics.ipynb #984adc22
 def _run_plans(makers, weights, names):
     "The metrics named, from the plans that `makers` make."
-    kept, parts = None if len(weights) == 1 else [make() for make in makers], []
+    kept = None if len(weights) == 1 else [make() for make in makers]
+    parts = []
     for _, block in weight_blocks(weights):
         plans = kept or (make() for make in makers) # for one resample a plan is made, used and dropped
         parts.append({name: value for plan in plans for name, value in plan(block).items() if name in names})
@@ -475,21 +610,42 @@ def _run_plans(makers, weights, names):
 # %% ../../nbs/evaluate/30_metrics.ipynb #a01f1462
 def _plans(targets, probs, lesion_ids, names):
     "Makers of the plans that give the metrics named."
-    predicted, confidence, C = probs.argmax(1), probs.max(1), probs.shape[1]
+    predicted = probs.argmax(1)
+    confidence = probs.max(1)
+    C = probs.shape[1]
     correct = (predicted == targets).astype(np.float64)
     families = (
         (('ece', 'mce'), lambda: _binned_plan(correct, confidence)),
         (('ece_classwise', 'class_ece'), lambda: _classwise_plan(targets, probs)),
         (('top2_accuracy', 'log_loss', 'brier', 'class_brier'), lambda: _score_plan(targets, probs)),
-        ([name for name in _WHOLE | _CLASS if name.startswith(('auroc', 'average_precision'))], lambda: _ranking_plan(targets, probs)),
-        (('accuracy', 'balanced_accuracy', 'f1_macro', 'f1_weighted', 'mcc', 'kappa', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1'),
-         lambda: _confusion_plan(targets, predicted, C)),
+        (
+            [name for name in _WHOLE | _CLASS if name.startswith(('auroc', 'average_precision'))],
+            lambda: _ranking_plan(targets, probs),
+        ),
+        (
+            (
+                'accuracy',
+                'balanced_accuracy',
+                'f1_macro',
+                'f1_weighted',
+                'mcc',
+                'kappa',
+                'sensitivity',
+                'specificity',
+                'ppv',
+                'npv',
+                'f1',
+            ),
+            lambda: _confusion_plan(targets, predicted, C),
+        ),
         (('ece_adaptive',), lambda: _named('ece_adaptive', _adaptive_plan(correct, confidence))),
-        (('ece_debiased',), lambda: _named('ece_debiased', _debiased_plan(correct, confidence, lesion_ids))))
+        (('ece_debiased',), lambda: _named('ece_debiased', _debiased_plan(correct, confidence, lesion_ids))),
+    )
     return [make for members, make in families if set(members) & set(names)]
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #c1784dc9
-def _named(name, measure): return lambda block: {name: measure(block)}
+def _named(name, measure):
+    return lambda block: {name: measure(block)}
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #43498526
 def weighted_metrics(
@@ -497,14 +653,17 @@ def weighted_metrics(
     probs:np.ndarray, # (N,C) probabilities, rows sum to 1
     weights:np.ndarray=None, # (R,N) multiplicities, at least 0; None takes each image once
     names:tuple=None, # metrics wanted, of `WHOLE` and the values of `PER_CLASS`; None gives all
-    lesion_ids:np.ndarray=None, # (N,) lesion of each image, read by ece_debiased; None takes each image as a lesion of its own
+    # (N,) lesion of each image, read by ece_debiased; None takes each image as a lesion of its own
+    lesion_ids:np.ndarray=None,
 ) -> dict: # name -> (R,) float64, or (R,C) for those of each class
     "Metrics in every resample; the predicted class is the one of largest probability."
-    targets, probs = np.asarray(targets, np.int64), np.asarray(probs, np.float64)
+    targets = np.asarray(targets, np.int64)
+    probs = np.asarray(probs, np.float64)
     weights = _once(len(targets)) if weights is None else np.asarray(weights)
     names = _check_names(names, _WHOLE | _CLASS)
     _check_shapes(targets, probs, weights)
-    if not len(weights) or not len(targets): return {name: np.full((len(weights), *probs.shape[1:] * (name in _CLASS)), np.nan) for name in names}
+    if not len(weights) or not len(targets):
+        return {name: np.full((len(weights), *probs.shape[1:] * (name in _CLASS)), np.nan) for name in names}
     return _run_plans(_plans(targets, probs, lesion_ids, names), weights, names)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #51906de9
@@ -514,8 +673,10 @@ def malignancy_probability(
 ) -> np.ndarray: # (N,) float64 in [0, 1]; NaN where nothing is said about any class that has mass
     "Probability that an image shows a malignant class."
     said = [label_set.is_malignant(code) for code in label_set.codes]
-    probs, known = np.asarray(probs, np.float64), np.array([s is not None for s in said])
-    mass, bad = probs[:, known].sum(1), probs[:, [s is True for s in said]].sum(1)
+    probs = np.asarray(probs, np.float64)
+    known = np.array([s is not None for s in said])
+    mass = probs[:, known].sum(1)
+    bad = probs[:, [s is True for s in said]].sum(1)
     return np.divide(bad, mass, out=np.full(len(probs), np.nan), where=mass > 0).clip(max=1)
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #c7d9d47e
@@ -524,7 +685,8 @@ def _check_binary(malignant, score):
     if malignant.shape != score.shape or malignant.ndim != 1:
         raise ValueError(f"shapes do not fit: malignant {malignant.shape}, score {score.shape}; give (N,) and (N,)")
     bad = np.flatnonzero(~((score >= 0) & (score <= 1 + 1e-6)))
-    if len(bad): raise ValueError(f"score[{bad[0]}] is {score[bad[0]]}; allowed are probabilities in [0, 1]")
+    if len(bad):
+        raise ValueError(f"score[{bad[0]}] is {score[bad[0]]}; allowed are probabilities in [0, 1]")
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #4439bf4a
 def _called_plan(malignant, called):
@@ -532,7 +694,9 @@ def _called_plan(malignant, called):
     both = _confusion_plan(malignant.astype(np.int64), called.astype(np.int64), 2)
     def measure(block):
         table = both(block)
-        return {name: table[name][:, 1] for name in ('sensitivity', 'specificity', 'ppv', 'npv', 'f1')} | dict(mcc=table['mcc'])
+        return {name: table[name][:, 1] for name in ('sensitivity', 'specificity', 'ppv', 'npv', 'f1')} | dict(
+            mcc=table['mcc']
+        )
     return measure
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #8026a7ef
@@ -541,16 +705,21 @@ def _curve_plan(malignant, score):
     counter = rank_counter(malignant, score)
     def measure(block):
         counts = counter(block)
-        return dict(auroc=_auroc(counts), average_precision=_average_precision(counts), **_partial_areas(counts),
-                    **{f'sensitivity_at_{level}_specificity': _sensitivity_at(counts, level / 100) for level in (90, 95)},
-                    **{f'specificity_at_{level}_sensitivity': _specificity_at(counts, level / 100) for level in (90, 95)})
+        return dict(
+            auroc=_auroc(counts),
+            average_precision=_average_precision(counts),
+            **_partial_areas(counts),
+            **{f'sensitivity_at_{level}_specificity': _sensitivity_at(counts, level / 100) for level in (90, 95)},
+            **{f'specificity_at_{level}_sensitivity': _specificity_at(counts, level / 100) for level in (90, 95)},
+        )
     return measure
 
 # %% ../../nbs/evaluate/30_metrics.ipynb #cf7073e0
 def _probability_plan(malignant, score):
     "A function: weights (N,S) -> brier, log_loss and ece of one probability."
     own = np.where(malignant, score, 1 - score).clip(LOG_FLOOR, 1 - LOG_FLOOR)
-    values, binned = np.stack([(malignant - score)**2, -np.log(own)]), _binned_plan(malignant.astype(np.float64), score)
+    values = np.stack([(malignant - score)**2, -np.log(own)])
+    binned = _binned_plan(malignant.astype(np.float64), score)
     def measure(block):
         brier, loss = _ratio(values @ block, block.sum(0))
         return dict(brier=brier, log_loss=loss, ece=binned(block)['ece'])
@@ -565,12 +734,19 @@ def malignancy_metrics(
     names:tuple=None, # metrics wanted, of `BINARY`; None gives all
 ) -> dict: # name -> (R,) float64
     "How well malignant is told from benign, in each resample."
-    malignant, score = np.asarray(malignant, bool), np.asarray(score, np.float64)
+    malignant = np.asarray(malignant, bool)
+    score = np.asarray(score, np.float64)
     _check_binary(malignant, score)
-    names, weights = _check_names(names, BINARY), _once(len(score)) if weights is None else np.asarray(weights)
-    if not len(weights) or not len(score): return {name: np.full(len(weights), np.nan) for name in names}
+    names = _check_names(names, BINARY)
+    weights = _once(len(score)) if weights is None else np.asarray(weights)
+    if not len(weights) or not len(score):
+        return {name: np.full(len(weights), np.nan) for name in names}
     families = (
-        (('sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'mcc'), lambda: _called_plan(malignant, score >= threshold)),
+        (
+            ('sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'mcc'),
+            lambda: _called_plan(malignant, score >= threshold),
+        ),
         (('auroc', 'average_precision', *_PAUC, *_AT), lambda: _curve_plan(malignant, score)),
-        (('brier', 'log_loss', 'ece'), lambda: _probability_plan(malignant, score)))
+        (('brier', 'log_loss', 'ece'), lambda: _probability_plan(malignant, score)),
+    )
     return _run_plans([make for members, make in families if set(members) & set(names)], weights, names)

@@ -20,9 +20,13 @@ def net_benefit(
 ) -> float: # net hits per person; at most the prevalence
     "Net benefit of treating at `threshold`; `ValueError` where the threshold sets no price."
     if not 0 < threshold < 1:
-        raise ValueError(f"threshold is {threshold}; choose one strictly between 0 and 1 (it prices a false alarm at t/(1-t))")
-    targets, treated = np.asarray(targets, bool), np.asarray(probs) >= threshold
-    hits, alarms = (treated & targets).mean(), (treated & ~targets).mean()
+        raise ValueError(
+            f"threshold is {threshold}; choose one strictly between 0 and 1 (it prices a false alarm at t/(1-t))"
+        )
+    targets = np.asarray(targets, bool)
+    treated = np.asarray(probs) >= threshold
+    hits = (treated & targets).mean()
+    alarms = (treated & ~targets).mean()
     return float(hits - alarms * threshold / (1 - threshold))
 
 # %% ../../nbs/evaluate/34_net_benefit.ipynb #923ab5db
@@ -31,21 +35,39 @@ def cost_threshold(
     alarm:float=1., # cost of treating a benign lesion in the same unit, above 0
 ) -> float: # strictly between 0 and 1
     "The probability from which on treating is the cheaper answer."
-    if not (0 < missed < np.inf and 0 < alarm < np.inf): raise ValueError(f"missed is {missed} and alarm {alarm}; give finite costs above 0")
+    if not (0 < missed < np.inf and 0 < alarm < np.inf):
+        raise ValueError(f"missed is {missed} and alarm {alarm}; give finite costs above 0")
     return alarm / (alarm + missed)
 
-# %% ../../nbs/evaluate/34_net_benefit.ipynb #e7effc4b
+# %% ../../nbs/evaluate/34_net_benefit.ipynb #031f0cef
 def _checked(targets, probs, thresholds):
     "Truth as bool, probabilities and thresholds as float64, or an error."
-    targets, probs, thresholds = np.asarray(targets), np.asarray(probs, np.float64), np.asarray(thresholds, np.float64)
-    if targets.shape != probs.shape or probs.ndim != 1: raise ValueError(f"shapes do not fit: targets {targets.shape}, probs {probs.shape}; give (N,) and (N,)")
-    if not np.isin(targets, (0, 1)).all(): raise ValueError(f"targets holds {targets[~np.isin(targets, (0, 1))][0]!r}; 1 is malignant and 0 is not")
+    targets = np.asarray(targets)
+    probs = np.asarray(probs, np.float64)
+    thresholds = np.asarray(thresholds, np.float64)
+    if targets.shape != probs.shape or probs.ndim != 1:
+        raise ValueError(f"shapes do not fit: targets {targets.shape}, probs {probs.shape}; give (N,) and (N,)")
+    if not np.isin(targets, (0, 1)).all():
+        raise ValueError(f"targets holds {targets[~np.isin(targets, (0, 1))][0]!r}; 1 is malignant and 0 is not")
     bad = np.flatnonzero(~((probs >= 0) & (probs <= 1)))
-    if len(bad): raise ValueError(f"probs[{bad[0]}] is {probs[bad[0]]:.6g} ({len(bad)} such value(s)); give probabilities of malignancy in [0, 1]")
-    if thresholds.ndim != 1 or not len(thresholds) or not ((thresholds > 0) & (thresholds < 1)).all() or (np.diff(thresholds) <= 0).any():
-        raise ValueError(f"thresholds must be increasing and strictly between 0 and 1 (each prices a false alarm at t/(1-t)); they are {thresholds.tolist()[:5]}...")
+    if len(bad):
+        raise ValueError(
+            f"probs[{bad[0]}] is {probs[bad[0]]:.6g} ({len(bad)} such value(s)); give probabilities of "
+            "malignancy in [0, 1]"
+        )
+    if (
+        thresholds.ndim != 1
+        or not len(thresholds)
+        or not ((thresholds > 0) & (thresholds < 1)).all()
+        or (np.diff(thresholds) <= 0).any()
+    ):
+        raise ValueError(
+            "thresholds must be increasing and strictly between 0 and 1 (each prices a false alarm at "
+            f"t/(1-t)); they are {thresholds.tolist()[:5]}..."
+        )
     return targets.astype(bool), probs, thresholds
 
+# %% ../../nbs/evaluate/34_net_benefit.ipynb #e7effc4b
 def net_benefit_samples(
     targets:np.ndarray, # (N,) bool or 0/1; 1 is malignant
     probs:np.ndarray, # (N,) calibrated probability of malignancy, in [0, 1]
@@ -61,15 +83,21 @@ def net_benefit_samples(
     treated = sums[:, ::-1].cumsum(1)[:, ::-1][:, 1:] # (R,T,2): benign, malignant
     return (treated[..., 1] - treated[..., 0] * thresholds / (1 - thresholds)) / sums.sum((1, 2))[:, None]
 
-# %% ../../nbs/evaluate/34_net_benefit.ipynb #nb00000b
-DECISION_THRESHOLDS = tuple(k / 100 for k in range(1, 61)) # from excising at 99 false alarms per malignancy to less than one
+# %% ../../nbs/evaluate/34_net_benefit.ipynb #07dba3c8
+DECISION_THRESHOLDS = tuple(
+    k / 100 for k in range(1, 61)
+) # from excising at 99 false alarms per malignancy to less than one
 
 def _resamples(lesion_ids, n, n_resamples, seed):
     "The data themselves, then their resamples (1+R,N), and how many lesions there are; without ids each image is a lesion of its own."
     lesion_ids = np.arange(n) if lesion_ids is None else np.asarray(lesion_ids)
-    if len(lesion_ids) != n: raise ValueError(f"{n} targets and {len(lesion_ids)} lesion_ids; give one of each per image")
-    return np.concatenate([np.ones((1, n), np.int16), lesion_weights(lesion_ids, n_resamples, seed)]), len(np.unique(lesion_ids))
+    if len(lesion_ids) != n:
+        raise ValueError(f"{n} targets and {len(lesion_ids)} lesion_ids; give one of each per image")
+    return np.concatenate([np.ones((1, n), np.int16), lesion_weights(lesion_ids, n_resamples, seed)]), len(
+        np.unique(lesion_ids)
+    )
 
+# %% ../../nbs/evaluate/34_net_benefit.ipynb #nb00000b
 def decision_curve(
     targets:np.ndarray, # (N,) bool or 0/1; 1 is malignant
     probs:np.ndarray, # (N,) calibrated probability of malignancy, in [0, 1]
@@ -82,9 +110,21 @@ def decision_curve(
     weights, lesions = _resamples(lesion_ids, len(targets), n_resamples, seed)
     model = net_benefit_samples(targets, probs, thresholds, weights)
     everyone = net_benefit_samples(targets, np.ones(len(targets)), thresholds)[0]
-    bounds = [percentile_interval(column, expanded_level(lesions)) if lesions > 1 else (np.nan, np.nan) for column in model[1:].T]
+    bounds = [
+        percentile_interval(column, expanded_level(lesions)) if lesions > 1 else (np.nan, np.nan)
+        for column in model[1:].T
+    ]
     low, high = np.array(bounds).T
-    return pd.DataFrame(dict(threshold=np.asarray(thresholds, float), model=model[0], low=low, high=high, treat_all=everyone, treat_none=0.))
+    return pd.DataFrame(
+        dict(
+            threshold=np.asarray(thresholds, float),
+            model=model[0],
+            low=low,
+            high=high,
+            treat_all=everyone,
+            treat_none=0.0,
+        )
+    )
 
 # %% ../../nbs/evaluate/34_net_benefit.ipynb #4e779183
 def net_benefit_scorecard(
@@ -97,6 +137,11 @@ def net_benefit_scorecard(
 ) -> dict: # net_benefit, gain (over the better of treating everyone and no one) -> leaf
     "Net benefit at one threshold, and what the model adds to it."
     weights, lesions = _resamples(lesion_ids, len(targets), n_resamples, seed)
-    model, everyone = (net_benefit_samples(targets, p, [threshold], weights)[:, 0] for p in (probs, np.ones(len(targets))))
-    leaf = lambda values: interval_leaf(values[0], values[1:], len(targets), lesions, method=f'percentile lesion bootstrap, seed {seed}')
+    model, everyone = (
+        net_benefit_samples(targets, p, [threshold], weights)[:, 0] for p in (probs, np.ones(len(targets)))
+    )
+    def leaf(values):
+        return interval_leaf(
+            values[0], values[1:], len(targets), lesions, method=f'percentile lesion bootstrap, seed {seed}'
+        )
     return dict(net_benefit=leaf(model), gain=leaf(model - np.maximum(everyone, 0)))

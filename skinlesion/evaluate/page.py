@@ -15,7 +15,7 @@ __all__ = ['CHECKLIST', 'FACTS', 'DPI', 'FEW', 'MUCH', 'NOT_REPORTED', 'CALIBRAT
 # %% ../../nbs/evaluate/45_page.ipynb #acf90571
 import base64
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 import matplotlib.pyplot as plt
@@ -26,15 +26,45 @@ from IPython.display import display
 from .abstention import LockedAbstention, abstention_scorecard, lock_abstention, risk_coverage
 from .benchmarks import shared_lesions
 from .calibration import choose_calibration
-from .decisions import (ConformalSets, LockedThreshold, conformal_scorecard, cost_scorecard, fit_conformal, lock_threshold, mean_leaves,
-                                           threshold_scorecard)
-from .figures import (class_titles, confusion_points, metric_words, plot_calibration_before_after, plot_class_reliability, plot_confusion,
-                                         plot_decision_curve, plot_pr, plot_reliability, plot_risk_coverage, plot_roc, plot_stress, plot_subgroups,
-                                         pr_points, reliability_points, roc_points)
+from skinlesion.evaluate.decisions import (
+    ConformalSets,
+    LockedThreshold,
+    conformal_scorecard,
+    cost_scorecard,
+    fit_conformal,
+    lock_threshold,
+    mean_leaves,
+    threshold_scorecard,
+)
+from skinlesion.evaluate.figures import (
+    class_titles,
+    confusion_points,
+    metric_words,
+    plot_calibration_before_after,
+    plot_class_reliability,
+    plot_confusion,
+    plot_decision_curve,
+    plot_pr,
+    plot_reliability,
+    plot_risk_coverage,
+    plot_roc,
+    plot_stress,
+    plot_subgroups,
+    pr_points,
+    reliability_points,
+    roc_points,
+)
 from .intervals import format_leaf, interval_leaf, lesion_weights, paired_leaf
 from .metrics import METRICS, PER_CLASS, weighted_metrics
 from .net_benefit import decision_curve, net_benefit_scorecard
-from .scorecard import Aligned, align_tables, check_labels, class_table, malignancy_probability, scorecard
+from skinlesion.evaluate.scorecard import (
+    Aligned,
+    align_tables,
+    check_labels,
+    class_table,
+    malignancy_probability,
+    scorecard,
+)
 from .subgroups import gap_metrics, leaf_at, subgroup_scorecard, subgroup_table
 from ..taxonomy import LabelSet, nearest
 
@@ -59,7 +89,9 @@ _TRIPOD = '''1 title|2 abstract|3a clinical context|3b target population and int
 
 def _items(guideline, text):
     "Item ('CLAIM 7') and topic of each entry of a list."
-    return {f'{guideline} {number}': topic for number, topic in (entry.strip().split(' ', 1) for entry in text.split('|'))}
+    return {
+        f'{guideline} {number}': topic for number, topic in (entry.strip().split(' ', 1) for entry in text.split('|'))
+    }
 
 CHECKLIST = _items('CLAIM', _CLAIM) | _items('TRIPOD+AI', _TRIPOD)
 
@@ -118,11 +150,16 @@ def check_facts(
 ) -> dict: # those that say something
     "Facts that the page has a place for, or a `ValueError` that names the unknown one."
     for name, value in (facts or {}).items():
-        if name not in FACTS: raise ValueError(f"facts names {name!r}, for which the page has no place; allowed: {', '.join(FACTS)}.{nearest(str(name), FACTS)}")
-        if not isinstance(value, str): raise ValueError(f"facts[{name!r}] is {value!r}; give a sentence (text), or leave it out")
+        if name not in FACTS:
+            raise ValueError(
+                f"facts names {name!r}, for which the page has no place; allowed: "
+                f"{', '.join(FACTS)}.{nearest(str(name), FACTS)}"
+            )
+        if not isinstance(value, str):
+            raise ValueError(f"facts[{name!r}] is {value!r}; give a sentence (text), or leave it out")
     return {name: value.strip() for name, value in (facts or {}).items() if value.strip()}
 
-# %% ../../nbs/evaluate/45_page.ipynb #e2f67f30
+# %% ../../nbs/evaluate/45_page.ipynb #322fed4e
 @dataclass(frozen=True)
 class Picture:
     "A drawing as it stands on the page."
@@ -130,18 +167,24 @@ class Picture:
     alt:str # what it shows, for those who do not see it
     width:int # in CSS pixels
 
+# %% ../../nbs/evaluate/45_page.ipynb #e2f67f30
 @dataclass(frozen=True)
 class Section:
     "A part of the page."
     title:str # heading; '' for none
     items:tuple=() # of str: the items of `CHECKLIST` that it answers
     text:str='' # markdown
-    body:tuple=() # of Picture, (caption, DataFrame), or (caption, DataFrame, True) for a table folded away; in the order of the page
+    # of Picture, (caption, DataFrame), or (caption, DataFrame, True) for a table folded away; in the order of the page
+    body: tuple = ()
     after:str='' # markdown that follows
 
     def __post_init__(self):
         for item in self.items:
-            if item not in CHECKLIST: raise ValueError(f"section {self.title!r} answers {item!r}, which is no item of CHECKLIST.{nearest(str(item), CHECKLIST)}")
+            if item not in CHECKLIST:
+                raise ValueError(
+                    f"section {self.title!r} answers {item!r}, which is no item of "
+                    f"CHECKLIST.{nearest(str(item), CHECKLIST)}"
+                )
 
     def bundles(self) -> list:
         "The forms that a notebook can show and a report can render: (data by MIME type, metadata)."
@@ -161,56 +204,87 @@ def picture(
         buffer = io.BytesIO()
         plt.gcf().savefig(buffer, format='png', dpi=DPI, bbox_inches='tight', metadata={'Software': None})
     finally:
-        for number in set(plt.get_fignums()) - before: plt.close(number)
+        for number in set(plt.get_fignums()) - before:
+            plt.close(number)
     png = buffer.getvalue()
     return Picture(png, alt, round(int.from_bytes(png[16:20], 'big') * 96 / DPI))
 
-# %% ../../nbs/evaluate/45_page.ipynb #ac453134
+# %% ../../nbs/evaluate/45_page.ipynb #431188cf
 def _whole(column):
     "Whether a column holds floats that are all whole numbers."
     return column.dtype.kind == 'f' and bool(np.equal(np.mod(column.dropna(), 1), 0).all())
 
+# %% ../../nbs/evaluate/45_page.ipynb #2ffda517
 def _cell(value, digits):
     "A cell as text: whole numbers with thousands, others rounded, nothing for NaN."
-    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)): return ''
-    if isinstance(value, (bool, np.bool_)): return 'yes' if value else 'no'
-    if isinstance(value, (int, np.integer)): return f'{value:,}'
-    if isinstance(value, (float, np.floating)): return f'{value:,.{digits}f}'
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+        return ''
+    if isinstance(value, (bool, np.bool_)):
+        return 'yes' if value else 'no'
+    if isinstance(value, (int, np.integer)):
+        return f'{value:,}'
+    if isinstance(value, (float, np.floating)):
+        return f'{value:,.{digits}f}'
     return str(value)
 
+# %% ../../nbs/evaluate/45_page.ipynb #ac453134
 def table_html(
-    table:pd.DataFrame, # what is shown; a named index is its first column; what follows a line break in a cell stands small below
+    # what is shown; a named index is its first column; what follows a line break in a cell stands small below
+    table:pd.DataFrame,
     caption:str='', # what it is
     digits:int=3, # decimals
 ) -> str: # <table> with its alignment, nothing that runs
     "A table as HTML, numbers right and words left."
-    if table.index.name or table.index.names != [None]: table = table.reset_index()
+    if table.index.name or table.index.names != [None]:
+        table = table.reset_index()
     cells = [[_cell(v, 0 if _whole(table[c]) else digits) for v in table[c]] for c in table]
     words = [any(not (v[:1].isdigit() or v[:1] in '-+.') for v in column if v) for column in cells]
     wide = [max(map(len, column), default=0) > 30 for column in cells]
-    style = [f"text-align: {'left' if w else 'right'}; white-space: {'normal' if l else 'nowrap'}" for w, l in zip(words, wide)]
-    head = ''.join(f'<th scope="col" style="text-align: {"left" if w else "right"}">{escape(str(c))}</th>' for c, w in zip(table, words))
-    mark = lambda v: f'<em>{v}</em>' if v == 'not reported' else '<br><small>'.join(escape(v).split('\n', 1)) + ('</small>' if '\n' in v else '')
-    rows = ''.join('<tr>' + ''.join(f'<td style="{s}">{mark(v)}</td>' for v, s in zip(row, style)) + '</tr>' for row in zip(*cells))
+    style = [
+        f"text-align: {'left' if w else 'right'}; white-space: {'normal' if l else 'nowrap'}"
+        for w, l in zip(words, wide)
+    ]
+    head = ''.join(
+        f'<th scope="col" style="text-align: {"left" if w else "right"}">{escape(str(c))}</th>'
+        for c, w in zip(table, words)
+    )
+    def mark(v):
+        return (
+            f'<em>{v}</em>'
+            if v == 'not reported'
+            else '<br><small>'.join(escape(v).split('\n', 1)) + ('</small>' if '\n' in v else '')
+        )
+    rows = ''.join(
+        '<tr>' + ''.join(f'<td style="{s}">{mark(v)}</td>' for v, s in zip(row, style)) + '</tr>' for row in zip(*cells)
+    )
     return f"<table>{f'<caption>{escape(caption)}</caption>' if caption else ''}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
-# %% ../../nbs/evaluate/45_page.ipynb #788282f7
+# %% ../../nbs/evaluate/45_page.ipynb #da27beaf
 def _items_line(items):
     "The items a section answers, by guideline, as the page prints them."
     items = [item for item in CHECKLIST if item in items]
     by = {g: [i[len(g) + 1:] for i in items if i.startswith(g + ' ')] for g in ('CLAIM', 'TRIPOD+AI')}
     return ' · '.join(f"{g} {', '.join(numbers)}" for g, numbers in by.items() if numbers)
 
-def _markdown(text): return {'text/markdown': text, 'text/plain': text}, {}
+# %% ../../nbs/evaluate/45_page.ipynb #9a5aea8a
+def _markdown(text):
+    return {'text/markdown': text, 'text/plain': text}, {}
 
+# %% ../../nbs/evaluate/45_page.ipynb #69d6477b
 def _picture_bundle(p):
-    return {'image/png': base64.b64encode(p.png).decode(), 'text/plain': f'[{p.alt}]'}, {'alt': p.alt, 'image/png': {'width': p.width}}
+    return {'image/png': base64.b64encode(p.png).decode(), 'text/plain': f'[{p.alt}]'}, {
+        'alt': p.alt,
+        'image/png': {'width': p.width},
+    }
 
+# %% ../../nbs/evaluate/45_page.ipynb #1612a684
 def _table_bundle(caption, table, folded=False):
     html = table_html(table, '' if folded else caption)
-    if folded: html = f'<details><summary>{escape(caption)}</summary>{html}</details>'
+    if folded:
+        html = f'<details><summary>{escape(caption)}</summary>{html}</details>'
     return {'text/html': html, 'text/plain': f'{caption}\n{table.to_string()}'}, {}
 
+# %% ../../nbs/evaluate/45_page.ipynb #6b3ab68a
 def section_bundles(
     section:Section, # what is shown
 ) -> list: # of (data by MIME type, metadata), as a notebook's outputs hold them
@@ -221,13 +295,15 @@ def section_bundles(
     bundles += [_picture_bundle(part) if isinstance(part, Picture) else _table_bundle(*part) for part in section.body]
     return bundles + ([_markdown(section.after)] if section.after else [])
 
+# %% ../../nbs/evaluate/45_page.ipynb #788282f7
 def show(
     section:Section, # what is shown
 ) -> None:
     "Display a section in a notebook."
-    for data, metadata in section_bundles(section): display(data, metadata=metadata, raw=True)
+    for data, metadata in section_bundles(section):
+        display(data, metadata=metadata, raw=True)
 
-# %% ../../nbs/evaluate/45_page.ipynb #cd10d0fb
+# %% ../../nbs/evaluate/45_page.ipynb #c39b291a
 @dataclass(frozen=True)
 class Evaluation:
     "What was measured, on what."
@@ -241,7 +317,11 @@ class Evaluation:
     name:str='' # of the data
     calibration:str='' # kind that validation chose, such as 'temperature' or 'none'; '' where none was fitted
     calibrated:bool=False # whether the figures are those after it
-    other:np.ndarray|None=None # (N,C) answers for the same images before calibration where `calibrated`, else after it; None where there is none
+    other: np.ndarray | None = (
+        # (N,C) answers for the same images before calibration where `calibrated`, else after it; None where there is
+        # none
+        None
+    )
     fitted_on:tuple=() # splits on which something was chosen or fitted: their figures flatter
 
     @property
@@ -253,30 +333,37 @@ class Evaluation:
         "Every section of the page, in order; `images` gives the picture of an id."
         return page_sections(self, images)
 
+# %% ../../nbs/evaluate/45_page.ipynb #cd10d0fb
 def find_leaf(
     metrics:dict, # nested
     path:str, # dotted, such as 'malignant.auroc'
 ) -> dict|None: # the leaf or block; None where there is none
     "What stands at a dotted path."
     for key in path.split('.'):
-        if not isinstance(metrics, dict) or key not in metrics: return None
+        if not isinstance(metrics, dict) or key not in metrics:
+            return None
         metrics = metrics[key]
     return metrics
 
-# %% ../../nbs/evaluate/45_page.ipynb #f3a92bd2
+# %% ../../nbs/evaluate/45_page.ipynb #4081f30a
 _EXACT = ('ece', 'brier', 'loss', 'cost', 'aurc', 'mce', 'net_benefit', 'gain')
 
 def _text(leaf, name='', digits=None):
     "A leaf as the page prints it; a measure of calibration or loss with one more digit."
-    if leaf is None: return 'not reported'
-    if leaf.get('value') is None: return f"undefined: {leaf.get('reason', 'no reason given')}"
-    if 'low' not in leaf: return _cell(leaf['value'], 3)
+    if leaf is None:
+        return 'not reported'
+    if leaf.get('value') is None:
+        return f"undefined: {leaf.get('reason', 'no reason given')}"
+    if 'low' not in leaf:
+        return _cell(leaf['value'], 3)
     text = format_leaf(leaf, digits or (3 if any(w in name for w in _EXACT) else 2))
     return text.replace('(no interval)', f"({leaf.get('reason') or 'no interval'})")
 
+# %% ../../nbs/evaluate/45_page.ipynb #f3a92bd2
 def _signed(leaf, digits=2):
     "A difference with its sign and interval."
-    if leaf['value'] is None: return 'undefined'
+    if leaf['value'] is None:
+        return 'undefined'
     return f"{'+' if leaf['value'] >= 0 else ''}{format_leaf(leaf, digits)}"
 
 # %% ../../nbs/evaluate/45_page.ipynb #6b1df9d1
@@ -285,70 +372,127 @@ def _title(name):
     return METRICS[name].title if name in METRICS else _TITLES.get(name, name.replace('_', ' '))
 
 _TITLES = dict( # of measures that `METRICS` does not know
-    flagged='flagged', validation_sensitivity='sensitivity on validation', coverage='diagnosis in the set', mean_set_size='classes in a set',
-    lesion_coverage='diagnosis in the set, each lesion counted once', argmax='calling the most probable class', cheapest='calling the class of least expected cost', saved='saved by that',
-    net_benefit='net benefit', gain='gain in net benefit',
-    singleton='sets of one class', empty='sets without a class', risk='wrong answers, when all are answered', aurc='area under the risk-coverage curve (AURC)',
-    eaurc='the same above that of the best order', risk_at_80_coverage='wrong answers, when the surest 80 % are answered', risk_at_90_coverage='wrong answers, when the surest 90 % are answered',
-    answered='answered, by the rule locked on validation', answered_risk='wrong among those answered', abstained_risk='wrong among those passed on',
-    fpr_at_95_tpr='let through where 95 % of the lesions are', error_auroc='tells wrong answers from right ones (AUROC)', error_spearman='rank correlation with the error')
+    flagged='flagged',
+    validation_sensitivity='sensitivity on validation',
+    coverage='diagnosis in the set',
+    mean_set_size='classes in a set',
+    lesion_coverage='diagnosis in the set, each lesion counted once',
+    argmax='calling the most probable class',
+    cheapest='calling the class of least expected cost',
+    saved='saved by that',
+    net_benefit='net benefit',
+    gain='gain in net benefit',
+    singleton='sets of one class',
+    empty='sets without a class',
+    risk='wrong answers, when all are answered',
+    aurc='area under the risk-coverage curve (AURC)',
+    eaurc='the same above that of the best order',
+    risk_at_80_coverage='wrong answers, when the surest 80 % are answered',
+    risk_at_90_coverage='wrong answers, when the surest 90 % are answered',
+    answered='answered, by the rule locked on validation',
+    answered_risk='wrong among those answered',
+    abstained_risk='wrong among those passed on',
+    fpr_at_95_tpr='let through where 95 % of the lesions are',
+    error_auroc='tells wrong answers from right ones (AUROC)',
+    error_spearman='rank correlation with the error',
+)
 
-# %% ../../nbs/evaluate/45_page.ipynb #b85afc44
+# %% ../../nbs/evaluate/45_page.ipynb #7d84acc5
 _MALIGNANT = dict( # what measures of malignant against benign are
-    sensitivity='Of the malignant images, the share that is flagged.', specificity='Of the benign images, the share that is not.',
-    ppv='Of the flagged images, the share that is malignant; with fewer malignant images it falls.', npv='Of those not flagged, the share that is benign.',
-    flagged='Of all images, the share that is flagged.', auroc='Chance that a malignant image is ranked above a benign one.',
-    average_precision='Mean PPV over the malignant images, each at its own threshold.', brier='Mean squared error of the malignancy probability.',
-    ece='Mean gap between the malignancy probability and how often it comes true, in 15 bins.', f1='Harmonic mean of sensitivity and PPV.',
+    sensitivity='Of the malignant images, the share that is flagged.',
+    specificity='Of the benign images, the share that is not.',
+    ppv='Of the flagged images, the share that is malignant; with fewer malignant images it falls.',
+    npv='Of those not flagged, the share that is benign.',
+    flagged='Of all images, the share that is flagged.',
+    auroc='Chance that a malignant image is ranked above a benign one.',
+    average_precision='Mean PPV over the malignant images, each at its own threshold.',
+    brier='Mean squared error of the malignancy probability.',
+    ece='Mean gap between the malignancy probability and how often it comes true, in 15 bins.',
+    f1='Harmonic mean of sensitivity and PPV.',
     net_benefit='Malignant images found, per image, less false alarms at the price that the threshold sets.',
-    gain='What it adds to the better of flagging all and flagging none.')
+    gain='What it adds to the better of flagging all and flagging none.',
+)
 
 def _leaf_table(block, one_class=False):
     "Leaves as rows: measure (and what it is), value with interval, images, lesions."
     rows = []
     for name, leaf in block.items():
-        if not isinstance(leaf, dict) or 'value' not in leaf: continue
+        if not isinstance(leaf, dict) or 'value' not in leaf:
+            continue
         metric = METRICS.get(PER_CLASS.get(name, name) if one_class else name)
         meaning = (_MALIGNANT.get(name, '') if one_class else '') or (metric.definition if metric else '')
-        rows.append({'measure': (metric.title if metric else _title(name)) + (f'\n{meaning}' if meaning else ''), 'value (95 % interval)': _text(leaf, name),
-                     'images': leaf.get('n'), 'lesions': leaf.get('n_lesions')})
+        rows.append(
+            {
+                'measure': (metric.title if metric else _title(name)) + (f'\n{meaning}' if meaning else ''),
+                'value (95 % interval)': _text(leaf, name),
+                'images': leaf.get('n'),
+                'lesions': leaf.get('n_lesions'),
+            }
+        )
     return pd.DataFrame(rows)
 
+# %% ../../nbs/evaluate/45_page.ipynb #b85afc44
 def _captioned(words, table):
     "A caption that says once how many images and lesions all rows are over, where that is so."
     counts = table[['images', 'lesions']].drop_duplicates() if len(table) else table
-    if len(counts) != 1 or counts.isna().any().any(): return words, table
-    return f"{words}: {_cell(counts.iloc[0, 0], 0)} images of {_cell(counts.iloc[0, 1], 0)} lesions", table.drop(columns=['images', 'lesions'])
+    if len(counts) != 1 or counts.isna().any().any():
+        return words, table
+    return f"{words}: {_cell(counts.iloc[0, 0], 0)} images of {_cell(counts.iloc[0, 1], 0)} lesions", table.drop(
+        columns=['images', 'lesions']
+    )
 
-# %% ../../nbs/evaluate/45_page.ipynb #ef877ef2
+# %% ../../nbs/evaluate/45_page.ipynb #39a132c6
 def _sizes(data):
     "Images and lesions of aligned tables."
     return len(data.targets), len(np.unique(data.lesion_ids))
 
+# %% ../../nbs/evaluate/45_page.ipynb #ef877ef2
 def _said(result, section):
     "The facts of a section: a table of what was said, a sentence on what was not, and the items that are answered."
     own = {name: fact for name, fact in FACTS.items() if fact[0] == section}
-    rows = [dict(question=q, answer=result.facts[name], items=_items_line(items.split(', '))) for name, (_, q, items) in own.items() if name in result.facts]
-    missing = [f"{q[0].lower()}{q[1:]} ({_items_line(items.split(', '))})" for name, (_, q, items) in own.items() if name not in result.facts]
+    rows = [
+        dict(question=q, answer=result.facts[name], items=_items_line(items.split(', ')))
+        for name, (_, q, items) in own.items()
+        if name in result.facts
+    ]
+    missing = [
+        f"{q[0].lower()}{q[1:]} ({_items_line(items.split(', '))})"
+        for name, (_, q, items) in own.items()
+        if name not in result.facts
+    ]
     answered = [i for name, (_, _, items) in own.items() if name in result.facts for i in items.split(', ')]
     tables = (('What was said', pd.DataFrame(rows)),) if rows else ()
     return tables, f"**Not reported:** {'; '.join(missing)}." if missing else '', answered
 
 # %% ../../nbs/evaluate/45_page.ipynb #50ee0dae
-_COLUMNS = dict(n='images', n_lesions='lesions', log_loss='log loss', ece='ECE', auroc='AUROC', image_id='image', lesion_id='lesion', p_diagnosis='given to the diagnosis')
+_COLUMNS = dict(
+    n='images',
+    n_lesions='lesions',
+    log_loss='log loss',
+    ece='ECE',
+    auroc='AUROC',
+    image_id='image',
+    lesion_id='lesion',
+    p_diagnosis='given to the diagnosis',
+)
 
 def _readable(table):
     "A table of figures for people: a value and its limits in one cell, names without underscores."
-    table, out = table.reset_index(drop=True), {}
+    table = table.reset_index(drop=True)
+    out = {}
     for column in table:
         limits = ('low', 'high') if column in ('difference', 'value') else (f'{column}_low', f'{column}_high')
         if set(limits) <= set(table):
             cells = table[[column, *limits]].astype(float).itertuples(index=False, name=None)
-            out[_COLUMNS.get(column, _title(column))] = ['' if np.isnan(v) else f'{v:.3f}' if np.isnan(low) else _signed(dict(value=v, low=low, high=high), 3) for v, low, high in cells]
-        elif not (column in ('low', 'high') or column.endswith(('_low', '_high'))): out[_COLUMNS.get(column, _title(column))] = table[column]
+            out[_COLUMNS.get(column, _title(column))] = [
+                '' if np.isnan(v) else f'{v:.3f}' if np.isnan(low) else _signed(dict(value=v, low=low, high=high), 3)
+                for v, low, high in cells
+            ]
+        elif not (column in ('low', 'high') or column.endswith(('_low', '_high'))):
+            out[_COLUMNS.get(column, _title(column))] = table[column]
     return pd.DataFrame(out)
 
-# %% ../../nbs/evaluate/45_page.ipynb #1cb42a4e
+# %% ../../nbs/evaluate/45_page.ipynb #a5db77a5
 FEW = 30 # lesions of a class below which the page warns of it
 
 def _class_limits(result):
@@ -357,59 +501,94 @@ def _class_limits(result):
     named = {title: int(lesions.get(c, 0)) for c, title in enumerate(class_titles(result.label_set))}
     few = [f'{title} ({n})' for title, n in named.items() if 0 < n < FEW]
     none = [title for title, n in named.items() if n == 0]
-    if few and len(few) == len(named): few = [f'every class ({min(named.values())} to {max(named.values())})']
+    if few and len(few) == len(named):
+        few = [f'every class ({min(named.values())} to {max(named.values())})']
     said = [f"Few lesions of {', '.join(few)}: read the intervals, not the values."] if few else []
     return said + ([f"No lesion of {', '.join(none)}: what is a mean over all classes is undefined."] if none else [])
 
+# %% ../../nbs/evaluate/45_page.ipynb #1cb42a4e
 def _tone_limit(groups):
     "What cannot be said about skin tones; '' where two of them have lesions enough."
-    if not groups: return 'Skin tone is unknown: nothing can be said about dark or light skin.'
-    known = [tone for tone, cell in groups.items() if find_leaf(cell, 'accuracy.value') is not None and tone != 'unknown']
-    if len(known) > 1: return ''
-    return f"Of skin tones {f'only *{known[0]}* has' if known else 'none has'} lesions enough: nothing can be said about the others."
+    if not groups:
+        return 'Skin tone is unknown: nothing can be said about dark or light skin.'
+    known = [
+        tone for tone, cell in groups.items() if find_leaf(cell, 'accuracy.value') is not None and tone != 'unknown'
+    ]
+    if len(known) > 1:
+        return ''
+    return (
+        f"Of skin tones {f'only *{known[0]}* has' if known else 'none has'} lesions enough: nothing can "
+        "be said about the others."
+    )
 
-# %% ../../nbs/evaluate/45_page.ipynb #f6d9a38e
+# %% ../../nbs/evaluate/45_page.ipynb #b6c76bd0
 def _with_split(labels):
     "Labels with a column `split`, '' where nobody named one."
     return labels if 'split' in labels else labels.assign(split='')
 
+# %% ../../nbs/evaluate/45_page.ipynb #a2c410e6
 def _unseen_limit(result):
     "Whether the tables show that the images are new to the model; '' where the page is about a test split beside others."
-    if result.part: return ''
+    if result.part:
+        return ''
     names = sorted(set(_with_split(result.labels)['split'].fillna('').astype(str)) - {''})
-    if names == ['test']: return 'Only the split `test` is in the tables; whether its lesions were learnt from cannot be checked here.'
-    if names: return f"None of the splits in the tables ({', '.join(names)}) is called `test`: the figures are over all images together, whatever of them the model has learnt from."
+    if names == ['test']:
+        return 'Only the split `test` is in the tables; whether its lesions were learnt from cannot be checked here.'
+    if names:
+        return (
+            f"None of the splits in the tables ({', '.join(names)}) is called `test`: the figures are "
+            "over all images together, whatever of them the model has learnt from."
+        )
     return 'The tables do not say which images the model has learnt from; nothing here shows that these were new to it.'
 
+# %% ../../nbs/evaluate/45_page.ipynb #f6d9a38e
 MUCH = .2 # share of the images beyond which one lesion is named
 
 def _cluster_limits(result):
     "One lesion that holds much of the images, and lesions that share patients."
-    lesions, out = pd.Series(result.data.lesion_ids).value_counts(), []
-    if lesions.iloc[0] > MUCH * lesions.sum() > 2: out.append(f"{lesions.iloc[0]:,} of {lesions.sum():,} images are of one lesion (*{lesions.index[0]}*): all figures hang on it.")
-    if 'patient_id' not in result.labels: return out
+    lesions = pd.Series(result.data.lesion_ids).value_counts()
+    out = []
+    if lesions.iloc[0] > MUCH * lesions.sum() > 2:
+        out.append(
+            f"{lesions.iloc[0]:,} of {lesions.sum():,} images are of one lesion (*{lesions.index[0]}*): "
+            "all figures hang on it."
+        )
+    if 'patient_id' not in result.labels:
+        return out
     own = result.labels[result.labels['patient_id'].fillna('').astype(str) != '']
-    if own.groupby('patient_id')['lesion_id'].nunique().gt(1).any(): out.append('Some patients have several lesions, which count as independent here; intervals may be too narrow.')
+    if own.groupby('patient_id')['lesion_id'].nunique().gt(1).any():
+        out.append('Some patients have several lesions, which count as independent here; intervals may be too narrow.')
     crossing = int(own.groupby('patient_id')['split'].nunique().gt(1).sum()) if 'split' in own else 0
-    return out + ([f'{crossing:,} patients stand in more than one part: the figures may be too good.'] if crossing else [])
+    return out + (
+        [f'{crossing:,} patients stand in more than one part: the figures may be too good.'] if crossing else []
+    )
 
 # %% ../../nbs/evaluate/45_page.ipynb #ee8f783c
 def find_limits(
     result:Evaluation,
 ) -> list: # of str, sentences; what weighs most first
     "What these data cannot say."
-    out, n = [_unseen_limit(result)], len(result.data.targets)
+    out = [_unseen_limit(result)]
+    n = len(result.data.targets)
     if leak := find_leaf(result.metrics, 'benchmark.leak') or shared_lesions(_with_split(result.labels)):
-        out.append(f'{leak:,} lesions stand in more than one of training, validation and test: the figures are too good.')
+        out.append(
+            f'{leak:,} lesions stand in more than one of training, validation and test: the figures are too good.'
+        )
     out += _cluster_limits(result)
     if 'external' not in result.facts and 'external' not in result.metrics.get('splits', {}):
         out.append('Not tested on lesions from elsewhere: another camera, clinic or population may give other figures.')
     out += _class_limits(result)
     if result.data.unknown_lesions:
-        out.append(f"The lesion of {result.data.unknown_lesions:,} of {n:,} images is unknown; each counts as its own, so intervals may be too narrow.")
-    if not result.metrics.get('subgroups'): out.append('No groups of patients were compared: nothing is known about fairness.')
-    elif said := _tone_limit(result.metrics['subgroups'].get('skin_tone')): out.append(said)
-    if 'reference_standard' not in result.facts: out.append('How the diagnoses were established is not reported; a figure is no better than its reference.')
+        out.append(
+            f"The lesion of {result.data.unknown_lesions:,} of {n:,} images is unknown; each counts as "
+            "its own, so intervals may be too narrow."
+        )
+    if not result.metrics.get('subgroups'):
+        out.append('No groups of patients were compared: nothing is known about fairness.')
+    elif said := _tone_limit(result.metrics['subgroups'].get('skin_tone')):
+        out.append(said)
+    if 'reference_standard' not in result.facts:
+        out.append('How the diagnoses were established is not reported; a figure is no better than its reference.')
     return [sentence for sentence in out if sentence]
 
 # %% ../../nbs/evaluate/45_page.ipynb #247741dd
@@ -417,9 +596,17 @@ def _counts(result):
     "How many images of how many lesions, and how many of them malignant, as a sentence."
     n, lesions = _sizes(result.data)
     said = [result.label_set.is_malignant(code) for code in result.label_set.codes]
-    where = ' '.join(w for w in (f'the split `{result.part}` of' if result.part else '', f'*{result.name}*' if result.name else 'the tables given') if w)
+    where = ' '.join(
+        w
+        for w in (
+            f'the split `{result.part}` of' if result.part else '',
+            f'*{result.name}*' if result.name else 'the tables given',
+        )
+        if w
+    )
     text = f"**{n:,} images of {lesions:,} lesions** ({where}), {len(said)} classes"
-    if all(s is None for s in said): return f"{text}; which of them are malignant nobody said."
+    if all(s is None for s in said):
+        return f"{text}; which of them are malignant nobody said."
     bad = np.array([s is True for s in said])[result.data.targets]
     return f"{text}; {bad.sum():,} images ({bad.mean():.0%}) show a malignant lesion."
 
@@ -429,58 +616,102 @@ _HEADLINES = ( # path of the leaf, words for it
     ('malignant.auroc', 'Ranks malignant above benign (AUROC)'),
     ('ece_debiased', 'Confidence is off by (de-biased ECE)'), ('ece', 'Confidence is off by (ECE)'))
 
-# %% ../../nbs/evaluate/45_page.ipynb #e7fe8a3f
+# %% ../../nbs/evaluate/45_page.ipynb #6acea424
 def _decision_rows(result):
     "Sensitivity and specificity where a decision would be made: at the locked threshold, else at one half."
-    block, at = result.metrics.get('decisions') or {}, 'at the locked threshold'
-    if find_leaf(block, 'threshold.value') is None: block, at = result.card.get('malignant', {}), 'at a probability of one half'
+    block = result.metrics.get('decisions') or {}
+    at = 'at the locked threshold'
+    if find_leaf(block, 'threshold.value') is None:
+        block = result.card.get('malignant', {})
+        at = 'at a probability of one half'
     return [(f'Malignant images flagged, {at} (sensitivity)', block.get('sensitivity'), 'sensitivity'),
             (f'Benign images left in peace, {at} (specificity)', block.get('specificity'), 'specificity')]
 
+# %% ../../nbs/evaluate/45_page.ipynb #e7fe8a3f
 def headline_table(
     result:Evaluation,
 ) -> pd.DataFrame: # question, answer with its 95 % interval, images, lesions
     "The figures a reader asks for first."
     rows = [(words, find_leaf(result.card, path), path) for path, words in _HEADLINES]
-    if find_leaf(result.card, 'ece_debiased'): rows = [r for r in rows if r[2] != 'ece']
+    if find_leaf(result.card, 'ece_debiased'):
+        rows = [r for r in rows if r[2] != 'ece']
     rows[3:3] = _decision_rows(result)
     if 'mel' in result.card.get('per_class', {}):
-        rows.insert(5, ('Melanoma called melanoma (sensitivity of the first guess)', find_leaf(result.card, 'per_class.mel.sensitivity'), 'sensitivity'))
-    return pd.DataFrame([dict(question=words, **{'answer (95 % interval)': _text(leaf, path)}, images=leaf.get('n'), lesions=leaf.get('n_lesions'))
-                         for words, leaf, path in rows if leaf])
+        rows.insert(
+            5,
+            (
+                'Melanoma called melanoma (sensitivity of the first guess)',
+                find_leaf(result.card, 'per_class.mel.sensitivity'),
+                'sensitivity',
+            ),
+        )
+    return pd.DataFrame(
+        [
+            dict(
+                question=words,
+                **{'answer (95 % interval)': _text(leaf, path)},
+                images=leaf.get('n'),
+                lesions=leaf.get('n_lesions'),
+            )
+            for words, leaf, path in rows
+            if leaf
+        ]
+    )
 
-# %% ../../nbs/evaluate/45_page.ipynb #33817fa9
+# %% ../../nbs/evaluate/45_page.ipynb #32b75c16
 def sureness(
     data:Aligned, # images that were measured
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of the resamples
 ) -> dict: # claimed, right, excess (claimed - right): leaves; all in [-1, 1]
     "How sure the answers are, how often they are right, and the difference."
-    sure, right, every = data.probs.max(1), data.probs.argmax(1) == data.targets, np.ones(len(data.targets))
-    return mean_leaves(dict(claimed=(sure, every, ''), right=(right, every, ''), excess=(sure - right, every, '')), data.lesion_ids, n_resamples, seed)
+    sure = data.probs.max(1)
+    right = data.probs.argmax(1) == data.targets
+    every = np.ones(len(data.targets))
+    return mean_leaves(
+        dict(claimed=(sure, every, ''), right=(right, every, ''), excess=(sure - right, every, '')),
+        data.lesion_ids,
+        n_resamples,
+        seed,
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #33817fa9
 def _sure_verdict(excess):
     "Whether the answers are too sure, as far as the interval says."
-    if excess['low'] is None: return 'too few lesions to say whether that is too sure'
+    if excess['low'] is None:
+        return 'too few lesions to say whether that is too sure'
     return 'too sure' if excess['low'] > 0 else 'not sure enough' if excess['high'] < 0 else 'no clear difference'
 
-# %% ../../nbs/evaluate/45_page.ipynb #91d27276
+# %% ../../nbs/evaluate/45_page.ipynb #833f2501
 def calibration_words(
     result:Evaluation,
 ) -> str: # a sentence
     "Whether confidence can be taken at its word."
     sure = result.metrics.get('sureness') or sureness(result.data)
-    kind, gain = result.calibration, find_leaf(result.metrics, 'calibration.difference.log_loss')
-    fitted = {'': 'no calibration is on record', 'none': 'validation found no calibration that makes it clearly better'}.get(kind, f'calibrated on validation ({kind})')
+    kind = result.calibration
+    gain = find_leaf(result.metrics, 'calibration.difference.log_loss')
+    fitted = {
+        '': 'no calibration is on record',
+        'none': 'validation found no calibration that makes it clearly better',
+    }.get(kind, f'calibrated on validation ({kind})')
     if kind not in ('', 'none') and not result.calibrated:
-        fitted = f'not calibrated; {kind}, fitted on validation, would change its log loss by {_signed(gain, 3)}' if gain else f'not calibrated; validation speaks for {kind}'
-    return (f"**Calibration:** on average it claims {sure['claimed']['value']:.0%} and is right in {sure['right']['value']:.0%}: "
-            f"{_sure_verdict(sure['excess'])}, {_signed(sure['excess'])}; {fitted}.")
+        fitted = (
+            f'not calibrated; {kind}, fitted on validation, would change its log loss by {_signed(gain, 3)}'
+            if gain
+            else f'not calibrated; validation speaks for {kind}'
+        )
+    return (
+        f"**Calibration:** on average it claims {sure['claimed']['value']:.0%} and is right in "
+        f"{sure['right']['value']:.0%}: "
+        f"{_sure_verdict(sure['excess'])}, {_signed(sure['excess'])}; {fitted}."
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #ebc7d907
 def _doubt(reason, short):
     "Why a threshold promises less than it was set for."
     return '' if not reason else ', with too few of their lesions there to promise it' if short else f' ({reason})'
 
+# %% ../../nbs/evaluate/45_page.ipynb #91d27276
 def threshold_words(
     result:Evaluation,
     short:bool=False, # without the count of lesions behind a doubt
@@ -488,53 +719,86 @@ def threshold_words(
     "Where it would call a lesion malignant, and what that was to promise."
     block = result.metrics.get('decisions') or {}
     if find_leaf(block, 'threshold.value') is None:
-        return f"**Threshold:** none was locked; {find_leaf(block, 'threshold.reason') or 'it takes a validation split, and classes known to be malignant'}."
-    target, doubt = find_leaf(block, 'target_sensitivity.value'), find_leaf(block, 'threshold.reason')
-    return f"**Threshold:** malignant from a probability of {block['threshold']['value']:.3g}, set on validation to find {target:.0%} of malignant images{_doubt(doubt, short)}."
+        return (
+            "**Threshold:** none was locked; "
+            f"{find_leaf(block, 'threshold.reason') or 'it takes a validation split, and classes known to be malignant'}."
+        )
+    target = find_leaf(block, 'target_sensitivity.value')
+    doubt = find_leaf(block, 'threshold.reason')
+    return (
+        f"**Threshold:** malignant from a probability of {block['threshold']['value']:.3g}, set on "
+        f"validation to find {target:.0%} of malignant images{_doubt(doubt, short)}."
+    )
 
-# %% ../../nbs/evaluate/45_page.ipynb #496c20ee
+# %% ../../nbs/evaluate/45_page.ipynb #c12a40b5
 def _gaps(subgroups):
     "Every gap between a group and everyone else that has an interval: (column, group, measure, leaf)."
     found = [(column, group, name, leaf_at(cell['gap'], name)) for column, groups in (subgroups or {}).items()
              for group, cell in groups.items() for name in gap_metrics(subgroups)]
     return [gap for gap in found if gap[3]['low'] is not None]
 
-_GAP_WORDS = {'accuracy': 'share of first guesses that are right', 'malignant.auroc': 'ranking of malignant above benign (AUROC)',
-              'malignant.sensitivity': 'share of malignant images flagged', 'malignant.specificity': 'share of benign images left in peace',
-              'malignant.calibration_in_the_large': 'malignancy claimed beyond what is true'}
+# %% ../../nbs/evaluate/45_page.ipynb #790fe24b
+_GAP_WORDS = {
+    'accuracy': 'share of first guesses that are right',
+    'malignant.auroc': 'ranking of malignant above benign (AUROC)',
+    'malignant.sensitivity': 'share of malignant images flagged',
+    'malignant.specificity': 'share of benign images left in peace',
+    'malignant.calibration_in_the_large': 'malignancy claimed beyond what is true',
+}
 
 def gap_words(
     result:Evaluation,
 ) -> str: # a sentence
     "The clearest difference between groups of patients."
     gaps = _gaps(result.metrics.get('subgroups'))
-    if not gaps: return '**Groups:** not reported.'
+    if not gaps:
+        return '**Groups:** not reported.'
     clear = [g for g in gaps if g[3]['verdict'] in ('higher', 'lower')]
-    of = f"{len(clear)} of {len(gaps)} gaps stand out after correcting for having looked at so many" if clear else f'{len(gaps)} were looked at, and that is corrected for'
-    if not clear: return f"**Groups:** no gap between groups is clear ({of})."
+    of = (
+        f"{len(clear)} of {len(gaps)} gaps stand out after correcting for having looked at so many"
+        if clear
+        else f'{len(gaps)} were looked at, and that is corrected for'
+    )
+    if not clear:
+        return f"**Groups:** no gap between groups is clear ({of})."
     column, group, name, leaf = max(clear, key=lambda g: abs(g[3]['value']))
-    return f"**Groups:** largest clear gap: {_GAP_WORDS.get(name, metric_words(name))}, where {column.replace('_', ' ')} is *{group}*: {_signed(leaf)} against everyone else; {of}."
+    return (
+        f"**Groups:** largest clear gap: {_GAP_WORDS.get(name, metric_words(name))}, where "
+        f"{column.replace('_', ' ')} is *{group}*: {_signed(leaf)} against everyone else; {of}."
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #496c20ee
 def summary_section(
     result:Evaluation,
 ) -> Section:
     "What was tested on whom, what came out, and what limits it: one screen."
     limits = find_limits(result)
-    stop = lambda name: result.facts.get(name, '*not reported*').rstrip('.') + '.'
+    def stop(name):
+        return result.facts.get(name, '*not reported*').rstrip('.') + '.'
     facts = f"Reference standard: {stop('reference_standard')} Model: {stop('model')}"
     more = f" {len(limits) - 2} more under [Limits](#limits)." if len(limits) > 2 else ''
-    points = [calibration_words(result), f"{threshold_words(result, short=True)} {_in_people(result, result.metrics.get('decisions') or {}, short=True)}".strip(), gap_words(result), f"**Limits:** {' '.join(limits[:2])}{more}"]
+    points = [
+        calibration_words(result),
+        f"{threshold_words(result, short=True)} "
+        f"{_in_people(result, result.metrics.get('decisions') or {}, short=True)}".strip(),
+        gap_words(result),
+        f"**Limits:** {' '.join(limits[:2])}{more}",
+    ]
     after = '\n'.join(f'- {p}' for p in points) 
-    return Section('Summary', ('CLAIM 2', 'TRIPOD+AI 2'), f'{_counts(result)} {facts}', (('', headline_table(result)),), after)
+    return Section(
+        'Summary', ('CLAIM 2', 'TRIPOD+AI 2'), f'{_counts(result)} {facts}', (('', headline_table(result)),), after
+    )
 
-# %% ../../nbs/evaluate/45_page.ipynb #568832a8
+# %% ../../nbs/evaluate/45_page.ipynb #625caa58
 def _numbers(values):
     "Median and quartiles of what is known, and how much is not."
     values = pd.to_numeric(values, errors='coerce')
-    if values.notna().sum() == 0: return 'unknown'
+    if values.notna().sum() == 0:
+        return 'unknown'
     low, mid, high = values.quantile([.25, .5, .75])
     return f"{mid:.0f} ({low:.0f}-{high:.0f}); unknown {values.isna().mean():.0%}"
 
+# %% ../../nbs/evaluate/45_page.ipynb #2a3b3c44
 def _shares(values):
     "How often each word occurs, the most frequent three first; unknown last."
     values = values.fillna('').astype(str).replace({'': 'unknown', 'nan': 'unknown'})
@@ -544,47 +808,70 @@ def _shares(values):
     said = ', '.join(f'{word} {n / len(values):.0%}' for word, n in known.iloc[:3].items())
     return ', '.join(filter(None, [said + rest, f"unknown {counts.get('unknown', 0) / len(values):.0%}"]))
 
+# %% ../../nbs/evaluate/45_page.ipynb #042db3d8
 _ORDER = ('train', 'valid', 'out_of_fold', 'test', 'external')
 
 def _by_split(labels):
     "The rows of each split, train first; all of them where none is named."
-    if 'split' not in labels: return {'all': labels}
+    if 'split' not in labels:
+        return {'all': labels}
     found = dict(tuple(labels.groupby('split', sort=False)))
-    return {name: found[name] for name in sorted(found, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), str(n)))}
+    return {
+        name: found[name]
+        for name in sorted(found, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), str(n)))
+    }
 
+# %% ../../nbs/evaluate/45_page.ipynb #568832a8
 def characteristics(
     labels:pd.DataFrame, # one row per image: lesion_id, optional split, patient_id, age, sex, site
 ) -> pd.DataFrame: # a row per characteristic, a column per split
     "Who is in each part of the data."
     parts = _by_split(labels)
     def one(rows):
-        out = {'images': f'{len(rows):,}', 'lesions': f"{rows['lesion_id'].replace('', np.nan).nunique():,}" if 'lesion_id' in rows else 'unknown'}
+        out = {
+            'images': f'{len(rows):,}',
+            'lesions': f"{rows['lesion_id'].replace('', np.nan).nunique():,}" if 'lesion_id' in rows else 'unknown',
+        }
         patients = rows['patient_id'].replace('', np.nan).nunique() if 'patient_id' in rows else 0
         out['patients'] = f'{patients:,}' if patients else 'unknown'
-        if 'age' in rows: out['age in years, median (quartiles)'] = _numbers(rows['age'])
+        if 'age' in rows:
+            out['age in years, median (quartiles)'] = _numbers(rows['age'])
         return out | {name: _shares(rows[name]) for name in ('sex', 'site') if name in rows}
     return pd.DataFrame({name: one(rows) for name, rows in parts.items()}).rename_axis('of the images')
 
-# %% ../../nbs/evaluate/45_page.ipynb #f724be34
+# %% ../../nbs/evaluate/45_page.ipynb #f53d347c
 def class_counts(
     labels:pd.DataFrame, # image_id, diagnosis, lesion_id, optional split
     label_set:LabelSet, # classes
 ) -> pd.DataFrame: # a row per class, for each split the images and lesions as '45 of 30 lesions'
     "How many images and lesions of each class each part holds."
     parts = _by_split(labels)
-    count = lambda rows: f"{len(rows):,} of {rows['lesion_id'].nunique():,} lesions" if len(rows) else '0'
+    def count(rows):
+        return f"{len(rows):,} of {rows['lesion_id'].nunique():,} lesions" if len(rows) else '0'
     table = {name: [count(rows[rows['diagnosis'] == code]) for code in label_set.codes] for name, rows in parts.items()}
     bad = {True: 'yes', False: 'no', None: 'not said'}
     return pd.DataFrame(dict(malignant=[bad[label_set.is_malignant(c)] for c in label_set.codes], **table),
                         index=pd.Index(class_titles(label_set), name='images of'))
 
+# %% ../../nbs/evaluate/45_page.ipynb #e634d373
 def _benchmark_words(identity):
     "What the figures may be compared with."
     words = (('variant', 'variant'), ('resolution', 'images'), ('split_sha256', 'split'))
-    known = ', '.join(f"{word} {identity[key][:12] if key == 'split_sha256' else identity[key]}" for key, word in words if identity.get(key))
-    leak = {None: 'whether any of its lesions were learnt from is unknown', 0: 'no lesion leaks between its parts'}.get(identity.get('leak'), f"**{identity.get('leak')} lesions leak between its parts**")
-    return f"Measured on `{identity.get('name') or 'a benchmark without a name'}`{f' ({known})' if known else ''}; {leak}. Compare only with results on the same."
+    known = ', '.join(
+        f"{word} {identity[key][:12] if key == 'split_sha256' else identity[key]}"
+        for key, word in words
+        if identity.get(key)
+    )
+    leak = {None: 'whether any of its lesions were learnt from is unknown', 0: 'no lesion leaks between its parts'}.get(
+        identity.get('leak'), f"**{identity.get('leak')} lesions leak between its parts**"
+    )
+    return (
+        "Measured on "
+        f"`{identity.get('name') or 'a benchmark without a name'}`{f' ({known})' if known else ''}; "
+        f"{leak}. Compare only with results on the same."
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #f724be34
 def data_section(
     result:Evaluation,
 ) -> Section:
@@ -593,32 +880,52 @@ def data_section(
     items += ['TRIPOD+AI 21']
     if 'split' in result.labels and result.labels['split'].nunique() > 1:
         both = result.labels[result.labels['lesion_id'] != ''].groupby('lesion_id')['split'].nunique().gt(1).sum()
-        crossing = f'{both} lesion(s) stand in more than one part: **the parts are not disjoint**.' if both else 'No lesion stands in more than one of the parts below (checked here, for lesions whose id is known).'
+        crossing = (
+            f'{both} lesion(s) stand in more than one part: **the parts are not disjoint**.'
+            if both
+            else 'No lesion stands in more than one of the parts below (checked here, for lesions whose id is known).'
+        )
         items.append('CLAIM 20')
-    elif 'split' in result.labels: crossing = 'One part alone is in the tables: whether its lesions stand in another cannot be checked here.'
-    else: crossing = 'The tables name no split: whether any of these lesions was learnt from cannot be checked here.'
-    if {'age', 'sex'} & set(result.labels): items += ['CLAIM 36', 'TRIPOD+AI 20b']
-    tables = (('Who is in the tables', characteristics(result.labels)), ('Classes', class_counts(result.labels, result.label_set)))
-    if benchmark := result.metrics.get('benchmark'): crossing = f"{_benchmark_words(benchmark)} {crossing}"
+    elif 'split' in result.labels:
+        crossing = 'One part alone is in the tables: whether its lesions stand in another cannot be checked here.'
+    else:
+        crossing = 'The tables name no split: whether any of these lesions was learnt from cannot be checked here.'
+    if {'age', 'sex'} & set(result.labels):
+        items += ['CLAIM 36', 'TRIPOD+AI 20b']
+    tables = (
+        ('Who is in the tables', characteristics(result.labels)),
+        ('Classes', class_counts(result.labels, result.label_set)),
+    )
+    if benchmark := result.metrics.get('benchmark'):
+        crossing = f"{_benchmark_words(benchmark)} {crossing}"
     return Section('Data', tuple(items), crossing, tables + said, missing)
 
-# %% ../../nbs/evaluate/45_page.ipynb #7fa2ce19
+# %% ../../nbs/evaluate/45_page.ipynb #1bbac576
 def reference_section(
     result:Evaluation,
 ) -> Section:
     "How the diagnoses were established."
     said, missing, items = _said(result, 'reference')
-    return Section('Reference standard', tuple(items), 'Every figure on this page is agreement with these diagnoses, right or wrong.', said, missing)
+    return Section(
+        'Reference standard',
+        tuple(items),
+        'Every figure on this page is agreement with these diagnoses, right or wrong.',
+        said,
+        missing,
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #7e276475
 def model_section(
     result:Evaluation,
 ) -> Section:
     "What answered, and what each choice in it brought."
     said, missing, items = _said(result, 'model')
     choices = result.curves.get('choices')
-    if choices is not None: said += (('What each choice brought: validation chose, test only shows', _readable(choices)),)
+    if choices is not None:
+        said += (('What each choice brought: validation chose, test only shows', _readable(choices)),)
     return Section('Model', tuple(items), '', said, missing)
 
+# %% ../../nbs/evaluate/45_page.ipynb #7fa2ce19
 def study_section(
     result:Evaluation,
 ) -> Section:
@@ -626,37 +933,62 @@ def study_section(
     said, missing, items = _said(result, 'study')
     return Section('About the study', tuple(items), '', said, missing)
 
-# %% ../../nbs/evaluate/45_page.ipynb #a25e3984
+# %% ../../nbs/evaluate/45_page.ipynb #77850304
 def _method(card):
     "How the intervals of a card were drawn."
     leaf = find_leaf(card, 'log_loss') or {} # over all images, whatever the classes
     return leaf.get('method', 'not reported')
 
+# %% ../../nbs/evaluate/45_page.ipynb #01e48289
 def _parts_table(cards, names=('balanced_accuracy', 'auroc_macro', 'malignant.auroc', 'log_loss')):
     "Headline metrics of several cards, a row each."
-    rows = {key: {'images': find_leaf(card, 'accuracy.n')} | {metric_words(n): _text(find_leaf(card, n), n) for n in names if find_leaf(card, n)}
-            for key, card in cards.items() if find_leaf(card, 'accuracy')}
+    rows = {
+        key: {'images': find_leaf(card, 'accuracy.n')}
+        | {metric_words(n): _text(find_leaf(card, n), n) for n in names if find_leaf(card, n)}
+        for key, card in cards.items()
+        if find_leaf(card, 'accuracy')
+    }
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('of')
 
+# %% ../../nbs/evaluate/45_page.ipynb #84548f67
 def _class_table(result):
     "The measures of each class that a page has room for."
-    return class_table(result.card, result.label_set, columns=('sensitivity', 'specificity', 'ppv', 'auroc')).rename(columns=dict(ppv='PPV', auroc='AUROC'))
+    return class_table(result.card, result.label_set, columns=('sensitivity', 'specificity', 'ppv', 'auroc')).rename(
+        columns=dict(ppv='PPV', auroc='AUROC')
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #a25e3984
 def metrics_section(
     result:Evaluation,
 ) -> Section:
     "Every metric with its interval: of all classes, of each class, of malignant against benign."
     card = result.card
-    items = ['CLAIM 28', 'CLAIM 29', 'CLAIM 37', 'CLAIM 38', 'TRIPOD+AI 12e', 'TRIPOD+AI 23a'] + (['CLAIM 32'] if result.part else [])
-    text = (f"Values with 95 % intervals: {_method(card)}. Whole lesions are redrawn, since two pictures of one lesion are not two patients; an interval that hangs on few lesions, such as those of a rare class, is widened for their number. An interval says what other lesions "
-            "*from the same source* would change, and nothing about lesions from elsewhere. Where another method gave an interval, `metrics.json` names it beside the figure.")
-    tables = [_captioned('All classes together', _leaf_table(card)), ('Class by class, each against the rest', _class_table(result)),
-              ('Malignant against benign; called malignant at a probability of one half', _leaf_table({k: v for k, v in card.get('malignant', {}).items() if k != 'n'}, one_class=True))]
+    items = ['CLAIM 28', 'CLAIM 29', 'CLAIM 37', 'CLAIM 38', 'TRIPOD+AI 12e', 'TRIPOD+AI 23a'] + (
+        ['CLAIM 32'] if result.part else []
+    )
+    text = (
+        f"Values with 95 % intervals: {_method(card)}. Whole lesions are redrawn, since two pictures of "
+        "one lesion are not two patients; an interval that hangs on few lesions, such as those of a "
+        "rare class, is widened for their number. An interval says what other lesions "
+        "*from the same source* would change, and nothing about lesions from elsewhere. Where "
+        "another method gave an interval, `metrics.json` names it beside the figure."
+    )
+    tables = [
+        _captioned('All classes together', _leaf_table(card)),
+        ('Class by class, each against the rest', _class_table(result)),
+        (
+            'Malignant against benign; called malignant at a probability of one half',
+            _leaf_table({k: v for k, v in card.get('malignant', {}).items() if k != 'n'}, one_class=True),
+        ),
+    ]
     others = {k: c for k, c in result.metrics.get('splits', {}).items() if isinstance(c, dict)}
     marked = {f'{k} (something was fitted here)' if k in result.fitted_on else k: c for k, c in others.items()}
-    if len(others) > 1: tables.append(('The same system on each part', _parts_table(marked)))
-    if result.metrics.get('members'): tables.append(('The members alone', _parts_table({'together': card, **result.metrics['members']})))
-    if 'external' in others: items.append('CLAIM 33')
+    if len(others) > 1:
+        tables.append(('The same system on each part', _parts_table(marked)))
+    if result.metrics.get('members'):
+        tables.append(('The members alone', _parts_table({'together': card, **result.metrics['members']})))
+    if 'external' in others:
+        items.append('CLAIM 33')
     return Section('Performance', tuple(items), text, tuple(t for t in tables if len(t[1])))
 
 # %% ../../nbs/evaluate/45_page.ipynb #e6ccd774
@@ -664,35 +996,85 @@ def discrimination_section(
     result:Evaluation,
 ) -> Section:
     "ROC, precision-recall, and what is taken for what."
-    data, labels, classes = result.data, result.label_set, result.card['per_class']
-    of = lambda name: {code: leaves[name] for code, leaves in classes.items() if name in leaves}
-    pictures = (picture(lambda: plot_roc(data.targets, data.probs, labels, of('auroc')), 'ROC curves of each class against the rest'),
-                picture(lambda: plot_pr(data.targets, data.probs, labels, of('average_precision')), 'Precision-recall curves of each class against the rest'),
-                picture(lambda: plot_confusion(data.targets, data.probs, labels, of('sensitivity')), 'Confusion matrix, counts and share of the true class'))
-    return Section('Discrimination', ('TRIPOD+AI 12e', 'TRIPOD+AI 23a'), 'How well the classes are told apart, whatever the threshold; then what the first guess takes for what.', pictures)
+    data = result.data
+    labels = result.label_set
+    classes = result.card['per_class']
+    def of(name):
+        return {code: leaves[name] for code, leaves in classes.items() if name in leaves}
+    pictures = (
+        picture(
+            lambda: plot_roc(data.targets, data.probs, labels, of('auroc')), 'ROC curves of each class against the rest'
+        ),
+        picture(
+            lambda: plot_pr(data.targets, data.probs, labels, of('average_precision')),
+            'Precision-recall curves of each class against the rest',
+        ),
+        picture(
+            lambda: plot_confusion(data.targets, data.probs, labels, of('sensitivity')),
+            'Confusion matrix, counts and share of the true class',
+        ),
+    )
+    return Section(
+        'Discrimination',
+        ('TRIPOD+AI 12e', 'TRIPOD+AI 23a'),
+        'How well the classes are told apart, whatever the threshold; then what the first guess takes for what.',
+        pictures,
+    )
 
-# %% ../../nbs/evaluate/45_page.ipynb #0f5b22a6
+# %% ../../nbs/evaluate/45_page.ipynb #4886ab33
 def _before_after(block):
     "Measures of calibration before, after, and the difference with its verdict."
-    return pd.DataFrame([dict(measure=_title(name), before=_text(block['before'].get(name), name), after=_text(block['after'].get(name), name),
-                              change=_signed(leaf, 3), calibrated=leaf.get('verdict', '')) for name, leaf in block['difference'].items()])
+    return pd.DataFrame(
+        [
+            dict(
+                measure=_title(name),
+                before=_text(block['before'].get(name), name),
+                after=_text(block['after'].get(name), name),
+                change=_signed(leaf, 3),
+                calibrated=leaf.get('verdict', ''),
+            )
+            for name, leaf in block['difference'].items()
+        ]
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #3144b91a
 def _reliability(result, block):
     "The reliability diagram; two of them where the answers before or after calibration are known too."
     data = result.data
-    if result.other is None: return picture(lambda: plot_reliability(data.targets, data.probs, data.lesion_ids, find_leaf(result.card, 'ece')), 'Reliability diagram with counts')
+    if result.other is None:
+        return picture(
+            lambda: plot_reliability(data.targets, data.probs, data.lesion_ids, find_leaf(result.card, 'ece')),
+            'Reliability diagram with counts',
+        )
     before, after = (result.other, data.probs) if result.calibrated else (data.probs, result.other)
     leaves = tuple(find_leaf(block, f'{name}.ece') for name in ('before', 'after'))
-    return picture(lambda: plot_calibration_before_after(data.targets, before, after, data.lesion_ids, leaves), 'Reliability diagrams before and after calibration, with counts')
+    return picture(
+        lambda: plot_calibration_before_after(data.targets, before, after, data.lesion_ids, leaves),
+        'Reliability diagrams before and after calibration, with counts',
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #0f5b22a6
 def calibration_section(
     result:Evaluation,
 ) -> Section:
     "Whether a confidence of 80 % is right in 80 %."
-    data, block = result.data, result.metrics.get('calibration') or {}
-    pictures = (_reliability(result, block), picture(lambda: plot_class_reliability(data.targets, data.probs, result.label_set, data.lesion_ids), 'Reliability of the probability of each class'))
+    data = result.data
+    block = result.metrics.get('calibration') or {}
+    pictures = (
+        _reliability(result, block),
+        picture(
+            lambda: plot_class_reliability(data.targets, data.probs, result.label_set, data.lesion_ids),
+            'Reliability of the probability of each class',
+        ),
+    )
     tables = (('Before and after calibration', _before_after(block)),) if block.get('difference') else ()
-    if 'calibration_choice' in result.curves: tables += (('What validation said of each calibration (cross-fitted log loss)', _readable(result.curves['calibration_choice'])),)
+    if 'calibration_choice' in result.curves:
+        tables += (
+            (
+                'What validation said of each calibration (cross-fitted log loss)',
+                _readable(result.curves['calibration_choice']),
+            ),
+        )
     items = ['TRIPOD+AI 12e', 'TRIPOD+AI 23a'] + (['TRIPOD+AI 12f', 'TRIPOD+AI 24'] if block else [])
     return Section('Calibration', tuple(items), calibration_words(result), pictures[:1] + tables + pictures[1:])
 
@@ -705,128 +1087,258 @@ def natural_frequencies(
 ) -> dict: # malignant, found, missed, benign, false_alarms, flagged: whole numbers
     "What a threshold does to a thousand images (Gigerenzer 2007, natural frequencies)."
     ill = round(of * prevalence)
-    found, alarms = round(ill * sensitivity), round((of - ill) * (1 - specificity))
-    return dict(malignant=ill, found=found, missed=ill - found, benign=of - ill, false_alarms=alarms, flagged=found + alarms)
+    found = round(ill * sensitivity)
+    alarms = round((of - ill) * (1 - specificity))
+    return dict(
+        malignant=ill, found=found, missed=ill - found, benign=of - ill, false_alarms=alarms, flagged=found + alarms
+    )
 
-# %% ../../nbs/evaluate/45_page.ipynb #8a56766d
+# %% ../../nbs/evaluate/45_page.ipynb #9ed921f6
 def _in_people(result, block, short=False):
     "What the threshold does to 1,000 images with as many malignant ones as here, with the limits of sensitivity and specificity."
     sens, spec = (find_leaf(block, name) for name in ('sensitivity', 'specificity'))
-    if not sens or not spec or sens['value'] is None or spec['value'] is None: return ''
+    if not sens or not spec or sens['value'] is None or spec['value'] is None:
+        return ''
     share = float(malignancy_of(result.data, result.label_set)[0].mean())
-    k, least, most = (natural_frequencies(*((leaf['value'] if leaf[key] is None else leaf[key]) for leaf in (sens, spec)), share) for key in ('value', 'high', 'low'))
+    k, least, most = (
+        natural_frequencies(*((leaf['value'] if leaf[key] is None else leaf[key]) for leaf in (sens, spec)), share)
+        for key in ('value', 'high', 'low')
+    )
     missed, alarms = (f"{k[name]} ({least[name]}-{most[name]})" for name in ('missed', 'false_alarms'))
-    if short: return f"Of 1,000 images like these, {missed} malignant ones are missed and {alarms} benign ones flagged for nothing."
-    return (f"Of 1,000 images like these, {k['malignant']} show a malignant lesion: {k['found']} of them are flagged, **{missed} are missed**; "
-            f"of the {k['benign']} benign ones **{alarms} are flagged for nothing** (95 % intervals). With fewer malignant lesions among the images more flags are false alarms.")
+    if short:
+        return (
+            f"Of 1,000 images like these, {missed} malignant ones are missed and {alarms} benign ones "
+            "flagged for nothing."
+        )
+    return (
+        f"Of 1,000 images like these, {k['malignant']} show a malignant lesion: {k['found']} of them "
+        f"are flagged, **{missed} are missed**; "
+        f"of the {k['benign']} benign ones **{alarms} are flagged for nothing** (95 % "
+        "intervals). With fewer malignant lesions among the images more flags are false "
+        "alarms."
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #8a56766d
 def decisions_section(
     result:Evaluation,
 ) -> Section:
     "The locked threshold, what it does to people, net benefit, cost, prediction sets."
     block, conformal, cost = (result.metrics.get(k) or {} for k in ('decisions', 'conformal', 'cost'))
-    curve, body = result.curves.get('decision_curve'), []
-    rows = lambda leaves, *without: _leaf_table({k: v for k, v in leaves.items() if k not in without}, one_class=True)
-    if block: body.append(('At the locked threshold', rows(block, 'threshold', 'target_sensitivity')))
-    if curve is not None and len(curve): body.append(picture(lambda: plot_decision_curve(curve), 'Decision curve: net benefit by threshold'))
-    if cost: body += [('Mean cost of an image, by the prices below', rows(cost)), *([('What an answer costs, by diagnosis', result.curves['costs'], True)] if 'costs' in result.curves else [])]
-    if conformal: body += [('Prediction sets', rows(conformal, 'per_class', 'target_coverage')), ('Prediction sets, class by class', _class_rows(conformal.get('per_class', {}), result.label_set))]
+    curve = result.curves.get('decision_curve')
+    body = []
+    def rows(leaves, *without):
+        return _leaf_table({k: v for k, v in leaves.items() if k not in without}, one_class=True)
+    if block:
+        body.append(('At the locked threshold', rows(block, 'threshold', 'target_sensitivity')))
+    if curve is not None and len(curve):
+        body.append(picture(lambda: plot_decision_curve(curve), 'Decision curve: net benefit by threshold'))
+    if cost:
+        body += [
+            ('Mean cost of an image, by the prices below', rows(cost)),
+            *(
+                [('What an answer costs, by diagnosis', result.curves['costs'], True)]
+                if 'costs' in result.curves
+                else []
+            ),
+        ]
+    if conformal:
+        body += [
+            ('Prediction sets', rows(conformal, 'per_class', 'target_coverage')),
+            ('Prediction sets, class by class', _class_rows(conformal.get('per_class', {}), result.label_set)),
+        ]
     text = '\n\n'.join(filter(None, [threshold_words(result), _in_people(result, block), _set_words(conformal)]))
     items = ['TRIPOD+AI 15'] if find_leaf(block, 'threshold.value') is not None else []
-    return Section('Decisions', tuple(items + (['TRIPOD+AI 12e'] if curve is not None and len(curve) else [])), text, tuple(body))
+    return Section(
+        'Decisions', tuple(items + (['TRIPOD+AI 12e'] if curve is not None and len(curve) else [])), text, tuple(body)
+    )
 
-# %% ../../nbs/evaluate/45_page.ipynb #da489ac4
+# %% ../../nbs/evaluate/45_page.ipynb #f00adafd
 def _class_rows(per_class, label_set):
     "Leaves of each class in a row."
     titles = dict(zip(label_set.codes, class_titles(label_set)))
-    rows = {titles.get(code, code): {'images' if name == 'n' else _title(name): _text(leaf, name) for name, leaf in leaves.items() if isinstance(leaf, dict)} for code, leaves in per_class.items()}
+    rows = {
+        titles.get(code, code): {
+            'images' if name == 'n' else _title(name): _text(leaf, name)
+            for name, leaf in leaves.items()
+            if isinstance(leaf, dict)
+        }
+        for code, leaves in per_class.items()
+    }
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('class')
 
+# %% ../../nbs/evaluate/45_page.ipynb #8ec5a1bd
 def _set_words(block):
     "What prediction sets promise and kept."
     reached = find_leaf(block, 'coverage')
-    if not reached or reached.get('value') is None: return ''
-    target, size = find_leaf(block, 'target_coverage.value'), find_leaf(block, 'mean_set_size')
+    if not reached or reached.get('value') is None:
+        return ''
+    target = find_leaf(block, 'target_coverage.value')
+    size = find_leaf(block, 'mean_set_size')
     promise = f'promised to hold the diagnosis in {target:.0%}, ' if target else ''
-    return f"**Prediction sets:** {promise}held it in {_text(reached)}" + (f", with {_text(size)} classes on average." if size else '.')
+    return f"**Prediction sets:** {promise}held it in {_text(reached)}" + (
+        f", with {_text(size)} classes on average." if size else '.'
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #da489ac4
 def abstention_section(
     result:Evaluation,
 ) -> Section:
     "When it should rather say nothing: doubt, strange pictures, members that disagree."
     block, ood, disagreement = (result.metrics.get(k) or {} for k in ('abstention', 'ood', 'disagreement'))
-    points, body = result.curves.get('risk_coverage'), []
-    if block: body.append(('Leaving the least sure to a person', _leaf_table(block)))
-    if points is not None and len(points): body.append(picture(lambda: plot_risk_coverage(points, block.get('aurc')), 'Risk-coverage curve'))
-    if disagreement: body.append(('Disagreement of the members', _leaf_table({k: v for k, v in disagreement.items() if k != 'n_members'})))
-    if ood: body.append(('Pictures that show no lesion: how they are told from lesions', _leaf_rows(ood)))
+    points = result.curves.get('risk_coverage')
+    body = []
+    if block:
+        body.append(('Leaving the least sure to a person', _leaf_table(block)))
+    if points is not None and len(points):
+        body.append(picture(lambda: plot_risk_coverage(points, block.get('aurc')), 'Risk-coverage curve'))
+    if disagreement:
+        body.append(
+            ('Disagreement of the members', _leaf_table({k: v for k, v in disagreement.items() if k != 'n_members'}))
+        )
+    if ood:
+        body.append(('Pictures that show no lesion: how they are told from lesions', _leaf_rows(ood)))
     return Section('Abstention', ('TRIPOD+AI 27a',) if ood else (), '' if body else NOT_REPORTED, tuple(body))
 
-# %% ../../nbs/evaluate/45_page.ipynb #32dded69
+# %% ../../nbs/evaluate/45_page.ipynb #2736e1e1
 NOT_REPORTED = '*Not reported.*'
 
 def _leaf_rows(block):
     "Blocks of leaves as rows: kind, then each measure."
-    rows = {'lesions of this part' if kind == 'inside' else kind.replace('_', ' '): {_title(name): _text(leaf, name) for name, leaf in leaves.items() if isinstance(leaf, dict) and 'value' in leaf}
-            for kind, leaves in block.items() if isinstance(leaves, dict) and 'value' not in leaves}
+    rows = {
+        'lesions of this part' if kind == 'inside' else kind.replace('_', ' '): {
+            _title(name): _text(leaf, name)
+            for name, leaf in leaves.items()
+            if isinstance(leaf, dict) and 'value' in leaf
+        }
+        for kind, leaves in block.items()
+        if isinstance(leaves, dict) and 'value' not in leaves
+    }
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('kind')
 
+# %% ../../nbs/evaluate/45_page.ipynb #9693f339
 def _group_rows(rows):
     "A measure of every group: value and gap with intervals."
-    return pd.DataFrame({'measure': rows['metric'].map(metric_words), 'by': rows['column'].str.replace('_', ' '), 'group': rows['group'], 'images': rows['n'], 'lesions': rows['n_lesions'],
-                         'value (95 % interval)': rows['text'], 'gap to everyone else': rows['gap_text'], 'verdict': rows['verdict']})
+    return pd.DataFrame(
+        {
+            'measure': rows['metric'].map(metric_words),
+            'by': rows['column'].str.replace('_', ' '),
+            'group': rows['group'],
+            'images': rows['n'],
+            'lesions': rows['n_lesions'],
+            'value (95 % interval)': rows['text'],
+            'gap to everyone else': rows['gap_text'],
+            'verdict': rows['verdict'],
+        }
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #32dded69
 def subgroups_section(
     result:Evaluation,
 ) -> Section:
     "For whom the numbers hold."
     block = result.metrics.get('subgroups') or {}
-    if not block: return Section('Groups of patients', (), NOT_REPORTED)
-    whole = {**{f'malignant.{k}': v for k, v in (result.metrics.get('decisions') or {}).items()}, 'malignant.auroc': find_leaf(result.card, 'malignant.auroc')}
-    pictures = tuple(picture(lambda: plot_subgroups(block, m, whole.get(m) or find_leaf(result.card, m)), f'{metric_words(m)} by group, with intervals and gaps to everyone else') for m in gap_metrics(block))
-    at = ' Sensitivity and specificity are those at the locked threshold.' if find_leaf(result.metrics, 'decisions.threshold.value') is not None else ''
+    if not block:
+        return Section('Groups of patients', (), NOT_REPORTED)
+    whole = {
+        **{f'malignant.{k}': v for k, v in (result.metrics.get('decisions') or {}).items()},
+        'malignant.auroc': find_leaf(result.card, 'malignant.auroc'),
+    }
+    pictures = tuple(
+        picture(
+            lambda: plot_subgroups(block, m, whole.get(m) or find_leaf(result.card, m)),
+            f'{metric_words(m)} by group, with intervals and gaps to everyone else',
+        )
+        for m in gap_metrics(block)
+    )
+    at = (
+        ' Sensitivity and specificity are those at the locked threshold.'
+        if find_leaf(result.metrics, 'decisions.threshold.value') is not None
+        else ''
+    )
     items = ['TRIPOD+AI 14', 'TRIPOD+AI 23a'] + (['TRIPOD+AI 23b'] if 'source' in block else [])
-    return Section('Groups of patients', tuple(items), gap_words(result) + at, (*pictures, ('The same as a table', _group_rows(subgroup_table(block)), True)))
+    return Section(
+        'Groups of patients',
+        tuple(items),
+        gap_words(result) + at,
+        (*pictures, ('The same as a table', _group_rows(subgroup_table(block)), True)),
+    )
 
 # %% ../../nbs/evaluate/45_page.ipynb #e6b45a52
 def robustness_section(
     result:Evaluation,
 ) -> Section:
     "What is left of it when image or metadata are spoilt."
-    found = {name: result.curves[name] for name in ('stress_images', 'stress_metadata') if result.curves.get(name) is not None and len(result.curves[name])}
-    if not found: return Section('Robustness', (), NOT_REPORTED)
+    found = {
+        name: result.curves[name]
+        for name in ('stress_images', 'stress_metadata')
+        if result.curves.get(name) is not None and len(result.curves[name])
+    }
+    if not found:
+        return Section('Robustness', (), NOT_REPORTED)
     words = dict(stress_images='Spoilt images', stress_metadata='Spoilt metadata')
-    captions = dict(stress_images='Spoilt images as a table: AUROC lost by grade', stress_metadata='Spoilt metadata as a table')
-    body = [part for name, table in found.items() for part in (
-        picture(lambda: plot_stress(table), f'{words[name]}: what is lost, with intervals'), (captions[name], _stress_rows(table), True))]
+    captions = dict(
+        stress_images='Spoilt images as a table: AUROC lost by grade', stress_metadata='Spoilt metadata as a table'
+    )
+    body = [
+        part
+        for name, table in found.items()
+        for part in (
+            picture(lambda: plot_stress(table), f'{words[name]}: what is lost, with intervals'),
+            (captions[name], _stress_rows(table), True),
+        )
+    ]
     return Section('Robustness', ('CLAIM 30', 'TRIPOD+AI 27a'), _stress_words(found), tuple(body))
 
-# %% ../../nbs/evaluate/45_page.ipynb #01714d04
+# %% ../../nbs/evaluate/45_page.ipynb #d854961a
 def _change_texts(table, column, limits):
     "Differences of a stress table with their limits, as texts."
     numbers = table[[column, f'{limits}_low', f'{limits}_high']].astype(float).itertuples(index=False, name=None)
     return [_signed({k: None if np.isnan(v) else v for k, v in zip(('value', 'low', 'high'), row)}) for row in numbers]
 
+# %% ../../nbs/evaluate/45_page.ipynb #c184909e
 def _stress_rows(table):
     "A stress table for people: the AUROC lost by kind and grade; of metadata a row per change."
     table = table[table['kind' if 'kind' in table else 'field'] != 'none']
     if 'kind' not in table:
         refused = table['reason'].fillna('').str.startswith('refused')
-        words = {name: np.where(refused, 'refused at the gate', _change_texts(table, *columns)) for name, columns in (('AUROC lost', ('drop', 'drop')), ('ECE gained', ('ece_change', 'ece')))}
+        words = {
+            name: np.where(refused, 'refused at the gate', _change_texts(table, *columns))
+            for name, columns in (('AUROC lost', ('drop', 'drop')), ('ECE gained', ('ece_change', 'ece')))
+        }
         return pd.DataFrame({'field': table['field'], 'change': table['change'], **words})
-    wide = table.assign(text=_change_texts(table, 'drop', 'drop'), grade='grade ' + table['grade'].astype(str)).pivot(index='kind', columns='grade', values='text')
-    return wide.reindex(table['kind'].unique()).rename(index=lambda kind: kind.replace('_', ' ')).rename_axis(columns=None)
+    wide = table.assign(text=_change_texts(table, 'drop', 'drop'), grade='grade ' + table['grade'].astype(str)).pivot(
+        index='kind', columns='grade', values='text'
+    )
+    return (
+        wide.reindex(table['kind'].unique()).rename(index=lambda kind: kind.replace('_', ' ')).rename_axis(columns=None)
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #01714d04
 def _stress_words(found):
     "What costs most."
-    rows = pd.concat([t.assign(what=t['kind'].str.replace('_', ' ') + ', grade ' + t['grade'].astype(str) if 'kind' in t else t['field'] + ' ' + t['change']) for t in found.values()])
+    rows = pd.concat(
+        [
+            t.assign(
+                what=t['kind'].str.replace('_', ' ') + ', grade ' + t['grade'].astype(str)
+                if 'kind' in t
+                else t['field'] + ' ' + t['change']
+            )
+            for t in found.values()
+        ]
+    )
     rows = rows[rows['drop_low'].astype(float) > 0].sort_values('drop', ascending=False)
-    if not len(rows): return 'Nothing that was tried takes a clear part of the AUROC.'
+    if not len(rows):
+        return 'Nothing that was tried takes a clear part of the AUROC.'
     worst = rows.iloc[0]
-    return (f"**Costs most:** {worst['what']}: the AUROC falls by {format_leaf({k: worst[c] for k, c in (('value', 'drop'), ('low', 'drop_low'), ('high', 'drop_high'))})}, on "
-            f"{worst['n']:,} images of {worst['n_lesions']:,} lesions; {len(rows)} of the changes tried clearly cost something (intervals not corrected for their number).")
+    return (
+        f"**Costs most:** {worst['what']}: the AUROC falls by "
+        f"{format_leaf({k: worst[c] for k, c in (('value', 'drop'), ('low', 'drop_low'), ('high', 'drop_high'))})}, "
+        "on "
+        f"{worst['n']:,} images of {worst['n_lesions']:,} lesions; {len(rows)} of the changes "
+        "tried clearly cost something (intervals not corrected for their number)."
+    )
 
-# %% ../../nbs/evaluate/45_page.ipynb #5f66d8c0
+# %% ../../nbs/evaluate/45_page.ipynb #89fbe430
 def top_losses(
     data:Aligned, # images that were measured
     label_set:LabelSet, # classes and their order
@@ -834,79 +1346,143 @@ def top_losses(
 ) -> pd.DataFrame: # image_id, lesion_id, diagnosis, predicted (codes), confidence, p_diagnosis, loss; the largest loss first
     "The images whose diagnosis was given the least probability; one of each lesion."
     given = data.probs[np.arange(len(data.targets)), data.targets]
-    codes, best = np.array(label_set.codes, object), data.probs.argmax(1)
-    table = pd.DataFrame(dict(image_id=data.image_ids, lesion_id=data.lesion_ids, diagnosis=codes[data.targets], predicted=codes[best],
-                              confidence=data.probs.max(1), p_diagnosis=given, loss=-np.log(np.maximum(given, 1e-15))))
+    codes = np.array(label_set.codes, object)
+    best = data.probs.argmax(1)
+    table = pd.DataFrame(
+        dict(
+            image_id=data.image_ids,
+            lesion_id=data.lesion_ids,
+            diagnosis=codes[data.targets],
+            predicted=codes[best],
+            confidence=data.probs.max(1),
+            p_diagnosis=given,
+            loss=-np.log(np.maximum(given, 1e-15)),
+        )
+    )
     wrong = table[best != data.targets].sort_values(['loss', 'image_id'], ascending=[False, True], kind='stable')
     return wrong.drop_duplicates('lesion_id').head(n).reset_index(drop=True)
 
+# %% ../../nbs/evaluate/45_page.ipynb #5f66d8c0
 def confused_pairs(
     data:Aligned, # images that were measured
     label_set:LabelSet, # classes and their order
     n:int=10, # rows, at most
 ) -> pd.DataFrame: # diagnosis, predicted (codes), images, lesions, of (images of the diagnosis), share; most images first
     "The diagnoses most often taken for another, and for which."
-    codes, best = np.array(label_set.codes, object), data.probs.argmax(1)
+    codes = np.array(label_set.codes, object)
+    best = data.probs.argmax(1)
     table = pd.DataFrame(dict(diagnosis=codes[data.targets], predicted=codes[best], lesion=data.lesion_ids))
     of = table['diagnosis'].value_counts()
-    pairs = table[best != data.targets].groupby(['diagnosis', 'predicted'])['lesion'].agg(images='size', lesions='nunique').reset_index()
-    pairs = pairs.assign(of=pairs['diagnosis'].map(of).astype(int), share=lambda t: t['images'] / t['of']).sort_values(['images', 'diagnosis', 'predicted'], ascending=[False, True, True])
+    pairs = (
+        table[best != data.targets]
+        .groupby(['diagnosis', 'predicted'])['lesion']
+        .agg(images='size', lesions='nunique')
+        .reset_index()
+    )
+    pairs = pairs.assign(of=pairs['diagnosis'].map(of).astype(int), share=lambda t: t['images'] / t['of']).sort_values(
+        ['images', 'diagnosis', 'predicted'], ascending=[False, True, True]
+    )
     return pairs.head(n).reset_index(drop=True)
 
-# %% ../../nbs/evaluate/45_page.ipynb #043f76cb
+# %% ../../nbs/evaluate/45_page.ipynb #d86d3cf6
 def _failure_gallery(table, images):
     "The pictures of `table` with what they are, what they were called and how surely."
     shown = [(row, images(row['image_id'])) for _, row in table.iterrows()]
     shown = [(row, image) for row, image in shown if image is not None]
-    if not shown: return ()
+    if not shown:
+        return ()
     def draw():
         columns, (height, width) = 4, shown[0][1].shape[:2]
         rows = -(-len(shown) // columns)
-        fig, axes = plt.subplots(rows, columns, figsize=(9, rows * (.5 + 2.2 * height / width)), squeeze=False, layout='constrained')
-        for ax in axes.flat: ax.axis('off')
+        fig, axes = plt.subplots(
+            rows, columns, figsize=(9, rows * (0.5 + 2.2 * height / width)), squeeze=False, layout='constrained'
+        )
+        for ax in axes.flat:
+            ax.axis('off')
         for ax, (row, image) in zip(axes.flat, shown):
             ax.imshow(image)
-            ax.set_title(f"{row['diagnosis']}, called {row['predicted']}\n{row['confidence']:.0%} sure · {row['image_id']}", fontsize=8)
-    return (picture(draw, f"{len(shown)} images that were called wrongly and surely: " + '; '.join(f"{r['diagnosis']} called {r['predicted']}" for r, _ in shown)),)
+            ax.set_title(
+                f"{row['diagnosis']}, called {row['predicted']}\n{row['confidence']:.0%} sure · {row['image_id']}",
+                fontsize=8,
+            )
+    return (
+        picture(
+            draw,
+            f"{len(shown)} images that were called wrongly and surely: "
+            + '; '.join(f"{r['diagnosis']} called {r['predicted']}" for r, _ in shown),
+        ),
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #5748148d
 def _pair_rows(pairs, label_set):
     "Confused pairs by their full names."
     titles = dict(zip(label_set.codes, class_titles(label_set)))
-    return pd.DataFrame({'diagnosis': pairs['diagnosis'].map(titles), 'called': pairs['predicted'].map(titles), 'images': pairs['images'], 'lesions': pairs['lesions'],
-                         'of all its images': [f'{share:.0%} of {of:,}' for share, of in zip(pairs['share'], pairs['of'])]})
+    return pd.DataFrame(
+        {
+            'diagnosis': pairs['diagnosis'].map(titles),
+            'called': pairs['predicted'].map(titles),
+            'images': pairs['images'],
+            'lesions': pairs['lesions'],
+            'of all its images': [f'{share:.0%} of {of:,}' for share, of in zip(pairs['share'], pairs['of'])],
+        }
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #043f76cb
 def failures_section(
     result:Evaluation,
     images=None, # callable image_id -> (H,W,3) uint8 or None; without it the page shows no pictures
 ) -> Section:
     "The surest wrong answers, and what is taken for what."
-    losses, pairs = top_losses(result.data, result.label_set), confused_pairs(result.data, result.label_set)
-    if not len(losses): return Section('Failures', ('CLAIM 39',), 'No image was called wrongly.')
+    losses = top_losses(result.data, result.label_set)
+    pairs = confused_pairs(result.data, result.label_set)
+    if not len(losses):
+        return Section('Failures', ('CLAIM 39',), 'No image was called wrongly.')
     missed = np.array([result.label_set.is_malignant(c) is True for c in result.label_set.codes])
     best = result.data.probs.argmax(1)
     worst = int((missed[result.data.targets] & ~missed[best]).sum())
-    text = f"{int((best != result.data.targets).sum()):,} of {len(best):,} images are called wrongly; **{worst:,} malignant ones are called benign** by the first guess."
-    tables = (('Most often confused', _pair_rows(pairs, result.label_set)), ('Surest and wrong, one image of each lesion', _readable(losses.drop(columns='loss'))))
+    text = (
+        f"{int((best != result.data.targets).sum()):,} of {len(best):,} images are called wrongly; "
+        f"**{worst:,} malignant ones are called benign** by the first guess."
+    )
+    tables = (
+        ('Most often confused', _pair_rows(pairs, result.label_set)),
+        ('Surest and wrong, one image of each lesion', _readable(losses.drop(columns='loss'))),
+    )
     gallery = _failure_gallery(losses, images) if images else ()
     missing = 'No picture of these images was found in the folder given.' if images and not gallery else ''
     return Section('Failures', ('CLAIM 39',), text, tables[:1] + gallery + tables[1:], missing)
 
-# %% ../../nbs/evaluate/45_page.ipynb #2d7daeec
+# %% ../../nbs/evaluate/45_page.ipynb #a7353ce3
 def limits_section(
     result:Evaluation,
 ) -> Section:
     "What these data cannot say."
-    text = '\n'.join(f'- {sentence}' for sentence in find_limits(result)) or '- None were found in the numbers; that is no proof that there are none.'
+    text = (
+        '\n'.join(f'- {sentence}' for sentence in find_limits(result))
+        or '- None were found in the numbers; that is no proof that there are none.'
+    )
     said, missing, items = _said(result, 'limits')
     return Section('Limits', ('CLAIM 40', 'TRIPOD+AI 26', *items), text, said, missing)
 
+# %% ../../nbs/evaluate/45_page.ipynb #1abbe8a7
 def checklist_table(
     sections, # iterable of Section
 ) -> pd.DataFrame: # guideline, item, topic, where: the headings that answer it, or 'not reported'
     "Each item of the guidelines, and where the page answers it."
     where = {item: [s.title for s in sections if item in s.items] for item in CHECKLIST}
-    return pd.DataFrame([dict(guideline=item.split()[0], item=item.split()[1], topic=topic, where=', '.join(where[item]) or 'not reported') for item, topic in CHECKLIST.items()])
+    return pd.DataFrame(
+        [
+            dict(
+                guideline=item.split()[0],
+                item=item.split()[1],
+                topic=topic,
+                where=', '.join(where[item]) or 'not reported',
+            )
+            for item, topic in CHECKLIST.items()
+        ]
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #2d7daeec
 def checklist_section(
     sections, # list of Section
 ) -> Section:
@@ -915,22 +1491,36 @@ def checklist_section(
     parts = []
     for guideline, title in (('CLAIM', 'CLAIM, 2024 update'), ('TRIPOD+AI', 'TRIPOD+AI, 2024')):
         own = table[table['guideline'] == guideline]
-        parts.append((f"{title}: {(own['where'] != 'not reported').sum()} of {len(own)} items answered", own.drop(columns='guideline')))
-    text = 'An item counts as answered where this page says something about it; whether that is enough, a reader must judge. Topics are abridged.'
+        parts.append(
+            (
+                f"{title}: {(own['where'] != 'not reported').sum()} of {len(own)} items answered",
+                own.drop(columns='guideline'),
+            )
+        )
+    text = (
+        'An item counts as answered where this page says something about it; whether that is enough, a '
+        'reader must judge. Topics are abridged.'
+    )
     return Section('Checklist', (), text, tuple(parts))
 
-# %% ../../nbs/evaluate/45_page.ipynb #dfacb608
+# %% ../../nbs/evaluate/45_page.ipynb #1e336a93
 def _markdown_table(table):
     "A table as markdown; a bar in a cell is escaped."
-    row = lambda cells: '| ' + ' | '.join(_cell(c, 3).replace('|', '\\|') for c in cells) + ' |'
-    return '\n'.join([row(table.columns), '|' + '---|' * table.shape[1], *(row(r) for r in table.itertuples(index=False))])
+    def row(cells):
+        return '| ' + ' | '.join(_cell(c, 3).replace('|', '\\|') for c in cells) + ' |'
+    return '\n'.join(
+        [row(table.columns), '|' + '---|' * table.shape[1], *(row(r) for r in table.itertuples(index=False))]
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #dfacb608
 def model_card(
     result:Evaluation,
 ) -> str: # markdown, headings of the second level
     "What a model's card says of its performance, calibration, threshold, groups and limits."
     limits = '\n'.join(f'- {sentence}' for sentence in find_limits(result))
-    words = '\n'.join(f'- {sentence}' for sentence in (calibration_words(result), threshold_words(result), gap_words(result)))
+    words = '\n'.join(
+        f'- {sentence}' for sentence in (calibration_words(result), threshold_words(result), gap_words(result))
+    )
     classes = _class_table(result).reset_index()
     return f"""## How well it did
 
@@ -954,8 +1544,19 @@ def page_sections(
 ) -> dict: # name -> Section, in the order of the page
     "Every section of the page."
     check_facts(result.facts)
-    made = dict(summary=summary_section, data=data_section, reference=reference_section, model=model_section, performance=metrics_section, discrimination=discrimination_section,
-                calibration=calibration_section, decisions=decisions_section, abstention=abstention_section, subgroups=subgroups_section, robustness=robustness_section)
+    made = dict(
+        summary=summary_section,
+        data=data_section,
+        reference=reference_section,
+        model=model_section,
+        performance=metrics_section,
+        discrimination=discrimination_section,
+        calibration=calibration_section,
+        decisions=decisions_section,
+        abstention=abstention_section,
+        subgroups=subgroups_section,
+        robustness=robustness_section,
+    )
     sections = {name: make(result) for name, make in made.items()} | dict(
         failures=failures_section(result, images), limits=limits_section(result), study=study_section(result))
     return sections | dict(checklist=checklist_section(list(sections.values())))
@@ -972,27 +1573,43 @@ def calibration_card(
     seed:int=0, # of the resamples
 ) -> dict: # before, after, difference: name -> leaf; a difference has a verdict on the calibrated answers
     "How calibration changed loss and calibration, in the same resamples."
-    n, lesions = len(targets), len(np.unique(lesion_ids))
+    n = len(targets)
+    lesions = len(np.unique(lesion_ids))
     weights = np.concatenate([np.ones((1, n), np.int16), lesion_weights(lesion_ids, n_resamples, seed)])
     old, new = (weighted_metrics(targets, probs, weights, CALIBRATION_METRICS, lesion_ids) for probs in (before, after))
-    leaf = lambda name, column: interval_leaf(column[0], column[1:], n, lesions, kind=METRICS[name].interval)
-    change = lambda name: paired_leaf((new[name][0], old[name][0]), (new[name][1:], old[name][1:]), n, lesions, higher_is_better=False)
-    return dict(before={name: leaf(name, old[name]) for name in CALIBRATION_METRICS}, after={name: leaf(name, new[name]) for name in CALIBRATION_METRICS},
-                difference={name: change(name) for name in CALIBRATION_METRICS})
+    def leaf(name, column):
+        return interval_leaf(column[0], column[1:], n, lesions, kind=METRICS[name].interval)
+    def change(name):
+        return paired_leaf(
+            (new[name][0], old[name][0]), (new[name][1:], old[name][1:]), n, lesions, higher_is_better=False
+        )
+    return dict(
+        before={name: leaf(name, old[name]) for name in CALIBRATION_METRICS},
+        after={name: leaf(name, new[name]) for name in CALIBRATION_METRICS},
+        difference={name: change(name) for name in CALIBRATION_METRICS},
+    )
 
 # %% ../../nbs/evaluate/45_page.ipynb #3ae72d12
 class _Tables:
     "Predictions and labels of the same images, part by part."
     def __init__(self, predictions, labels, label_set):
         align_tables(predictions, labels, label_set) # ids that only one of them holds are an error
-        self.predictions, self.label_set = predictions.assign(image_id=predictions['image_id'].astype(str)), label_set
-        if 'split' in predictions and 'split' not in labels: labels = check_labels(labels.merge(self.predictions[['image_id', 'split']], on='image_id', how='left'), label_set)
-        self.labels, self.every = labels, np.ones(len(labels), bool)
+        self.predictions = predictions.assign(image_id=predictions['image_id'].astype(str))
+        self.label_set = label_set
+        if 'split' in predictions and 'split' not in labels:
+            labels = check_labels(
+                labels.merge(self.predictions[['image_id', 'split']], on='image_id', how='left'), label_set
+            )
+        self.labels = labels
+        self.every = np.ones(len(labels), bool)
 
     def parts(self):
         "Rows of the labels by split, train first; nothing where they name one split or none."
         names = self.labels['split'].fillna('').astype(str) if 'split' in self.labels else pd.Series([], dtype=str)
-        order = [*(n for n in ('train', 'valid', 'test') if (names == n).any()), *sorted(set(names) - {'train', 'valid', 'test', ''})]
+        order = [
+            *(n for n in ('train', 'valid', 'test') if (names == n).any()),
+            *sorted(set(names) - {'train', 'valid', 'test', ''}),
+        ]
         return {name: (names == name).to_numpy() for name in order} if len(order) > 1 else {}
 
     def of(self, rows):
@@ -1004,7 +1621,7 @@ class _Tables:
         "The same as arrays."
         return align_tables(*self.of(rows), self.label_set)
 
-# %% ../../nbs/evaluate/45_page.ipynb #a83c9b43
+# %% ../../nbs/evaluate/45_page.ipynb #2f01f765
 def malignancy_of(
     data:Aligned, # images
     label_set:LabelSet, # classes, and which are malignant
@@ -1015,28 +1632,46 @@ def malignancy_of(
     score = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5)
     return said[known] == True, score[known], data.lesion_ids[known]  # noqa: E712 (said holds True, False and None)
 
+# %% ../../nbs/evaluate/45_page.ipynb #3f2d27f7
 def _threshold_card(data, label_set, threshold, options):
     "A locked threshold, what it was locked for, and what it brings on other images."
-    value = dict(value=threshold.value, n=threshold.n, n_lesions=threshold.n_lesions) | (dict(reason=threshold.reason) if threshold.reason else {})
+    value = dict(value=threshold.value, n=threshold.n, n_lesions=threshold.n_lesions) | (
+        dict(reason=threshold.reason) if threshold.reason else {}
+    )
     malignant, score, lesions = malignancy_of(data, label_set)
-    card = dict(threshold=value, target_sensitivity=dict(value=threshold.target, n=threshold.n), validation_sensitivity=threshold.reached,
-                **threshold_scorecard(threshold, malignant, score, lesions, **options))
-    if threshold.value is None or not 0 < threshold.value < 1 or not len(score): return card
+    card = dict(
+        threshold=value,
+        target_sensitivity=dict(value=threshold.target, n=threshold.n),
+        validation_sensitivity=threshold.reached,
+        **threshold_scorecard(threshold, malignant, score, lesions, **options),
+    )
+    if threshold.value is None or not 0 < threshold.value < 1 or not len(score):
+        return card
     return card | net_benefit_scorecard(malignant, score, threshold.value, lesions, **options)
 
+# %% ../../nbs/evaluate/45_page.ipynb #91643f49
 def _recalibrate(valid, data, options):
     "The kind of calibration that validation chooses, what it would make of the test images, how that changes them, and the choice."
     choice = choose_calibration(valid.probs, valid.targets, valid.lesion_ids, **options)
-    if choice.selection.name == 'none': return 'none', None, {}, choice.selection.table
+    if choice.selection.name == 'none':
+        return 'none', None, {}, choice.selection.table
     other = choice.calibrator(data.probs)
-    return choice.selection.name, other, calibration_card(data.probs, other, data.targets, data.lesion_ids, **options), choice.selection.table
+    return (
+        choice.selection.name,
+        other,
+        calibration_card(data.probs, other, data.targets, data.lesion_ids, **options),
+        choice.selection.table,
+    )
 
+# %% ../../nbs/evaluate/45_page.ipynb #a83c9b43
 def _lock(valid, label_set, target_sensitivity, coverage, abstain_share, options):
     "Threshold, prediction sets and abstention, locked on validation images."
     malignant = malignancy_of(valid, label_set)
-    return dict(threshold=lock_threshold(*malignant, target=target_sensitivity, **options) if len(malignant[0]) else None,
-                conformal=fit_conformal('class_conditional', valid.probs, valid.targets, valid.lesion_ids, coverage),
-                abstention=lock_abstention(valid.probs.max(1), valid.lesion_ids, abstain_share))
+    return dict(
+        threshold=lock_threshold(*malignant, target=target_sensitivity, **options) if len(malignant[0]) else None,
+        conformal=fit_conformal('class_conditional', valid.probs, valid.targets, valid.lesion_ids, coverage),
+        abstention=lock_abstention(valid.probs.max(1), valid.lesion_ids, abstain_share),
+    )
 
 # %% ../../nbs/evaluate/45_page.ipynb #e6fd9bb4
 def decision_cards(
@@ -1046,20 +1681,31 @@ def decision_cards(
     conformal:ConformalSets|None=None, # from validation
     abstention:LockedAbstention|None=None, # rule on the largest probability, from validation
     costs=None, # (C,C) cost of calling the row's class the column's
-    abstained:np.ndarray|None=None, # (N,) bool, who gets no answer where more than `abstention` decides, such as strange pictures; None asks `abstention`
+    # (N,) bool, who gets no answer where more than `abstention` decides, such as strange pictures; None asks
+    # `abstention`
+    abstained:np.ndarray|None=None,
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of the resamples
 ) -> dict: # sureness, abstention, and where there is a rule decisions, conformal, cost: nested leaves, as the page reads them
     "What locked rules do on images that they were not made from."
     options = dict(n_resamples=n_resamples, seed=seed)
-    sure, right = data.probs.max(1), data.probs.argmax(1) == data.targets
-    if abstained is None and abstention is not None: abstained = abstention.abstains(sure)
-    cards = dict(sureness=sureness(data, **options), abstention=abstention_scorecard(sure, right, data.lesion_ids, abstained, **options))
-    if threshold is not None: cards['decisions'] = _threshold_card(data, label_set, threshold, options)
+    sure = data.probs.max(1)
+    right = data.probs.argmax(1) == data.targets
+    if abstained is None and abstention is not None:
+        abstained = abstention.abstains(sure)
+    cards = dict(
+        sureness=sureness(data, **options),
+        abstention=abstention_scorecard(sure, right, data.lesion_ids, abstained, **options),
+    )
+    if threshold is not None:
+        cards['decisions'] = _threshold_card(data, label_set, threshold, options)
     if conformal is not None:
         promised = dict(value=conformal.coverage, n=len(data.targets))
-        cards['conformal'] = dict(target_coverage=promised) | conformal_scorecard(conformal.sets(data.probs), data.targets, label_set.codes, data.lesion_ids, **options)
-    if costs is not None: cards['cost'] = cost_scorecard(data.targets, data.probs, costs, data.lesion_ids, **options)
+        cards['conformal'] = dict(target_coverage=promised) | conformal_scorecard(
+            conformal.sets(data.probs), data.targets, label_set.codes, data.lesion_ids, **options
+        )
+    if costs is not None:
+        cards['cost'] = cost_scorecard(data.targets, data.probs, costs, data.lesion_ids, **options)
     return cards
 
 # %% ../../nbs/evaluate/45_page.ipynb #56850cff
@@ -1072,16 +1718,27 @@ def page_curves(
     "The curves that lie beside the page, as `dvc plots` draws them."
     options = dict(n_resamples=n_resamples, seed=seed)
     malignant, score, lesions = malignancy_of(data, label_set)
-    benefit = decision_curve(malignant, score, lesion_ids=lesions, **options) if len(np.unique(malignant)) == 2 else pd.DataFrame(
-        columns=['threshold', 'model', 'low', 'high', 'treat_all', 'treat_none'])
-    return dict(decision_curve=benefit, roc=roc_points(data.targets, data.probs, label_set), pr=pr_points(data.targets, data.probs, label_set),
-                confusion=confusion_points(data.targets, data.probs, label_set), reliability=reliability_points(data.targets, data.probs, data.lesion_ids, **options),
-                risk_coverage=risk_coverage(data.probs.max(1), data.probs.argmax(1) == data.targets, data.lesion_ids, **options))
+    benefit = (
+        decision_curve(malignant, score, lesion_ids=lesions, **options)
+        if len(np.unique(malignant)) == 2
+        else pd.DataFrame(columns=['threshold', 'model', 'low', 'high', 'treat_all', 'treat_none'])
+    )
+    return dict(
+        decision_curve=benefit,
+        roc=roc_points(data.targets, data.probs, label_set),
+        pr=pr_points(data.targets, data.probs, label_set),
+        confusion=confusion_points(data.targets, data.probs, label_set),
+        reliability=reliability_points(data.targets, data.probs, data.lesion_ids, **options),
+        risk_coverage=risk_coverage(
+            data.probs.max(1), data.probs.argmax(1) == data.targets, data.lesion_ids, **options
+        ),
+    )
 
 # %% ../../nbs/evaluate/45_page.ipynb #9fb66a63
 def evaluate_tables(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
-    labels:pd.DataFrame, # image_id, diagnosis, optional lesion_id, split, age, sex, site, skin_tone, source; the same images
+    # image_id, diagnosis, optional lesion_id, split, age, sex, site, skin_tone, source; the same images
+    labels:pd.DataFrame,
     label_set:LabelSet, # classes and their order
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of the resamples
@@ -1096,22 +1753,34 @@ def evaluate_tables(
     name:str='', # of the data
 ) -> Evaluation: # what the page, metrics.json and the curves are written from
     "Evaluate any system's predictions; what needs a validation split is fitted there and measured on test."
-    facts, labels = check_facts(facts), check_labels(labels, label_set)
+    facts = check_facts(facts)
+    labels = check_labels(labels, label_set)
     tables = _Tables(predictions, labels, label_set)
-    parts, options = tables.parts(), dict(n_resamples=n_resamples, seed=seed)
+    parts = tables.parts()
+    options = dict(n_resamples=n_resamples, seed=seed)
     part = 'test' if 'test' in parts else ''
-    card = lambda rows: scorecard(*tables.of(rows), label_set, stratified=stratified, **options)
-    measured = dict(all=card(tables.every)) | (dict(splits={name: card(rows) for name, rows in parts.items()}) if parts else {})
+    def card(rows):
+        return scorecard(*tables.of(rows), label_set, stratified=stratified, **options)
+    measured = dict(all=card(tables.every)) | (
+        dict(splits={name: card(rows) for name, rows in parts.items()}) if parts else {}
+    )
     test = parts.get(part, tables.every)
-    data, curves = tables.aligned(test), {}
+    data = tables.aligned(test)
+    curves = {}
     valid = tables.aligned(parts['valid']) if part and 'valid' in parts else None
-    kind, other = '', None
-    if valid is not None: kind, other, measured['calibration'], curves['calibration_choice'] = _recalibrate(valid, data, options)
+    kind = ''
+    other = None
+    if valid is not None:
+        kind, other, measured['calibration'], curves['calibration_choice'] = _recalibrate(valid, data, options)
     locked = _lock(valid, label_set, target_sensitivity, coverage, abstain_share, options) if valid is not None else {}
     measured |= decision_cards(data, label_set, **locked, costs=costs, **options)
     at = find_leaf(measured, 'decisions.threshold.value')
-    measured['subgroups'] = subgroup_scorecard(*tables.of(test), label_set, min_lesions=min_lesions, threshold=.5 if at is None else at, **options)
-    if costs is not None: curves['costs'] = pd.DataFrame(costs, label_set.codes, label_set.codes).rename_axis('diagnosis').reset_index()
-    if identity is not None: measured['benchmark'] = identity.to_dict()
+    measured['subgroups'] = subgroup_scorecard(
+        *tables.of(test), label_set, min_lesions=min_lesions, threshold=0.5 if at is None else at, **options
+    )
+    if costs is not None:
+        curves['costs'] = pd.DataFrame(costs, label_set.codes, label_set.codes).rename_axis('diagnosis').reset_index()
+    if identity is not None:
+        measured['benchmark'] = identity.to_dict()
     curves |= page_curves(data, label_set, **options) | dict(subgroups=subgroup_table(measured['subgroups']))
     return Evaluation(measured, curves, facts, label_set, data, tables.labels, part, name, kind, other=other)

@@ -14,10 +14,33 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .abstention import LockedAbstention, LockedOod, Mahalanobis, energy, fit_mahalanobis, lock_abstention, lock_ood
-from .calibration import CALIBRATIONS, CalibrationChoice, Calibrator, check_keys, choose_calibration, fit_calibrator
+from skinlesion.evaluate.abstention import (
+    LockedAbstention,
+    LockedOod,
+    Mahalanobis,
+    energy,
+    fit_mahalanobis,
+    lock_abstention,
+    lock_ood,
+)
+from skinlesion.evaluate.calibration import (
+    CALIBRATIONS,
+    CalibrationChoice,
+    Calibrator,
+    check_keys,
+    choose_calibration,
+    fit_calibrator,
+)
 from .decisions import ConformalSets, LockedThreshold, fit_conformal, lock_threshold
-from .ensemble import (COMBINATIONS, CombinationChoice, Combiner, choose_combination, choose_views, mean_ensemble, member_disagreement)
+from skinlesion.evaluate.ensemble import (
+    COMBINATIONS,
+    CombinationChoice,
+    Combiner,
+    choose_combination,
+    choose_views,
+    mean_ensemble,
+    member_disagreement,
+)
 from .intervals import expanded_level, lesion_weights, percentile_interval
 from .metrics import malignancy_probability, weighted_metrics
 from ..model.bundle import Outputs, mean_fits, mean_heads, mean_views, member_of, predict_outputs
@@ -37,10 +60,17 @@ class OutOfDistribution:
     detector:Mahalanobis|None=None # for 'mahalanobis'
 
     def __post_init__(self):
-        if self.kind not in OOD_KINDS: raise ValueError(f"ood kind {self.kind!r} is not one of {', '.join(OOD_KINDS)}.{nearest(str(self.kind), OOD_KINDS)}")
-        if not isinstance(self.model, str) or not self.model: raise ValueError(f"ood, model is {self.model!r}; name the model whose logits or features are read")
+        if self.kind not in OOD_KINDS:
+            raise ValueError(
+                f"ood kind {self.kind!r} is not one of {', '.join(OOD_KINDS)}.{nearest(str(self.kind), OOD_KINDS)}"
+            )
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"ood, model is {self.model!r}; name the model whose logits or features are read")
         if (self.kind == 'mahalanobis') != (self.detector is not None):
-            raise ValueError(f"ood of kind {self.kind} {'needs' if self.detector is None else 'has no use for'} a detector; make it by fit_ood")
+            raise ValueError(
+                f"ood of kind {self.kind} {'needs' if self.detector is None else 'has no use for'} a "
+                "detector; make it by fit_ood"
+            )
 
     def score(self,
         outputs:Outputs, # of that model, N pictures
@@ -60,7 +90,8 @@ class Policy:
     abstention:LockedAbstention|None=None # of the highest probability, below which there is no answer
     ood:OutOfDistribution|None=None # above which a picture is too strange to answer
 
-    def __post_init__(self): _check_policy(self)
+    def __post_init__(self):
+        _check_policy(self)
 
     @property
     def members(self) -> tuple: # of str
@@ -83,28 +114,50 @@ class Policy:
         return self.calibrator(self.combiner(members))
 
 # %% ../../nbs/evaluate/37_policy.ipynb #8796c9dd
-_PARTS = dict(combiner=Combiner, calibrator=Calibrator, threshold=LockedThreshold, conformal=ConformalSets, abstention=LockedAbstention, ood=OutOfDistribution)
+_PARTS = dict(
+    combiner=Combiner,
+    calibrator=Calibrator,
+    threshold=LockedThreshold,
+    conformal=ConformalSets,
+    abstention=LockedAbstention,
+    ood=OutOfDistribution,
+)
 
 def _check_policy(policy):
     "Stop where the parts of a policy do not fit together."
     view_names(policy.views)
     for name, kind in _PARTS.items():
         part = getattr(policy, name)
-        if part is None and name not in ('combiner', 'calibrator') or isinstance(part, kind): continue
-        raise ValueError(f"policy, {name}: {type(part).__name__} is no {kind.__name__}{'' if name in ('combiner', 'calibrator') else ' and not None'}")
+        if part is None and name not in ('combiner', 'calibrator') or isinstance(part, kind):
+            continue
+        raise ValueError(
+            f"policy, {name}: {type(part).__name__} is no "
+            f"{kind.__name__}{'' if name in ('combiner', 'calibrator') else ' and not None'}"
+        )
     classes = dict(combiner=policy.combiner.num_classes, calibrator=policy.calibrator.num_classes)
-    if policy.conformal is not None: classes['conformal'] = len(policy.conformal.quantiles)
+    if policy.conformal is not None:
+        classes['conformal'] = len(policy.conformal.quantiles)
     if len(set(classes.values())) > 1:
-        raise ValueError(f"policy: its parts are for different numbers of classes ({', '.join(f'{name} {n}' for name, n in classes.items())}); fit them on the same label set")
+        raise ValueError(
+            "policy: its parts are for different numbers of classes "
+            f"({', '.join(f'{name} {n}' for name, n in classes.items())}); fit them on the same label "
+            "set"
+        )
     if policy.ood is not None and member_of(policy.ood.model) not in policy.members:
-        raise ValueError(f"policy, ood: model '{policy.ood.model}' belongs to none of the members {', '.join(policy.members)}.{nearest(policy.ood.model, policy.members)}")
+        raise ValueError(
+            f"policy, ood: model '{policy.ood.model}' belongs to none of the members "
+            f"{', '.join(policy.members)}.{nearest(policy.ood.model, policy.members)}"
+        )
 
-# %% ../../nbs/evaluate/37_policy.ipynb #6f38be3f
+# %% ../../nbs/evaluate/37_policy.ipynb #7d5c944d
 @patch
 def to_dict(self:Policy) -> dict: # plain JSON values
     "What `from_dict` rebuilds it from."
-    return dict(views=self.views, **{name: None if (part := getattr(self, name)) is None else part.to_dict() for name in _PARTS})
+    return dict(
+        views=self.views, **{name: None if (part := getattr(self, name)) is None else part.to_dict() for name in _PARTS}
+    )
 
+# %% ../../nbs/evaluate/37_policy.ipynb #7f733ae3
 @patch(cls_method=True)
 def from_dict(cls:Policy,
     values:dict, # from `to_dict`
@@ -113,15 +166,24 @@ def from_dict(cls:Policy,
     check_keys(values, ('views', *_PARTS), 'policy')
     parts = {}
     for name, kind in _PARTS.items():
-        try: parts[name] = None if values[name] is None else kind.from_dict(values[name])
-        except (ValueError, TypeError, KeyError) as e: raise ValueError(f"policy, {name}: {e}") from e
+        try:
+            parts[name] = None if values[name] is None else kind.from_dict(values[name])
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"policy, {name}: {e}") from e
     return cls(views=values['views'], **parts)
 
+# %% ../../nbs/evaluate/37_policy.ipynb #fdaead7f
 @patch
 def to_dict(self:OutOfDistribution) -> dict: # plain JSON values
     "What `from_dict` rebuilds it from."
-    return dict(kind=self.kind, model=self.model, threshold=self.threshold.to_dict(), detector=None if self.detector is None else self.detector.to_dict())
+    return dict(
+        kind=self.kind,
+        model=self.model,
+        threshold=self.threshold.to_dict(),
+        detector=None if self.detector is None else self.detector.to_dict(),
+    )
 
+# %% ../../nbs/evaluate/37_policy.ipynb #6f38be3f
 @patch(cls_method=True)
 def from_dict(cls:OutOfDistribution,
     values:dict, # from `to_dict`
@@ -131,29 +193,41 @@ def from_dict(cls:OutOfDistribution,
     detector = None if values['detector'] is None else Mahalanobis.from_dict(values['detector'])
     return cls(values['kind'], values['model'], LockedOod.from_dict(values['threshold']), detector)
 
-# %% ../../nbs/evaluate/37_policy.ipynb #c18d8f51
+# %% ../../nbs/evaluate/37_policy.ipynb #86e603ca
 def _reasons(policy, confidence, strangeness):
     "Why each picture gets no answer; '' where it gets one."
     reasons = [[] for _ in confidence]
     if policy.ood is not None and len(confidence):
-        bound, share = policy.ood.threshold.value, policy.ood.threshold.share
+        bound = policy.ood.threshold.value
+        share = policy.ood.threshold.share
         for i in np.flatnonzero(policy.ood.threshold.strange(strangeness)):
-            reasons[i].append(f"the picture is unlike those of validation: its {policy.ood.kind} score {strangeness[i]:.4g} is above {bound:.4g}, below which {share:.0%} of them lie")
+            reasons[i].append(
+                f"the picture is unlike those of validation: its {policy.ood.kind} score "
+                f"{strangeness[i]:.4g} is above {bound:.4g}, below which {share:.0%} of them lie"
+            )
     if policy.abstention is not None and len(confidence):
-        bound, share = policy.abstention.value, policy.abstention.reached
+        bound = policy.abstention.value
+        share = policy.abstention.reached
         for i in np.flatnonzero(policy.abstention.abstains(confidence)):
-            reasons[i].append(f"the answer is unsure: its highest probability {confidence[i]:.3f} is below {bound:.3f}, as for the least sure {share:.0%} of validation")
+            reasons[i].append(
+                f"the answer is unsure: its highest probability {confidence[i]:.3f} is below "
+                f"{bound:.3f}, as for the least sure {share:.0%} of validation"
+            )
     return ['; '.join(r) for r in reasons]
 
+# %% ../../nbs/evaluate/37_policy.ipynb #6f03770d
 def _set_words(policy, probs, codes):
     "The prediction sets as words of codes; None where there are none."
-    if policy.conformal is None: return [None] * len(probs)
+    if policy.conformal is None:
+        return [None] * len(probs)
     return [' '.join(code for code, inside in zip(codes, row) if inside) for row in policy.conformal.sets(probs)]
 
+# %% ../../nbs/evaluate/37_policy.ipynb #c18d8f51
 def _flags(policy, label_set, probs):
     "Whether the malignancy score reaches the threshold; None where there is no threshold or no score."
     score = malignancy_probability(probs, label_set)
-    if policy.threshold is None or policy.threshold.value is None: return [None] * len(score)
+    if policy.threshold is None or policy.threshold.value is None:
+        return [None] * len(score)
     flags = policy.threshold.flags(np.nan_to_num(score))
     return [None if np.isnan(s) else bool(f) for s, f in zip(score, flags)]
 
@@ -164,19 +238,39 @@ DECISION_COLUMNS = ('prediction_set', 'abstain', 'abstain_reason', 'flagged')
 def decide(self:Policy,
     probs:np.ndarray, # (N,C) calibrated probabilities: of `probabilities`, or cross-fitted ones
     label_set:LabelSet, # classes in the order of the columns
-    strangeness:np.ndarray|None=None, # (N,) of `OutOfDistribution.score`; needed where the policy has one, refused where it has not
+    # (N,) of `OutOfDistribution.score`; needed where the policy has one, refused where it has not
+    strangeness:np.ndarray|None=None,
 ) -> pd.DataFrame: # N rows: prediction_set (codes joined by a space, None without), abstain (bool), abstain_reason ('' where it answers), flagged (True, False or None)
     "What the policy makes of calibrated probabilities."
     probs = np.asarray(probs, np.float64)
     if probs.ndim != 2 or probs.shape[1] != self.combiner.num_classes or probs.shape[1] != label_set.num_classes:
-        raise ValueError(f"probabilities have shape {probs.shape}; this policy and label set '{label_set.name}' take (N, {self.combiner.num_classes}) and (N, {label_set.num_classes})")
+        raise ValueError(
+            f"probabilities have shape {probs.shape}; this policy and label set '{label_set.name}' take "
+            f"(N, {self.combiner.num_classes}) and (N, {label_set.num_classes})"
+        )
     if (strangeness is None) != (self.ood is None):
-        raise ValueError("this policy abstains from strange pictures; pass their strangeness (of policy.ood.score)" if strangeness is None else
-                         "strangeness is given, but this policy has no bound for it; leave it out")
-    if strangeness is not None and np.shape(strangeness) != (len(probs),): raise ValueError(f"strangeness has shape {np.shape(strangeness)} for {len(probs)} pictures; give one value each")
+        raise ValueError(
+            "this policy abstains from strange pictures; pass their strangeness (of policy.ood.score)"
+            if strangeness is None
+            else "strangeness is given, but this policy has no bound for it; leave it out"
+        )
+    if strangeness is not None and np.shape(strangeness) != (len(probs),):
+        raise ValueError(
+            f"strangeness has shape {np.shape(strangeness)} for {len(probs)} pictures; give one value each"
+        )
     reasons = _reasons(self, probs.max(1), strangeness)
-    columns = _set_words(self, probs, label_set.codes), [bool(r) for r in reasons], reasons, _flags(self, label_set, probs)
-    return pd.DataFrame({name: pd.Series(values, dtype=bool if name == 'abstain' else object) for name, values in zip(DECISION_COLUMNS, columns)})
+    columns = (
+        _set_words(self, probs, label_set.codes),
+        [bool(r) for r in reasons],
+        reasons,
+        _flags(self, label_set, probs),
+    )
+    return pd.DataFrame(
+        {
+            name: pd.Series(values, dtype=bool if name == 'abstain' else object)
+            for name, values in zip(DECISION_COLUMNS, columns)
+        }
+    )
 
 # %% ../../nbs/evaluate/37_policy.ipynb #2748ca39
 @patch
@@ -186,15 +280,22 @@ def answer(self:Policy,
     strangeness:np.ndarray|None=None, # (N,) where the policy has an `ood`
 ) -> pd.DataFrame: # N rows: p_<code>, predicted, confidence, malignancy (NaN where it cannot be said), disagreement of the members, then DECISION_COLUMNS
     "What the ensemble says of each picture, and what is made of it."
-    probs, codes = self.probabilities(members), np.array(label_set.codes)
+    probs = self.probabilities(members)
+    codes = np.array(label_set.codes)
     decided = self.decide(probs, label_set, strangeness)
     predicted = codes[probs.argmax(1)]
     undecided = np.array([label_set.is_malignant(code) is None for code in predicted], bool)
-    said = dict(predicted=predicted, confidence=probs.max(1), malignancy=np.where(undecided, np.nan, malignancy_probability(probs, label_set)),
-                disagreement=member_disagreement(members))
-    return pd.concat([pd.DataFrame(probs, columns=[f'p_{code}' for code in codes]), pd.DataFrame(said), decided], axis=1)
+    said = dict(
+        predicted=predicted,
+        confidence=probs.max(1),
+        malignancy=np.where(undecided, np.nan, malignancy_probability(probs, label_set)),
+        disagreement=member_disagreement(members),
+    )
+    return pd.concat(
+        [pd.DataFrame(probs, columns=[f'p_{code}' for code in codes]), pd.DataFrame(said), decided], axis=1
+    )
 
-# %% ../../nbs/evaluate/37_policy.ipynb #f5e2515d
+# %% ../../nbs/evaluate/37_policy.ipynb #d828a7b6
 @dataclass(frozen=True, eq=False)
 class Said:
     "What the models of an ensemble said of N pictures."
@@ -202,6 +303,7 @@ class Said:
     heads:dict # further head -> (N,K), the mean over the members that have it
     strangeness:np.ndarray|None # (N,); None where the policy has no `ood`
 
+# %% ../../nbs/evaluate/37_policy.ipynb #cefe890e
 def ask(
     models:list, # of model.bundle.Member: members, or all fits of members
     policy:Policy, # for these members
@@ -214,8 +316,13 @@ def ask(
     check_models(names, policy)
     found = {m.name: predict_outputs(m.model, data, metadata, batch_size, policy.views) for m in models}
     heads = [outputs.heads for outputs in found.values()]
-    return Said(mean_fits(names, [h[PRIMARY] for h in heads]), mean_heads(names, heads), policy.ood and policy.ood.score(found[policy.ood.model]))
+    return Said(
+        mean_fits(names, [h[PRIMARY] for h in heads]),
+        mean_heads(names, heads),
+        policy.ood and policy.ood.score(found[policy.ood.model]),
+    )
 
+# %% ../../nbs/evaluate/37_policy.ipynb #f5e2515d
 def check_models(
     names, # of the models: members, or all fits of members
     policy:Policy, # that is to be applied to their answers
@@ -223,9 +330,15 @@ def check_models(
     "Stop where the models are not those of the policy."
     members = list(dict.fromkeys(map(member_of, names)))
     if sorted(members) != sorted(policy.members):
-        raise ValueError(f"the policy is for the members {', '.join(policy.members)}, but the models are of {', '.join(members)}; ask the models it was fitted on")
+        raise ValueError(
+            f"the policy is for the members {', '.join(policy.members)}, but the models are of "
+            f"{', '.join(members)}; ask the models it was fitted on"
+        )
     if policy.ood is not None and policy.ood.model not in names:
-        raise ValueError(f"the policy tells strange pictures by the model '{policy.ood.model}', but there are {', '.join(names)}.{nearest(policy.ood.model, names)}")
+        raise ValueError(
+            f"the policy tells strange pictures by the model '{policy.ood.model}', but there are "
+            f"{', '.join(names)}.{nearest(policy.ood.model, names)}"
+        )
 
 # %% ../../nbs/evaluate/37_policy.ipynb #01178f91
 def fit_ood(
@@ -238,18 +351,20 @@ def fit_ood(
     share:float=.95, # of lesions like those of `fresh` that are to be answered, in (0, 1)
 ) -> OutOfDistribution:
     "What tells a strange picture, and its bound."
-    if kind not in OOD_KINDS: raise ValueError(f"ood kind {kind!r} is not one of {', '.join(OOD_KINDS)}.{nearest(str(kind), OOD_KINDS)}")
+    if kind not in OOD_KINDS:
+        raise ValueError(f"ood kind {kind!r} is not one of {', '.join(OOD_KINDS)}.{nearest(str(kind), OOD_KINDS)}")
     detector = fit_mahalanobis(seen.features, seen_targets) if kind == 'mahalanobis' else None
     scores = energy(fresh.logits) if detector is None else detector.score(fresh.features)
     return OutOfDistribution(kind, model, lock_ood(scores, lesion_ids, share), detector)
 
-# %% ../../nbs/evaluate/37_policy.ipynb #4dd54c83
+# %% ../../nbs/evaluate/37_policy.ipynb #36c3309f
 class Answered(NamedTuple):
     "What the members said of some images, and what is true."
     by_view:dict # view of views.VIEWS -> member -> (N,C) probabilities; more views than needed do no harm
     targets:np.ndarray # (N,) int, true class
     lesion_ids:np.ndarray # (N,) str, lesion of each image
 
+# %% ../../nbs/evaluate/37_policy.ipynb #4b8c8797
 @dataclass(frozen=True, eq=False)
 class PolicyChoice:
     "A policy, and why it is this one."
@@ -259,12 +374,15 @@ class PolicyChoice:
     calibration:CalibrationChoice # of the chosen combination
     answers:np.ndarray # (N,C) cross-fitted probabilities of the images it was chosen on
 
+# %% ../../nbs/evaluate/37_policy.ipynb #4dd54c83
 def _locked(probs, fit, label_set, target_sensitivity, **options):
     "The threshold for malignancy, on the images whose class says whether it is; None where no class does."
     malignant = [label_set.is_malignant(code) for code in label_set.codes]
     said = np.array([m is not None for m in malignant])[fit.targets]
-    if not said.any(): return None
-    positive, score = np.array([m is True for m in malignant])[fit.targets], malignancy_probability(probs, label_set)
+    if not said.any():
+        return None
+    positive = np.array([m is True for m in malignant])[fit.targets]
+    score = malignancy_probability(probs, label_set)
     return lock_threshold(positive[said], score[said], np.asarray(fit.lesion_ids)[said], target_sensitivity, **options)
 
 # %% ../../nbs/evaluate/37_policy.ipynb #5c59bbc1
@@ -282,32 +400,69 @@ def choose_policy(
     seed:int=0, # of folds and resamples
 ) -> PolicyChoice:
     "Choose views, combination and calibration, and lock what is decided by them."
-    targets, lesions, options = np.asarray(fit.targets), fit.lesion_ids, dict(seed=seed, n_resamples=n_resamples)
+    targets = np.asarray(fit.targets)
+    lesions = fit.lesion_ids
+    options = dict(seed=seed, n_resamples=n_resamples)
     sets = {name: mean_views(fit.by_view, name) for name in views}
-    seen = choose_views({name: mean_ensemble(list(members.values())) for name, members in sets.items()}, targets, lesions, **options)
-    combined = choose_combination(sets[seen.name], targets, lesions, kinds=COMBINATIONS if combination == 'auto' else (combination,), **options)
-    calibrated = choose_calibration(combined.crossfitted, targets, lesions, kinds=CALIBRATIONS if calibration == 'auto' else (calibration,), **options)
+    seen = choose_views(
+        {name: mean_ensemble(list(members.values())) for name, members in sets.items()}, targets, lesions, **options
+    )
+    combined = choose_combination(
+        sets[seen.name], targets, lesions, kinds=COMBINATIONS if combination == 'auto' else (combination,), **options
+    )
+    calibrated = choose_calibration(
+        combined.crossfitted,
+        targets,
+        lesions,
+        kinds=CALIBRATIONS if calibration == 'auto' else (calibration,),
+        **options,
+    )
     answers = calibrated.crossfitted
-    policy = Policy(combined.combiner, calibrated.calibrator, seen.name, _locked(answers, fit, label_set, target_sensitivity, **options),
-                    fit_conformal(conformal, answers, targets, lesions, coverage),
-                    lock_abstention(answers.max(1), lesions, abstain_share) if abstain_share else None)
+    policy = Policy(
+        combined.combiner,
+        calibrated.calibrator,
+        seen.name,
+        _locked(answers, fit, label_set, target_sensitivity, **options),
+        fit_conformal(conformal, answers, targets, lesions, coverage),
+        lock_abstention(answers.max(1), lesions, abstain_share) if abstain_share else None,
+    )
     return PolicyChoice(policy, seen, combined, calibrated, answers)
 
-# %% ../../nbs/evaluate/37_policy.ipynb #54f15975
+# %% ../../nbs/evaluate/37_policy.ipynb #53b073ae
 _SHOWN = ('log_loss', 'auroc_macro', 'balanced_accuracy', 'ece')
 
 def _warm(seen, fit, probs):
     "Test answers at the temperature that answers on validation ask for, as they were judged there."
     return fit_calibrator('temperature', seen, fit.targets)(probs)
 
+# %% ../../nbs/evaluate/37_policy.ipynb #54f15975
 def _candidates(choice, fit, test):
     "For each step: its selection and candidate -> (n,C) on test, each fitted on all of `fit`."
     pooled = {name: mean_views(test.by_view, name) for name in choice.views.table.candidate}
-    members, combined, calibrated = pooled[choice.policy.views], choice.combination, choice.calibration
-    yield 'views', choice.views, {name: _warm(mean_ensemble(mean_views(fit.by_view, name)), fit, mean_ensemble(shown)) for name, shown in pooled.items()}
-    yield 'combination', combined.selection, {kind: _warm(combined.candidates[kind], fit, one(members)) for kind, one in combined.combiners.items()}
-    yield 'calibration', calibrated.selection, {kind: fit_calibrator(kind, combined.crossfitted, fit.targets)(combined.combiner(members))
-                                                for kind in calibrated.selection.table.candidate}
+    members = pooled[choice.policy.views]
+    combined = choice.combination
+    calibrated = choice.calibration
+    yield (
+        'views',
+        choice.views,
+        {
+            name: _warm(mean_ensemble(mean_views(fit.by_view, name)), fit, mean_ensemble(shown))
+            for name, shown in pooled.items()
+        },
+    )
+    yield (
+        'combination',
+        combined.selection,
+        {kind: _warm(combined.candidates[kind], fit, one(members)) for kind, one in combined.combiners.items()},
+    )
+    yield (
+        'calibration',
+        calibrated.selection,
+        {
+            kind: fit_calibrator(kind, combined.crossfitted, fit.targets)(combined.combiner(members))
+            for kind in calibrated.selection.table.candidate
+        },
+    )
 
 # %% ../../nbs/evaluate/37_policy.ipynb #81fa2b11
 def choices_table(
@@ -318,18 +473,38 @@ def choices_table(
     seed:int=0, # of the resamples
 ) -> pd.DataFrame: # step, candidate, taken, validation_log_loss and its difference, low, high, n, n_lesions; of test n, n_lesions, and each metric, its difference, low, high
     "What each candidate would have brought, on validation (which chose) and on test (which did not)."
-    weights, rows, lesions = lesion_weights(test.lesion_ids, n_resamples, seed), [], len(np.unique(test.lesion_ids))
+    weights = lesion_weights(test.lesion_ids, n_resamples, seed)
+    rows = []
+    lesions = len(np.unique(test.lesion_ids))
     for step, selection, probs in _candidates(choice, fit, test):
         points = {name: weighted_metrics(test.targets, p, names=_SHOWN) for name, p in probs.items()}
         spread = {name: weighted_metrics(test.targets, p, weights, names=_SHOWN) for name, p in probs.items()}
         base = next(iter(probs))
         for row in selection.table.itertuples():
-            name, leaves = row.candidate, {}
+            name = row.candidate
+            leaves = {}
             for metric in _SHOWN:
                 low, high = percentile_interval(spread[name][metric] - spread[base][metric], expanded_level(lesions))
-                leaves |= {f'test_{metric}': points[name][metric][0], f'test_{metric}_difference': points[name][metric][0] - points[base][metric][0],
-                           f'test_{metric}_low': low, f'test_{metric}_high': high}
-            rows.append(dict(step=step, candidate=name, taken=name == selection.name, validation_log_loss=row.log_loss, validation_difference=row.difference,
-                             validation_low=row.low, validation_high=row.high, validation_n=row.n, validation_n_lesions=row.n_lesions,
-                             test_n=len(test.targets), test_n_lesions=lesions, **leaves))
+                leaves |= {
+                    f'test_{metric}': points[name][metric][0],
+                    f'test_{metric}_difference': points[name][metric][0] - points[base][metric][0],
+                    f'test_{metric}_low': low,
+                    f'test_{metric}_high': high,
+                }
+            rows.append(
+                dict(
+                    step=step,
+                    candidate=name,
+                    taken=name == selection.name,
+                    validation_log_loss=row.log_loss,
+                    validation_difference=row.difference,
+                    validation_low=row.low,
+                    validation_high=row.high,
+                    validation_n=row.n,
+                    validation_n_lesions=row.n_lesions,
+                    test_n=len(test.targets),
+                    test_n_lesions=lesions,
+                    **leaves,
+                )
+            )
     return pd.DataFrame(rows)

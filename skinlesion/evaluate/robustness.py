@@ -19,7 +19,7 @@ from .metrics import weighted_auroc, weighted_metrics
 from .scorecard import effective_lesions, malignancy_probability
 from ..taxonomy import LabelSet, nearest
 
-# %% ../../nbs/evaluate/44_robustness.ipynb #48c81bfa
+# %% ../../nbs/evaluate/44_robustness.ipynb #6024d052
 GRADES = (1, 2, 3, 4, 5)
 _HAIRS = (4, 8, 16, 28, 45) # how many
 _INKED = (1, 2, 3, 4, 6) # how often the pen is taken up, each time for 2 to 5 strokes
@@ -30,18 +30,23 @@ def _lay(image, weights, colour, opacity):
     "The image behind something of one colour."
     return image + (opacity * weights)[..., None] * (np.asarray(colour, np.float32) - image)
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #46363b31
 def _hair(image, grade, rng):
     colour = np.array((.10, .06, .06)) + rng.random() * np.array((.20, .16, .14))
     unit = max(image.shape[:2]) / 144
     return _lay(image, hairs(rng, image.shape[:2], _HAIRS[grade - 1], width=(.5 * unit, 1. * unit)), colour, .8)
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #f292c2d6
 def _ink(image, grade, rng):
     h, w = image.shape[:2]
     y, x = np.mgrid[:h, :w].astype(np.float32)
-    depth, colour = .28 * min(h, w) - np.hypot(x - w / 2, y - h / 2), rng.uniform((.22, .12, .42), (.36, .30, .62))
-    for _ in range(_INKED[grade - 1]): image = _lay(image, ink(rng, depth, max(h, w) / 144), colour, .8)
+    depth = .28 * min(h, w) - np.hypot(x - w / 2, y - h / 2)
+    colour = rng.uniform((.22, .12, .42), (.36, .30, .62))
+    for _ in range(_INKED[grade - 1]):
+        image = _lay(image, ink(rng, depth, max(h, w) / 144), colour, .8)
     return image
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #48c81bfa
 def _vignette(image, grade, rng):
     h, w = image.shape[:2]
     y, x = np.mgrid[:h, :w].astype(np.float32)
@@ -52,17 +57,22 @@ def _vignette(image, grade, rng):
 def _ruler(image, grade, rng):
     "A scale of dark ticks along one side, every fifth one longer."
     h, w = image.shape[:2]
-    side, turn = min(h, w), rng.integers(4) * math.pi / 2 + rng.normal(0, .15)
-    out, way = np.array([math.cos(turn), math.sin(turn)]), np.array([-math.sin(turn), math.cos(turn)])
+    side = min(h, w)
+    turn = rng.integers(4) * math.pi / 2 + rng.normal(0, .15)
+    out = np.array([math.cos(turn), math.sin(turn)])
+    way = np.array([-math.sin(turn), math.cos(turn)])
     middle = np.array([w / 2, h / 2]) + out * side / 2 * _RULER[grade - 1] + way * side * rng.uniform(-.1, .1)
-    long, cover = side * (.035 + .01 * grade), np.zeros((h, w), np.uint8)
+    long = side * (.035 + .01 * grade)
+    cover = np.zeros((h, w), np.uint8)
     for k in range(-9, 10):
         base = middle + way * k * side * .055
         line = np.stack([base, base + out * long * (1.7 if k % 5 == 0 else 1)])
-        cv2.polylines(cover, [np.round(line * 16).astype(np.int32)], False, 255, max(1, round(side / 140)), cv2.LINE_AA, 4)
+        cv2.polylines(
+            cover, [np.round(line * 16).astype(np.int32)], False, 255, max(1, round(side / 140)), cv2.LINE_AA, 4
+        )
     return _lay(image, cover.astype(np.float32) / 255, (.08, .07, .09), .9)
 
-# %% ../../nbs/evaluate/44_robustness.ipynb #8a025eab
+# %% ../../nbs/evaluate/44_robustness.ipynb #d3b9ec77
 _SIGMA = (.004, .008, .013, .02, .03) # of the blur, in sides
 _STOPS = (.25, .5, .8, 1.1, 1.5) # of exposure; one stop is twice the light
 _CAST = (.05, .1, .16, .23, .32) # of the logarithm of the light
@@ -70,43 +80,63 @@ _QUALITY = (60, 40, 25, 15, 8) # of the JPEG
 _DEGREES = (9, 18, 27, 36, 45) # farthest from the quarter turns, which models often learn
 _LUMINANCE = np.array([.2126, .7152, .0722], np.float32)
 
-def _linear(image): return np.where(image <= .04045, image / 12.92, ((image + .055) / 1.055) ** 2.4)
+def _linear(image):
+    return np.where(image <= .04045, image / 12.92, ((image + .055) / 1.055) ** 2.4)
+
+# %% ../../nbs/evaluate/44_robustness.ipynb #e5baece5
 def _gamma(light):
     light = np.clip(light, 0, 1)
     return np.where(light <= .0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - .055)
 
-def _blur(image, grade, rng): return cv2.GaussianBlur(image, (0, 0), _SIGMA[grade - 1] * max(image.shape[:2]))
-def _brightness(image, grade, rng): return _gamma(_linear(image) * 2. ** (rng.choice([-1, 1]) * _STOPS[grade - 1]))
+# %% ../../nbs/evaluate/44_robustness.ipynb #8e70e613
+def _blur(image, grade, rng):
+    return cv2.GaussianBlur(image, (0, 0), _SIGMA[grade - 1] * max(image.shape[:2]))
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #6d68fcbf
+def _brightness(image, grade, rng):
+    return _gamma(_linear(image) * 2. ** (rng.choice([-1, 1]) * _STOPS[grade - 1]))
+
+# %% ../../nbs/evaluate/44_robustness.ipynb #2787a476
 def _colour_cast(image, grade, rng):
     hue = rng.uniform(0, 2 * math.pi) + np.array([0, 2, 4]) * math.pi / 3
     light = _linear(image)
     cast = light * np.exp(_CAST[grade - 1] * np.cos(hue))
     return _gamma(cast * (light @ _LUMINANCE).sum() / max((cast @ _LUMINANCE).sum(), 1e-6))
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #6ee94f0d
 def _jpeg(image, grade, rng):
-    data = cv2.imencode('.jpg', cv2.cvtColor(_bytes(image), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _QUALITY[grade - 1]])[1]
+    data = cv2.imencode(
+        '.jpg', cv2.cvtColor(_bytes(image), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _QUALITY[grade - 1]]
+    )[1]
     return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB).astype(np.float32) / 255
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #8a025eab
 def _rotation(image, grade, rng):
     h, w = image.shape[:2]
     turn = cv2.getRotationMatrix2D(((w - 1) / 2, (h - 1) / 2), rng.choice([-1, 1]) * _DEGREES[grade - 1], 1)
     return cv2.warpAffine(image, turn, (w, h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
-# %% ../../nbs/evaluate/44_robustness.ipynb #1ef87510
+# %% ../../nbs/evaluate/44_robustness.ipynb #131df342
 CORRUPTIONS = dict(hair=_hair, ruler=_ruler, ink=_ink, vignette=_vignette, blur=_blur, brightness=_brightness,
                    colour_cast=_colour_cast, jpeg=_jpeg, rotation=_rotation)
 
-def _bytes(image): return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+def _bytes(image):
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #cc219fbb
 def check_corruption(
     kind:str, # one of CORRUPTIONS
     grade:int, # 1 to 5
 ):
     "Refuse an unknown disturbance or grade."
-    if kind not in CORRUPTIONS: raise ValueError(f"corruption '{kind}' is not one of {', '.join(CORRUPTIONS)}.{nearest(str(kind), CORRUPTIONS)}")
-    if grade not in GRADES: raise ValueError(f"grade {grade!r} of '{kind}' is not one of {', '.join(map(str, GRADES))}")
+    if kind not in CORRUPTIONS:
+        raise ValueError(
+            f"corruption '{kind}' is not one of {', '.join(CORRUPTIONS)}.{nearest(str(kind), CORRUPTIONS)}"
+        )
+    if grade not in GRADES:
+        raise ValueError(f"grade {grade!r} of '{kind}' is not one of {', '.join(map(str, GRADES))}")
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #c5991b6e
 def corrupt(
     image:np.ndarray, # (H,W,3) uint8 RGB
     kind:str, # one of CORRUPTIONS
@@ -121,6 +151,7 @@ def corrupt(
     rng = np.random.default_rng([seed, zlib.crc32(f'{kind}/{image_id}'.encode())])
     return _bytes(CORRUPTIONS[kind](image.astype(np.float32) / 255, grade, rng))
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #1ef87510
 def corrupt_images(
     images:np.ndarray, # (N,H,W,3) uint8 RGB
     kind:str, # one of CORRUPTIONS
@@ -131,17 +162,23 @@ def corrupt_images(
     "Many pictures, each disturbed in its own way."
     check_corruption(kind, grade)
     ids = range(len(images)) if image_ids is None else image_ids
-    return np.stack([corrupt(image, kind, grade, seed, str(i)) for image, i in zip(images, ids, strict=True)]) if len(images) else images.copy()
+    return (
+        np.stack([corrupt(image, kind, grade, seed, str(i)) for image, i in zip(images, ids, strict=True)])
+        if len(images)
+        else images.copy()
+    )
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #68992d09
 class _Tested:
     "The pictures that are disturbed: their classes, lesions and resamples."
     def __init__(self, targets, lesion_ids, label_set, n_resamples, seed):
-        self.targets, self.label_set = np.asarray(targets, np.int64), label_set
+        self.targets = np.asarray(targets, np.int64)
+        self.label_set = label_set
         drawn = lesion_weights(lesion_ids, n_resamples, seed) # refuses an image without the id of its lesion
         self.weights = np.concatenate([np.ones((1, drawn.shape[1]), np.int16), drawn])
         self.lesions = pd.factorize(pd.Series(np.asarray(lesion_ids)), sort=True)[0]
-        self.n, self.n_lesions = len(self.lesions), self.count(slice(None))
+        self.n = len(self.lesions)
+        self.n_lesions = self.count(slice(None))
         said = [label_set.is_malignant(code) for code in label_set.codes]
         self.known = np.array([s is not None for s in said])[self.targets]
         self.malignant = np.array([s is True for s in said])[self.targets]
@@ -154,14 +191,20 @@ class _Tested:
 
     def sides(self):
         "Lesions that the AUROC hangs on: malignant and benign ones, or those of each class."
-        if self.metric == 'malignant': return [self.count(self.known & (self.malignant == side)) for side in (True, False)]
+        if self.metric == 'malignant':
+            return [self.count(self.known & (self.malignant == side)) for side in (True, False)]
         return [self.count(self.targets == c) for c in range(self.label_set.num_classes)]
 
     def check(self, probs):
         "Refuse answers that are no probabilities of these pictures."
-        probs, shape = np.asarray(probs, np.float64), (self.n, self.label_set.num_classes)
+        probs = np.asarray(probs, np.float64)
+        shape = (self.n, self.label_set.num_classes)
         if probs.shape != shape or not np.isfinite(probs).all():
-            raise ValueError(f"the model's answer has shape {probs.shape}{'' if np.isfinite(probs).all() else ' and is not finite'}; {shape} probabilities are expected")
+            raise ValueError(
+                "the model's answer has shape "
+                f"{probs.shape}{'' if np.isfinite(probs).all() else ' and is not finite'}; {shape} "
+                "probabilities are expected"
+            )
         return probs
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #5ac2fff8
@@ -174,7 +217,8 @@ class _Clean(_Tested):
 
     def areas(self, probs):
         "AUROC in each resample, that of the data first."
-        if self.metric == 'macro': return np.mean([weighted_auroc(self.targets == c, p, self.weights) for c, p in enumerate(probs.T)], axis=0)
+        if self.metric == 'macro':
+            return np.mean([weighted_auroc(self.targets == c, p, self.weights) for c, p in enumerate(probs.T)], axis=0)
         score = np.nan_to_num(malignancy_probability(probs, self.label_set), nan=.5)
         return weighted_auroc(self.malignant[self.known], score[self.known], self.weights[:, self.known])
 
@@ -197,46 +241,81 @@ def _leaf(
     exact:tuple=None, # (low, high, method) for a value on which every resample agrees
 ) -> dict: # a leaf
     "A figure under stress, or how far it moved; an AUROC hangs on the rarer side."
-    method, every = 'paired ' * paired + clean.method, (clean.n, clean.n_lesions)
-    if name != 'auroc': return interval_leaf(column[0], column[1:], *every, 'no two lesions share a bin of confidence', exact, method)
-    sides, binary = clean.sides(), clean.metric == 'malignant'
-    if binary and not paired and column[0] in (0, 1): exact = (*newcombe_interval(column[0], *sides), 'Newcombe method 5 over lesions, perfectly ranked')
+    method = 'paired ' * paired + clean.method
+    every = (clean.n, clean.n_lesions)
+    if name != 'auroc':
+        return interval_leaf(column[0], column[1:], *every, 'no two lesions share a bin of confidence', exact, method)
+    sides = clean.sides()
+    binary = clean.metric == 'malignant'
+    if binary and not paired and column[0] in (0, 1):
+        exact = (*newcombe_interval(column[0], *sides), 'Newcombe method 5 over lesions, perfectly ranked')
     units = (clean.known.sum(), clean.count(clean.known)) if binary else every
     why = 'one class only: nothing to rank' if binary else 'not every class has an image'
-    return interval_leaf(column[0], column[1:], *units, why, exact, method, fewest=min(sides) if binary else effective_lesions(sides))
+    return interval_leaf(
+        column[0], column[1:], *units, why, exact, method, fewest=min(sides) if binary else effective_lesions(sides)
+    )
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #3390c052
 _LEVELS = dict(auroc='auroc', ece='ece_debiased', over='overconfidence') # measure -> name of its leaf
-_CHANGES = dict(auroc='drop', ece='ece_change', over='overconfidence_change') # measure -> name of the leaf of its difference
+_CHANGES = dict(
+    auroc='drop', ece='ece_change', over='overconfidence_change'
+) # measure -> name of the leaf of its difference
 
 def _stress_leaves(
     clean, # _Clean
     answers:list, # of (N,C) probabilities; their metrics are averaged, resample by resample
 ) -> dict: # name -> leaf: each measure under stress, AUROC lost, ECE and overconfidence gained
     "What each measure is, and how far it moved."
-    found, leaves = [clean.measure(probs) for probs in answers], {}
+    found = [clean.measure(probs) for probs in answers]
+    leaves = {}
     same = all((probs == clean.probs).all() for probs in answers)
     for name, before in clean.scores.items():
         after = np.mean([scores[name] for scores in found], axis=0)
         moved = before - after if name == 'auroc' else after - before
         leaves[_LEVELS[name]] = _leaf(clean, name, after)
-        leaves[_CHANGES[name]] = _leaf(clean, name, moved, True, (0., 0., 'the same answers to every picture') if same else None)
+        leaves[_CHANGES[name]] = _leaf(
+            clean, name, moved, True, (0.0, 0.0, 'the same answers to every picture') if same else None
+        )
     return leaves
 
-# %% ../../nbs/evaluate/44_robustness.ipynb #be8d9e2b
-_NUMBERS = ('auroc', 'drop', 'drop_low', 'drop_high', 'ece', 'ece_change', 'ece_low', 'ece_high', 'over', 'over_change', 'over_low', 'over_high', 'changed')
+# %% ../../nbs/evaluate/44_robustness.ipynb #07183515
+_NUMBERS = (
+    'auroc',
+    'drop',
+    'drop_low',
+    'drop_high',
+    'ece',
+    'ece_change',
+    'ece_low',
+    'ece_high',
+    'over',
+    'over_change',
+    'over_low',
+    'over_high',
+    'changed',
+)
 
 def _row(what, clean, answers):
     "A row of a stress table, and its leaves."
-    row, leaves = what | dict(metric=clean.metric), _stress_leaves(clean, answers)
+    row = what | dict(metric=clean.metric)
+    leaves = _stress_leaves(clean, answers)
     for name, prefix in dict(auroc='drop', ece='ece', over='over').items():
-        level, moved = leaves[_LEVELS[name]], leaves[_CHANGES[name]]
+        level = leaves[_LEVELS[name]]
+        moved = leaves[_CHANGES[name]]
         change = 'drop' if name == 'auroc' else f'{name}_change'
-        row |= {name: level['value'], change: moved['value'], f'{prefix}_low': moved['low'], f'{prefix}_high': moved['high']}
+        row |= {
+            name: level['value'],
+            change: moved['value'],
+            f'{prefix}_low': moved['low'],
+            f'{prefix}_high': moved['high'],
+        }
     other = np.mean([(probs.argmax(1) != clean.probs.argmax(1)).mean() for probs in answers])
     drop = leaves['drop']
-    return row | dict(changed=float(other), n=clean.n, n_lesions=clean.n_lesions, method=drop['method'], reason=drop.get('reason', '')), leaves
+    return row | dict(
+        changed=float(other), n=clean.n, n_lesions=clean.n_lesions, method=drop['method'], reason=drop.get('reason', '')
+    ), leaves
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #be8d9e2b
 def _as_table(rows):
     "Rows as a table, numbers as numbers; it knows the leaves of each row, by its first two columns."
     table = pd.DataFrame([row for row, _ in rows]).astype({column: float for column in _NUMBERS})
@@ -260,7 +339,8 @@ def stress_images(
 ) -> pd.DataFrame: # kind, grade, metric (AUROC 'malignant' or 'macro'), auroc, drop, ece, ece_change, over, over_change, changed, n, n_lesions; limits in *_low, *_high
     "What each disturbance takes, with paired intervals, the first row undisturbed; `changed` is the share of images that get another class."
     for kind in kinds:
-        for grade in grades: check_corruption(kind, grade)
+        for grade in grades:
+            check_corruption(kind, grade)
     clean = _Clean(answer(images, metadata), targets, lesion_ids, label_set, n_resamples, seed)
     rows = [_row(dict(kind='none', grade=0), clean, [clean.probs])]
     for kind in kinds:
@@ -272,7 +352,11 @@ def stress_images(
 # %% ../../nbs/evaluate/44_robustness.ipynb #c15870cf
 FIELDS = ('age', 'sex', 'site')
 _EXTREMES = dict(age={'extreme: 0 years': 0, 'extreme: 120 years': 120})
-_IMPOSSIBLE = dict(age={'out of range: -1 years': -1, 'out of range: 200 years': 200}, sex={"out of range: 'x'": 'x'}, site={"out of range: 'wing'": 'wing'})
+_IMPOSSIBLE = dict(
+    age={'out of range: -1 years': -1, 'out of range: 200 years': 200},
+    sex={"out of range: 'x'": 'x'},
+    site={"out of range: 'wing'": 'wing'},
+)
 
 def permuted_fields(
     table:pd.DataFrame, # one row per image: age, sex, site
@@ -282,29 +366,37 @@ def permuted_fields(
 ) -> pd.DataFrame: # like `table`
     "Every lesion takes the fields of another: those of the first image of the lesion drawn for it."
     lesions, first, member = np.unique(np.asarray(lesion_ids).astype(str), return_index=True, return_inverse=True)
-    order, donor = rng.permutation(len(lesions)), np.empty(len(lesions), int)
+    order = rng.permutation(len(lesions))
+    donor = np.empty(len(lesions), int)
     donor[order] = np.roll(order, 1)
     return table.assign(**{name: table[name].to_numpy(object)[first[donor[member]]] for name in fields})
 
-# %% ../../nbs/evaluate/44_robustness.ipynb #6d90e7b2
+# %% ../../nbs/evaluate/44_robustness.ipynb #bbeb4ae3
 def _changes(table, lesion_ids, permutations, seed):
     "Yield field, change and the changed tables."
     for field in (*FIELDS, 'all'):
         names = FIELDS if field == 'all' else (field,)
         streams = [np.random.default_rng([seed, k, len(names), FIELDS.index(names[0])]) for k in range(permutations)]
         yield field, 'missing', [table.assign(**{name: '' for name in names})]
-        if streams: yield field, 'permuted', [permuted_fields(table, lesion_ids, names, rng) for rng in streams]
-        for change, value in (_EXTREMES.get(field, {}) | _IMPOSSIBLE.get(field, {})).items(): yield field, change, [table.assign(**{field: value})]
+        if streams:
+            yield field, 'permuted', [permuted_fields(table, lesion_ids, names, rng) for rng in streams]
+        for change, value in (_EXTREMES.get(field, {}) | _IMPOSSIBLE.get(field, {})).items():
+            yield field, change, [table.assign(**{field: value})]
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #35c7ee27
 def _metadata_row(what, clean, tables, encoder, ask):
     "A row of a metadata stress table; what the encoder refuses is said, not scored."
-    try: encoded = [encoder.encode(table) for table in tables]
+    try:
+        encoded = [encoder.encode(table) for table in tables]
     except ValueError as error:
         facts = dict(n=clean.n, n_lesions=clean.n_lesions, method='', reason=f'refused: {error}')
         leaf = dict(value=None, low=None, high=None) | facts
-        return what | dict(metric=clean.metric) | dict.fromkeys(_NUMBERS) | facts, {name: leaf for name in (*_LEVELS.values(), *_CHANGES.values())}
+        return what | dict(metric=clean.metric) | dict.fromkeys(_NUMBERS) | facts, {
+            name: leaf for name in (*_LEVELS.values(), *_CHANGES.values())
+        }
     return _row(what, clean, [clean.check(ask(values)) for values in encoded])
 
+# %% ../../nbs/evaluate/44_robustness.ipynb #6d90e7b2
 def stress_metadata(
     answer, # (images (N,S,S,3) uint8, metadata (N,D) float32) -> (N,C) probabilities
     images:np.ndarray, # (N,S,S,3) uint8 RGB, handed on as they are
@@ -318,10 +410,14 @@ def stress_metadata(
     seed:int=0, # of shuffles and resamples
 ) -> pd.DataFrame: # field, change, then as in `stress_images`; reason begins with 'refused' where the encoder refused
     "What missing, wrong and extreme metadata take."
-    ask = lambda values: answer(images, values)
+    def ask(values):
+        return answer(images, values)
     clean = _Clean(ask(encoder.encode(table)), targets, lesion_ids, label_set, n_resamples, seed)
     rows = [_row(dict(field='none', change='none'), clean, [clean.probs])]
-    rows += [_metadata_row(dict(field=field, change=change), clean, tables, encoder, ask) for field, change, tables in _changes(table, lesion_ids, permutations, seed)]
+    rows += [
+        _metadata_row(dict(field=field, change=change), clean, tables, encoder, ask)
+        for field, change, tables in _changes(table, lesion_ids, permutations, seed)
+    ]
     return _as_table(rows)
 
 # %% ../../nbs/evaluate/44_robustness.ipynb #4ede6f6e
@@ -329,9 +425,16 @@ def stress_card(
     table:pd.DataFrame, # rows of what `stress_images` or `stress_metadata` gave
 ) -> dict: # kind -> grade (or field -> change) -> auroc, drop, ece_debiased, ece_change, overconfidence, overconfidence_change: leaves
     "A stress table as nested leaves, each with its interval; an AUROC says which it is."
-    if 'leaves' not in table.attrs: raise ValueError("the stress table has no leaves; give it as `stress_images` or `stress_metadata` returned it (a file holds its numbers only)")
-    card, kinds = {}, table.columns[:2]
+    if 'leaves' not in table.attrs:
+        raise ValueError(
+            "the stress table has no leaves; give it as `stress_images` or `stress_metadata` returned "
+            "it (a file holds its numbers only)"
+        )
+    card = {}
+    kinds = table.columns[:2]
     for first, second, metric in zip(table[kinds[0]], table[kinds[1]], table['metric']):
         leaves = table.attrs['leaves'][first, second]
-        card.setdefault(first, {})[str(second)] = {name: leaf | (dict(of=metric) if name in ('auroc', 'drop') else {}) for name, leaf in leaves.items()}
+        card.setdefault(first, {})[str(second)] = {
+            name: leaf | (dict(of=metric) if name in ('auroc', 'drop') else {}) for name, leaf in leaves.items()
+        }
     return card

@@ -17,11 +17,27 @@ from ..taxonomy import LABEL_SETS, LabelSet, comparable, get_label_set, nearest
 from ..files import atomic_write, read_json
 from ..data.schema import read_table
 from ..data.splits import SPLITS
-from .metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, malignancy_probability, weighted_metrics
-from .intervals import (delong, format_leaf, interval_leaf, lesion_weights, newcombe_interval, paired_leaf,
-                                           share_leaf, wilson_interval)
+from skinlesion.evaluate.metrics import (
+    BINARY,
+    METRICS,
+    PER_CLASS,
+    WHOLE,
+    malignancy_metrics,
+    malignancy_probability,
+    weighted_metrics,
+)
+from skinlesion.evaluate.intervals import (
+    delong,
+    format_leaf,
+    interval_leaf,
+    lesion_weights,
+    newcombe_interval,
+    paired_leaf,
+    share_leaf,
+    wilson_interval,
+)
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #fd582e1b
+# %% ../../nbs/evaluate/39_scorecard.ipynb #710c2a02
 SUM_TOLERANCE = 1e-3 # how far the probabilities of a row may be from summing to 1
 
 def probability_columns(
@@ -30,10 +46,12 @@ def probability_columns(
     "The columns a predictions table holds for a label set."
     return [f'p_{code}' for code in label_set.codes]
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #b6b9f052
 def _row(table, i):
     "The line of the file on which the `i`th row ends; without a file, the header being line 1."
     return table.attrs.get('lines', range(2, i + 3))[i]
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #fd582e1b
 def _place(table, where, i):
     "Row and image of the `i`th row, as an error says it."
     return f"{where} row {_row(table, i)} (image_id '{table['image_id'].iloc[i]}')"
@@ -42,10 +60,17 @@ def _place(table, where, i):
 def _check_ids(table, where):
     "Refuse a table without ids, without rows, or with an empty or repeated id."
     if 'image_id' not in table:
-        raise ValueError(f"{where}: no column image_id; found {', '.join(map(str, table.columns))}.{nearest('image_id', map(str, table.columns))}")
-    if not len(table): raise ValueError(f"{where}: the table has no rows; give one row per image")
+        raise ValueError(
+            f"{where}: no column image_id; found "
+            f"{', '.join(map(str, table.columns))}.{nearest('image_id', map(str, table.columns))}"
+        )
+    if not len(table):
+        raise ValueError(f"{where}: the table has no rows; give one row per image")
     empty = np.flatnonzero(table['image_id'].isna() | (table['image_id'].astype(str) == ''))
-    if len(empty): raise ValueError(f"{where} row {_row(table, empty[0])}: image_id is empty; it is the file's name without suffix")
+    if len(empty):
+        raise ValueError(
+            f"{where} row {_row(table, empty[0])}: image_id is empty; it is the file's name without suffix"
+        )
     table = table.assign(image_id=table['image_id'].astype(str)).reset_index(drop=True)
     again = np.flatnonzero(table['image_id'].duplicated())
     if len(again):
@@ -54,24 +79,31 @@ def _check_ids(table, where):
                          f"({len(again)} repeated in all); keep one row per image")
     return table
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #d71ef356
+# %% ../../nbs/evaluate/39_scorecard.ipynb #bd23f40b
 def _check_columns(table, label_set, where):
     "Refuse missing and unknown probability columns."
     expected = probability_columns(label_set)
     found = [str(c) for c in table.columns if str(c).startswith('p_')]
-    unknown, missing = [c for c in found if c not in expected], [c for c in expected if c not in found]
+    unknown = [c for c in found if c not in expected]
+    missing = [c for c in expected if c not in found]
     if unknown:
         raise ValueError(f"{where}: column '{unknown[0]}' belongs to no class of label set {label_set.name} "
                          f"({', '.join(expected)}).{nearest(unknown[0], missing or expected)} "
                          f"Remove it, or score with the label set the model was trained on")
     if missing:
-        raise ValueError(f"{where}: column {', '.join(missing)} missing; label set {label_set.name} needs {', '.join(expected)}. "
-                         f"Add it, or score with the label set the model was trained on")
+        raise ValueError(
+            f"{where}: column {', '.join(missing)} missing; label set {label_set.name} needs "
+            f"{', '.join(expected)}. "
+            f"Add it, or score with the label set the model was trained on"
+        )
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #d71ef356
 def _as_numbers(table, column, where):
     "A column of probabilities as float64."
-    try: return table[column].to_numpy(np.float64)
-    except (ValueError, TypeError): pass
+    try:
+        return table[column].to_numpy(np.float64)
+    except (ValueError, TypeError):
+        pass
     numbers = pd.to_numeric(table[column], errors='coerce')
     i = np.flatnonzero(numbers.isna())[0]
     word = str(table[column].iloc[i])
@@ -86,14 +118,21 @@ def _check_probabilities(table, columns, where):
         if bad.any():
             i, j = np.argwhere(bad)[0]
             percent = (probs[i] >= 0).all() and abs(probs[i].sum() - 100) < .5
-            raise ValueError(f"{_place(table, where, i)}: {columns[j]} {what.format(probs[i, j])} ({bad.any(1).sum()} such row(s)); "
-                             f"give a probability in [0, 1] ({'divide percent by 100' if percent else 'softmax outputs, not logits'})")
+            raise ValueError(
+                f"{_place(table, where, i)}: {columns[j]} {what.format(probs[i, j])} "
+                f"({bad.any(1).sum()} such row(s)); "
+                "give a probability in [0, 1] "
+                f"({'divide percent by 100' if percent else 'softmax outputs, not logits'})"
+            )
     off = np.flatnonzero(np.abs(probs.sum(1) - 1) > SUM_TOLERANCE)
     if len(off):
-        raise ValueError(f"{_place(table, where, off[0])}: the probabilities sum to {probs[off[0]].sum():.6g} ({len(off)} such row(s)); "
-                         f"allowed is 1 within {SUM_TOLERANCE:g}. Give softmax outputs over exactly these classes")
+        raise ValueError(
+            f"{_place(table, where, off[0])}: the probabilities sum to {probs[off[0]].sum():.6g} "
+            f"({len(off)} such row(s)); "
+            f"allowed is 1 within {SUM_TOLERANCE:g}. Give softmax outputs over exactly these classes"
+        )
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #793effc1
+# %% ../../nbs/evaluate/39_scorecard.ipynb #0be1f9ad
 _SPLIT_WORDS = dict(training='train', val='valid', validation='valid', testing='test')
 
 def parse_split(
@@ -103,13 +142,15 @@ def parse_split(
     plain = word.strip().casefold()
     return _SPLIT_WORDS.get(plain, plain if plain in SPLITS else word)
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #793effc1
 def _known_splits(table):
     "The table, its column `split` in the words that this package knows; empty where unknown."
-    if 'split' not in table: return table
+    if 'split' not in table:
+        return table
     words = table['split'].fillna('').astype(str)
     return table.assign(split=words.map({word: parse_split(word) for word in words.unique()}))
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #e52d6c59
+# %% ../../nbs/evaluate/39_scorecard.ipynb #b1fc7f97
 def check_predictions(
     predictions:pd.DataFrame, # image_id, one p_<code> per class; other columns are kept
     label_set:LabelSet, # classes and their order
@@ -123,13 +164,24 @@ def check_predictions(
     _check_probabilities(table, columns, where)
     return _known_splits(_without_lines(table))
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #e52d6c59
 def _without_lines(table):
     "The table without the lines of its file, which hold for its own order of rows only."
     table.attrs.pop('lines', None)
     return table
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #d882f1a5
-TEXT_COLUMNS = ('image_id', 'lesion_id', 'patient_id', 'predicted', 'diagnosis', 'split', 'site', 'sex', 'abstain_reason')
+TEXT_COLUMNS = (
+    'image_id',
+    'lesion_id',
+    'patient_id',
+    'predicted',
+    'diagnosis',
+    'split',
+    'site',
+    'sex',
+    'abstain_reason',
+)
 
 def write_predictions(
     predictions:pd.DataFrame, # image_id, p_<code> columns that sum to 1; other columns follow as they are
@@ -137,7 +189,10 @@ def write_predictions(
 ) -> Path: # `path`
     "Write a predictions table: `image_id`, probabilities, `predicted`, then the rest; the same table gives the same bytes."
     codes = tuple(str(c)[2:] for c in predictions.columns if str(c).startswith('p_'))
-    if not codes: raise ValueError(f"{path}: no p_<code> column among {', '.join(map(str, predictions.columns))}; nothing to write")
+    if not codes:
+        raise ValueError(
+            f"{path}: no p_<code> column among {', '.join(map(str, predictions.columns))}; nothing to write"
+        )
     label_set = LabelSet('written', codes, {c: c for c in codes}, None)
     table = check_predictions(predictions, label_set, f'table for {path}')
     columns = probability_columns(label_set)
@@ -145,44 +200,62 @@ def write_predictions(
     table[columns] = written
     table['predicted'] = np.array(codes, dtype=object)[written.to_numpy().argmax(1)]
     rest = [c for c in table.columns if c not in ('image_id', 'predicted', *columns)]
-    text = table[['image_id', *columns, 'predicted', *rest]].to_csv(index=False, float_format='%.8g', lineterminator='\n')
+    text = table[['image_id', *columns, 'predicted', *rest]].to_csv(
+        index=False, float_format='%.8g', lineterminator='\n'
+    )
     return atomic_write(path, text)
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #aa5b15d5
+# %% ../../nbs/evaluate/39_scorecard.ipynb #284f2afc
 def _as_column(words):
     "A column of nothing but numbers as numbers, empty ones as NaN; any other as it is."
-    try: return np.array([v or 'nan' for v in words], np.float64)
-    except ValueError: return words
+    try:
+        return np.array([v or 'nan' for v in words], np.float64)
+    except ValueError:
+        return words
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #aa5b15d5
 def _read_table(source, where=None):
     "A table as text, columns that hold nothing but numbers as numbers; it knows the lines of its file where they are not 2, 3, 4 ..."
     table, lines = read_table(source, where)
-    found = pd.DataFrame({c: table[c] if c in TEXT_COLUMNS else _as_column(table[c]) for c in table.columns}, dtype=None)
-    if len(lines) and (lines != np.arange(2, len(lines) + 2)).any(): found.attrs['lines'] = lines.tolist()
+    found = pd.DataFrame(
+        {c: table[c] if c in TEXT_COLUMNS else _as_column(table[c]) for c in table.columns}, dtype=None
+    )
+    if len(lines) and (lines != np.arange(2, len(lines) + 2)).any():
+        found.attrs['lines'] = lines.tolist()
     return found
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #b967d150
 def _check_predicted(table, label_set, where):
     "Refuse a `predicted` that is not the class of largest probability."
-    if 'predicted' not in table: return
-    probs, codes = table[probability_columns(label_set)].to_numpy(), list(label_set.codes)
-    for i in np.flatnonzero(table['predicted'].ne(np.array(codes, dtype=object)[probs.argmax(1)]) & table['predicted'].ne('')):
+    if 'predicted' not in table:
+        return
+    probs = table[probability_columns(label_set)].to_numpy()
+    codes = list(label_set.codes)
+    for i in np.flatnonzero(
+        table['predicted'].ne(np.array(codes, dtype=object)[probs.argmax(1)]) & table['predicted'].ne('')
+    ):
         code = label_set.parse(table['predicted'].iloc[i], _place(table, where, i))
         if probs[i, codes.index(code)] < probs[i].max() - 1e-6:
-            raise ValueError(f"{_place(table, where, i)}: predicted is '{code}', but '{codes[probs[i].argmax()]}' has the largest "
-                             f"probability; drop the column or correct it (a decision by thresholds is a column of its own)")
+            raise ValueError(
+                f"{_place(table, where, i)}: predicted is '{code}', but '{codes[probs[i].argmax()]}' "
+                "has the largest "
+                "probability; drop the column or correct it (a decision by thresholds "
+                "is a column of its own)"
+            )
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #d5aed3bc
 def read_predictions(
     source:Path|str|bytes, # of the CSV, or its bytes; semicolons, tabs and a byte order mark are understood
-    label_set:LabelSet|None=None, # classes and their order; None for the set that `infer_label_set` finds in the columns
+    # classes and their order; None for the set that `infer_label_set` finds in the columns
+    label_set:LabelSet|None=None,
     where:str|None=None, # what errors call the table; its path by default
 ) -> pd.DataFrame: # as `check_predictions` gives it, with `predicted`
     "Read and check a predictions table."
     where = where or ('predictions' if isinstance(source, bytes) else str(source))
     read = _read_table(source, where)
     label_set = label_set or infer_label_set(read, where=where)
-    lines, table = dict(read.attrs), check_predictions(read, label_set, where)
+    lines = dict(read.attrs)
+    table = check_predictions(read, label_set, where)
     table.attrs |= lines
     _check_predicted(table, label_set, where)
     table = _without_lines(table)
@@ -217,31 +290,45 @@ def read_labels(
 # %% ../../nbs/evaluate/39_scorecard.ipynb #d3d485bf
 def _named_label_set(name):
     "A built-in set, or the one of a JSON file: a set as `LabelSet.to_dict` gives it, or a dataset.json."
-    if str(name) in LABEL_SETS or not (Path(name).suffix or Path(name).exists()): return get_label_set(str(name))
+    if str(name) in LABEL_SETS or not (Path(name).suffix or Path(name).exists()):
+        return get_label_set(str(name))
     values = read_json(name)
-    if not isinstance(values, dict): raise ValueError(f"{name}: a JSON object is expected, with name and codes, or a dataset.json")
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: a JSON object is expected, with name and codes, or a dataset.json")
     found = values.get('label_set', values)
-    try: return get_label_set(found) if isinstance(found, str) else LabelSet.from_dict(found)
-    except (ValueError, TypeError) as error: raise ValueError(f"{name}: {error}") from None
+    try:
+        return get_label_set(found) if isinstance(found, str) else LabelSet.from_dict(found)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #5d1dd2a3
 def infer_label_set(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
-    name_or_file:str|Path|None=None, # a built-in set, or a JSON file with a set or a dataset.json; None goes by the columns
+    # a built-in set, or a JSON file with a set or a dataset.json; None goes by the columns
+    name_or_file:str|Path|None=None,
     where:str='predictions', # what errors call the table, such as its path
 ) -> LabelSet: # one of its own named 'columns', malignancy unknown, where no built-in set has just these codes
     "The label set that a predictions table is over."
-    if name_or_file is not None: return _named_label_set(name_or_file)
+    if name_or_file is not None:
+        return _named_label_set(name_or_file)
     codes = [str(c)[2:] for c in predictions.columns if str(c).startswith('p_')]
-    if not codes: raise ValueError(f"{where}: no p_<code> column among {', '.join(map(str, predictions.columns))}; give one column of probabilities per class")
+    if not codes:
+        raise ValueError(
+            f"{where}: no p_<code> column among {', '.join(map(str, predictions.columns))}; give one "
+            "column of probabilities per class"
+        )
     if len(codes) == 1:
-        raise ValueError(f"{where}: p_{codes[0]} is the only column of probabilities; give one for each class, for two classes such as p_benign = 1 - p_mel and p_mel")
+        raise ValueError(
+            f"{where}: p_{codes[0]} is the only column of probabilities; give one for each class, for "
+            "two classes such as p_benign = 1 - p_mel and p_mel"
+        )
     forms = sorted(comparable(code) for code in codes)
     for known in LABEL_SETS.values():
-        if sorted(map(comparable, known.codes)) == forms: return known
+        if sorted(map(comparable, known.codes)) == forms:
+            return known
     return LabelSet('columns', tuple(codes))
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #15e496cc
+# %% ../../nbs/evaluate/39_scorecard.ipynb #b322db47
 class Aligned(NamedTuple):
     "Two tables brought together, in the order of the image ids."
     image_ids:np.ndarray # (N,) str, sorted
@@ -251,11 +338,17 @@ class Aligned(NamedTuple):
     unknown_lesions:int # images of unknown lesion
     labels:pd.DataFrame # the labels table in the same order, with its other columns
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #15e496cc
 def _missing_ids(missing, others, has, lacks):
     "Refuse ids that only one of two tables holds."
-    if not len(missing): return
-    raise ValueError(f"{len(missing)} image_id(s) of the {has} are not in the {lacks}, such as {', '.join(repr(m) for m in sorted(missing)[:3])}."
-                     f"{nearest(min(missing), list(others[:2000]))} Give both tables exactly the same images (for one split, filter both)")
+    if not len(missing):
+        return
+    raise ValueError(
+        f"{len(missing)} image_id(s) of the {has} are not in the {lacks}, such as "
+        f"{', '.join(repr(m) for m in sorted(missing)[:3])}."
+        f"{nearest(min(missing), list(others[:2000]))} Give both tables exactly the "
+        "same images (for one split, filter both)"
+    )
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #891ddd83
 def align_tables(
@@ -264,8 +357,10 @@ def align_tables(
     label_set:LabelSet, # classes and their order
 ) -> Aligned: # arrays in the order of the image ids, whatever the order of the rows
     "Check both tables and match them by id; an id that only one of them holds is an error."
-    predictions, labels = check_predictions(predictions, label_set), check_labels(labels, label_set)
-    ids, theirs = labels['image_id'].to_numpy(object), predictions['image_id'].to_numpy(object)
+    predictions = check_predictions(predictions, label_set)
+    labels = check_labels(labels, label_set)
+    ids = labels['image_id'].to_numpy(object)
+    theirs = predictions['image_id'].to_numpy(object)
     row = pd.Index(theirs).get_indexer(ids)
     _missing_ids(ids[row < 0], theirs, 'labels', 'predictions')
     _missing_ids(np.delete(theirs, row), ids, 'predictions', 'labels')
@@ -278,47 +373,60 @@ def align_tables(
     ordered = labels.iloc[order].reset_index(drop=True)
     return Aligned(ids[order], targets[order], probs[order], lesions[order], int(unknown.sum()), ordered)
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #ffff2444
+# %% ../../nbs/evaluate/39_scorecard.ipynb #3d664210
 def effective_lesions(
     counts:np.ndarray, # (C,) lesions of each class
 ) -> int: # the least count where one is below two
     "How many lesions a plain mean over classes hangs on, the error of each class falling with its lesions (Satterthwaite 1946)."
     counts = np.asarray(counts, np.float64)
-    if counts.min() < 2: return int(counts.min())
+    if counts.min() < 2:
+        return int(counts.min())
     return 1 + int((1 / counts).sum()**2 / (1 / (counts**2 * (counts - 1))).sum())
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #258be3af
 def _over_classes(name):
     "Whether a metric is a plain mean over classes."
     return name == 'balanced_accuracy' or name.endswith('_macro')
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #ffff2444
 def deciding_lesions(
     name:str, # a metric of all classes, or malignant_auroc
     data:Aligned, # the images
     label_set:LabelSet, # classes and their malignancy
 ) -> int|None: # None where every lesion says as much as any other
     "How many lesions a metric hangs on, where some classes are rare."
-    if name != 'malignant_auroc' and not _over_classes(name): return None
+    if name != 'malignant_auroc' and not _over_classes(name):
+        return None
     member = pd.factorize(data.lesion_ids)[0]
-    lesions = lambda images: int((np.bincount(member[images]) > 0).sum())
-    if _over_classes(name): return effective_lesions([lesions(data.targets == c) for c in range(label_set.num_classes)])
+    def lesions(images):
+        return int((np.bincount(member[images]) > 0).sum())
+    if _over_classes(name):
+        return effective_lesions([lesions(data.targets == c) for c in range(label_set.num_classes)])
     said = np.array([label_set.is_malignant(code) for code in label_set.codes], object)[data.targets]
     return min(lesions(np.equal(said, True)), lesions(np.equal(said, False)))
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #c749204a
+# %% ../../nbs/evaluate/39_scorecard.ipynb #9c2c35b0
 class _Units(NamedTuple):
     "Which images a metric is over."
     n:int # images
     n_lesions:int # lesions they come from
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #c749204a
 class _Scorer:
     "The resamples of one set of images, and how to turn metrics over them into leaves."
     def __init__(self, data, n_resamples, seed, stratified=False):
-        self.data, self.codes = data, pd.factorize(data.lesion_ids, sort=True)[0]
-        once, strata = np.ones((1, len(self.codes)), np.int16), data.targets if stratified else None
-        self.weights = np.concatenate([once, lesion_weights(self.codes, n_resamples, seed, strata)]) # the data, then their resamples
+        self.data = data
+        self.codes = pd.factorize(data.lesion_ids, sort=True)[0]
+        once = np.ones((1, len(self.codes)), np.int16)
+        strata = data.targets if stratified else None
+        self.weights = np.concatenate(
+            [once, lesion_weights(self.codes, n_resamples, seed, strata)]
+        ) # the data, then their resamples
         k = data.unknown_lesions
         self.alone = f", {k} image(s) of unknown lesion each their own" if k else ''
-        self.method = f"percentile lesion bootstrap{', stratified by class' if stratified else ''}, seed {seed}{self.alone}"
+        self.method = (
+            f"percentile lesion bootstrap{', stratified by class' if stratified else ''}, seed {seed}{self.alone}"
+        )
 
     def units(self, mask):
         "The images `mask` (N,) bool."
@@ -336,32 +444,61 @@ class _Scorer:
     def area(self, column, units, positives, negatives, reason=''):
         "A leaf for an AUROC of `positives` among `units`."
         fewest = min(positives.n_lesions, negatives.n_lesions)
-        if column[0] not in (0, 1): return self.leaf(column, units, reason, fewest=fewest)
+        if column[0] not in (0, 1):
+            return self.leaf(column, units, reason, fewest=fewest)
         exact = newcombe_interval(column[0], positives.n_lesions, negatives.n_lesions)
-        return self.leaf(column, units, reason, (*exact, 'Newcombe method 5 over lesions, perfectly ranked'), fewest=fewest)
+        return self.leaf(
+            column, units, reason, (*exact, 'Newcombe method 5 over lesions, perfectly ranked'), fewest=fewest
+        )
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #8f136a1f
 PROPER = ('brier', 'log_loss', 'ece') # of one class: every image counts alike; all others hang on the rarer side
-SHARES = dict(accuracy='all', top2_accuracy='all', sensitivity='positives', specificity='negatives', ppv='called', npv='spared') # share -> of which images
+SHARES = dict(
+    accuracy='all', top2_accuracy='all', sensitivity='positives', specificity='negatives', ppv='called', npv='spared'
+) # share -> of which images
 
 def _binary_leaves(scorer, columns, positive, called, every, none, all_, word):
     "The leaves of metrics (1+R,) of one class against the rest over the images `every` (N,) bool; `none` and `all_` are reasons, `word` is what they are called."
-    masks = dict(all=every, positives=every & positive, negatives=every & ~positive, called=every & called, spared=every & ~called)
+    masks = dict(
+        all=every,
+        positives=every & positive,
+        negatives=every & ~positive,
+        called=every & called,
+        spared=every & ~called,
+    )
     units = {name: scorer.units(mask) for name, mask in masks.items()}
-    empty = dict(all='undefined', positives=none, negatives=all_, called=f"no image is called {word}", spared=f"every image is called {word}")
+    empty = dict(
+        all='undefined',
+        positives=none,
+        negatives=all_,
+        called=f"no image is called {word}",
+        spared=f"every image is called {word}",
+    )
     absent = next((empty[k] for k in ('positives', 'negatives') if not units[k].n), 'undefined')
-    leaves, fewest = dict(n=dict(value=units['positives'].n, n=units['all'].n)), min(units['positives'].n_lesions, units['negatives'].n_lesions)
+    leaves = dict(n=dict(value=units['positives'].n, n=units['all'].n))
+    fewest = min(units['positives'].n_lesions, units['negatives'].n_lesions)
     for name, column in columns.items():
         over = SHARES.get(name)
-        if over: leaves[name] = scorer.share(column, units[over], empty[over])
-        elif name == 'auroc': leaves[name] = scorer.area(column, units['all'], units['positives'], units['negatives'], absent)
-        else: leaves[name] = scorer.leaf(column, units['all'], absent, None, METRICS[PER_CLASS.get(name, name)].interval, None if name in PROPER else fewest)
+        if over:
+            leaves[name] = scorer.share(column, units[over], empty[over])
+        elif name == 'auroc':
+            leaves[name] = scorer.area(column, units['all'], units['positives'], units['negatives'], absent)
+        else:
+            leaves[name] = scorer.leaf(
+                column,
+                units['all'],
+                absent,
+                None,
+                METRICS[PER_CLASS.get(name, name)].interval,
+                None if name in PROPER else fewest,
+            )
     return leaves
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #19e09141
 def _class_leaves(scorer, c, code, metrics):
     "Every metric of one class against the rest."
-    data, every = scorer.data, np.ones(len(scorer.data.targets), bool)
+    data = scorer.data
+    every = np.ones(len(scorer.data.targets), bool)
     columns = {name: metrics[column][:, c] for name, column in PER_CLASS.items()}
     return _binary_leaves(scorer, columns, data.targets == c, data.probs.argmax(1) == c, every,
                           f"no image of class {code}", f"every image is of class {code}", code)
@@ -369,25 +506,44 @@ def _class_leaves(scorer, c, code, metrics):
 # %% ../../nbs/evaluate/39_scorecard.ipynb #e43f2968
 def _malignant_leaves(scorer, label_set):
     "Malignant against benign, from the label set's malignancy; images of an undecided class stand aside."
-    data, said = scorer.data, np.array([label_set.is_malignant(code) for code in label_set.codes], object)
-    known, bad = np.not_equal(said, None), np.equal(said, True)
+    data = scorer.data
+    said = np.array([label_set.is_malignant(code) for code in label_set.codes], object)
+    known = np.not_equal(said, None)
+    bad = np.equal(said, True)
     if not known.any():
         reason = f"label set {label_set.name} does not say which classes are malignant"
-        return {name: dict(value=None, low=None, high=None, n=0, n_lesions=0, method='none', reason=reason) for name in BINARY}
-    score, units = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5), known[data.targets]
+        return {
+            name: dict(value=None, low=None, high=None, n=0, n_lesions=0, method='none', reason=reason)
+            for name in BINARY
+        }
+    score = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5)
+    units = known[data.targets]
     positive = bad[data.targets]
-    columns = malignancy_metrics(positive[units], score[units], scorer.weights if units.all() else scorer.weights[:, units])
-    return _binary_leaves(scorer, columns, positive, score >= .5, units, "no image is malignant", "every image is malignant", 'malignant')
+    columns = malignancy_metrics(
+        positive[units], score[units], scorer.weights if units.all() else scorer.weights[:, units]
+    )
+    return _binary_leaves(
+        scorer, columns, positive, score >= 0.5, units, "no image is malignant", "every image is malignant", 'malignant'
+    )
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #0c220e63
 def _whole_leaves(scorer, metrics, label_set):
     "Every metric over all classes."
-    counts, every = np.bincount(scorer.data.targets, minlength=label_set.num_classes), scorer.units(np.ones(len(scorer.data.targets), bool))
+    counts = np.bincount(scorer.data.targets, minlength=label_set.num_classes)
+    every = scorer.units(np.ones(len(scorer.data.targets), bool))
     absent = [code for code, n in zip(label_set.codes, counts) if not n]
-    reason = f"no image of class {', '.join(absent)}; a mean over the other classes would be another metric" if absent else 'undefined: all answers are the same class'
-    if (counts > 0).sum() == 1: reason = f"every image is of class {label_set.codes[counts.argmax()]}"
+    reason = (
+        f"no image of class {', '.join(absent)}; a mean over the other classes would be another metric"
+        if absent
+        else 'undefined: all answers are the same class'
+    )
+    if (counts > 0).sum() == 1:
+        reason = f"every image is of class {label_set.codes[counts.argmax()]}"
     rare = deciding_lesions('balanced_accuracy', scorer.data, label_set) # the same for every mean over classes
-    leaf = lambda name: scorer.leaf(metrics[name], every, reason, None, METRICS[name].interval, rare if _over_classes(name) else None)
+    def leaf(name):
+        return scorer.leaf(
+            metrics[name], every, reason, None, METRICS[name].interval, rare if _over_classes(name) else None
+        )
     return {name: scorer.share(metrics[name], every) if name in SHARES else leaf(name) for name in WHOLE}
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #a3690e1c
@@ -411,9 +567,11 @@ def scorecard(
 # %% ../../nbs/evaluate/39_scorecard.ipynb #083293d4
 def _leaves(card, path=()):
     "Every leaf of a nested card with the keys that lead to it."
-    if 'value' in card: yield path, card
+    if 'value' in card:
+        yield path, card
     else:
-        for key, child in card.items(): yield from _leaves(child, (*path, key))
+        for key, child in card.items():
+            yield from _leaves(child, (*path, key))
 
 # %% ../../nbs/evaluate/39_scorecard.ipynb #2ec07537
 def scorecard_table(
@@ -436,7 +594,8 @@ def class_table(
     card:dict, # what `scorecard` gave
     label_set:LabelSet, # for the full names
     digits:int=2, # decimals
-    columns:tuple=('sensitivity', 'specificity', 'ppv', 'auroc', 'f1'), # metrics to show; those the card lacks are passed over
+    # metrics to show; those the card lacks are passed over
+    columns:tuple=('sensitivity', 'specificity', 'ppv', 'auroc', 'f1'),
 ) -> pd.DataFrame: # a row per class, texts like '0.93 (0.91-0.95)'
     "The per-class metrics that a page can hold, with their intervals."
     rows = {label_set.names[code].replace('_', ' '): dict(
@@ -445,22 +604,30 @@ def class_table(
         for code, leaves in card['per_class'].items()}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('class')
 
-# %% ../../nbs/evaluate/39_scorecard.ipynb #81b59e3d
+# %% ../../nbs/evaluate/39_scorecard.ipynb #f212d1b3
 HEADLINES = ('accuracy', 'balanced_accuracy', 'auroc_macro', 'log_loss', 'brier', 'ece', 'ece_debiased')
 MALIGNANT_HEADLINES = ('auroc', 'sensitivity', 'specificity') # at a threshold of one half
 
 def _malignancy(data, label_set):
     "Which images are of a class whose malignancy is known, which are malignant, and their probability, (N,) each; None where there are not both kinds."
     said = np.array([label_set.is_malignant(code) for code in label_set.codes], object)
-    known, positive = np.not_equal(said, None)[data.targets], np.equal(said, True)[data.targets]
-    if not positive.any() or positive[known].all(): return None
+    known = np.not_equal(said, None)[data.targets]
+    positive = np.equal(said, True)[data.targets]
+    if not positive.any() or positive[known].all():
+        return None
     return known, positive, np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5)
 
+# %% ../../nbs/evaluate/39_scorecard.ipynb #81b59e3d
 def _headline_samples(data, label_set, weights):
     "The headline metrics (R,) of one system, those of malignancy where it is known, and the images of each, (N,) bool."
-    every, found = np.ones(len(data.targets), bool), _malignancy(data, label_set)
-    columns = {name: (column, every) for name, column in weighted_metrics(data.targets, data.probs, weights, HEADLINES, data.lesion_ids).items()}
-    if found is None: return columns
+    every = np.ones(len(data.targets), bool)
+    found = _malignancy(data, label_set)
+    columns = {
+        name: (column, every)
+        for name, column in weighted_metrics(data.targets, data.probs, weights, HEADLINES, data.lesion_ids).items()
+    }
+    if found is None:
+        return columns
     known, positive, score = found
     of = dict(auroc=known, sensitivity=positive, specificity=known & ~positive)
     malignant = malignancy_metrics(positive[known], score[known], weights[:, known], names=MALIGNANT_HEADLINES)
@@ -470,9 +637,11 @@ def _headline_samples(data, label_set, weights):
 def _delong_leaf(a, b, label_set):
     "The difference in AUROC of malignancy by DeLong's test, with the values of both; None where malignancy is not known."
     found = _malignancy(a, label_set)
-    if found is None: return None
+    if found is None:
+        return None
     known, positive, score = found
-    ids, scores = a.lesion_ids[known], [score[known], _malignancy(b, label_set)[2][known]]
+    ids = a.lesion_ids[known]
+    scores = [score[known], _malignancy(b, label_set)[2][known]]
     areas = [float(malignancy_metrics(positive[known], s, names=('auroc',))['auroc'][0]) for s in scores]
     return delong(positive[known], *scores, ids) | dict(first=areas[0], second=areas[1])
 
@@ -486,13 +655,25 @@ def compare_predictions(
     seed:int=0, # of the resamples
 ) -> dict: # metric -> leaf of first - second, with the values of both and a verdict on `first`: better, worse, not distinguishable
     "Differences of the headline metrics with paired intervals; that of the AUROC of malignancy by DeLong's test as well."
-    a, b = align_tables(first, labels, label_set), align_tables(second, labels, label_set)
-    weights = np.concatenate([np.ones((1, len(a.targets)), np.int16), lesion_weights(a.lesion_ids, n_resamples, seed)]) # the data, then their resamples
+    a = align_tables(first, labels, label_set)
+    b = align_tables(second, labels, label_set)
+    weights = np.concatenate(
+        [np.ones((1, len(a.targets)), np.int16), lesion_weights(a.lesion_ids, n_resamples, seed)]
+    ) # the data, then their resamples
     (own, other), leaves = (_headline_samples(x, label_set, weights) for x in (a, b)), {}
     for name, (column, units) in own.items():
-        rival, better = other[name][0], METRICS[name.removeprefix('malignant_')].better == 'higher'
-        leaf = paired_leaf((column[0], rival[0]), (column[1:], rival[1:]), units.sum(), len(np.unique(a.lesion_ids[units])), better,
-                           deciding_lesions(name, a, label_set))
-        leaves[name] = leaf | {k: None if np.isnan(v) else float(v) for k, v in dict(first=column[0], second=rival[0]).items()}
+        rival = other[name][0]
+        better = METRICS[name.removeprefix('malignant_')].better == 'higher'
+        leaf = paired_leaf(
+            (column[0], rival[0]),
+            (column[1:], rival[1:]),
+            units.sum(),
+            len(np.unique(a.lesion_ids[units])),
+            better,
+            deciding_lesions(name, a, label_set),
+        )
+        leaves[name] = leaf | {
+            k: None if np.isnan(v) else float(v) for k, v in dict(first=column[0], second=rival[0]).items()
+        }
     tested = _delong_leaf(a, b, label_set)
     return leaves if tested is None else leaves | dict(malignant_auroc_delong=tested)

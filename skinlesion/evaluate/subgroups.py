@@ -12,27 +12,54 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 from ..data.metadata import parse_age
-from .intervals import MAX_UNDEFINED, format_leaf, interval_leaf, lesion_weights, newcombe_interval, wilson_interval
+from skinlesion.evaluate.intervals import (
+    MAX_UNDEFINED,
+    format_leaf,
+    interval_leaf,
+    lesion_weights,
+    newcombe_interval,
+    wilson_interval,
+)
 from .metrics import group_sums, weighted_auroc
 from .scorecard import align_tables, malignancy_probability
-from ..taxonomy import AGE_BANDS, SEXES, SITES, LabelSet, age_band, is_missing, nearest, parse_sex, parse_site, site_region
+from skinlesion.taxonomy import (
+    AGE_BANDS,
+    SEXES,
+    SITES,
+    LabelSet,
+    age_band,
+    is_missing,
+    nearest,
+    parse_sex,
+    parse_site,
+    site_region,
+)
 
-# %% ../../nbs/evaluate/41_subgroups.ipynb #fac5e609
+# %% ../../nbs/evaluate/41_subgroups.ipynb #ba102c62
 SUBGROUPS = ('sex', 'age_band', 'site', 'skin_tone', 'source') # what is looked at unless columns are named
 UNKNOWN = 'unknown' # the group of those of whom nothing is known
 MOST_GROUPS = 40 # of one column; more is no grouping
 
 _TONES = ('very light', 'light', 'intermediate', 'tan', 'brown', 'dark')
 _REGIONS = tuple(dict.fromkeys(site_region(site) for site in SITES))
-_ORDER = dict(sex=SEXES, age_band=AGE_BANDS, site=SITES, region=_REGIONS, skin_tone=_TONES) # how the groups of a column follow one another
+_ORDER = dict(
+    sex=SEXES, age_band=AGE_BANDS, site=SITES, region=_REGIONS, skin_tone=_TONES
+) # how the groups of a column follow one another
 
 def _try(parse, word):
     "What `parse` makes of a word; the word itself where it knows it not."
-    try: return parse(word)
-    except ValueError: return str(word).strip()
+    try:
+        return parse(word)
+    except ValueError:
+        return str(word).strip()
 
-_READ = dict(sex=lambda word, where: _try(parse_sex, word), site=lambda word, where: _try(parse_site, word),
-             age_band=lambda age, where: age_band(parse_age(age, where)), region=lambda site, where: site_region(parse_site(site, where)))
+# %% ../../nbs/evaluate/41_subgroups.ipynb #fac5e609
+_READ = dict(
+    sex=lambda word, where: _try(parse_sex, word),
+    site=lambda word, where: _try(parse_site, word),
+    age_band=lambda age, where: age_band(parse_age(age, where)),
+    region=lambda site, where: site_region(parse_site(site, where)),
+)
 _MADE_FROM = dict(age_band='age', region='site')
 
 def _source_column(labels, column):
@@ -49,14 +76,29 @@ def group_words(
     source = _source_column(labels, column)
     if not source:
         made = {name: base for name, base in _MADE_FROM.items() if base in labels}
-        raise ValueError(f"labels: no column '{_MADE_FROM.get(column, column)}' to group by; found {', '.join(map(str, [*labels.columns, *made]))}."
-                         f"{nearest(column, [*map(str, labels.columns), *made])}")
-    read, words = _READ.get(column) if source != column or column not in _MADE_FROM else None, {}
+        raise ValueError(
+            f"labels: no column '{_MADE_FROM.get(column, column)}' to group by; found "
+            f"{', '.join(map(str, [*labels.columns, *made]))}."
+            f"{nearest(column, [*map(str, labels.columns), *made])}"
+        )
+    read = _READ.get(column) if source != column or column not in _MADE_FROM else None
+    words = {}
     for i, value in enumerate(labels[source].tolist()):
-        if value in words: continue
+        if value in words:
+            continue
         missing = pd.isna(value) or is_missing(value)
-        words[value] = '' if missing else read(value, f'labels row {i + 2}') if read else f'{value:.15g}' if isinstance(value, float) else str(value).strip()
-    return np.array([words.get(value) or UNKNOWN for value in labels[source].tolist()], object).astype(str) # a NaN is no key of its own
+        words[value] = (
+            ''
+            if missing
+            else read(value, f'labels row {i + 2}')
+            if read
+            else f'{value:.15g}'
+            if isinstance(value, float)
+            else str(value).strip()
+        )
+    return np.array([words.get(value) or UNKNOWN for value in labels[source].tolist()], object).astype(
+        str
+    ) # a NaN is no key of its own
 
 # %% ../../nbs/evaluate/41_subgroups.ipynb #c98228ae
 def ordered_groups(
@@ -64,9 +106,13 @@ def ordered_groups(
     column:str, # where they stand
 ) -> tuple: # of str, each once
     "The groups of a column: ages from young to old, tones from light to dark, others by name; unknown last."
-    found, known = set(words.tolist()), _ORDER.get(column, ())
+    found = set(words.tolist())
+    known = _ORDER.get(column, ())
     if len(found) > MOST_GROUPS:
-        raise ValueError(f"labels: column '{column}' has {len(found)} groups, at most {MOST_GROUPS} are allowed; name a column of few words")
+        raise ValueError(
+            f"labels: column '{column}' has {len(found)} groups, at most {MOST_GROUPS} are allowed; "
+            "name a column of few words"
+        )
     rest = sorted(found - set(known) - {UNKNOWN})
     return (*(word for word in known if word in found), *rest, *((UNKNOWN,) if UNKNOWN in found else ()))
 
@@ -92,7 +138,7 @@ def combined_limits(
     up = np.hypot(first['high'] - first['value'], second['value'] - second['low'])
     return float(gap - down), float(gap + up)
 
-# %% ../../nbs/evaluate/41_subgroups.ipynb #ceca76bb
+# %% ../../nbs/evaluate/41_subgroups.ipynb #649c47c4
 @dataclass(frozen=True)
 class _Measure:
     "One metric: what it is over, and its values inside and outside every group."
@@ -102,46 +148,61 @@ class _Measure:
     inside:np.ndarray # (R+1, G), the data themselves first
     outside:np.ndarray # (R+1, G)
 
+# %% ../../nbs/evaluate/41_subgroups.ipynb #ed974cde
 def _ratio(top, bottom):
     "`top / bottom`, NaN where `bottom` is 0."
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 0)
 
+# %% ../../nbs/evaluate/41_subgroups.ipynb #58b1b45c
 def _mean_measure(kind, groups, n_groups, weights, units, values, counted):
     "The mean of `values` over `units`, inside and outside each group."
     sums, counts = (group_sums(weights[:, units], groups[units], n_groups, v) for v in (values[units], None))
-    rest, others = sums.sum(1, keepdims=True) - sums, counts.sum(1, keepdims=True) - counts
+    rest = sums.sum(1, keepdims=True) - sums
+    others = counts.sum(1, keepdims=True) - counts
     return _Measure(kind, units, counted, _ratio(sums, counts), _ratio(rest, others))
 
+# %% ../../nbs/evaluate/41_subgroups.ipynb #ceca76bb
 def _area_measure(kind, groups, n_groups, weights, units, areas, counted):
     "A ranking metric, inside and outside each group; `areas` takes the images to be ranked."
     inside = [areas(units & (groups == g), weights) for g in range(n_groups)]
     outside = [areas(units & (groups != g), weights) for g in range(n_groups)]
     return _Measure(kind, units, counted, np.stack(inside, 1), np.stack(outside, 1))
 
-# %% ../../nbs/evaluate/41_subgroups.ipynb #47032a57
+# %% ../../nbs/evaluate/41_subgroups.ipynb #d1ac038a
 def _binary_measures(groups, n_groups, weights, malignant, score, known, threshold):
     "Malignant against benign; images of undecided classes stand aside."
-    common, called = (groups, n_groups, weights), score >= threshold
-    area = lambda rows, weights: weighted_auroc(malignant[rows], score[rows], weights[:, rows])
-    ill, well = known & malignant, known & ~malignant
+    common = (groups, n_groups, weights)
+    called = score >= threshold
+    def area(rows, weights):
+        return weighted_auroc(malignant[rows], score[rows], weights[:, rows])
+    ill = known & malignant
+    well = known & ~malignant
     return {
         'malignant.auroc': _area_measure('area', *common, known, area, ((ill, 'malignant '), (well, 'benign '))),
         'malignant.sensitivity': _mean_measure('share', *common, ill, called, ((ill, 'malignant '),)),
         'malignant.specificity': _mean_measure('share', *common, well, ~called, ((well, 'benign '),)),
         'malignant.calibration_in_the_large': _mean_measure('mean', *common, known, score - malignant, ((known, ''),))}
 
+# %% ../../nbs/evaluate/41_subgroups.ipynb #d4b0f3a0
 def _macro_measure(groups, n_groups, weights, targets, probs, codes):
     "Macro AUROC, where nobody says which classes are malignant."
-    def area(rows, weights): return np.mean([weighted_auroc(targets[rows] == c, p[rows], weights[:, rows]) for c, p in enumerate(probs.T)], axis=0)
-    every, counted = np.ones(len(targets), bool), tuple((targets == c, f'{code} ') for c, code in enumerate(codes))
+    def area(rows, weights):
+        return np.mean(
+            [weighted_auroc(targets[rows] == c, p[rows], weights[:, rows]) for c, p in enumerate(probs.T)], axis=0
+        )
+    every = np.ones(len(targets), bool)
+    counted = tuple((targets == c, f'{code} ') for c, code in enumerate(codes))
     return {'auroc_macro': _area_measure('area', groups, n_groups, weights, every, area, counted)}
 
+# %% ../../nbs/evaluate/41_subgroups.ipynb #47032a57
 def _measures(data, label_set, groups, n_groups, weights, threshold):
     "Every metric of one column's groups."
-    every, right = np.ones(len(data.targets), bool), data.probs.argmax(1) == data.targets
+    every = np.ones(len(data.targets), bool)
+    right = data.probs.argmax(1) == data.targets
     found = {'accuracy': _mean_measure('share', groups, n_groups, weights, every, right, ((every, ''),))}
     said = [label_set.is_malignant(code) for code in label_set.codes]
-    if not any(s is not None for s in said): return found | _macro_measure(groups, n_groups, weights, data.targets, data.probs, label_set.codes)
+    if not any(s is not None for s in said):
+        return found | _macro_measure(groups, n_groups, weights, data.targets, data.probs, label_set.codes)
     malignant, known = (np.array([s is v for s in said])[data.targets] for v in (True, None))
     score = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5)
     return found | _binary_measures(groups, n_groups, weights, malignant, score, ~known, threshold)
@@ -150,14 +211,30 @@ def _measures(data, label_set, groups, n_groups, weights, threshold):
 class _Side:
     "One side of a gap, the group or everyone else, under one metric."
     def __init__(self, measure, samples, where, lesions, least, method):
-        self.measure, self.value, self.samples, self.method = measure, samples[0], samples[1:], method
+        self.measure = measure
+        self.value = samples[0]
+        self.samples = samples[1:]
+        self.method = method
         self.lesions = lambda rows: len(np.unique(lesions[rows & where]))
         self.ids = set(lesions[measure.units & where].tolist())
-        self.n, self.n_lesions = int((measure.units & where).sum()), self.lesions(measure.units)
+        self.n = int((measure.units & where).sum())
+        self.n_lesions = self.lesions(measure.units)
         few = [(self.lesions(rows), words) for rows, words in measure.counted]
-        self.few = next((f"too few to say: {n} {words}lesion{'' if n == 1 else 's'}, at least {least} are asked for" for n, words in few if n < least), '')
+        self.few = next(
+            (
+                f"too few to say: {n} {words}lesion{'' if n == 1 else 's'}, at least {least} are asked for"
+                for n, words in few
+                if n < least
+            ),
+            '',
+        )
         self.known = not self.few and not np.isnan(self.value)
-        self.told = self.known and len(self.samples) > 0 and np.isnan(self.samples).mean() <= MAX_UNDEFINED and self.n_lesions > 1
+        self.told = (
+            self.known
+            and len(self.samples) > 0
+            and np.isnan(self.samples).mean() <= MAX_UNDEFINED
+            and self.n_lesions > 1
+        )
 
     def sides(self):
         "Lesions on the rarer side of a ranking and on the other; of several classes the rarest against the rest, which says the least."
@@ -168,61 +245,100 @@ class _Side:
         "Value and limits at any level."
         error = np.nanstd(self.samples) * np.sqrt(self.n_lesions / (self.n_lesions - 1))
         reach = error * stdtrit(self.n_lesions - 1, (1 + level) / 2) # Student's t
-        if self.measure.kind == 'mean': found = self.value - reach, self.value + reach
-        elif self.measure.kind == 'area' and self.value in (0., 1.): found = newcombe_interval(self.value, *self.sides(), level)
-        else: found = effective_limits(self.value, error, self.n_lesions, level)
+        if self.measure.kind == 'mean':
+            found = self.value - reach, self.value + reach
+        elif self.measure.kind == 'area' and self.value in (0., 1.):
+            found = newcombe_interval(self.value, *self.sides(), level)
+        else:
+            found = effective_limits(self.value, error, self.n_lesions, level)
         return dict(value=float(self.value), low=float(found[0]), high=float(found[1]))
 
     def leaf(self):
         "The figure with its interval, or why there is none."
         leaf = dict(value=None, low=None, high=None, n=self.n, n_lesions=self.n_lesions, method=self.method)
-        if self.told: return leaf | self.limits(.95)
-        return interval_leaf(np.nan if self.few else self.value, self.samples, self.n, self.n_lesions, self.few or 'undefined', None, self.method)
+        if self.told:
+            return leaf | self.limits(.95)
+        return interval_leaf(
+            np.nan if self.few else self.value,
+            self.samples,
+            self.n,
+            self.n_lesions,
+            self.few or 'undefined',
+            None,
+            self.method,
+        )
 
-# %% ../../nbs/evaluate/41_subgroups.ipynb #d33fcff5
+# %% ../../nbs/evaluate/41_subgroups.ipynb #e21da844
 def _gap_leaf(group, rest):
     "The group minus everyone else."
-    n, n_lesions, method = group.n + rest.n, len(group.ids | rest.ids), f'both sides combined (Newcombe 1998); {group.method}'
+    n = group.n + rest.n
+    n_lesions = len(group.ids | rest.ids)
+    method = f'both sides combined (Newcombe 1998); {group.method}'
     if group.told and rest.told:
-        first, second = group.limits(.95), rest.limits(.95)
+        first = group.limits(.95)
+        second = rest.limits(.95)
         low, high = combined_limits(first, second)
         return dict(value=first['value'] - second['value'], low=low, high=high, n=n, n_lesions=n_lesions, method=method)
     few = 'every image is in this group' if not rest.n else group.few or rest.few and f'in all other groups: {rest.few}'
     known = group.known and rest.known
     why = few or group.leaf().get('reason') or f"in all other groups: {rest.leaf().get('reason')}"
-    return dict(value=float(group.value - rest.value) if known else None, low=None, high=None, n=n, n_lesions=n_lesions, method=method, reason=why)
+    return dict(
+        value=float(group.value - rest.value) if known else None,
+        low=None,
+        high=None,
+        n=n,
+        n_lesions=n_lesions,
+        method=method,
+        reason=why,
+    )
 
+# %% ../../nbs/evaluate/41_subgroups.ipynb #d33fcff5
 def _judged_gaps(pairs, level=.05):
     "The gap leaves of one metric, each with its verdict among all of them; `pairs` are the sides, (group, rest)."
-    found, gaps = [_gap_leaf(*pair) for pair in pairs], sum(group.told and rest.told for group, rest in pairs)
+    found = [_gap_leaf(*pair) for pair in pairs]
+    gaps = sum(group.told and rest.told for group, rest in pairs)
     for leaf, pair in zip(found, pairs):
         leaf['verdict'] = 'too few to say'
-        if leaf['low'] is None: continue
+        if leaf['low'] is None:
+            continue
         low, high = combined_limits(*(side.limits(1 - level / gaps) for side in pair))
         leaf |= dict(verdict='higher' if low > 0 else 'lower' if high < 0 else 'not distinguishable', gaps=gaps)
     return found
 
-# %% ../../nbs/evaluate/41_subgroups.ipynb #0ecd3aca
+# %% ../../nbs/evaluate/41_subgroups.ipynb #e98f6e7a
 def _put(card, name, leaf):
     "Store a leaf under a dotted name."
     *path, last = name.split('.')
-    for key in path: card = card.setdefault(key, {})
+    for key in path:
+        card = card.setdefault(key, {})
     card[last] = leaf
 
+# %% ../../nbs/evaluate/41_subgroups.ipynb #b7cd2b1a
 def _column_sides(data, label_set, words, column, weights, lesions, min_lesions, threshold, method):
     "(column, group, metric) -> the group and everyone else."
-    names, sides = ordered_groups(words, column), {}
+    names = ordered_groups(words, column)
+    sides = {}
     groups = np.array([names.index(word) for word in words])
     for metric, measure in _measures(data, label_set, groups, len(names), weights, threshold).items():
         for g, name in enumerate(names):
             both = ((measure.inside, groups == g), (measure.outside, groups != g))
-            sides[column, name, metric] = tuple(_Side(measure, samples[:, g], where, lesions, min_lesions, method) for samples, where in both)
+            sides[column, name, metric] = tuple(
+                _Side(measure, samples[:, g], where, lesions, min_lesions, method) for samples, where in both
+            )
     return sides
 
+# %% ../../nbs/evaluate/41_subgroups.ipynb #0ecd3aca
 def _as_card(sides, words, lesions):
     "The sides as nested leaves."
-    card = {column: {name: dict(n=dict(value=int((found == name).sum()), n=len(found), n_lesions=len(np.unique(lesions[found == name]))))
-                     for name in ordered_groups(found, column)} for column, found in words.items()}
+    card = {
+        column: {
+            name: dict(
+                n=dict(value=int((found == name).sum()), n=len(found), n_lesions=len(np.unique(lesions[found == name])))
+            )
+            for name in ordered_groups(found, column)
+        }
+        for column, found in words.items()
+    }
     for metric in dict.fromkeys(metric for _, _, metric in sides):
         keys = [key for key in sides if key[2] == metric]
         for (column, name, _), gap in zip(keys, _judged_gaps([sides[key] for key in keys])):
@@ -233,16 +349,20 @@ def _as_card(sides, words, lesions):
 # %% ../../nbs/evaluate/41_subgroups.ipynb #74998488
 def subgroup_scorecard(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
-    labels:pd.DataFrame, # image_id, diagnosis, lesion_id, and what to group by: age, sex, site, skin_tone, source, any column of few words
+    # image_id, diagnosis, lesion_id, and what to group by: age, sex, site, skin_tone, source, any column of few words
+    labels:pd.DataFrame,
     label_set:LabelSet, # classes, and which are malignant
-    columns=None, # names to group by ('age_band' from age, 'region' from site); None takes those of SUBGROUPS that are there
+    # names to group by ('age_band' from age, 'region' from site); None takes those of SUBGROUPS that are there
+    columns=None,
     min_lesions:int=20, # a figure over fewer lesions is not given, at least 1
     n_resamples:int=1000, # of the lesion bootstrap
     seed:int=0, # of the resamples
-    threshold:float=.5, # called malignant where the malignancy probability reaches it; a locked threshold where there is one
+    # called malignant where the malignancy probability reaches it; a locked threshold where there is one
+    threshold:float=.5,
 ) -> dict: # column -> group -> n, accuracy, malignant.* (or auroc_macro), and under gap the same minus everyone else
     "The metrics of every group with their intervals, and the gap of each to everyone else."
-    if min_lesions < 1: raise ValueError(f"min_lesions is {min_lesions}; ask for at least 1")
+    if min_lesions < 1:
+        raise ValueError(f"min_lesions is {min_lesions}; ask for at least 1")
     data = align_tables(predictions, labels, label_set)
     row = pd.Index(labels['image_id'].astype(str)).get_indexer(data.image_ids)
     columns = [c for c in SUBGROUPS if _source_column(labels, c)] if columns is None else columns
@@ -250,12 +370,19 @@ def subgroup_scorecard(
     lesions = pd.factorize(data.lesion_ids, sort=True)[0]
     weights = np.concatenate([np.ones((1, len(lesions)), np.int16), lesion_weights(lesions, n_resamples, seed)])
     alone = f', {data.unknown_lesions} image(s) of unknown lesion each their own' if data.unknown_lesions else ''
-    settings = weights, lesions, min_lesions, threshold, f'standard error of the lesion bootstrap, seed {seed}{alone}, {n_resamples} resamples'
+    settings = (
+        weights,
+        lesions,
+        min_lesions,
+        threshold,
+        f'standard error of the lesion bootstrap, seed {seed}{alone}, {n_resamples} resamples',
+    )
     sides = {}
-    for column, found in words.items(): sides |= _column_sides(data, label_set, found, column, *settings)
+    for column, found in words.items():
+        sides |= _column_sides(data, label_set, found, column, *settings)
     return _as_card(sides, words, lesions)
 
-# %% ../../nbs/evaluate/41_subgroups.ipynb #18db8b8e
+# %% ../../nbs/evaluate/41_subgroups.ipynb #7b346919
 def leaf_at(
     card:dict, # nested
     name:str, # of a leaf, such as 'malignant.auroc'
@@ -265,12 +392,18 @@ def leaf_at(
         card = card.get(key) if isinstance(card, dict) else None
     return card
 
+# %% ../../nbs/evaluate/41_subgroups.ipynb #18db8b8e
 def gap_metrics(
     card:dict, # from `subgroup_scorecard`
 ) -> tuple: # of str, dotted
     "The metrics that a subgroup card holds."
     cell = next((cell for groups in card.values() for cell in groups.values()), dict(gap={}))
-    walk = lambda leaves, path: [path] if 'value' in leaves else [name for key, child in leaves.items() for name in walk(child, f'{path}.{key}')]
+    def walk(leaves, path):
+        return (
+            [path]
+            if 'value' in leaves
+            else [name for key, child in leaves.items() for name in walk(child, f'{path}.{key}')]
+        )
     return tuple(name for key, child in cell['gap'].items() for name in walk(child, key))
 
 # %% ../../nbs/evaluate/41_subgroups.ipynb #05254bd4
@@ -284,12 +417,23 @@ def subgroup_table(
     for column, groups in card.items():
         for group, cell in groups.items():
             for metric in gap_metrics(card) if metrics is None else metrics:
-                leaf, gap = leaf_at(cell, metric), leaf_at(cell['gap'], metric)
-                rows.append(dict(
-                    column=column, group=group, metric=metric, **{k: leaf[k] for k in ('value', 'low', 'high')},
-                    **{f'gap{k}': gap[v] for k, v in (('', 'value'), ('_low', 'low'), ('_high', 'high'))}, verdict=gap['verdict'],
-                    n=leaf['n'], n_lesions=leaf['n_lesions'], text='too few to say' if leaf['value'] is None else format_leaf(leaf, digits),
-                    gap_text='' if gap['value'] is None else format_leaf(gap, digits), reason=leaf.get('reason', gap.get('reason', ''))))
+                leaf = leaf_at(cell, metric)
+                gap = leaf_at(cell['gap'], metric)
+                rows.append(
+                    dict(
+                        column=column,
+                        group=group,
+                        metric=metric,
+                        **{k: leaf[k] for k in ('value', 'low', 'high')},
+                        **{f'gap{k}': gap[v] for k, v in (('', 'value'), ('_low', 'low'), ('_high', 'high'))},
+                        verdict=gap['verdict'],
+                        n=leaf['n'],
+                        n_lesions=leaf['n_lesions'],
+                        text='too few to say' if leaf['value'] is None else format_leaf(leaf, digits),
+                        gap_text='' if gap['value'] is None else format_leaf(gap, digits),
+                        reason=leaf.get('reason', gap.get('reason', '')),
+                    )
+                )
     table = pd.DataFrame(rows)
     numbers = ['value', 'low', 'high', 'gap', 'gap_low', 'gap_high']
     return table.astype({name: float for name in numbers}) if len(table) else table

@@ -39,13 +39,15 @@ class FixedMetadata(nn.Module):
         metadata:torch.Tensor|None=None, # (1,D) or (B,D) float32; None calls `model(image)`
     ):
         super().__init__()
-        self.model, self.metadata = model, metadata
+        self.model = model
+        self.metadata = metadata
 
     def forward(self,
         images:torch.Tensor, # (B,3,H,W) float32, normalised
     ) -> torch.Tensor: # (B,C) logits
         "Logits of the images under the fixed metadata."
-        if self.metadata is None: return self.model(images)
+        if self.metadata is None:
+            return self.model(images)
         row = self.metadata
         return self.model(images, row.expand(len(images), -1) if len(row) == 1 else row)
 
@@ -59,32 +61,39 @@ def untouched(
     params = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         model.eval()
-        for p, _, _ in params: p.requires_grad_(False)
+        for p, _, _ in params:
+            p.requires_grad_(False)
         yield model
     finally:
         for m, training, hooks in modes:
             m.training = training
-            for key in set(m._forward_hooks) - set(hooks): del m._forward_hooks[key]
+            for key in set(m._forward_hooks) - set(hooks):
+                del m._forward_hooks[key]
         for p, needed, grad in params:
             p.requires_grad_(needed)
             p.grad = grad
 
-# %% ../../nbs/explain/46_cam.ipynb #4c547c47
+# %% ../../nbs/explain/46_cam.ipynb #f275d60d
 def image_backbone(
     model:nn.Module, # a `LesionModel`, a timm model, or any torch module
 ) -> nn.Module|None: # None for a module that is neither
     "The timm model that reads the picture."
-    if not isinstance(model, LesionModel): return model if hasattr(model, 'forward_features') and hasattr(model, 'feature_info') else None
+    if not isinstance(model, LesionModel):
+        return model if hasattr(model, 'forward_features') and hasattr(model, 'feature_info') else None
     if getattr(model, 'backbone', None) is None:
-        raise ValueError("this model reads metadata alone, so there is no picture to explain; choose a member with a backbone")
+        raise ValueError(
+            "this model reads metadata alone, so there is no picture to explain; choose a member with a backbone"
+        )
     return model.backbone
 
+# %% ../../nbs/explain/46_cam.ipynb #4c547c47
 def target_layers(
     model:nn.Module, # a `LesionModel`, a timm model, or any torch module with convolutions
 ) -> dict: # name -> module, shallow to deep
     "The layers a map can be made at."
     backbone = image_backbone(model)
-    if backbone is not None: return dict(backbone_layers(backbone))
+    if backbone is not None:
+        return dict(backbone_layers(backbone))
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
 # %% ../../nbs/explain/46_cam.ipynb #dcbedfef
@@ -94,28 +103,37 @@ def find_layer(
 ) -> nn.Module: # the layer itself
     "The layer of that name; `ValueError` with the names that exist."
     inner = dict((image_backbone(model) or model).named_modules())
-    if layer and layer in inner: return inner[layer]
+    if layer and layer in inner:
+        return inner[layer]
     known = target_layers(model)
-    raise ValueError(f"layer {layer!r} is not in this model; choose one of {', '.join(known) or '(no convolution found)'}.{nearest(str(layer), known)}")
+    raise ValueError(
+        f"layer {layer!r} is not in this model; choose one of "
+        f"{', '.join(known) or '(no convolution found)'}.{nearest(str(layer), known)}"
+    )
 
 # %% ../../nbs/explain/46_cam.ipynb #0d07c212
 def as_maps(
     output:torch.Tensor, # what a layer returns: (B,C,h,w), (B,h,w,C) or tokens (B,N,C)
-    model:nn.Module|None=None, # the model it belongs to; None goes by the shape: h = w where channels come last, tokens of a square
+    # the model it belongs to; None goes by the shape: h = w where channels come last, tokens of a square
+    model:nn.Module|None=None,
     module:nn.Module|None=None, # the layer that gave it
 ) -> torch.Tensor: # (B,C,h,w)
     "Any layer's output as channel maps; `ValueError` where it has no place in the picture."
     backbone = None if model is None else image_backbone(model)
-    if backbone is not None: return to_maps(backbone, output, module)
+    if backbone is not None:
+        return to_maps(backbone, output, module)
     if output.ndim == 4:
         _, a, b, c = output.shape
         return output.permute(0, 3, 1, 2) if a == b != c else output
     if output.ndim == 3:
         side = int(output.shape[1] ** .5)
         return output[:, output.shape[1] - side * side:].transpose(1, 2).unflatten(2, (side, side))
-    raise ValueError(f"the layer's output has shape {tuple(output.shape)}, which has no height and width; choose a deeper-lying convolution or block")
+    raise ValueError(
+        f"the layer's output has shape {tuple(output.shape)}, which has no height and width; choose a "
+        "deeper-lying convolution or block"
+    )
 
-# %% ../../nbs/explain/46_cam.ipynb #937de45f
+# %% ../../nbs/explain/46_cam.ipynb #5139aece
 @dataclass(frozen=True)
 class Axis:
     "How the cells of a map lie along one side of the picture."
@@ -123,56 +141,75 @@ class Axis:
     pitch:float # pixels from one to the next
     first:float # the pixel on which the first is centred; 0 is the first pixel
 
+# %% ../../nbs/explain/46_cam.ipynb #04b6ac39
 def _front_padding(module, size, axis):
     "Pixels that a convolution or pooling adds before the first one."
     kernel, stride, padding, dilation = (v[axis] if isinstance(v, tuple) else v for v in (
         module.kernel_size, module.stride, module.padding, getattr(module, 'dilation', 1)))
     reach = (kernel - 1) * dilation + 1
-    if 'Same' in type(module).__name__ or padding == 'same': padding = max((-(-size // stride) - 1) * stride + reach - size, 0) // 2
+    if 'Same' in type(module).__name__ or padding == 'same':
+        padding = max((-(-size // stride) - 1) * stride + reach - size, 0) // 2
     return reach, stride, padding
 
+# %% ../../nbs/explain/46_cam.ipynb #c56f3d14
 def _through(line, axis, module, before, after):
     "The cells behind a module that makes the map smaller; a branch beside one that did so counts no more."
-    if after >= line.cells or before != line.cells: return line
+    if after >= line.cells or before != line.cells:
+        return line
     reach, stride, padding = _front_padding(module, before, axis)
     return Axis(after, line.pitch * stride, line.first + line.pitch * ((reach - 1) / 2 - padding))
 
+# %% ../../nbs/explain/46_cam.ipynb #937de45f
 def _merged(line, cells, size):
     "The cells where no convolution tells: neighbours merged from the first on, or else spread evenly."
-    if cells == line.cells: return line
-    if cells > line.cells: return Axis(cells, size / cells, size / cells / 2 - .5)
+    if cells == line.cells:
+        return line
+    if cells > line.cells:
+        return Axis(cells, size / cells, size / cells / 2 - .5)
     every = -(-line.cells // cells)
     return Axis(cells, line.pitch * every, line.first + line.pitch * (every - 1) / 2)
 
-# %% ../../nbs/explain/46_cam.ipynb #abca7223
+# %% ../../nbs/explain/46_cam.ipynb #1b447cdf
 def _stages(model):
     "The stages timm lists of a backbone, on whose way the map may shrink without a convolution."
     backbone = image_backbone(model)
     inner = {} if backbone is None else dict(backbone.named_modules())
     return [inner[i['module']] for i in getattr(backbone, 'feature_info', []) if i['module'] in inner]
 
+# %% ../../nbs/explain/46_cam.ipynb #abca7223
 def cell_layout(
     model:nn.Module, # a `LesionModel`, or any torch module of the image alone
     layers:dict, # name -> module, as `target_layers` gives them
     size:tuple, # (H, W) of the images
 ) -> dict: # name -> (`Axis` down, `Axis` right); layers that are not reached are left out
     "Where in the picture the cells of each layer's map look, from one blank image."
-    lines, found, handles = [Axis(side, 1., 0.) for side in size], {}, []
-    def merged(module, out): return [_merged(lines[a], as_maps(out, model, module).shape[2 + a], size[a]) for a in (0, 1)]
+    lines = [Axis(side, 1., 0.) for side in size]
+    found = {}
+    handles = []
+    def merged(module, out):
+        return [_merged(lines[a], as_maps(out, model, module).shape[2 + a], size[a]) for a in (0, 1)]
     def follow(module, args, out):
-        if args[0].ndim == 4 == out.ndim: lines[:] = [_through(lines[a], a, module, args[0].shape[2 + a], out.shape[2 + a]) for a in (0, 1)]
-    def shrink(module, args, out): lines[:] = merged(module, out)
-    def keep(name): return lambda module, args, out: found.update({name: tuple(merged(module, out))} if name not in found else {})
+        if args[0].ndim == 4 == out.ndim:
+            lines[:] = [_through(lines[a], a, module, args[0].shape[2 + a], out.shape[2 + a]) for a in (0, 1)]
+    def shrink(module, args, out):
+        lines[:] = merged(module, out)
+    def keep(name):
+        return lambda module, args, out: found.update({name: tuple(merged(module, out))} if name not in found else {})
     weight = next(model.parameters())
     with untouched(model), torch.no_grad():
         try:
-            handles += [m.register_forward_hook(follow) for m in model.modules() if hasattr(m, 'kernel_size') and hasattr(m, 'stride')]
+            handles += [
+                m.register_forward_hook(follow)
+                for m in model.modules()
+                if hasattr(m, 'kernel_size') and hasattr(m, 'stride')
+            ]
             handles += [m.register_forward_hook(shrink) for m in _stages(model)]
             handles += [module.register_forward_hook(keep(name)) for name, module in layers.items()]
             run = model.eval().forward_features if image_backbone(model) is not None else model.eval()
             run(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
         finally:
-            for handle in handles: handle.remove()
+            for handle in handles:
+                handle.remove()
     return found
 
 # %% ../../nbs/explain/46_cam.ipynb #de944b76
@@ -183,11 +220,17 @@ def default_layer(
     size:tuple, # (H, W) of the images
 ) -> str: # a name of `target_layers`
     "The deepest layer whose map has at least `MIN_CELLS` cells a side; the finest map where none has; the last of a transformer."
-    layers, backbone = target_layers(model), image_backbone(model)
-    if not layers: raise ValueError("this model has no convolution a map could be made at; class activation maps need one")
-    if backbone is not None and attends(backbone): return list(layers)[-1]
+    layers = target_layers(model)
+    backbone = image_backbone(model)
+    if not layers:
+        raise ValueError("this model has no convolution a map could be made at; class activation maps need one")
+    if backbone is not None and attends(backbone):
+        return list(layers)[-1]
     cells = {name: min(line.cells for line in found) for name, found in cell_layout(model, layers, size).items()}
-    return max([name for name in layers if name in cells], key=lambda name: (min(cells[name], MIN_CELLS), list(layers).index(name)))
+    return max(
+        [name for name in layers if name in cells],
+        key=lambda name: (min(cells[name], MIN_CELLS), list(layers).index(name)),
+    )
 
 # %% ../../nbs/explain/46_cam.ipynb #edf08d4c
 class ScaledGradCAM(GradCAM):
@@ -216,12 +259,16 @@ class LeanScoreCAM(ScoreCAM):
     def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
         "Softmax over the channels of the target's score on the image kept by each channel, (1,C)."
         maps = torch.from_numpy(activations).to(self.device)[0]
-        low, high = maps.amin((1, 2)), maps.amax((1, 2))
+        low = maps.amin((1, 2))
+        high = maps.amax((1, 2))
         live = (high > low).nonzero()[:, 0]
         scores = targets[0](self.model(torch.zeros_like(input_tensor))).expand(len(maps)).clone()
         for chosen in live.split(self.batch_size):
-            masks = F.interpolate(maps[chosen][:, None], size=input_tensor.shape[-2:], mode='bilinear', align_corners=True)
-            floor, ceiling = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
+            masks = F.interpolate(
+                maps[chosen][:, None], size=input_tensor.shape[-2:], mode='bilinear', align_corners=True
+            )
+            floor = masks.amin((2, 3), keepdim=True)
+            ceiling = masks.amax((2, 3), keepdim=True)
             scores[chosen] = targets[0](self.model(input_tensor * (masks - floor) / (ceiling - floor + 1e-8)))
             self.activations_and_grads.clear()
         return scores.softmax(0)[None].cpu().numpy()
@@ -235,32 +282,42 @@ def check_method(
     method:str, # a name of `CAM_METHODS`
 ) -> str: # the same name
     "The method, if there is one of that name."
-    if method in CAM_METHODS: return method
-    raise ValueError(f"method {method!r} is not known; choose one of {', '.join(CAM_METHODS)}.{nearest(str(method), CAM_METHODS)}")
+    if method in CAM_METHODS:
+        return method
+    raise ValueError(
+        f"method {method!r} is not known; choose one of {', '.join(CAM_METHODS)}.{nearest(str(method), CAM_METHODS)}"
+    )
 
-# %% ../../nbs/explain/46_cam.ipynb #0586ffa5
+# %% ../../nbs/explain/46_cam.ipynb #c196974e
 def _targets(view, images, targets):
     "The class to explain for each image, checked against the number of classes."
-    with torch.no_grad(): logits = view(images)
-    if targets is None: return logits.argmax(1).tolist()
+    with torch.no_grad():
+        logits = view(images)
+    if targets is None:
+        return logits.argmax(1).tolist()
     if len(targets) != len(images):
         raise ValueError(f"{len(targets)} targets for {len(images)} images; give one class index for each image")
     for i, t in enumerate(targets):
         if not 0 <= int(t) < logits.shape[1]:
-            raise ValueError(f"target {t} of image {i} is not a class; the model has classes 0 to {logits.shape[1] - 1}")
+            raise ValueError(
+                f"target {t} of image {i} is not a class; the model has classes 0 to {logits.shape[1] - 1}"
+            )
     return [int(t) for t in targets]
 
+# %% ../../nbs/explain/46_cam.ipynb #0586ffa5
 def _one_batch(model, images, metadata, method, layer, targets, batch_size):
     "Maps of one batch; the caller sees to the model's state."
     view = FixedMetadata(model, metadata)
     targets = _targets(view, images, targets)
     cam = _MAKERS[method](view, [layer], reshape_transform=lambda output: as_maps(output, model, layer))
-    cam.batch_size, backbone = batch_size, image_backbone(model)
+    cam.batch_size = batch_size
+    backbone = image_backbone(model)
     cam.per_place = backbone is not None and reads_class_token(backbone)
     try:
         with torch.set_grad_enabled(method == 'gradcam'):
             return cam(images, targets=[ClassifierOutputTarget(t) for t in targets])
-    finally: cam.activations_and_grads.release()
+    finally:
+        cam.activations_and_grads.release()
 
 # %% ../../nbs/explain/46_cam.ipynb #46cccf1b
 def _place(cams, layout):
@@ -269,9 +326,15 @@ def _place(cams, layout):
     for row, (line, side) in enumerate(zip(layout[::-1], cams.shape[:0:-1])): # across, then down
         drawn = side / line.cells # pixels that the enlarged map gives to a cell
         matrix[row, row], matrix[row, 2] = line.pitch / drawn, line.first + line.pitch * (.5 / drawn - .5)
-    if np.allclose(matrix, np.eye(2, 3)): return cams
-    return np.array([cv2.warpAffine(c, matrix, cams.shape[:0:-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for c in cams],
-                    np.float32).reshape(cams.shape)
+    if np.allclose(matrix, np.eye(2, 3)):
+        return cams
+    return np.array(
+        [
+            cv2.warpAffine(c, matrix, cams.shape[:0:-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            for c in cams
+        ],
+        np.float32,
+    ).reshape(cams.shape)
 
 # %% ../../nbs/explain/46_cam.ipynb #f3a43508
 @torch.inference_mode(False)
@@ -300,7 +363,9 @@ def compute_cam(
             rows = slice(i, i + step)
             batch = images[rows].detach().clone().requires_grad_(method == 'gradcam')
             fixed = None if metadata is None else metadata[rows].detach().clone()
-            cams.append(_one_batch(model, batch, fixed, method, module, None if targets is None else targets[rows], batch_size))
+            cams.append(
+                _one_batch(model, batch, fixed, method, module, None if targets is None else targets[rows], batch_size)
+            )
     cams = np.clip(np.nan_to_num(np.concatenate(cams), nan=0.), 0, 1).astype(np.float32)
     return _place(cams, cell_layout(model, {layer: module}, size)[layer])
 
@@ -321,12 +386,13 @@ def overlay(
     opacity:float=.5, # of the map: 0 shows the picture alone, 1 the map alone
 ) -> np.ndarray: # (H,W,3) uint8
     "The picture with the map laid over it."
-    if not 0 <= opacity <= 1: raise ValueError(f"opacity is {opacity}; choose a number from 0 (picture) to 1 (map)")
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity is {opacity}; choose a number from 0 (picture) to 1 (map)")
     stretched = cv2.resize(np.asarray(cam, np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     colours = colormaps[COLOUR_MAP](np.clip(stretched, 0, 1))[..., :3] * 255
     return np.rint(image * (1. - opacity) + colours * opacity).astype(np.uint8)
 
-# %% ../../nbs/explain/46_cam.ipynb #a2db17ee
+# %% ../../nbs/explain/46_cam.ipynb #5a539e27
 @dataclass(frozen=True)
 class GalleryRow:
     "One picture of a gallery: what it is, what the model says, and its maps."
@@ -339,6 +405,7 @@ class GalleryRow:
     label:str='' # image id, shown small
     notes:dict=field(default_factory=dict) # method -> a short line under its map
 
+# %% ../../nbs/explain/46_cam.ipynb #a2db17ee
 def row_title(
     row:GalleryRow, # the row to describe
 ) -> str: # two lines; long names are wrapped
@@ -357,18 +424,28 @@ def dataset_row(
     "The gallery row of an image of a dataset."
     words = [source.label_set.names[code].replace('_', ' ') for code in source.label_set.codes]
     truth = source.table.set_index('image_id').diagnosis[image_id]
-    mask, best = source.mask_path(image_id), int(np.argmax(probs))
-    return GalleryRow(read_image(source.image_path(image_id)), maps, words[source.label_set.index(truth)], words[best], float(probs[best]),
-                      None if mask is None else read_mask(mask), image_id)
+    mask = source.mask_path(image_id)
+    best = int(np.argmax(probs))
+    return GalleryRow(
+        read_image(source.image_path(image_id)),
+        maps,
+        words[source.label_set.index(truth)],
+        words[best],
+        float(probs[best]),
+        None if mask is None else read_mask(mask),
+        image_id,
+    )
 
-# %% ../../nbs/explain/46_cam.ipynb #6cbd3989
+# %% ../../nbs/explain/46_cam.ipynb #0371a000
 def _outline(ax, mask):
     "Draw the lesion's edge, white on black so that it shows on any skin."
     shapes, _ = cv2.findContours(np.pad(mask.astype(np.uint8), 1), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     for shape in shapes:
         x, y = np.vstack([shape[:, 0], shape[:1, 0]]).T - 1
-        for colour, width in (('black', 2.2), ('white', 1.)): ax.plot(x, y, color=colour, lw=width)
+        for colour, width in (('black', 2.2), ('white', 1.)):
+            ax.plot(x, y, color=colour, lw=width)
 
+# %% ../../nbs/explain/46_cam.ipynb #6cbd3989
 def _panel(ax, picture, title, size=9):
     "One picture without axes."
     ax.imshow(picture)
@@ -383,17 +460,20 @@ def cam_gallery(
     width:float=2.6, # of one picture, in inches
 ) -> Figure: # one row per picture: outline, then each method
     "Pictures side by side with their maps."
-    if not rows: raise ValueError("no rows to draw; give at least one GalleryRow")
+    if not rows:
+        raise ValueError("no rows to draw; give at least one GalleryRow")
     methods = list(rows[0].maps)
     tall = max(r.image.shape[0] / r.image.shape[1] for r in rows) * width + .6
     fig = Figure(figsize=(width * (1 + len(methods)) + .7, tall * len(rows) + .35), layout='constrained')
     axes = fig.subplots(len(rows), 1 + len(methods), squeeze=False)
     for line, row in zip(axes, rows):
         _panel(line[0], row.image, row_title(row))
-        if row.mask is not None: _outline(line[0], row.mask)
+        if row.mask is not None:
+            _outline(line[0], row.mask)
         line[0].set_xlabel(row.label, fontsize=7, color='.4', labelpad=2)
         for ax, method in zip(line[1:], methods):
-            empty, name = is_flat(row.maps[method]), CAM_NAMES.get(method, method)
+            empty = is_flat(row.maps[method])
+            name = CAM_NAMES.get(method, method)
             picture = row.image if empty else overlay(row.image, row.maps[method], opacity)
             _panel(ax, picture, f'{name}\n(nothing stood out)' if empty else name)
             ax.set_xlabel(row.notes.get(method, ''), fontsize=8, labelpad=2)

@@ -20,7 +20,8 @@ def fit_masks(
     size:tuple, # (H, W) of the maps
 ) -> np.ndarray: # (N,H,W) float32 in [0, 1]: the share of each pixel inside the lesion
     "Masks brought to the maps' size, the way pictures are: squashed, by area."
-    if not len(masks): return np.zeros((0, *size), np.float32)
+    if not len(masks):
+        return np.zeros((0, *size), np.float32)
     return np.stack([cv2.resize(np.asarray(m, np.float32), size[::-1], interpolation=cv2.INTER_AREA) for m in masks])
 
 # %% ../../nbs/explain/47_faithfulness.ipynb #efbd0b25
@@ -30,15 +31,18 @@ def energy_inside(
 ) -> np.ndarray: # (N,) float64 in [0, 1]; NaN where the map or the mask is empty
     "Share of each map's sum that lies inside the lesion."
     cams = np.asarray(cams, np.float64)
-    if cams.ndim != 3: raise ValueError(f"maps have shape {cams.shape}; give (N, height, width)")
-    if len(cams) != len(masks): raise ValueError(f"{len(cams)} maps but {len(masks)} masks; give one mask for each map")
-    if (cams < 0).any(): raise ValueError(f"the smallest map value is {np.nanmin(cams):.3g}; energy needs maps that are not negative")
+    if cams.ndim != 3:
+        raise ValueError(f"maps have shape {cams.shape}; give (N, height, width)")
+    if len(cams) != len(masks):
+        raise ValueError(f"{len(cams)} maps but {len(masks)} masks; give one mask for each map")
+    if (cams < 0).any():
+        raise ValueError(f"the smallest map value is {np.nanmin(cams):.3g}; energy needs maps that are not negative")
     masks = fit_masks(masks, cams.shape[1:])
     total = cams.sum((1, 2))
     defined = (total > 0) & np.isfinite(total) & (masks.sum((1, 2)) > 0)
     return np.where(defined, (cams * masks).sum((1, 2)) / np.where(defined, total, 1), np.nan)
 
-# %% ../../nbs/explain/47_faithfulness.ipynb #1baee82e
+# %% ../../nbs/explain/47_faithfulness.ipynb #3c662a69
 def centre_map(
     height:int, # of the map, in pixels
     width:int, # of the map, in pixels
@@ -47,6 +51,7 @@ def centre_map(
     y, x = (np.linspace(-1 + 1 / n, 1 - 1 / n, n) for n in (height, width))
     return np.exp(-2 * (y[:, None] ** 2 + x[None] ** 2)).astype(np.float32)
 
+# %% ../../nbs/explain/47_faithfulness.ipynb #b61f65e7
 def edge_map(
     height:int, # of the map, in pixels
     width:int, # of the map, in pixels
@@ -54,6 +59,7 @@ def edge_map(
     "The centre map's opposite: the further out, the brighter."
     return 1 - centre_map(height, width)
 
+# %% ../../nbs/explain/47_faithfulness.ipynb #1baee82e
 def uniform_map(
     height:int, # of the map, in pixels
     width:int, # of the map, in pixels
@@ -68,27 +74,44 @@ def faithfulness_table(
     maps:dict, # method -> (N,H,W) maps in [0, 1]
     masks, # N lesion masks (h,w) bool
     image_ids, # (N,) str
-    lesion_ids=None, # (N,) str: pictures of one lesion are not independent; None takes each picture for a lesion of its own
+    # (N,) str: pictures of one lesion are not independent; None takes each picture for a lesion of its own
+    lesion_ids=None,
 ) -> pd.DataFrame: # N rows: image_id, lesion_id, lesion_share, then one column per method and baseline
     "Energy inside the lesion of each method's map and of the baselines, picture by picture."
     for method, cams in maps.items():
-        if len(cams) != len(image_ids): raise ValueError(f"method '{method}' has {len(cams)} maps for {len(image_ids)} images; give one map for each image")
-        if method in BASELINES: raise ValueError(f"method '{method}' has the name of a baseline; rename it")
+        if len(cams) != len(image_ids):
+            raise ValueError(
+                f"method '{method}' has {len(cams)} maps for {len(image_ids)} images; give one map for each image"
+            )
+        if method in BASELINES:
+            raise ValueError(f"method '{method}' has the name of a baseline; rename it")
     size = next(iter(maps.values())).shape[1:]
-    table = pd.DataFrame(dict(image_id=list(image_ids), lesion_id=list(image_ids if lesion_ids is None else lesion_ids)))
+    table = pd.DataFrame(
+        dict(image_id=list(image_ids), lesion_id=list(image_ids if lesion_ids is None else lesion_ids))
+    )
     table['lesion_share'] = fit_masks(masks, size).mean((1, 2))
-    for method, cams in maps.items(): table[method] = energy_inside(cams, masks)
-    for name, make in BASELINES.items(): table[name] = energy_inside(np.repeat(make(*size)[None], len(table), 0), masks)
+    for method, cams in maps.items():
+        table[method] = energy_inside(cams, masks)
+    for name, make in BASELINES.items():
+        table[name] = energy_inside(np.repeat(make(*size)[None], len(table), 0), masks)
     return table
 
 # %% ../../nbs/explain/47_faithfulness.ipynb #3c741b3f
 def _mean_leaf(values, lesions, weights, method='percentile lesion bootstrap'):
     "Mean over the defined values, as a metric leaf with its interval."
     defined = np.isfinite(values)
-    kept, mass = weights[:, defined], weights[:, defined].sum(1)
+    kept = weights[:, defined]
+    mass = weights[:, defined].sum(1)
     samples = np.where(mass > 0, kept @ values[defined] / np.where(mass > 0, mass, 1), np.nan)
     mean = values[defined].mean() if defined.any() else np.nan
-    return interval_leaf(mean, samples, defined.sum(), len(set(lesions[defined])), 'no image has both a map and a lesion mask', method=method)
+    return interval_leaf(
+        mean,
+        samples,
+        defined.sum(),
+        len(set(lesions[defined])),
+        'no image has both a map and a lesion mask',
+        method=method,
+    )
 
 # %% ../../nbs/explain/47_faithfulness.ipynb #e4ce2557
 def faithfulness_summary(
@@ -103,7 +126,8 @@ def faithfulness_summary(
     for name in table.columns.drop(['image_id', 'lesion_id', 'lesion_share']):
         values = table[name].to_numpy(float)
         summary[name] = dict(energy_inside=_mean_leaf(values, lesions, weights))
-        if name in BASELINES: continue
+        if name in BASELINES:
+            continue
         summary[name]['difference_to_centre'] = _mean_leaf(values - table.centre.to_numpy(float), lesions, weights,
                                                            'paired percentile lesion bootstrap')
         summary[name]['undefined'] = dict(value=int(np.isnan(values).sum()), n=len(values))
@@ -112,8 +136,15 @@ def faithfulness_summary(
 # %% ../../nbs/explain/47_faithfulness.ipynb #b2060d39
 def _verdict(leaf):
     "What a paired difference to the centre says, in words."
-    if leaf['low'] is None: return 'cannot be told'
-    return 'better than the centre' if leaf['low'] > 0 else 'worse than the centre' if leaf['high'] < 0 else 'no different from the centre'
+    if leaf['low'] is None:
+        return 'cannot be told'
+    return (
+        'better than the centre'
+        if leaf['low'] > 0
+        else 'worse than the centre'
+        if leaf['high'] < 0
+        else 'no different from the centre'
+    )
 
 # %% ../../nbs/explain/47_faithfulness.ipynb #db327306
 def summary_table(
@@ -123,9 +154,15 @@ def summary_table(
     rows = []
     for name, leaves in summary.items():
         diff = leaves.get('difference_to_centre')
-        rows.append({'map': CAM_NAMES.get(name, f'{name} (baseline)'), 'energy inside the lesion': format_leaf(leaves['energy_inside']),
-                     'less the centre map': format_leaf(diff) if diff else '', 'verdict': _verdict(diff) if diff else '',
-                     'undefined': f"{leaves['undefined']['value']} of {leaves['undefined']['n']}" if diff else ''})
+        rows.append(
+            {
+                'map': CAM_NAMES.get(name, f'{name} (baseline)'),
+                'energy inside the lesion': format_leaf(leaves['energy_inside']),
+                'less the centre map': format_leaf(diff) if diff else '',
+                'verdict': _verdict(diff) if diff else '',
+                'undefined': f"{leaves['undefined']['value']} of {leaves['undefined']['n']}" if diff else '',
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/explain/47_faithfulness.ipynb #7f51d4e0
@@ -136,9 +173,12 @@ def plot_faithfulness(
     "Mean energy inside the lesion with its interval: methods dark, baselines grey."
     names = [n for n in summary if summary[n]['energy_inside']['value'] is not None][::-1]
     for i, name in enumerate(names):
-        leaf, colour = summary[name]['energy_inside'], '.6' if name in BASELINES else '#3b528b'
-        if leaf['low'] is not None: ax.plot([leaf['low'], leaf['high']], [i, i], color=colour, lw=2)
+        leaf = summary[name]['energy_inside']
+        colour = '.6' if name in BASELINES else '#3b528b'
+        if leaf['low'] is not None:
+            ax.plot([leaf['low'], leaf['high']], [i, i], color=colour, lw=2)
         ax.plot(leaf['value'], i, 'o', color=colour)
-    if 'centre' in names: ax.axvline(summary['centre']['energy_inside']['value'], color='.6', lw=1, ls=':')
+    if 'centre' in names:
+        ax.axvline(summary['centre']['energy_inside']['value'], color='.6', lw=1, ls=':')
     ax.set(yticks=range(len(names)), yticklabels=[CAM_NAMES.get(n, f'{n} (baseline)') for n in names], xlim=(0, 1),
            xlabel="share of the map's energy inside the lesion (95 % interval)", ylim=(-.6, len(names) - .4))

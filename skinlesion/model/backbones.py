@@ -31,9 +31,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..images import IMAGENET_MEAN, IMAGENET_STD
 
 # %% ../../nbs/model/21_backbones.ipynb #178aa0a8
-TESTED = ('efficientnet_b0', 'densenet121', 'resnet50', 'convnext_tiny', 'convnext_base', 'tf_efficientnetv2_s', 'tf_efficientnetv2_m',
-          'swinv2_tiny_window8_256', 'swinv2_base_window8_256', 'seresnext50_32x4d', 'seresnext101_32x8d', 'mobilenetv2_100',
-          'vit_small_patch14_dinov2')
+TESTED = (
+    'efficientnet_b0',
+    'densenet121',
+    'resnet50',
+    'convnext_tiny',
+    'convnext_base',
+    'tf_efficientnetv2_s',
+    'tf_efficientnetv2_m',
+    'swinv2_tiny_window8_256',
+    'swinv2_base_window8_256',
+    'seresnext50_32x4d',
+    'seresnext101_32x8d',
+    'mobilenetv2_100',
+    'vit_small_patch14_dinov2',
+)
 
 # %% ../../nbs/model/21_backbones.ipynb #46a1e7d6
 SMALL_WIDTH = 32 # channels of the first block; each further block has twice as many
@@ -60,9 +72,13 @@ class SmallCNN(nn.Module):
     ):
         super().__init__()
         widths = [SMALL_WIDTH * 2 ** i for i in range(blocks)]
-        self.num_classes, self.num_features, self.head_hidden_size = num_classes, widths[-1], widths[-1]
+        self.num_classes = num_classes
+        self.num_features = widths[-1]
+        self.head_hidden_size = widths[-1]
         self.blocks = nn.Sequential(*(SmallBlock(i, o) for i, o in zip([in_chans, *widths], widths)))
-        self.feature_info = [dict(num_chs=w, reduction=2 ** (i + 1), module=f'blocks.{i}') for i, w in enumerate(widths)]
+        self.feature_info = [
+            dict(num_chs=w, reduction=2 ** (i + 1), module=f'blocks.{i}') for i, w in enumerate(widths)
+        ]
         self.head = ClassifierHead(widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
     def group_matcher(self,
@@ -83,7 +99,7 @@ class SmallCNN(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
 
-# %% ../../nbs/model/21_backbones.ipynb #407144a0
+# %% ../../nbs/model/21_backbones.ipynb #21749c66
 @patch
 def forward_features(self:SmallCNN,
     x:torch.Tensor, # (B,3,H,W) float32, normalised
@@ -91,6 +107,7 @@ def forward_features(self:SmallCNN,
     "The last map."
     return self.blocks(x)
 
+# %% ../../nbs/model/21_backbones.ipynb #55fd9714
 @patch
 def forward_head(self:SmallCNN,
     x:torch.Tensor, # (B,F,h,w), the last map
@@ -99,6 +116,7 @@ def forward_head(self:SmallCNN,
     "The map pooled and classified."
     return self.head(x, pre_logits=pre_logits)
 
+# %% ../../nbs/model/21_backbones.ipynb #407144a0
 @patch
 def forward(self:SmallCNN,
     x:torch.Tensor, # (B,3,H,W) float32, normalised
@@ -107,16 +125,29 @@ def forward(self:SmallCNN,
     return self.forward_head(self.forward_features(x))
 
 # %% ../../nbs/model/21_backbones.ipynb #1a9459ed
-default_cfgs = generate_default_cfgs({name: dict( # timm looks for them under this name
-    input_size=(3, 128, 128), pool_size=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, interpolation='bicubic', crop_pct=1.,
-    num_classes=1000, first_conv='blocks.0.conv.conv', classifier='head.fc') for name in ('small_cnn_3', 'small_cnn_4')})
+default_cfgs = generate_default_cfgs(
+    {
+        name: dict( # timm looks for them under this name
+            input_size=(3, 128, 128),
+            pool_size=None,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            interpolation='bicubic',
+            crop_pct=1.0,
+            num_classes=1000,
+            first_conv='blocks.0.conv.conv',
+            classifier='head.fc',
+        )
+        for name in ('small_cnn_3', 'small_cnn_4')
+    }
+)
 
 def _small_cnn(variant, pretrained, blocks, **kwargs):
     "Build one the way timm builds its own."
     return build_model_with_cfg(SmallCNN, variant, pretrained, blocks=blocks,
                                 feature_cfg=dict(out_indices=tuple(range(blocks)), feature_cls='hook'), **kwargs)
 
-# %% ../../nbs/model/21_backbones.ipynb #7c4cbdf9
+# %% ../../nbs/model/21_backbones.ipynb #f6bb0ec8
 @register_model
 def small_cnn_3(
     pretrained:bool=False, # there are no published weights
@@ -125,6 +156,7 @@ def small_cnn_3(
     "Three blocks: 32, 64 and 128 channels."
     return _small_cnn('small_cnn_3', pretrained, 3, **kwargs)
 
+# %% ../../nbs/model/21_backbones.ipynb #7c4cbdf9
 @register_model
 def small_cnn_4(
     pretrained:bool=False, # there are no published weights
@@ -139,13 +171,14 @@ def check_backbone(
 ) -> str: # the same name
     "The name, if timm has a model so called; else an error with the nearest names."
     bare, _, tag = str(name).partition('.')
-    if timm.is_model(bare) and (not tag or name in timm.list_models(f'{bare}.*', pretrained=True)): return name
+    if timm.is_model(bare) and (not tag or name in timm.list_models(f'{bare}.*', pretrained=True)):
+        return name
     tags = [f"'{t}'" for t in timm.list_models(f'{bare}.*', pretrained=True)] if timm.is_model(bare) else []
     near = tags or [f"'{n}'" for n in get_close_matches(bare, timm.list_models(), n=3, cutoff=.6)]
     hint = f" Did you mean {', '.join(near)}?" if near else ''
     raise ValueError(f"backbone '{name}' is no timm model.{hint} See timm.list_models()")
 
-# %% ../../nbs/model/21_backbones.ipynb #70e43d77
+# %% ../../nbs/model/21_backbones.ipynb #b5bd12f7
 @dataclass(frozen=True)
 class BackboneConfig:
     "What timm records of a model."
@@ -158,14 +191,23 @@ class BackboneConfig:
     licence:str # of its published weights; '' where there are none, 'unknown' where timm does not say
     origin:str # of its published weights: hub name or address; '' where there are none
 
+# %% ../../nbs/model/21_backbones.ipynb #70e43d77
 def backbone_config(
     name:str, # as `check_backbone` takes it
 ) -> BackboneConfig: # frozen
     "Input size, normalisation, licence and origin of a backbone, from timm's own record."
     cfg = get_pretrained_cfg(check_backbone(name))
     origin = str(cfg.hf_hub_id or cfg.origin_url or cfg.url or '') if cfg.has_weights else ''
-    return BackboneConfig(name, cfg.input_size[-1], bool(cfg.fixed_input_size), tuple(cfg.mean), tuple(cfg.std), cfg.interpolation,
-                          (cfg.license or 'unknown') if cfg.has_weights else '', origin)
+    return BackboneConfig(
+        name,
+        cfg.input_size[-1],
+        bool(cfg.fixed_input_size),
+        tuple(cfg.mean),
+        tuple(cfg.std),
+        cfg.interpolation,
+        (cfg.license or 'unknown') if cfg.has_weights else '',
+        origin,
+    )
 
 # %% ../../nbs/model/21_backbones.ipynb #32aaf26a
 class Standardise(nn.Module):
@@ -176,7 +218,9 @@ class Standardise(nn.Module):
     ):
         super().__init__()
         self.same = tuple(mean) == tuple(IMAGENET_MEAN) and tuple(std) == tuple(IMAGENET_STD)
-        mean, std, ours, spread = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std, IMAGENET_MEAN, IMAGENET_STD))
+        mean, std, ours, spread = (
+            torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std, IMAGENET_MEAN, IMAGENET_STD)
+        )
         self.register_buffer('scale', (spread / std).float(), persistent=False)
         self.register_buffer('shift', ((ours - mean) / std).float(), persistent=False)
 
@@ -186,32 +230,44 @@ class Standardise(nn.Module):
         "The same picture in the backbone's own numbers."
         return image if self.same else image * self.scale.to(image.dtype) + self.shift.to(image.dtype)
 
-# %% ../../nbs/model/21_backbones.ipynb #da535ce6
+# %% ../../nbs/model/21_backbones.ipynb #825f896f
 def built_size(
     backbone:nn.Module, # a timm model
 ) -> int: # pixels a side
     "The image size a backbone was built for."
-    size = getattr(getattr(backbone, 'patch_embed', None), 'img_size', None) or backbone.pretrained_cfg.get('input_size', (3, 224, 224))
+    size = getattr(getattr(backbone, 'patch_embed', None), 'img_size', None) or backbone.pretrained_cfg.get(
+        'input_size', (3, 224, 224)
+    )
     return size[-1]
 
+# %% ../../nbs/model/21_backbones.ipynb #97a474d6
 def _patch(backbone):
     "Pixels a side of a patch, 1 for a network that has none."
     size = getattr(getattr(backbone, 'patch_embed', None), 'patch_size', 1)
     return size if isinstance(size, int) else max(size)
 
+# %% ../../nbs/model/21_backbones.ipynb #da535ce6
 def _build(name, pretrained, image_size, drop_path_rate):
     "timm's model without classifier, for images of `image_size` pixels."
-    config, wanted = backbone_config(name), dict(num_classes=0, drop_path_rate=float(drop_path_rate))
-    if config.fixed_size and image_size not in (None, config.image_size): wanted['img_size'] = image_size
-    try: backbone = timm.create_model(name, pretrained=pretrained, **wanted)
+    config = backbone_config(name)
+    wanted = dict(num_classes=0, drop_path_rate=float(drop_path_rate))
+    if config.fixed_size and image_size not in (None, config.image_size):
+        wanted['img_size'] = image_size
+    try:
+        backbone = timm.create_model(name, pretrained=pretrained, **wanted)
     except TypeError as e:
-        if 'drop_path_rate' not in str(e) or drop_path_rate: raise
-        backbone = timm.create_model(name, pretrained=pretrained, **{k: v for k, v in wanted.items() if k != 'drop_path_rate'})
+        if 'drop_path_rate' not in str(e) or drop_path_rate:
+            raise
+        backbone = timm.create_model(
+            name, pretrained=pretrained, **{k: v for k, v in wanted.items() if k != 'drop_path_rate'}
+        )
     if image_size and image_size % _patch(backbone):
-        raise ValueError(f"{image_size} is no multiple of its patches of {_patch(backbone)} pixels, so a border would never be seen")
+        raise ValueError(
+            f"{image_size} is no multiple of its patches of {_patch(backbone)} pixels, so a border would never be seen"
+        )
     return backbone
 
-# %% ../../nbs/model/21_backbones.ipynb #d52e7051
+# %% ../../nbs/model/21_backbones.ipynb #cc0e8b77
 @cache
 def size_problem(
     name:str, # of the backbone
@@ -222,10 +278,13 @@ def size_problem(
         with torch.device('meta'), torch.no_grad():
             backbone = _build(name, False, image_size, 0.).eval()
             backbone.forward_head(backbone.forward_features(torch.zeros(1, 3, image_size, image_size)), pre_logits=True)
-    except NotImplementedError: return '' # an operation without a meta kernel proves nothing
-    except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as e: return str(e) or type(e).__name__
+    except NotImplementedError:
+        return '' # an operation without a meta kernel proves nothing
+    except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as e:
+        return str(e) or type(e).__name__
     return ''
 
+# %% ../../nbs/model/21_backbones.ipynb #d52e7051
 def allowed_sizes(
     name:str, # of the backbone
     near:int|None=None, # pixels; None stands for the backbone's own size
@@ -233,12 +292,16 @@ def allowed_sizes(
 ) -> tuple: # of int, ascending; each was tried
     "Square image sizes that a backbone can take, near a wanted one."
     config = backbone_config(name)
-    with torch.device('meta'): step = max([i['reduction'] for i in _build(name, False, None, 0.).feature_info])
+    with torch.device('meta'):
+        step = max([i['reduction'] for i in _build(name, False, None, 0.).feature_info])
     near = near or config.image_size
-    multiples = sorted((step * k for k in range(1, max(near, config.image_size) // step + count + 1)), key=lambda s: (abs(s - near), s))
+    multiples = sorted(
+        (step * k for k in range(1, max(near, config.image_size) // step + count + 1)), key=lambda s: (abs(s - near), s)
+    )
     found = []
     for size in multiples[:3 * count]:
-        if len(found) < count and not size_problem(name, size): found.append(size)
+        if len(found) < count and not size_problem(name, size):
+            found.append(size)
     return tuple(sorted({*found, config.image_size}))
 
 # %% ../../nbs/model/21_backbones.ipynb #9daf54c0
@@ -250,28 +313,55 @@ def size_message(
     built:int|None=None, # the size the backbone was built for, where it was built
 ) -> str: # one sentence with sizes that work
     "What to tell someone whose images a backbone cannot take."
-    said, where = f" ({error})" if str(error) else '', f"backbone '{name}' cannot take images of {height}x{width} pixels"
+    said = f" ({error})" if str(error) else ''
+    where = f"backbone '{name}' cannot take images of {height}x{width} pixels"
     if height == width and not size_problem(name, height):
-        return f"{where}{said}: it was built for {built or backbone_config(name).image_size}; create the model with image_size={height}"
-    own, sizes = backbone_config(name).image_size, allowed_sizes(name, max(height, width))
-    return f"{where}{said}; set image_size to one of {', '.join(map(str, sizes))} (it was made for {own}), or choose another backbone"
+        return (
+            f"{where}{said}: it was built for {built or backbone_config(name).image_size}; create the "
+            f"model with image_size={height}"
+        )
+    own = backbone_config(name).image_size
+    sizes = allowed_sizes(name, max(height, width))
+    return (
+        f"{where}{said}; set image_size to one of {', '.join(map(str, sizes))} (it was made for {own}), "
+        "or choose another backbone"
+    )
 
-# %% ../../nbs/model/21_backbones.ipynb #d6432f6e
+# %% ../../nbs/model/21_backbones.ipynb #354402df
 _POSITIONS = ('pos_embed', 'relative_position', 'relative_coords', 'attn_mask')
 
 def _mismatches(expected, found, most=5):
     "The differences between two state dicts in words; '' where there is none."
-    shapes = [f"{k} is {tuple(found[k].shape)}, not {tuple(v.shape)}" for k, v in expected.items() if k in found and found[k].shape != v.shape]
-    groups = {'missing': [k for k in expected if k not in found], 'unknown': [k for k in found if k not in expected], 'wrong shape': shapes}
-    return '; '.join(f"{len(keys)} {what} ({', '.join(keys[:most])}{', ...' if len(keys) > most else ''})" for what, keys in groups.items() if keys)
+    shapes = [
+        f"{k} is {tuple(found[k].shape)}, not {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in found and found[k].shape != v.shape
+    ]
+    groups = {
+        'missing': [k for k in expected if k not in found],
+        'unknown': [k for k in found if k not in expected],
+        'wrong shape': shapes,
+    }
+    return '; '.join(
+        f"{len(keys)} {what} ({', '.join(keys[:most])}{', ...' if len(keys) > most else ''})"
+        for what, keys in groups.items()
+        if keys
+    )
 
+# %% ../../nbs/model/21_backbones.ipynb #d6432f6e
 def _read_weights(name, path):
     "The tensors of a safetensors file."
     if not Path(path).is_file():
-        raise FileNotFoundError(f"pretrained weights '{path}' not found for backbone '{name}'; give the path of a safetensors file, 'timm' or 'none'")
-    try: return load_file(path)
+        raise FileNotFoundError(
+            f"pretrained weights '{path}' not found for backbone '{name}'; give the path of a "
+            "safetensors file, 'timm' or 'none'"
+        )
+    try:
+        return load_file(path)
     except SafetensorError as e:
-        raise ValueError(f"'{path}' is not a readable safetensors file ({e}); convert the weights with safetensors.torch.save_file") from e
+        raise ValueError(
+            f"'{path}' is not a readable safetensors file ({e}); convert the weights with safetensors.torch.save_file"
+        ) from e
 
 # %% ../../nbs/model/21_backbones.ipynb #44a3fe9c
 def load_weights(
@@ -280,16 +370,22 @@ def load_weights(
     path:str, # of a safetensors file with the same architecture's weights; its classifier is left out
 ):
     "Fill a backbone from a file, or stop with the keys that do not fit."
-    state, wanted = _read_weights(name, path), backbone.state_dict()
+    state = _read_weights(name, path)
+    wanted = backbone.state_dict()
     prefixes = backbone.pretrained_cfg.get('classifier') or ()
     prefixes = tuple(p + '.' for p in ([prefixes] if isinstance(prefixes, str) else prefixes))
     state = {k: v for k, v in state.items() if not k.startswith(prefixes or '\0')}
-    content = lambda tensors: {k: v for k, v in tensors.items() if not any(p in k for p in _POSITIONS)}
+    def content(tensors):
+        return {k: v for k, v in tensors.items() if not any(p in k for p in _POSITIONS)}
     problems = _mismatches(content(wanted), content(state))
     resample = getattr(sys.modules[type(backbone).__module__], 'checkpoint_filter_fn', None)
-    if not problems and resample and _mismatches(wanted, state): state = resample(state, backbone)
+    if not problems and resample and _mismatches(wanted, state):
+        state = resample(state, backbone)
     problems = problems or _mismatches(wanted, state)
-    if problems: raise ValueError(f"'{path}' does not fit backbone '{name}': {problems}; choose the backbone these weights were made for")
+    if problems:
+        raise ValueError(
+            f"'{path}' does not fit backbone '{name}': {problems}; choose the backbone these weights were made for"
+        )
     backbone.load_state_dict(state)
 
 # %% ../../nbs/model/21_backbones.ipynb #03cb9413
@@ -302,15 +398,22 @@ def create_backbone(
     "Build a backbone by name and fill it; an error says what to do instead."
     check_backbone(name)
     pretrained, hub = str(pretrained), str(pretrained) == 'timm'
-    if not 0 <= drop_path_rate < 1: raise ValueError(f"drop_path_rate is {drop_path_rate}; it must be at least 0 and below 1")
-    if image_size is not None and image_size < 1: raise ValueError(f"image_size is {image_size}; give the pixels a side of the images")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate is {drop_path_rate}; it must be at least 0 and below 1")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size is {image_size}; give the pixels a side of the images")
     if hub and not backbone_config(name).origin:
-        raise ValueError(f"backbone '{name}' has no published weights; set pretrained to 'none' or the path of a safetensors file")
-    try: backbone = _build(name, hub, image_size, drop_path_rate)
-    except Exception as e: raise _explain(e, name, hub, image_size, drop_path_rate) from e
+        raise ValueError(
+            f"backbone '{name}' has no published weights; set pretrained to 'none' or the path of a safetensors file"
+        )
+    try:
+        backbone = _build(name, hub, image_size, drop_path_rate)
+    except Exception as e:
+        raise _explain(e, name, hub, image_size, drop_path_rate) from e
     if drop_path_rate and not any(isinstance(m, DropPath) for m in backbone.modules()):
         raise ValueError(f"backbone '{name}' has no stochastic depth; set drop_path_rate to 0")
-    if pretrained not in ('none', 'timm'): load_weights(backbone, name, pretrained)
+    if pretrained not in ('none', 'timm'):
+        load_weights(backbone, name, pretrained)
     return backbone
 
 # %% ../../nbs/model/21_backbones.ipynb #62ff7da9
@@ -318,23 +421,36 @@ def _explain(error, name, hub, image_size, drop_path_rate):
     "The exception to raise where timm could not build `name`."
     if drop_path_rate and isinstance(error, TypeError) and 'drop_path_rate' in str(error):
         return ValueError(f"backbone '{name}' has no stochastic depth; set drop_path_rate to 0")
-    if image_size and size_problem(name, image_size): return ValueError(size_message(name, image_size, image_size, error))
-    if not hub: return error
-    return RuntimeError(f"no pretrained weights for backbone '{name}' from timm's hub ({type(error).__name__}: {str(error)[:200]}); "
-                        "go online once, or set pretrained to the path of a local safetensors file, or to 'none'")
+    if image_size and size_problem(name, image_size):
+        return ValueError(size_message(name, image_size, image_size, error))
+    if not hub:
+        return error
+    return RuntimeError(
+        f"no pretrained weights for backbone '{name}' from timm's hub ({type(error).__name__}: "
+        f"{str(error)[:200]}); "
+        "go online once, or set pretrained to the path of a local safetensors file, or to 'none'"
+    )
 
-# %% ../../nbs/model/21_backbones.ipynb #fa7efed9
+# %% ../../nbs/model/21_backbones.ipynb #17301ef2
 def channel_axis(
     backbone:nn.Module, # a timm model
     output:torch.Tensor, # of `forward_features`, or of a module of the backbone
     module:nn.Module|None=None, # which module gave it; None stands for `forward_features`
 ) -> int: # 1 for (B,C,h,w), -1 for (B,h,w,C) and (B,N,C)
     "The axis on which a backbone's channels lie."
-    if output.ndim != 4: return -1
-    if module is not None and ('2d' in type(module).__name__.lower() or isinstance(module, nn.Conv2d)): return 1
-    if isinstance(module, (nn.LayerNorm, nn.Linear)): return -1
-    return -1 if str(getattr(module, 'output_fmt', None) or getattr(backbone, 'output_fmt', 'NCHW')).endswith('NHWC') else 1
+    if output.ndim != 4:
+        return -1
+    if module is not None and ('2d' in type(module).__name__.lower() or isinstance(module, nn.Conv2d)):
+        return 1
+    if isinstance(module, (nn.LayerNorm, nn.Linear)):
+        return -1
+    return (
+        -1
+        if str(getattr(module, 'output_fmt', None) or getattr(backbone, 'output_fmt', 'NCHW')).endswith('NHWC')
+        else 1
+    )
 
+# %% ../../nbs/model/21_backbones.ipynb #fa7efed9
 def _grid(backbone, tokens):
     "Rows and columns of `tokens` places, and how many tokens in front have none; None where they do not tile the picture."
     front = getattr(backbone, 'num_prefix_tokens', 0)
@@ -342,21 +458,27 @@ def _grid(backbone, tokens):
     for skipped in dict.fromkeys((front, 0)):
         side = round((tokens - skipped) ** .5)
         for rows, columns in (grid, (side, side)) if len(grid) == 2 else ((side, side),):
-            if rows * columns == tokens - skipped > 0: return rows, columns, skipped
+            if rows * columns == tokens - skipped > 0:
+                return rows, columns, skipped
 
-# %% ../../nbs/model/21_backbones.ipynb #5ea9b4b4
+# %% ../../nbs/model/21_backbones.ipynb #627ae688
 def to_maps(
     backbone:nn.Module, # a timm model
     output:torch.Tensor, # of `forward_features`, or of a module: (B,C,h,w), (B,h,w,C) or (B,N,C)
     module:nn.Module|None=None, # which module gave it; None stands for `forward_features`
 ) -> torch.Tensor: # (B,C,h,w), a view
     "A backbone's output as channel maps; `ValueError` where it has no place in the picture."
-    if output.ndim == 4: return output if channel_axis(backbone, output, module) == 1 else output.permute(0, 3, 1, 2)
+    if output.ndim == 4:
+        return output if channel_axis(backbone, output, module) == 1 else output.permute(0, 3, 1, 2)
     grid = _grid(backbone, output.shape[1]) if output.ndim == 3 else None
     if grid is None:
-        raise ValueError(f"an output of shape {tuple(output.shape)} has no height and width; choose a layer that gives a map or one token per patch")
+        raise ValueError(
+            f"an output of shape {tuple(output.shape)} has no height and width; choose a layer that "
+            "gives a map or one token per patch"
+        )
     return output[:, grid[2]:].transpose(1, 2).unflatten(2, grid[:2])
 
+# %% ../../nbs/model/21_backbones.ipynb #2e5b3b61
 def to_cells(
     backbone:nn.Module, # a timm model
     features:torch.Tensor, # of `forward_features`
@@ -364,6 +486,7 @@ def to_cells(
     "A backbone's output as a sequence of places."
     return to_maps(backbone, features).flatten(2).transpose(1, 2)
 
+# %% ../../nbs/model/21_backbones.ipynb #5ea9b4b4
 def along_channels(
     backbone:nn.Module, # a timm model
     values:torch.Tensor, # (B,C), one number per channel
@@ -374,25 +497,37 @@ def along_channels(
     shape[channel_axis(backbone, features)] = values.shape[1]
     return values.reshape(shape)
 
-# %% ../../nbs/model/21_backbones.ipynb #93667efa
+# %% ../../nbs/model/21_backbones.ipynb #718bb53a
 def _trace(backbone):
     "Every module's output for a blank image, by name, and the last of all; modes and hooks are as before."
-    outputs, handles, names = {}, [], {m: n for n, m in backbone.named_modules() if n}
-    training, weight = {m: m.training for m in backbone.modules()}, next(backbone.parameters())
-    def keep(module, args, out): outputs.update({names[module]: out} if torch.is_tensor(out) else {})
+    outputs = {}
+    handles = []
+    names = {m: n for n, m in backbone.named_modules() if n}
+    training = {m: m.training for m in backbone.modules()}
+    weight = next(backbone.parameters())
+    def keep(module, args, out):
+        outputs.update({names[module]: out} if torch.is_tensor(out) else {})
     fixed = backbone.pretrained_cfg.get('fixed_input_size') or hasattr(backbone, 'patch_embed')
     side = built_size(backbone) if fixed else min(64, built_size(backbone))
     try:
         handles = [m.register_forward_hook(keep) for m in names]
-        with torch.no_grad(): return outputs, backbone.eval().forward_features(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
+        with torch.no_grad():
+            return outputs, backbone.eval().forward_features(
+                torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
+            )
     finally:
-        for handle in handles: handle.remove()
-        for module, mode in training.items(): module.training = mode
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
 
+# %% ../../nbs/model/21_backbones.ipynb #93667efa
 def _lies_on_picture(backbone, name, output):
     "Whether the output of the module `name` has a place in the picture."
-    try: return min(to_maps(backbone, output, backbone.get_submodule(name)).shape[2:]) > 0
-    except ValueError: return False
+    try:
+        return min(to_maps(backbone, output, backbone.get_submodule(name)).shape[2:]) > 0
+    except ValueError:
+        return False
 
 # %% ../../nbs/model/21_backbones.ipynb #6c7fe1cf
 def reads_class_token(
@@ -412,11 +547,16 @@ def backbone_layers(
     if reads_class_token(backbone) and stages:
         last = stages.pop()
         stages += [f'{last}.norm1'] if f'{last}.norm1' in outputs else []
-    elif ends and not set(ends) & set(stages): stages.append(min(ends, key=lambda name: name.count('.')))
+    elif ends and not set(ends) & set(stages):
+        stages.append(min(ends, key=lambda name: name.count('.')))
     stages = [name for name in stages if _lies_on_picture(backbone, name, outputs[name])]
-    if stages: return [(name, backbone.get_submodule(name)) for name in stages]
-    raise ValueError(f"backbone {type(backbone).__name__} has no layer whose output lies on the picture (it ends in {tuple(final.shape[1:])}); "
-                     "class activation maps need maps or one token per patch")
+    if stages:
+        return [(name, backbone.get_submodule(name)) for name in stages]
+    raise ValueError(
+        f"backbone {type(backbone).__name__} has no layer whose output lies on the picture (it ends in "
+        f"{tuple(final.shape[1:])}); "
+        "class activation maps need maps or one token per patch"
+    )
 
 # %% ../../nbs/model/21_backbones.ipynb #4428f9f5
 def attends(
@@ -425,21 +565,26 @@ def attends(
     "Whether places exchange what they know by attention, so that the last map alone belongs to the class."
     return hasattr(backbone, 'num_prefix_tokens') or str(getattr(backbone, 'output_fmt', 'NCHW')).endswith('NHWC')
 
-# %% ../../nbs/model/21_backbones.ipynb #a542526e
+# %% ../../nbs/model/21_backbones.ipynb #d3249521
 def _count(name, image_size):
     "Millions of parameters and billions of operations of one image; NaN where an operation cannot be counted."
     with torch.device('meta'):
         backbone = _build(name, False, image_size, 0.).eval()
-        side, gflops = image_size or backbone_config(name).image_size, float('nan')
+        side = image_size or backbone_config(name).image_size
+        gflops = float('nan')
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter: backbone(torch.zeros(1, 3, side, side))
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                backbone(torch.zeros(1, 3, side, side))
             gflops = counter.get_total_flops() / 1e9
-        except NotImplementedError: pass
+        except NotImplementedError:
+            pass
     return sum(p.numel() for p in backbone.parameters()) / 1e6, gflops
 
+# %% ../../nbs/model/21_backbones.ipynb #a542526e
 def _milliseconds(name, image_size, runs):
     "Median time of one image, after two runs that do not count."
-    backbone, took = _build(name, False, image_size, 0.).eval(), []
+    backbone = _build(name, False, image_size, 0.).eval()
+    took = []
     image = torch.zeros(1, 3, *[image_size or backbone_config(name).image_size] * 2)
     with torch.inference_mode():
         for _ in range(2 + runs):
@@ -460,8 +605,18 @@ def describe_backbones(
     for name in names:
         config = backbone_config(name)
         problem = size_problem(name, image_size) if image_size else ''
-        if problem: raise ValueError(size_message(name, image_size, image_size, problem))
+        if problem:
+            raise ValueError(size_message(name, image_size, image_size, problem))
         parameters, gflops = _count(name, image_size)
-        rows.append(dict(name=name, pixels=image_size or config.image_size, parameters=parameters, gflops=gflops,
-                         cpu_ms=_milliseconds(name, image_size, runs) if time else float('nan'), licence=config.licence, weights=config.origin))
+        rows.append(
+            dict(
+                name=name,
+                pixels=image_size or config.image_size,
+                parameters=parameters,
+                gflops=gflops,
+                cpu_ms=_milliseconds(name, image_size, runs) if time else float('nan'),
+                licence=config.licence,
+                weights=config.origin,
+            )
+        )
     return pd.DataFrame(rows, columns=['name', 'pixels', 'parameters', 'gflops', 'cpu_ms', 'licence', 'weights'])

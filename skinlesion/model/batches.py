@@ -35,36 +35,50 @@ def epoch_batches(
 ) -> list[list]: # batches of keys (index, view), n keys in all
     "The batches of one epoch, decided by (seed, epoch)."
     _check_epoch(n, epoch, batch_size, sampler, targets, least)
-    keys = list(EpochSampler(n, epoch, seed, shuffle=True)) if sampler == 'shuffle' else _balanced_keys(targets, epoch, seed)
+    keys = (
+        list(EpochSampler(n, epoch, seed, shuffle=True))
+        if sampler == 'shuffle'
+        else _balanced_keys(targets, epoch, seed)
+    )
     batches = [keys[k:k + batch_size] for k in range(0, n, batch_size)]
     if len(batches) > 1 and len(batches[-1]) < least:
         rest = batches.pop()
         batches[-1] += rest
     return batches
 
-# %% ../../nbs/model/25_batches.ipynb #d70253c8
+# %% ../../nbs/model/25_batches.ipynb #419a6f2a
 _REPEAT = 2 ** 20  # between the views of an image that is drawn more than once in an epoch
 
 def _balanced_keys(targets, epoch, seed):
     "As many keys as targets: a class at random, an image of it at random."
-    rng, targets = np.random.default_rng([view_seed(seed, epoch, 'balanced')]), np.asarray(targets)
+    rng = np.random.default_rng([view_seed(seed, epoch, 'balanced')])
+    targets = np.asarray(targets)
     members = [np.flatnonzero(targets == c) for c in np.unique(targets)]
-    drawn, keys = {}, []
+    drawn = {}
+    keys = []
     for c, share in zip(rng.integers(len(members), size=len(targets)).tolist(), rng.random(len(targets)).tolist()):
         i = int(members[c][int(share * len(members[c]))])
         keys.append((i, epoch + _REPEAT * drawn.get(i, 0)))
         drawn[i] = drawn.get(i, 0) + 1
     return keys
 
+# %% ../../nbs/model/25_batches.ipynb #d70253c8
 def _check_epoch(n, epoch, batch_size, sampler, targets, least):
     "Stop at what gives no batches."
-    if sampler not in SAMPLERS: raise ValueError(f"sampler {sampler!r} is not known ({', '.join(SAMPLERS)}).{nearest(str(sampler), SAMPLERS)}")
-    if batch_size < least: raise ValueError(f"batch_size is {batch_size}; it must be at least {least}")
-    if n < least: raise ValueError(f"there are {n} images, but a batch needs at least {least}; add images or check the split")
-    if not 0 <= epoch < _REPEAT: raise ValueError(f"epoch is {epoch}; it must be from 0 to {_REPEAT - 1}")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not known ({', '.join(SAMPLERS)}).{nearest(str(sampler), SAMPLERS)}")
+    if batch_size < least:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least {least}")
+    if n < least:
+        raise ValueError(f"there are {n} images, but a batch needs at least {least}; add images or check the split")
+    if not 0 <= epoch < _REPEAT:
+        raise ValueError(f"epoch is {epoch}; it must be from 0 to {_REPEAT - 1}")
     if sampler == 'balanced' and (targets is None or len(targets) != n):
         found = 'none' if targets is None else len(targets)
-        raise ValueError(f"sampler 'balanced' needs the class of each of the {n} images, and found {found}; pass targets of length {n}")
+        raise ValueError(
+            f"sampler 'balanced' needs the class of each of the {n} images, and found {found}; pass "
+            f"targets of length {n}"
+        )
 
 # %% ../../nbs/model/25_batches.ipynb #060d02cf
 MIXES = ('none', 'mixup', 'cutmix')
@@ -86,14 +100,16 @@ class MixPlan:
         images:torch.Tensor, # (B,3,H,W) float
     ) -> torch.Tensor: # like `images`, in the same memory format
         "Each image blended with its partner, or with a box of it pasted in."
-        if self.share == 1: return images
-        if self.box is None: return self.blend(images)
+        if self.share == 1:
+            return images
+        if self.box is None:
+            return self.blend(images)
         top, bottom, left, right = self.box
         mixed = images.clone()
         mixed[..., top:bottom, left:right] = images[self.partner.to(images.device), :, top:bottom, left:right]
         return mixed
 
-# %% ../../nbs/model/25_batches.ipynb #874d99e7
+# %% ../../nbs/model/25_batches.ipynb #86501c5f
 def plan_mix(
     count:int, # B, images in the batch
     size:tuple, # (H, W) of the images, pixels
@@ -102,21 +118,28 @@ def plan_mix(
     seed:int, # same seed, same plan; see `mix_seed`
 ) -> MixPlan:
     "Partners, share and box for one batch, decided by `seed`."
-    if kind not in MIXES: raise ValueError(f"mix {kind!r} is not known ({', '.join(MIXES)}).{nearest(str(kind), MIXES)}")
-    if kind == 'none': return MixPlan(torch.arange(count), 1.)
-    if not 0 < alpha < float('inf'): raise ValueError(f"mix_alpha is {alpha}; it must be above 0, usually .2 (mixup) or 1 (cutmix)")
+    if kind not in MIXES:
+        raise ValueError(f"mix {kind!r} is not known ({', '.join(MIXES)}).{nearest(str(kind), MIXES)}")
+    if kind == 'none':
+        return MixPlan(torch.arange(count), 1.)
+    if not 0 < alpha < float('inf'):
+        raise ValueError(f"mix_alpha is {alpha}; it must be above 0, usually .2 (mixup) or 1 (cutmix)")
     rng = np.random.default_rng(seed)
-    share, partner = float(rng.beta(alpha, alpha)), torch.from_numpy(rng.permutation(count))
-    if kind == 'mixup': return MixPlan(partner, share)
+    share = float(rng.beta(alpha, alpha))
+    partner = torch.from_numpy(rng.permutation(count))
+    if kind == 'mixup':
+        return MixPlan(partner, share)
     top, bottom, left, right = _draw_box(rng, size, share)
     kept = 1 - (bottom - top) * (right - left) / (size[0] * size[1])
     return MixPlan(partner, kept, (top, bottom, left, right))
 
+# %% ../../nbs/model/25_batches.ipynb #874d99e7
 def _draw_box(rng, size, share):
     "A box of 1 - share of the area around a point anywhere in the image, cut off at the edges."
     edges = []
     for length in size:
-        side, centre = int(length * (1 - share) ** .5), int(rng.integers(length))
+        side = int(length * (1 - share) ** .5)
+        centre = int(rng.integers(length))
         start = centre - side // 2
         edges += [max(start, 0), min(start + side, length)]
     return tuple(edges)
@@ -131,7 +154,10 @@ def mix_images(
 ) -> tuple: # images like `images`, soft targets like `targets`
     "A batch mixed in pairs; its arguments are left as they are."
     if targets.ndim != 2 or len(targets) != len(images) or not targets.is_floating_point():
-        raise ValueError(f"targets have shape {tuple(targets.shape)} and type {targets.dtype}; mixing needs one float row of classes for each of "
-                         f"the {len(images)} images: torch.nn.functional.one_hot(targets, num_classes).float()")
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)} and type {targets.dtype}; mixing needs one "
+            "float row of classes for each of "
+            f"the {len(images)} images: torch.nn.functional.one_hot(targets, num_classes).float()"
+        )
     plan = plan_mix(len(images), tuple(images.shape[-2:]), kind, alpha, seed)
     return plan.mix(images), plan.blend(targets)

@@ -32,76 +32,104 @@ from .heads import PRIMARY, head_probs
 from ..taxonomy import DISCLAIMER, LabelSet, nearest
 from ..views import apply_view, view_names
 
-# %% ../../nbs/model/24_bundle.ipynb #3d3e3a1a
+# %% ../../nbs/model/24_bundle.ipynb #88a238c1
 @contextmanager
 def evaluating(
     model:torch.nn.Module, # any
 ):
     "Evaluation mode inside; afterwards each module is in the mode it was in."
     modes = {module: module.training for module in model.modules()}
-    try: yield model.eval()
+    try:
+        yield model.eval()
     finally:
-        for module, mode in modes.items(): module.training = mode
+        for module, mode in modes.items():
+            module.training = mode
 
+# %% ../../nbs/model/24_bundle.ipynb #c44e4b12
 def _batches(data, metadata, size):
     "Batches of (image, metadata or None)."
     if not isinstance(data, np.ndarray):
-        for k in range(0, len(data), size): yield _dataset_batch(data, range(k, min(k + size, len(data))))
+        for k in range(0, len(data), size):
+            yield _dataset_batch(data, range(k, min(k + size, len(data))))
         return
-    if data.ndim != 4: raise ValueError(f"images have shape {data.shape}; pass (N, height, width, 3) uint8 RGB")
-    if metadata is not None and len(metadata) != len(data): raise ValueError(f"{len(metadata)} rows of metadata for {len(data)} images; pass one row per image")
+    if data.ndim != 4:
+        raise ValueError(f"images have shape {data.shape}; pass (N, height, width, 3) uint8 RGB")
+    if metadata is not None and len(metadata) != len(data):
+        raise ValueError(f"{len(metadata)} rows of metadata for {len(data)} images; pass one row per image")
     for k in range(0, len(data), size):
         values = None if metadata is None else torch.from_numpy(np.asarray(metadata[k:k + size], np.float32))
         yield normalise(data[k:k + size], channels_last=True), values
 
+# %% ../../nbs/model/24_bundle.ipynb #3d3e3a1a
 def _dataset_batch(data, rows):
     "Image and metadata of some rows; a `LesionDataset` is normalised a batch at a time."
-    if hasattr(data, 'view'): return normalise(np.stack([data.view(i) for i in rows]), channels_last=True), data.metadata[rows.start:rows.stop]
+    if hasattr(data, 'view'):
+        return normalise(np.stack([data.view(i) for i in rows]), channels_last=True), data.metadata[
+            rows.start : rows.stop
+        ]
     batch = torch.utils.data.default_collate([data[i] for i in rows])
     return batch['image'], batch['metadata']
 
-# %% ../../nbs/model/24_bundle.ipynb #adb573e8
+# %% ../../nbs/model/24_bundle.ipynb #995affa5
 def _look(model, image, metadata):
     "One look of a model at a batch: probabilities by head, logits of the diagnosis, and what the heads read."
-    features, specs = model.embed(image.contiguous(memory_format=torch.channels_last), metadata), {spec.name: spec for spec in model.head_specs}
+    features = model.embed(image.contiguous(memory_format=torch.channels_last), metadata)
+    specs = {spec.name: spec for spec in model.head_specs}
     logits = {name: head(model.drop(features)).double().cpu() for name, head in model.heads.items()}
     probs = {name: head_probs(x, specs[name]) if name in specs else x.softmax(1) for name, x in logits.items()}
     return probs, logits[PRIMARY], features.float().cpu()
 
+# %% ../../nbs/model/24_bundle.ipynb #c7ac9c1e
 def _no_look(model):
     "What no image at all gives: shapes without rows."
     levels = {PRIMARY: model.num_classes, **{spec.name: len(spec.levels) for spec in model.head_specs}}
     none = {head: torch.zeros(0, k, dtype=torch.float64) for head, k in levels.items()}
     return none, none[PRIMARY], torch.zeros(0, 0)
 
+# %% ../../nbs/model/24_bundle.ipynb #adb573e8
 def _looks(model, data, metadata, batch_size, views):
     "All looks at all images: view -> head -> (N,K), and logits and features of the image as it is."
-    if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    device, names, plain = next(model.parameters()).device, view_names(views), view_names('none')[0]
-    found, seen = {name: [] for name in names}, []
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    device = next(model.parameters()).device
+    names = view_names(views)
+    plain = view_names('none')[0]
+    found = {name: [] for name in names}
+    seen = []
     with evaluating(model), torch.inference_mode():
         for image, values in _batches(data, metadata, batch_size):
-            image, values = image.to(device), None if values is None else values.to(device)
+            image = image.to(device)
+            values = None if values is None else values.to(device)
             for name in names:
                 probs, *rest = _look(model, apply_view(image, name), values)
                 found[name].append(probs)
-                if name == plain: seen.append(rest)
+                if name == plain:
+                    seen.append(rest)
     return _joined(model, found, seen)
 
-# %% ../../nbs/model/24_bundle.ipynb #7de6fd2f
+# %% ../../nbs/model/24_bundle.ipynb #b0ded381
 def _joined(model, found, seen):
     "The batches of each view as one, checked."
     none, *nothing = _no_look(model)
-    shown = {name: {head: torch.cat([p[head] for p in parts or [none]]).numpy() for head in none} for name, parts in found.items()}
-    for probs in shown.values(): _check_probs(probs)
+    shown = {
+        name: {head: torch.cat([p[head] for p in parts or [none]]).numpy() for head in none}
+        for name, parts in found.items()
+    }
+    for probs in shown.values():
+        _check_probs(probs)
     return shown, *(torch.cat(parts).numpy() for parts in zip(*(seen or [nothing])))
 
+# %% ../../nbs/model/24_bundle.ipynb #7de6fd2f
 def _check_probs(probs):
     "Stop where a model gave something that is no probability."
     bad = np.flatnonzero(~np.all([np.isfinite(values).all(1) for values in probs.values()], axis=0))
-    if len(bad): raise ValueError(f"the model gives no finite probabilities for images {bad[:10].tolist()} (counted from 0); check these images, their metadata and the weights")
+    if len(bad):
+        raise ValueError(
+            f"the model gives no finite probabilities for images {bad[:10].tolist()} (counted from 0); "
+            "check these images, their metadata and the weights"
+        )
 
-# %% ../../nbs/model/24_bundle.ipynb #9c5f619e
+# %% ../../nbs/model/24_bundle.ipynb #eeefcd97
 def predict_views(
     model:LesionModel, # stays on its device
     data, # LesionDataset, or images (N,H,W,3) uint8 RGB of the model's size
@@ -112,17 +140,22 @@ def predict_views(
     "Probabilities of every head for every image as each view shows it, in order; one pass per view."
     return _looks(model, data, metadata, batch_size, views)[0]
 
+# %% ../../nbs/model/24_bundle.ipynb #9c5f619e
 def mean_views(
     shown:dict, # view -> head -> (N,K), as `predict_views` gives it; may hold more views than are asked for
     views:str='none', # one of views.VIEW_SETS
 ) -> dict: # head -> (N,K)
     "The mean over the views of a set."
     missing = [name for name in view_names(views) if name not in shown]
-    if missing: raise ValueError(f"view '{missing[0]}' of the set '{views}' was not shown (shown: {', '.join(shown)}); predict with views='{views}'")
+    if missing:
+        raise ValueError(
+            f"view '{missing[0]}' of the set '{views}' was not shown (shown: {', '.join(shown)}); "
+            f"predict with views='{views}'"
+        )
     parts = [shown[name] for name in view_names(views)]
     return {head: np.mean([probs[head] for probs in parts], axis=0) for head in parts[0]}
 
-# %% ../../nbs/model/24_bundle.ipynb #1ab2c847
+# %% ../../nbs/model/24_bundle.ipynb #496e7f78
 @dataclass(frozen=True)
 class Outputs:
     "What a model says of some images, and what it says it from."
@@ -130,6 +163,7 @@ class Outputs:
     logits:np.ndarray # (N,C) float64, of the diagnosis, for the image as it is
     features:np.ndarray # (N,D) float32, what the heads read, for the image as it is
 
+# %% ../../nbs/model/24_bundle.ipynb #1ab2c847
 def predict_outputs(
     model:LesionModel, # stays on its device
     data, # LesionDataset, or images (N,H,W,3) uint8 RGB of the model's size
@@ -141,7 +175,7 @@ def predict_outputs(
     shown, logits, features = _looks(model, data, metadata, batch_size, views)
     return Outputs(mean_views(shown, views), logits, features)
 
-# %% ../../nbs/model/24_bundle.ipynb #82889f40
+# %% ../../nbs/model/24_bundle.ipynb #324c1440
 def predict_heads(
     model:LesionModel, # stays on its device
     data, # LesionDataset, or images (N,H,W,3) uint8 RGB of the model's size
@@ -152,6 +186,7 @@ def predict_heads(
     "Probabilities of every head for every image, in order."
     return predict_outputs(model, data, metadata, batch_size, views).heads
 
+# %% ../../nbs/model/24_bundle.ipynb #82889f40
 def predict_probs(
     model:LesionModel, # stays on its device
     data, # LesionDataset, or images (N,H,W,3) uint8 RGB of the model's size
@@ -162,10 +197,11 @@ def predict_probs(
     "Class probabilities of every image, in order: the diagnosis alone."
     return predict_heads(model, data, metadata, batch_size, views)[PRIMARY]
 
-# %% ../../nbs/model/24_bundle.ipynb #061b14fb
+# %% ../../nbs/model/24_bundle.ipynb #031b0197
 class BundleError(ValueError):
     "Files of a model that cannot be used; the message names the file and the remedy."
 
+# %% ../../nbs/model/24_bundle.ipynb #e41b7276
 SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
@@ -175,6 +211,7 @@ class Member:
     model:LesionModel # in evaluation mode when loaded
     config:dict # what was written beside the weights
 
+# %% ../../nbs/model/24_bundle.ipynb #872cc905
 def save_member(
     out:Path|str, # folder; its name is the member's
     model:LesionModel, # made by `create_model`
@@ -186,6 +223,7 @@ def save_member(
     write_json(out/'config.json', dict(schema_version=SCHEMA_VERSION, model=model.config, extra=config_extra or {}))
     return out
 
+# %% ../../nbs/model/24_bundle.ipynb #061b14fb
 def load_member(
     folder:Path|str, # as `save_member` writes it
 ) -> Member: # named like the folder
@@ -194,71 +232,109 @@ def load_member(
     config = _read_keys(folder/'config.json', ('schema_version', 'model', 'extra'))
     return Member(folder.name, _build(config['model'], folder/'config.json', folder/'weights.safetensors'), config)
 
-# %% ../../nbs/model/24_bundle.ipynb #90fed77f
+# %% ../../nbs/model/24_bundle.ipynb #0214ec5a
 def _check_keys(values, keys, where):
     "Stop unless `values` is a mapping with exactly these keys."
-    if not isinstance(values, dict): raise BundleError(f"{where}: a mapping is expected here, not {type(values).__name__}; export the bundle anew")
+    if not isinstance(values, dict):
+        raise BundleError(f"{where}: a mapping is expected here, not {type(values).__name__}; export the bundle anew")
     for key in values:
         if key not in keys:
-            raise BundleError(f"{where}: unknown key '{key}' (known: {', '.join(keys)}).{nearest(key, keys)} "
-                              "Export the bundle anew with this version of skinlesion, or use the version that wrote it")
+            raise BundleError(
+                f"{where}: unknown key '{key}' (known: {', '.join(keys)}).{nearest(key, keys)} "
+                "Export the bundle anew with this version of skinlesion, or use the "
+                "version that wrote it"
+            )
     for key in keys:
-        if key not in values: raise BundleError(f"{where}: key '{key}' is missing; export the bundle anew")
+        if key not in values:
+            raise BundleError(f"{where}: key '{key}' is missing; export the bundle anew")
 
+# %% ../../nbs/model/24_bundle.ipynb #90fed77f
 def _read_keys(path, keys, added=None):
     "A JSON file of this schema version with exactly these keys; `added` gives those that older files lack."
-    try: values = read_json(path)
-    except (ValueError, OSError) as e: raise BundleError(f"{e}, or export the model anew") from e
+    try:
+        values = read_json(path)
+    except (ValueError, OSError) as e:
+        raise BundleError(f"{e}, or export the model anew") from e
     version = values.get('schema_version') if isinstance(values, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:
-        raise BundleError(f"{path}: schema_version is {version!r}, but this version of skinlesion reads {SCHEMA_VERSION}; use the version that wrote it")
+        raise BundleError(
+            f"{path}: schema_version is {version!r}, but this version of skinlesion reads "
+            f"{SCHEMA_VERSION}; use the version that wrote it"
+        )
     values = (added or {}) | values
     _check_keys(values, keys, path)
     return values
 
-# %% ../../nbs/model/24_bundle.ipynb #0d4524a0
+# %% ../../nbs/model/24_bundle.ipynb #992cd197
 _FIRST_KEYS = ('backbone', 'num_classes', 'metadata_dim', 'fusion', 'heads', 'drop_rate') # every file has them
-_MODEL_KEYS = {name: p.default for name, p in inspect.signature(create_model).parameters.items() if name not in ('pretrained', 'seed')}
-_OLDER = {k: v for k, v in _MODEL_KEYS.items() if k not in _FIRST_KEYS} | dict(standardise=False) # what models from before these keys did
+_MODEL_KEYS = {
+    name: p.default
+    for name, p in inspect.signature(create_model).parameters.items()
+    if name not in ('pretrained', 'seed')
+}
+_OLDER = {k: v for k, v in _MODEL_KEYS.items() if k not in _FIRST_KEYS} | dict(
+    standardise=False
+) # what models from before these keys did
 
 def _build(config, where, weights):
     "The model that `config` describes, filled from the file `weights`, in evaluation mode."
-    if isinstance(config, dict): config = _OLDER | config
+    if isinstance(config, dict):
+        config = _OLDER | config
     _check_keys(config, tuple(_MODEL_KEYS), f'{where}, model')
-    try: model = create_model(**config)
-    except (ValueError, TypeError, RuntimeError) as e: raise BundleError(f"{where}: no model can be built from it ({e}); export the bundle anew") from e
-    try: tensors = load_tensors(Path(weights).read_bytes())
-    except (OSError, SafetensorError) as e: raise BundleError(f"{weights}: not readable as safetensors ({e}); restore the file or export the bundle anew") from e
+    try:
+        model = create_model(**config)
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise BundleError(f"{where}: no model can be built from it ({e}); export the bundle anew") from e
+    try:
+        tensors = load_tensors(Path(weights).read_bytes())
+    except (OSError, SafetensorError) as e:
+        raise BundleError(
+            f"{weights}: not readable as safetensors ({e}); restore the file or export the bundle anew"
+        ) from e
     tensors = _one_unit(tensors, model.state_dict())
     _check_tensors(tensors, model.state_dict(), weights)
     model.load_state_dict(tensors)
     return model.eval()
 
+# %% ../../nbs/model/24_bundle.ipynb #880b8b17
 def _one_unit(tensors, expected):
     "Weights of an older model of two classes, which had a unit for each: their difference is the one unit of today."
     keys = [f'heads.{PRIMARY}.{kind}' for kind in ('weight', 'bias')]
     older = all(k in tensors and k in expected and (len(tensors[k]), len(expected[k])) == (2, 1) for k in keys)
     return tensors | {k: tensors[k][1:] - tensors[k][:1] for k in keys} if older else tensors
 
+# %% ../../nbs/model/24_bundle.ipynb #5fb16efe
 def _check_tensors(tensors, expected, where):
     "Stop unless names, shapes and types are the expected ones and every number is finite."
     remedy = "restore the file or export the bundle anew"
     for name in [*expected, *tensors]:
-        if name not in tensors: raise BundleError(f"{where}: tensor '{name}' is missing; {remedy}")
-        if name not in expected: raise BundleError(f"{where}: tensor '{name}' is not part of this model; {remedy}")
-        got, want = tensors[name], expected[name]
+        if name not in tensors:
+            raise BundleError(f"{where}: tensor '{name}' is missing; {remedy}")
+        if name not in expected:
+            raise BundleError(f"{where}: tensor '{name}' is not part of this model; {remedy}")
+        got = tensors[name]
+        want = expected[name]
         if got.shape != want.shape or got.dtype != want.dtype:
-            raise BundleError(f"{where}: tensor '{name}' is {got.dtype} {tuple(got.shape)}, not {want.dtype} {tuple(want.shape)}; {remedy}")
-        if not torch.isfinite(got).all(): raise BundleError(f"{where}: tensor '{name}' holds numbers that are not finite; {remedy}")
+            raise BundleError(
+                f"{where}: tensor '{name}' is {got.dtype} {tuple(got.shape)}, not {want.dtype} "
+                f"{tuple(want.shape)}; {remedy}"
+            )
+        if not torch.isfinite(got).all():
+            raise BundleError(f"{where}: tensor '{name}' holds numbers that are not finite; {remedy}")
 
+# %% ../../nbs/model/24_bundle.ipynb #0d4524a0
 def _weights(model, name):
     "The weights of `model` as the bytes of a safetensors file."
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     for key, value in tensors.items():
-        if not torch.isfinite(value).all(): raise ValueError(f"member '{name}': tensor '{key}' holds numbers that are not finite; train it again with a lower learning_rate")
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"member '{name}': tensor '{key}' holds numbers that are not finite; train it again "
+                "with a lower learning_rate"
+            )
     return save_tensors(tensors)
 
-# %% ../../nbs/model/24_bundle.ipynb #0d51c3db
+# %% ../../nbs/model/24_bundle.ipynb #847d3661
 _NAME = re.compile(r'([a-z0-9_-]+)(?:\.fold_(0|[1-9]\d*))?')
 
 def load_fits(
@@ -266,50 +342,68 @@ def load_fits(
 ) -> list: # of Member: one, or one for each fold, in order
     "Read all fits of a member back; a fold that is not there is an error."
     folder = Path(folder)
-    folds = sorted(int(path.name[5:]) for path in folder.glob('fold_*') if re.fullmatch(r'fold_(0|[1-9]\d*)', path.name))
-    if not folds: return [load_member(folder)]
-    if (folder/'weights.safetensors').exists(): raise BundleError(f"{folder}: holds both weights of its own and folds; train the member again")
+    folds = sorted(
+        int(path.name[5:]) for path in folder.glob('fold_*') if re.fullmatch(r'fold_(0|[1-9]\d*)', path.name)
+    )
+    if not folds:
+        return [load_member(folder)]
+    if (folder/'weights.safetensors').exists():
+        raise BundleError(f"{folder}: holds both weights of its own and folds; train the member again")
     missing = sorted(set(range(folds[-1] + 1)) - set(folds))
-    if missing: raise BundleError(f"{folder}: fold_{missing[0]} is missing beside fold_{folds[-1]}; train the member again")
+    if missing:
+        raise BundleError(f"{folder}: fold_{missing[0]} is missing beside fold_{folds[-1]}; train the member again")
     return [replace(load_member(folder/f'fold_{i}'), name=f'{folder.name}.fold_{i}') for i in folds]
 
+# %% ../../nbs/model/24_bundle.ipynb #0d51c3db
 def member_of(
     name:str, # of a model: 'fused', or 'fused.fold_3'
 ) -> str: # 'fused'
     "The member to which a fit belongs."
     return name.partition('.')[0]
 
-# %% ../../nbs/model/24_bundle.ipynb #d8c81111
+# %% ../../nbs/model/24_bundle.ipynb #2c137835
 def mean_fits(
     names, # of the fits, such as ['a.fold_0', 'a.fold_1', 'b']
     values:list, # an array for each, all of one shape
 ) -> dict: # member -> the mean over its fits, in order of first appearance
     "One array for each member."
     groups = {}
-    for name, value in zip(names, values, strict=True): groups.setdefault(member_of(name), []).append(np.asarray(value))
+    for name, value in zip(names, values, strict=True):
+        groups.setdefault(member_of(name), []).append(np.asarray(value))
     return {member: parts[0] if len(parts) == 1 else np.mean(parts, axis=0) for member, parts in groups.items()}
 
+# %% ../../nbs/model/24_bundle.ipynb #d8c81111
 def mean_heads(
     names, # of the fits
     found:list, # of dicts, one for each fit: head -> (N,K), as `predict_heads` gives
 ) -> dict: # further head -> (N,K): the mean over the members that have it; empty where there are none
     "The ensemble's answer for every head but the diagnosis."
     heads = dict.fromkeys(head for probs in found for head in probs if head != PRIMARY)
-    having = {head: [(name, probs[head]) for name, probs in zip(names, found, strict=True) if head in probs] for head in heads}
+    having = {
+        head: [(name, probs[head]) for name, probs in zip(names, found, strict=True) if head in probs] for head in heads
+    }
     return {head: np.mean(list(mean_fits(*zip(*pairs)).values()), axis=0) for head, pairs in having.items()}
 
-# %% ../../nbs/model/24_bundle.ipynb #e9bdd1c1
+# %% ../../nbs/model/24_bundle.ipynb #d4c2196c
 def answer_columns(
     label_set:LabelSet, # classes in the order of the probabilities
     specs=(), # of model.heads.HeadSpec
 ) -> dict: # head -> names of its columns, 'diagnosis' first
     "How the columns of a table of answers are called."
-    return {PRIMARY: [f'p_{code}' for code in label_set.codes], **{s.name: [f'{s.name}.{level}' for level in s.levels] for s in specs}}
+    return {
+        PRIMARY: [f'p_{code}' for code in label_set.codes],
+        **{s.name: [f'{s.name}.{level}' for level in s.levels] for s in specs},
+    }
 
+# %% ../../nbs/model/24_bundle.ipynb #5410cc30
 def _as_table(dataset, heads, columns):
     "Answers of every head as the columns of one table."
-    return pd.concat([pd.DataFrame(dict(image_id=dataset.ids)), *(pd.DataFrame(heads[h], columns=columns[h]) for h in columns)], axis=1)
+    return pd.concat(
+        [pd.DataFrame(dict(image_id=dataset.ids)), *(pd.DataFrame(heads[h], columns=columns[h]) for h in columns)],
+        axis=1,
+    )
 
+# %% ../../nbs/model/24_bundle.ipynb #9fa0424d
 def view_tables(
     model:LesionModel, # stays on its device
     dataset, # LesionDataset
@@ -318,8 +412,12 @@ def view_tables(
 ) -> dict: # view -> table: image_id, p_<code>, <head>.<level>; one row per image, in order
     "The answers of one model to each view."
     columns = answer_columns(dataset.label_set, model.head_specs)
-    return {name: _as_table(dataset, heads, columns) for name, heads in predict_views(model, dataset, batch_size=batch_size, views=views).items()}
+    return {
+        name: _as_table(dataset, heads, columns)
+        for name, heads in predict_views(model, dataset, batch_size=batch_size, views=views).items()
+    }
 
+# %% ../../nbs/model/24_bundle.ipynb #cdf01114
 def predict_table(
     model:LesionModel, # stays on its device
     dataset, # LesionDataset
@@ -328,25 +426,38 @@ def predict_table(
     "The answers of one model to the images as they are."
     return next(iter(view_tables(model, dataset, batch_size).values()))
 
+# %% ../../nbs/model/24_bundle.ipynb #e9bdd1c1
 def mean_tables(
     tables:list, # as `predict_table` gives them, of the same images in the same order
 ) -> pd.DataFrame: # the columns of all of them, each the mean over the tables that have it
     "The mean of several answers."
     ids = tables[0].image_id.tolist()
-    if any(t.image_id.tolist() != ids for t in tables): raise ValueError("these tables are of different images, or in another order; predict the same dataset with each model")
-    means = {c: np.mean([t[c].to_numpy() for t in tables if c in t], axis=0) for c in dict.fromkeys(c for t in tables for c in t if c != 'image_id')}
+    if any(t.image_id.tolist() != ids for t in tables):
+        raise ValueError(
+            "these tables are of different images, or in another order; predict the same dataset with each model"
+        )
+    means = {
+        c: np.mean([t[c].to_numpy() for t in tables if c in t], axis=0)
+        for c in dict.fromkeys(c for t in tables for c in t if c != 'image_id')
+    }
     return pd.DataFrame(dict(image_id=ids, **means))
 
-# %% ../../nbs/model/24_bundle.ipynb #a312eb08
+# %% ../../nbs/model/24_bundle.ipynb #a4a5eb65
 class _Part:
     "Some rows of a `LesionDataset`."
     def __init__(self, dataset, index):
-        self.dataset, self.index, self.label_set = dataset, index, dataset.label_set
-        self.ids, self.metadata = [dataset.ids[i] for i in index], dataset.metadata[index]
+        self.dataset = dataset
+        self.index = index
+        self.label_set = dataset.label_set
+        self.ids = [dataset.ids[i] for i in index]
+        self.metadata = dataset.metadata[index]
 
-    def __len__(self): return len(self.index)
-    def view(self, i): return self.dataset.view(self.index[i])
+    def __len__(self):
+        return len(self.index)
+    def view(self, i):
+        return self.dataset.view(self.index[i])
 
+# %% ../../nbs/model/24_bundle.ipynb #a2a93986
 def read_out_of_fold(
     folder:Path|str, # of one member
 ) -> pd.DataFrame|None: # image_id as text, p_<code>, <head>.<level>, whatever else is told of an image; None for a member of one fit
@@ -354,69 +465,114 @@ def read_out_of_fold(
     path = Path(folder)/'out_of_fold.csv'
     return pd.read_csv(path, dtype=dict(image_id=str), keep_default_na=False) if path.is_file() else None
 
+# %% ../../nbs/model/24_bundle.ipynb #a312eb08
 def _out_of_fold(table, ids, member):
     "The rows of these images in a table of out-of-fold answers."
-    rows = table.drop(columns=[c for c in table if c != 'image_id' and '.' not in c and not c.startswith('p_')]).set_index('image_id').reindex(ids)
+    rows = (
+        table.drop(columns=[c for c in table if c != 'image_id' and '.' not in c and not c.startswith('p_')])
+        .set_index('image_id')
+        .reindex(ids)
+    )
     lost = rows.index[rows.isna().any(axis=1)]
-    if len(lost): raise BundleError(f"member '{member}': image '{lost[0]}' was there for training, but has no out-of-fold answer; train the member on these splits")
+    if len(lost):
+        raise BundleError(
+            f"member '{member}': image '{lost[0]}' was there for training, but has no out-of-fold "
+            "answer; train the member on these splits"
+        )
     return rows.reset_index()
 
-# %% ../../nbs/model/24_bundle.ipynb #6ff6f9b5
+# %% ../../nbs/model/24_bundle.ipynb #27b31e81
 def fold_of(
     out_of_fold:pd.DataFrame, # of `read_out_of_fold`, with the column `fold`
     ids, # of images, as text
     member:str, # whose; for the error
 ) -> np.ndarray: # (N,) int64: the fit that did not learn from the image; -1 where all are new to it
     "Which fit of a member may judge an image of training or validation."
-    if 'fold' not in out_of_fold: raise BundleError(f"member '{member}': out_of_fold.csv has no column 'fold', so nobody knows which fit may judge an image; train the member again")
+    if 'fold' not in out_of_fold:
+        raise BundleError(
+            f"member '{member}': out_of_fold.csv has no column 'fold', so nobody knows which fit may "
+            "judge an image; train the member again"
+        )
     return out_of_fold.set_index('image_id').fold.reindex(list(ids)).fillna(-1).astype(np.int64).to_numpy()
 
+# %% ../../nbs/model/24_bundle.ipynb #6ff6f9b5
 def _trained_views(fits, dataset, index, out_of_fold, batch_size, views):
     "Per view the tables of images of training and validation, each judged by the fit that did not learn from it."
-    ids, member = [dataset.ids[i] for i in index], member_of(fits[0].name)
+    ids = [dataset.ids[i] for i in index]
+    member = member_of(fits[0].name)
     stored = _out_of_fold(out_of_fold, ids, member)
-    if view_names(views) == view_names('none'): return {name: [stored] for name in view_names(views)}
+    if view_names(views) == view_names('none'):
+        return {name: [stored] for name in view_names(views)}
     fold = fold_of(out_of_fold, ids, member)
     other = np.flatnonzero((fold < 0) | (fold >= len(fits)))
-    if len(other): raise BundleError(f"member '{member}': image '{ids[other[0]]}' is of fold {fold[other[0]]}, but there are {len(fits)} fits, fold_0 to fold_{len(fits) - 1}; train the member again")
-    parts = [view_tables(m.model, _Part(dataset, index[fold == k]), batch_size, views) for k, m in enumerate(fits) if (fold == k).any()]
-    return {name: [stored] if name == view_names('none')[0] else [part[name] for part in parts] for name in view_names(views)}
+    if len(other):
+        raise BundleError(
+            f"member '{member}': image '{ids[other[0]]}' is of fold {fold[other[0]]}, but there are "
+            f"{len(fits)} fits, fold_0 to fold_{len(fits) - 1}; train the member again"
+        )
+    parts = [
+        view_tables(m.model, _Part(dataset, index[fold == k]), batch_size, views)
+        for k, m in enumerate(fits)
+        if (fold == k).any()
+    ]
+    return {
+        name: [stored] if name == view_names('none')[0] else [part[name] for part in parts]
+        for name in view_names(views)
+    }
 
-# %% ../../nbs/model/24_bundle.ipynb #2e34384e
+# %% ../../nbs/model/24_bundle.ipynb #502e1081
 def member_views(
     fits:list, # of Member: what `load_fits` gives
     dataset, # LesionDataset
-    trained=None, # (N,) bool: images of training and validation, which only the fit out of whose fold they are may judge; None where there are none
+    # (N,) bool: images of training and validation, which only the fit out of whose fold they are may judge; None where
+    # there are none
+    trained=None,
     out_of_fold:pd.DataFrame|None=None, # of `read_out_of_fold`; not needed for a single fit
     batch_size:int=64, # images at a time; changes the last digits at most
     views:str='none', # one of views.VIEW_SETS; the largest wanted answers for the smaller ones too
 ) -> dict: # view -> table: image_id, p_<code>, <head>.<level>; one row per image, in order
     "The answers of a member to each view: the mean over its fits for what is new to them, out of fold for the rest."
-    if len(fits) == 1: return view_tables(fits[0].model, dataset, batch_size, views)
-    trained, member = np.zeros(len(dataset), bool) if trained is None else np.asarray(trained, bool), member_of(fits[0].name)
-    if trained.any() and out_of_fold is None: raise BundleError(f"member '{member}' has {len(fits)} fits and no out-of-fold answers; train it again")
-    new, parts = np.flatnonzero(~trained), {name: [] for name in view_names(views)}
+    if len(fits) == 1:
+        return view_tables(fits[0].model, dataset, batch_size, views)
+    trained = np.zeros(len(dataset), bool) if trained is None else np.asarray(trained, bool)
+    member = member_of(fits[0].name)
+    if trained.any() and out_of_fold is None:
+        raise BundleError(f"member '{member}' has {len(fits)} fits and no out-of-fold answers; train it again")
+    new = np.flatnonzero(~trained)
+    parts = {name: [] for name in view_names(views)}
     if len(new):
         found = [view_tables(m.model, _Part(dataset, new), batch_size, views) for m in fits]
-        for name in parts: parts[name].append(mean_tables([tables[name] for tables in found]))
+        for name in parts:
+            parts[name].append(mean_tables([tables[name] for tables in found]))
     if trained.any():
-        for name, tables in _trained_views(fits, dataset, np.flatnonzero(trained), out_of_fold, batch_size, views).items(): parts[name] += tables
-    return {name: pd.concat(tables).set_index('image_id').loc[dataset.ids].reset_index() for name, tables in parts.items()}
+        for name, tables in _trained_views(
+            fits, dataset, np.flatnonzero(trained), out_of_fold, batch_size, views
+        ).items():
+            parts[name] += tables
+    return {
+        name: pd.concat(tables).set_index('image_id').loc[dataset.ids].reset_index() for name, tables in parts.items()
+    }
 
+# %% ../../nbs/model/24_bundle.ipynb #2e34384e
 def views_table(
     by_view:dict, # view -> table, as `member_views` gives them; may hold more views than are asked for
     views:str='none', # one of views.VIEW_SETS
 ) -> pd.DataFrame: # the same columns, each the mean over the views of the set
     "The answers of a member averaged over a set of views."
     missing = [name for name in view_names(views) if name not in by_view]
-    if missing: raise ValueError(f"view '{missing[0]}' of the set '{views}' was not shown (shown: {', '.join(by_view)}); predict with views='{views}'")
+    if missing:
+        raise ValueError(
+            f"view '{missing[0]}' of the set '{views}' was not shown (shown: {', '.join(by_view)}); "
+            f"predict with views='{views}'"
+        )
     return mean_tables([by_view[name] for name in view_names(views)])
 
 # %% ../../nbs/model/24_bundle.ipynb #b130969d
 def predict_member(
     fits:list, # of Member: what `load_fits` gives
     dataset, # LesionDataset
-    trained=None, # (N,) bool: images of training and validation, for which `out_of_fold` answers; None where there are none
+    # (N,) bool: images of training and validation, for which `out_of_fold` answers; None where there are none
+    trained=None,
     out_of_fold:pd.DataFrame|None=None, # of `read_out_of_fold`; not needed for a single fit
     batch_size:int=64, # images at a time; changes the last digits at most
     views:str='none', # one of views.VIEW_SETS; the answers are the mean over its views
@@ -425,7 +581,19 @@ def predict_member(
     return views_table(member_views(fits, dataset, trained, out_of_fold, batch_size, views), views)
 
 # %% ../../nbs/model/24_bundle.ipynb #e7400320
-_BUNDLE_KEYS = ('schema_version', 'members', 'label_set', 'image_size', 'colour', 'views', 'encoder', 'policy', 'provenance', 'metrics', 'disclaimer')
+_BUNDLE_KEYS = (
+    'schema_version',
+    'members',
+    'label_set',
+    'image_size',
+    'colour',
+    'views',
+    'encoder',
+    'policy',
+    'provenance',
+    'metrics',
+    'disclaimer',
+)
 _ADDED_KEYS = dict(colour='none', views='none', policy=None) # what bundles from before these keys did
 
 def save_bundle(
@@ -438,49 +606,81 @@ def save_bundle(
     metrics:dict|None=None, # nested, leaves {'value', 'low', 'high', ...}; shown in the model card
     colour:str='none', # correction of colour.COLOURS that the images of training and evaluation went through
     views:str='none', # one of views.VIEW_SETS, over which a prediction is averaged
-    policy:dict|None=None, # how the members' answers become one and when to abstain: `Policy.to_dict()` of evaluate.policy; None is the plain mean
-    card_text:str='', # sections of the model card on performance, Markdown with headings of level 2; '' makes a table of `metrics`
+    # how the members' answers become one and when to abstain: `Policy.to_dict()` of evaluate.policy; None is the plain
+    # mean
+    policy:dict|None=None,
+    # sections of the model card on performance, Markdown with headings of level 2; '' makes a table of `metrics`
+    card_text:str='',
 ) -> Path: # `out`
     "Write an ensemble as bundle.json, weights, MODEL_CARD.md and SHA256SUMS."
     _check_members(members, label_set, encoder, image_size)
     _check_inputs(colour, views)
     _check_policy(policy, [m.name for m in members], views)
-    facts = dict(schema_version=SCHEMA_VERSION, members=[dict(name=m.name, model=m.model.config) for m in members],
-                 label_set=label_set.to_dict(), image_size=int(image_size), colour=colour, views=views,
-                 encoder=encoder.to_dict() if encoder else None, policy=policy, provenance=provenance, metrics=metrics, disclaimer=DISCLAIMER)
+    facts = dict(
+        schema_version=SCHEMA_VERSION,
+        members=[dict(name=m.name, model=m.model.config) for m in members],
+        label_set=label_set.to_dict(),
+        image_size=int(image_size),
+        colour=colour,
+        views=views,
+        encoder=encoder.to_dict() if encoder else None,
+        policy=policy,
+        provenance=provenance,
+        metrics=metrics,
+        disclaimer=DISCLAIMER,
+    )
     with scratch_folder(out) as scratch:
-        for m in members: atomic_write(scratch/f'{m.name}.safetensors', _weights(m.model, m.name))
+        for m in members:
+            atomic_write(scratch/f'{m.name}.safetensors', _weights(m.model, m.name))
         write_json(scratch/'bundle.json', facts)
         atomic_write(scratch/'MODEL_CARD.md', _model_card(facts, card_text))
         write_sums(scratch)
     return Path(out)
 
-# %% ../../nbs/model/24_bundle.ipynb #ef00a9bb
+# %% ../../nbs/model/24_bundle.ipynb #87dd09cd
 def _check_inputs(colour, views):
     "Stop at a correction or a set of views that is not known."
     check_colour(colour)
     view_names(views)
 
+# %% ../../nbs/model/24_bundle.ipynb #df64bbe5
 def _check_policy(policy, names, views):
     "Stop at a policy that is plainly for another bundle; what it says is read where it is applied."
-    if policy is None: return
-    if not isinstance(policy, dict): raise ValueError(f"the policy is {type(policy).__name__}, not a mapping; pass Policy.to_dict(), or None for the plain mean")
+    if policy is None:
+        return
+    if not isinstance(policy, dict):
+        raise ValueError(
+            f"the policy is {type(policy).__name__}, not a mapping; pass Policy.to_dict(), or None for the plain mean"
+        )
     if policy.get('views') != views:
-        raise ValueError(f"the policy was fitted with views {policy.get('views')!r}, but the bundle is to use '{views}'; save it with views=policy.views")
-    members, combiner = list(dict.fromkeys(map(member_of, names))), policy.get('combiner')
+        raise ValueError(
+            f"the policy was fitted with views {policy.get('views')!r}, but the bundle is to use "
+            f"'{views}'; save it with views=policy.views"
+        )
+    members = list(dict.fromkeys(map(member_of, names)))
+    combiner = policy.get('combiner')
     fitted = combiner.get('members') if isinstance(combiner, dict) else None
     if not isinstance(fitted, list) or sorted(map(str, fitted)) != sorted(members):
-        raise ValueError(f"the policy combines the members {fitted!r}, but the bundle has {members}; fit the policy on these members")
+        raise ValueError(
+            f"the policy combines the members {fitted!r}, but the bundle has {members}; fit the policy on these members"
+        )
 
+# %% ../../nbs/model/24_bundle.ipynb #ef00a9bb
 def _check_members(members, label_set, encoder, image_size):
     "Stop at an ensemble that does not hold together."
-    if not members: raise ValueError("an ensemble needs at least one member")
-    if type(image_size) is not int or image_size < 1: raise ValueError(f"image_size is {image_size!r}; it must be a whole number of pixels")
+    if not members:
+        raise ValueError("an ensemble needs at least one member")
+    if type(image_size) is not int or image_size < 1:
+        raise ValueError(f"image_size is {image_size!r}; it must be a whole number of pixels")
     fault = _name_fault([m.name for m in members])
-    if fault: raise ValueError(fault)
+    if fault:
+        raise ValueError(fault)
     for m in members:
         if m.model.num_classes != label_set.num_classes:
-            raise ValueError(f"member '{m.name}' has {m.model.num_classes} classes, but label set '{label_set.name}' has {label_set.num_classes}")
+            raise ValueError(
+                f"member '{m.name}' has {m.model.num_classes} classes, but label set '{label_set.name}' "
+                f"has {label_set.num_classes}"
+            )
         if m.model.takes_metadata and (encoder is None or encoder.dim != m.model.metadata_dim):
             raise ValueError(f"member '{m.name}' takes metadata of width {m.model.metadata_dim}, but the encoder gives "
                              f"{encoder.dim if encoder else 'none'}; pass the encoder it was trained with")
@@ -491,11 +691,17 @@ def _name_fault(names):
     "What is wrong with the names of an ensemble; '' where nothing is. They become file names, so they are plain and unique."
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name) or names.count(name) > 1:
-            return f"member name {name!r} cannot be used (unique, small letters, digits, '-' and '_'; '.fold_I' for one fit of several)"
+            return (
+                f"member name {name!r} cannot be used (unique, small letters, digits, '-' and '_'; "
+                "'.fold_I' for one fit of several)"
+            )
     for member in dict.fromkeys(map(member_of, names)):
         fits = [name for name in names if member_of(name) == member]
         if fits != [member] and fits != [f'{member}.fold_{i}' for i in range(len(fits))]:
-            return f"member '{member}' has the fits {', '.join(fits)}; its folds are to be fold_0 to fold_{len(fits) - 1}, in order, and nothing beside them"
+            return (
+                f"member '{member}' has the fits {', '.join(fits)}; its folds are to be fold_0 to "
+                f"fold_{len(fits) - 1}, in order, and nothing beside them"
+            )
     return ''
 
 # %% ../../nbs/model/24_bundle.ipynb #8b5074c3
@@ -508,90 +714,179 @@ def shared_heads(
         for spec in m.model.head_specs:
             owner, first = specs.setdefault(spec.name, (m.name, spec))
             if (spec.kind, tuple(spec.levels)) != (first.kind, tuple(first.levels)):
-                raise ValueError(f"head '{spec.name}' is {spec.kind} ({', '.join(spec.levels)}) in member '{m.name}', but {first.kind} "
-                                 f"({', '.join(first.levels)}) in '{owner}'; give one of them another name")
+                raise ValueError(
+                    f"head '{spec.name}' is {spec.kind} ({', '.join(spec.levels)}) in member "
+                    f"'{m.name}', but {first.kind} "
+                    f"({', '.join(first.levels)}) in '{owner}'; give one of them another name"
+                )
     return {name: spec for name, (_, spec) in specs.items()}
 
-# %% ../../nbs/model/24_bundle.ipynb #63e9aa35
+# %% ../../nbs/model/24_bundle.ipynb #efc0146e
 def _model_card(facts, card_text):
     "MODEL_CARD.md of a bundle."
     lines = ['# Model card', '', f"**{facts['disclaimer']}**", '', '## What it is', '', *_card_members(facts)]
     lines += ['', '## How it decides', '', *_card_policy(facts['policy'])]
     lines += ['', '## Classes', '', *_card_classes(LabelSet.from_dict(facts['label_set']))]
-    lines += ['', card_text.strip() or '\n'.join(['## How well it did', '', *(_metric_rows(facts['metrics']) or ['No metrics were stored with this bundle.'])])]
-    lines += ['', '## Limits', '', 'It knows only the classes above and gives probabilities for them whatever the image shows. It was measured on images like those it was',
-              f'trained on; other cameras, skin tones, ages and clinics can differ. {_card_calibration(facts["policy"])}',
-              '', '## Made from', '', *(_facts_rows(facts['provenance']) or ['- see bundle.json']),
-              '', '## Use', '', '```python', 'from skinlesion.use.predict import Predictor', "Predictor('path/of/this/folder').predict('image.jpg')", '```', '']
+    lines += [
+        '',
+        card_text.strip()
+        or '\n'.join(
+            [
+                '## How well it did',
+                '',
+                *(_metric_rows(facts['metrics']) or ['No metrics were stored with this bundle.']),
+            ]
+        ),
+    ]
+    lines += [
+        '',
+        '## Limits',
+        '',
+        'It knows only the classes above and gives probabilities for them whatever the image shows. It '
+        'was measured on images like those it was',
+        f'trained on; other cameras, skin tones, ages and clinics can differ. {_card_calibration(facts["policy"])}',
+        '',
+        '## Made from',
+        '',
+        *(_facts_rows(facts['provenance']) or ['- see bundle.json']),
+        '',
+        '## Use',
+        '',
+        '```python',
+        'from skinlesion.use.predict import Predictor',
+        "Predictor('path/of/this/folder').predict('image.jpg')",
+        '```',
+        '',
+    ]
     return '\n'.join(lines)
 
+# %% ../../nbs/model/24_bundle.ipynb #63e9aa35
 def _card_members(facts):
     "The models, what they read and answer, and what is done to an image first."
-    size, how = facts['image_size'], 'The mean of' if facts['policy'] is None else 'An ensemble of'
+    size = facts['image_size']
+    how = 'The mean of' if facts['policy'] is None else 'An ensemble of'
     lines = [f"{how} {_counted(facts['members'])} for dermatoscopic images, {size}x{size} pixels:", '']
     lines += [f"- `{m['name']}`: {_reads(m['model'])}" for m in facts['members']] + _head_rows(facts['members'])
-    if facts['colour'] != 'none': lines += ['', f"Before anything else the colours of an image are corrected by `{facts['colour']}`."]
-    if facts['views'] != 'none': lines += ['', f"An answer is the mean over the {len(view_names(facts['views']))} views of the set `{facts['views']}`."]
+    if facts['colour'] != 'none':
+        lines += ['', f"Before anything else the colours of an image are corrected by `{facts['colour']}`."]
+    if facts['views'] != 'none':
+        lines += [
+            '',
+            f"An answer is the mean over the {len(view_names(facts['views']))} views of the set `{facts['views']}`.",
+        ]
     return lines
 
-# %% ../../nbs/model/24_bundle.ipynb #58e19707
+# %% ../../nbs/model/24_bundle.ipynb #3d8123b7
 def _card_policy(policy):
     "What the policy says, in words; its numbers in full stay in bundle.json."
-    if policy is None: return ['It answers with the mean of its members, names the class of the largest probability, and never abstains.']
-    part = lambda name: policy.get(name) or {}
-    limit, sets, doubt, strange = part('threshold'), part('conformal'), part('abstention'), part('ood')
-    lines = [f"- members: combined by `{part('combiner').get('kind')}`, each averaged over the views `{policy.get('views')}`; calibration: `{part('calibrator').get('kind')}`"]
-    if limit.get('value') is not None: lines += [f"- flags a malignancy probability of {limit['value']:g} or more, locked for a sensitivity of {limit.get('target')}" + (f" ({limit['reason']})" if limit.get('reason') else '')]
-    if sets: lines += [f"- prediction sets: `{sets.get('kind')}`, to hold the diagnosis in {sets.get('coverage')} of the lesions"]
-    if doubt.get('value') is not None: lines += [f"- gives no answer where it is less sure than {doubt['value']:g}, as of {doubt.get('share')} of the validation lesions"]
-    if strange: lines += [f"- gives no answer where `{strange.get('model')}` finds the picture strange (`{strange.get('kind')}`)"]
+    if policy is None:
+        return [
+            'It answers with the mean of its members, names the class of the largest probability, and never abstains.'
+        ]
+    def part(name):
+        return policy.get(name) or {}
+    limit = part('threshold')
+    sets = part('conformal')
+    doubt = part('abstention')
+    strange = part('ood')
+    lines = [
+        f"- members: combined by `{part('combiner').get('kind')}`, each averaged over the views "
+        f"`{policy.get('views')}`; calibration: `{part('calibrator').get('kind')}`"
+    ]
+    if limit.get('value') is not None:
+        lines += [
+            f"- flags a malignancy probability of {limit['value']:g} or more, locked for a sensitivity "
+            f"of {limit.get('target')}" + (f" ({limit['reason']})" if limit.get('reason') else '')
+        ]
+    if sets:
+        lines += [
+            f"- prediction sets: `{sets.get('kind')}`, to hold the diagnosis in {sets.get('coverage')} of the lesions"
+        ]
+    if doubt.get('value') is not None:
+        lines += [
+            f"- gives no answer where it is less sure than {doubt['value']:g}, as of "
+            f"{doubt.get('share')} of the validation lesions"
+        ]
+    if strange:
+        lines += [
+            f"- gives no answer where `{strange.get('model')}` finds the picture strange (`{strange.get('kind')}`)"
+        ]
     return ['Chosen and locked on validation images; in full under `policy` in bundle.json.', '', *lines]
 
+# %% ../../nbs/model/24_bundle.ipynb #55943c5c
 def _card_calibration(policy):
     "Whether its probabilities are calibrated, in a sentence."
     kind = ((policy or {}).get('calibrator') or {}).get('kind', 'none')
-    return 'The probabilities are not calibrated.' if kind == 'none' else f'The probabilities are calibrated (`{kind}`) on its validation images, and for images like those.'
+    return (
+        'The probabilities are not calibrated.'
+        if kind == 'none'
+        else f'The probabilities are calibrated (`{kind}`) on its validation images, and for images like those.'
+    )
 
+# %% ../../nbs/model/24_bundle.ipynb #58e19707
 def _card_classes(label_set):
     "Table of the classes."
     malignant = {True: 'yes', False: 'no', None: 'not stated'}
-    return ['| code | name | malignant |', '|---|---|---|', *(f'| {c} | {label_set.names[c]} | {malignant[label_set.is_malignant(c)]} |' for c in label_set.codes)]
+    return [
+        '| code | name | malignant |',
+        '|---|---|---|',
+        *(f'| {c} | {label_set.names[c]} | {malignant[label_set.is_malignant(c)]} |' for c in label_set.codes),
+    ]
 
-# %% ../../nbs/model/24_bundle.ipynb #dfa6fd51
+# %% ../../nbs/model/24_bundle.ipynb #6215f4a6
 def _counted(members):
     "How many members there are, and how many models, where some have several."
     n = len({member_of(m['name']) for m in members})
-    return f"{n} member{'s' if n > 1 else ''}" + (f" ({len(members)} models: the fits of a member are averaged first)" if n < len(members) else '')
+    return f"{n} member{'s' if n > 1 else ''}" + (
+        f" ({len(members)} models: the fits of a member are averaged first)" if n < len(members) else ''
+    )
 
+# %% ../../nbs/model/24_bundle.ipynb #0e526fcd
 def _reads(config):
     "What a model is made of and reads, in words."
-    if config['fusion'] == 'metadata': return 'metadata alone'
-    return f"{config['backbone']}, {'image alone' if config['fusion'] == 'none' else 'image and metadata (' + config['fusion'] + ')'}"
+    if config['fusion'] == 'metadata':
+        return 'metadata alone'
+    return (
+        f"{config['backbone']}, "
+        f"{'image alone' if config['fusion'] == 'none' else 'image and metadata (' + config['fusion'] + ')'}"
+    )
 
+# %% ../../nbs/model/24_bundle.ipynb #dfa6fd51
 def _head_rows(members):
     "What else the models answer; the probabilities of these heads are not calibrated."
     heads = {head['name']: head for m in members for head in m['model']['heads'] or ()}
     rows = [f"- `{name}` ({head['kind']}): {', '.join(head['levels'])}" for name, head in heads.items()]
     return rows and ['', 'Beside the diagnosis it answers, uncalibrated:', '', *rows]
 
-# %% ../../nbs/model/24_bundle.ipynb #d226de28
+# %% ../../nbs/model/24_bundle.ipynb #e7e8000a
 def _facts_rows(facts, path=''):
     "One line per plain value, nested names joined by dots."
-    if isinstance(facts, dict): return [row for k in sorted(facts) for row in _facts_rows(facts[k], f'{path}.{k}' if path else k)]
+    if isinstance(facts, dict):
+        return [row for k in sorted(facts) for row in _facts_rows(facts[k], f'{path}.{k}' if path else k)]
     return [] if isinstance(facts, (list, tuple)) or facts in (None, '') else [f'- {path}: {facts}']
 
+# %% ../../nbs/model/24_bundle.ipynb #d226de28
 def _metric_rows(metrics):
     "Table of all leaves that have a value, in their order."
     leaves = []
     def walk(node, path):
-        if not isinstance(node, dict): return
-        if 'value' in node: leaves.append((path, node))
+        if not isinstance(node, dict):
+            return
+        if 'value' in node:
+            leaves.append((path, node))
         else:
-            for key, child in node.items(): walk(child, f'{path}.{key}' if path else key)
+            for key, child in node.items():
+                walk(child, f'{path}.{key}' if path else key)
     walk(metrics or {}, '')
-    number = lambda x: f'{x:.3f}' if isinstance(x, float) else str(x)
-    interval = lambda leaf: f"{number(leaf['low'])} to {number(leaf['high'])}" if leaf.get('low') is not None else ''
-    rows = [f"| {path} | {number(leaf['value'])} | {interval(leaf)} | {leaf.get('n', '')} |" for path, leaf in leaves if leaf['value'] is not None]
+    def number(x):
+        return f'{x:.3f}' if isinstance(x, float) else str(x)
+    def interval(leaf):
+        return f"{number(leaf['low'])} to {number(leaf['high'])}" if leaf.get('low') is not None else ''
+    rows = [
+        f"| {path} | {number(leaf['value'])} | {interval(leaf)} | {leaf.get('n', '')} |"
+        for path, leaf in leaves
+        if leaf['value'] is not None
+    ]
     return rows and ['| metric | value | 95 % interval | n |', '|---|---|---|---|', *rows]
 
 # %% ../../nbs/model/24_bundle.ipynb #b452f948
@@ -623,40 +918,63 @@ class Bundle:
         member:int|str=0, # position or name; of a member with folds its own name means the first fit
     ) -> Member:
         "One model of the ensemble."
-        if isinstance(member, int) and 0 <= member < len(self.members): return self.members[member]
+        if isinstance(member, int) and 0 <= member < len(self.members):
+            return self.members[member]
         found = [m for m in self.members if member in (m.name, member_of(m.name))]
-        if found: return found[0]
-        raise ValueError(f"member {member!r} is not in this bundle; choose one of {', '.join(self.names)}.{nearest(str(member), self.names)}")
+        if found:
+            return found[0]
+        raise ValueError(
+            f"member {member!r} is not in this bundle; choose one of "
+            f"{', '.join(self.names)}.{nearest(str(member), self.names)}"
+        )
 
-# %% ../../nbs/model/24_bundle.ipynb #a5ac369e
+# %% ../../nbs/model/24_bundle.ipynb #0bf27228
 def verify_bundle(
     folder:Path|str, # of the bundle
 ) -> dict: # bundle_id, members (names), files (name -> SHA-256), facts (bundle.json)
     "Check sums, files and keys of a bundle without building a model; `BundleError` names what is off."
     folder = Path(folder)
     if not (folder/'SHA256SUMS').is_file() and not (folder/'bundle.json').is_file():
-        raise BundleError(f"{folder}: {'no model bundle is in this folder' if folder.is_dir() else 'this is a file' if folder.exists() else 'no such folder'} (bundle.json, SHA256SUMS and weights); "
-                          "name a bundle, such as artifacts/ensemble after `dvc repro`")
-    try: sums = verify_sums(folder)
-    except (ValueError, OSError) as e: raise BundleError(str(e)) from e
-    bundle_id = hashlib.sha256(''.join(f'{digest}  {name}\n' for name, digest in sorted(sums.items())).encode()).hexdigest()[:16]
-    if 'bundle.json' not in sums: raise BundleError(f"{folder}: bundle.json is missing; this is no bundle, or not a whole one: export it anew")
+        raise BundleError(
+            f"{folder}: "
+            f"{'no model bundle is in this folder' if folder.is_dir() else 'this is a file' if folder.exists() else 'no such folder'} "
+            "(bundle.json, SHA256SUMS and weights); "
+            "name a bundle, such as artifacts/ensemble after `dvc repro`"
+        )
+    try:
+        sums = verify_sums(folder)
+    except (ValueError, OSError) as e:
+        raise BundleError(str(e)) from e
+    bundle_id = hashlib.sha256(
+        ''.join(f'{digest}  {name}\n' for name, digest in sorted(sums.items())).encode()
+    ).hexdigest()[:16]
+    if 'bundle.json' not in sums:
+        raise BundleError(f"{folder}: bundle.json is missing; this is no bundle, or not a whole one: export it anew")
     facts = _read_keys(folder/'bundle.json', _BUNDLE_KEYS, _ADDED_KEYS)
     names = _member_names(facts['members'], folder/'bundle.json')
     known = ['bundle.json', 'MODEL_CARD.md', *(f'{name}.safetensors' for name in names)]
     for name in known:
-        if name not in sums: raise BundleError(f"{folder}: {name} is missing; restore it or export the bundle anew")
+        if name not in sums:
+            raise BundleError(f"{folder}: {name} is missing; restore it or export the bundle anew")
     for name in sums:
-        if name not in known: raise BundleError(f"{folder}: the file '{name}' is no part of this bundle ({', '.join(known)}); remove it and its line in SHA256SUMS, or export the bundle anew")
+        if name not in known:
+            raise BundleError(
+                f"{folder}: the file '{name}' is no part of this bundle ({', '.join(known)}); remove it "
+                "and its line in SHA256SUMS, or export the bundle anew"
+            )
     return dict(bundle_id=bundle_id, members=names, files=sums, facts=facts)
 
+# %% ../../nbs/model/24_bundle.ipynb #a5ac369e
 def _member_names(members, where):
     "Names of the members."
-    if not isinstance(members, list) or not members: raise BundleError(f"{where}, members: a list of at least one member is expected; export the bundle anew")
-    for k, member in enumerate(members): _check_keys(member, ('name', 'model'), f'{where}, members[{k}]')
+    if not isinstance(members, list) or not members:
+        raise BundleError(f"{where}, members: a list of at least one member is expected; export the bundle anew")
+    for k, member in enumerate(members):
+        _check_keys(member, ('name', 'model'), f'{where}, members[{k}]')
     names = [m['name'] for m in members]
     fault = _name_fault(names)
-    if fault: raise BundleError(f"{where}: {fault}; export the bundle anew")
+    if fault:
+        raise BundleError(f"{where}: {fault}; export the bundle anew")
     return names
 
 # %% ../../nbs/model/24_bundle.ipynb #7ddcc025
@@ -665,16 +983,21 @@ def load_bundle(
 ) -> Bundle: # models on the CPU, in evaluation mode
     "Verify a bundle, then build its models; `BundleError` names the file and the remedy."
     folder, checked = Path(folder), verify_bundle(folder)
-    facts, where = checked['facts'], folder/'bundle.json'
+    facts = checked['facts']
+    where = folder/'bundle.json'
     try:
         label_set = LabelSet.from_dict(facts['label_set'])
         encoder = None if facts['encoder'] is None else MetadataEncoder.from_dict(facts['encoder'])
-    except (ValueError, TypeError, KeyError, AttributeError) as e: raise BundleError(f"{where}: {e}; export the bundle anew") from e
-    members = [Member(m['name'], _build(m['model'], where, folder/f"{m['name']}.safetensors"), m) for m in facts['members']]
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise BundleError(f"{where}: {e}; export the bundle anew") from e
+    members = [
+        Member(m['name'], _build(m['model'], where, folder / f"{m['name']}.safetensors"), m) for m in facts['members']
+    ]
     try:
         _check_members(members, label_set, encoder, facts['image_size'])
         _check_inputs(facts['colour'], facts['views'])
         _check_policy(facts['policy'], [m.name for m in members], facts['views'])
-    except (ValueError, TypeError) as e: raise BundleError(f"{where}: {e}; export the bundle anew") from e
+    except (ValueError, TypeError) as e:
+        raise BundleError(f"{where}: {e}; export the bundle anew") from e
     return Bundle(tuple(members), label_set, encoder, facts['image_size'], checked['bundle_id'], facts['provenance'],
                   facts['metrics'], facts['colour'], facts['views'], facts['policy'])

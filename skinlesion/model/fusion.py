@@ -13,8 +13,18 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .backbones import (Standardise, along_channels, backbone_config, backbone_layers, built_size, check_backbone, create_backbone,
-                                        size_message, size_problem, to_cells)
+from skinlesion.model.backbones import (
+    Standardise,
+    along_channels,
+    backbone_config,
+    backbone_layers,
+    built_size,
+    check_backbone,
+    create_backbone,
+    size_message,
+    size_problem,
+    to_cells,
+)
 from .heads import PRIMARY, further_head, primary_head, read_heads
 from ..taxonomy import nearest
 
@@ -27,7 +37,8 @@ def metadata_mlp(
     drop_rate:float=.2, # dropout after each layer, [0, 1)
 ) -> nn.Sequential: # (B,D) float32 -> (B,64)
     "The network that reads encoded age, sex and site."
-    layers, width = [], metadata_dim
+    layers = []
+    width = metadata_dim
     for out in METADATA_WIDTHS:
         layers += [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(), nn.Dropout(drop_rate)]
         width = out
@@ -59,7 +70,8 @@ class MetadataDropout(nn.Module):
         rate:float, # probability that a field of a row is forgotten, [0, 1)
     ):
         super().__init__()
-        belongs, missing = torch.zeros(len(groups), metadata_dim, dtype=torch.bool), torch.zeros(metadata_dim)
+        belongs = torch.zeros(len(groups), metadata_dim, dtype=torch.bool)
+        missing = torch.zeros(metadata_dim)
         for k, group in enumerate(groups):
             belongs[k, group['columns']] = True
             missing[group['columns']] = torch.tensor(group['missing'], dtype=torch.float32)
@@ -71,7 +83,8 @@ class MetadataDropout(nn.Module):
         metadata:torch.Tensor, # (B,D) float32
     ) -> torch.Tensor: # (B,D)
         "The metadata, some fields forgotten."
-        if not self.training or self.rate == 0: return metadata
+        if not self.training or self.rate == 0:
+            return metadata
         forgotten = torch.rand(len(metadata), len(self.belongs), device=metadata.device) < self.rate
         hidden = (forgotten[:, :, None] & self.belongs).any(1)
         return torch.where(hidden, self.missing.to(metadata.dtype), metadata)
@@ -128,7 +141,8 @@ class GatedUnit(nn.Module):
         width:int=GATED_WIDTH, # of the joint vector
     ):
         super().__init__()
-        self.image, self.metadata = nn.Linear(pooled, width), nn.Linear(read, width)
+        self.image = nn.Linear(pooled, width)
+        self.metadata = nn.Linear(read, width)
         self.gate = nn.Linear(pooled + read, width, bias=False)
 
     def forward(self,
@@ -171,7 +185,9 @@ class LesionModel(nn.Module):
         config:dict, # the arguments of `create_model` that rebuild it
     ):
         super().__init__()
-        self.config, self.num_classes, self.metadata_dim = config, config['num_classes'], config['metadata_dim']
+        self.config = config
+        self.num_classes = config['num_classes']
+        self.metadata_dim = config['metadata_dim']
         self.head_specs = read_heads(config['heads'])
         self.backbone = backbone
         self.standardise = _standardise(config)
@@ -199,7 +215,7 @@ class LesionModel(nn.Module):
         features = self.drop(self.embed(image, metadata))
         return {name: head(features) for name, head in self.heads.items()}
 
-# %% ../../nbs/model/23_fusion.ipynb #5d68b13e
+# %% ../../nbs/model/23_fusion.ipynb #c60b2298
 @patch
 def embed(self:LesionModel,
     image:torch.Tensor|None, # (B,3,H,W) float32, normalised; not looked at with fusion 'metadata'
@@ -208,6 +224,7 @@ def embed(self:LesionModel,
     "What every head reads, before dropout."
     return _joined_features(self, image, metadata)
 
+# %% ../../nbs/model/23_fusion.ipynb #5d68b13e
 @patch
 def forward(self:LesionModel,
     image:torch.Tensor|None, # (B,3,H,W) float32, normalised; not looked at with fusion 'metadata'
@@ -216,66 +233,94 @@ def forward(self:LesionModel,
     "The primary logits."
     return self.heads[PRIMARY](self.drop(self.embed(image, metadata)))
 
-# %% ../../nbs/model/23_fusion.ipynb #220eb7e4
+# %% ../../nbs/model/23_fusion.ipynb #32d86e68
 def _standardise(config):
     "From ImageNet's mean and deviation to the backbone's own; nothing to do where there is no backbone."
-    if not (config['backbone'] and config['standardise']): return nn.Identity()
+    if not (config['backbone'] and config['standardise']):
+        return nn.Identity()
     wanted = backbone_config(config['backbone'])
     return Standardise(wanted.mean, wanted.std)
 
+# %% ../../nbs/model/23_fusion.ipynb #220eb7e4
 def _fusion_parts(backbone, config):
     "Metadata dropout, reader and fusion of a model, and the width of what its heads read."
-    fusion, dim, groups = config['fusion'], config['metadata_dim'], config['metadata_groups']
+    fusion = config['fusion']
+    dim = config['metadata_dim']
+    groups = config['metadata_groups']
     pooled = 0 if backbone is None else getattr(backbone, 'head_hidden_size', None) or backbone.num_features
-    if fusion == 'none': return None, None, None, pooled
+    if fusion == 'none':
+        return None, None, None, pooled
     dropout = MetadataDropout(groups, dim, config['metadata_dropout']) if groups else nn.Identity()
     read = METADATA_WIDTHS[-1]
-    if fusion == 'metablock': return dropout, nn.Identity(), MetaBlock(dim, backbone.num_features), pooled
+    if fusion == 'metablock':
+        return dropout, nn.Identity(), MetaBlock(dim, backbone.num_features), pooled
     if fusion == 'cross_attention':
-        return dropout, MetadataTokens([g['columns'] for g in groups], ATTENTION_WIDTH), CrossAttention(backbone.num_features), pooled + ATTENTION_WIDTH
+        return (
+            dropout,
+            MetadataTokens([g['columns'] for g in groups], ATTENTION_WIDTH),
+            CrossAttention(backbone.num_features),
+            pooled + ATTENTION_WIDTH,
+        )
     branch = metadata_mlp(dim, config['drop_rate'])
-    if fusion == 'film': return dropout, branch, Film(read, backbone.num_features), pooled
-    if fusion == 'gated': return dropout, branch, GatedUnit(read, pooled), GATED_WIDTH
+    if fusion == 'film':
+        return dropout, branch, Film(read, backbone.num_features), pooled
+    if fusion == 'gated':
+        return dropout, branch, GatedUnit(read, pooled), GATED_WIDTH
     return dropout, branch, None, pooled + read
 
-# %% ../../nbs/model/23_fusion.ipynb #5e926a39
+# %% ../../nbs/model/23_fusion.ipynb #2c8a06c9
 def _joined_features(model, image, metadata):
     "What the heads read, (B, width)."
-    fusion, pool = model.config['fusion'], lambda spatial: model.backbone.forward_head(spatial, pre_logits=True)
+    fusion = model.config['fusion']
+    pool = lambda spatial: model.backbone.forward_head(spatial, pre_logits=True)
     spatial = None if fusion == 'metadata' else model.forward_features(image)
-    if fusion == 'none': return pool(spatial)
+    if fusion == 'none':
+        return pool(spatial)
     _check_metadata(model, image, metadata)
     read = model.metadata_branch(model.metadata_dropout(metadata))
-    if fusion == 'metadata': return read
-    if fusion in ('film', 'metablock'): return pool(model.fusion(spatial, read, partial(along_channels, model.backbone)))
-    if fusion == 'gated': return model.fusion(pool(spatial), read)
-    if fusion == 'concat': return torch.cat([pool(spatial), read], dim=1)
+    if fusion == 'metadata':
+        return read
+    if fusion in ('film', 'metablock'):
+        return pool(model.fusion(spatial, read, partial(along_channels, model.backbone)))
+    if fusion == 'gated':
+        return model.fusion(pool(spatial), read)
+    if fusion == 'concat':
+        return torch.cat([pool(spatial), read], dim=1)
     return torch.cat([pool(spatial), model.fusion(to_cells(model.backbone, spatial), read)], dim=1)
 
+# %% ../../nbs/model/23_fusion.ipynb #3b276736
 def _feature_map(model, image):
     "The backbone's map of a checked image."
     if model.backbone is None:
-        raise ValueError("this model has fusion 'metadata': it reads no image and has no feature map; choose a model with a backbone")
+        raise ValueError(
+            "this model has fusion 'metadata': it reads no image and has no feature map; choose a model with a backbone"
+        )
     _check_image(model, image)
-    try: return model.backbone.forward_features(model.standardise(image))
+    try:
+        return model.backbone.forward_features(model.standardise(image))
     except (AssertionError, RuntimeError) as e:
-        if _takes_size(model, *image.shape[2:]): raise # memory, device, type: not a matter of the size
+        if _takes_size(model, *image.shape[2:]):
+            raise # memory, device, type: not a matter of the size
         raise ValueError(size_message(model.config['backbone'], *image.shape[2:], e, built_size(model.backbone))) from e
 
+# %% ../../nbs/model/23_fusion.ipynb #5e926a39
 def _takes_size(model, height, width):
     "Whether the backbone, as it was built, takes images of this size."
     name = model.config['backbone']
-    if height != width or size_problem(name, height): return False
+    if height != width or size_problem(name, height):
+        return False
     return not backbone_config(name).fixed_size or height == built_size(model.backbone)
 
-# %% ../../nbs/model/23_fusion.ipynb #a6259d3a
+# %% ../../nbs/model/23_fusion.ipynb #c105956c
 def _check_image(model, image):
     "Stop at anything but a batch of RGB images."
-    if image is None: raise ValueError("this model reads images, and got None; pass a batch of shape (B, 3, height, width)")
+    if image is None:
+        raise ValueError("this model reads images, and got None; pass a batch of shape (B, 3, height, width)")
     if image.ndim != 4 or image.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(image.shape)}; a batch of RGB images is (B, 3, height, width)")
     _check_batch(model, len(image))
 
+# %% ../../nbs/model/23_fusion.ipynb #8509f453
 def _check_batch(model, n):
     "Stop at a training batch of one where batch norm is in training mode."
     norms = (nn.modules.batchnorm._BatchNorm,)
@@ -283,16 +328,24 @@ def _check_batch(model, n):
         raise ValueError("a batch of one image in training mode: batch norm needs at least two; "
                          "choose another batch_size, or call model.eval() to predict")
 
+# %% ../../nbs/model/23_fusion.ipynb #a6259d3a
 def _check_metadata(model, image, metadata):
     "Stop where a model that reads metadata gets none, or some of the wrong shape."
-    fusion, rows = model.config['fusion'], 'B' if image is None else len(image)
+    fusion = model.config['fusion']
+    rows = 'B' if image is None else len(image)
     if metadata is None:
-        raise ValueError(f"this model has fusion '{fusion}' and needs metadata of shape ({rows}, {model.metadata_dim}); "
-                         "encode age, sex and site with its MetadataEncoder (unknown is a value too)")
+        raise ValueError(
+            f"this model has fusion '{fusion}' and needs metadata of shape ({rows}, "
+            f"{model.metadata_dim}); "
+            "encode age, sex and site with its MetadataEncoder (unknown is a value too)"
+        )
     rows = len(metadata) if image is None else rows
     if tuple(metadata.shape) != (rows, model.metadata_dim):
-        raise ValueError(f"metadata has shape {tuple(metadata.shape)}, but this model with {rows} images needs {(rows, model.metadata_dim)}; "
-                         "use the MetadataEncoder the model was trained with")
+        raise ValueError(
+            f"metadata has shape {tuple(metadata.shape)}, but this model with {rows} images needs "
+            f"{(rows, model.metadata_dim)}; "
+            "use the MetadataEncoder the model was trained with"
+        )
     _check_batch(model, rows)
 
 # %% ../../nbs/model/23_fusion.ipynb #eb71f2ef
@@ -308,49 +361,91 @@ def create_model(
     metadata_groups:list|None=None, # `MetadataEncoder.groups()`; needed for metadata_dropout and for 'cross_attention'
     image_size:int|None=None, # pixels a side, for backbones that are built for a size; None is the backbone's own
     head:str='linear', # layer of the primary head: 'linear' or 'cosine'
-    standardise:bool=True, # whether images are brought to the backbone's own mean and deviation; False only for models older than this option
+    # whether images are brought to the backbone's own mean and deviation; False only for models older than this option
+    standardise:bool=True,
     seed:int|None=None, # seeds the random weights, leaving the global generator as it was; None draws from that
 ) -> LesionModel: # on the CPU, in training mode; `create_model(**model.config)` builds the same again
     "Build a model by name; an error names what is wrong and what is allowed."
-    backbone, pretrained = backbone or '', str(pretrained)
+    backbone = backbone or ''
+    pretrained = str(pretrained)
     heads = [spec.to_dict() for spec in read_heads(heads)] or None
-    config = dict(backbone=backbone, num_classes=num_classes, metadata_dim=metadata_dim, fusion=fusion, heads=heads, drop_rate=float(drop_rate),
-                  metadata_dropout=float(metadata_dropout), metadata_groups=metadata_groups, image_size=image_size, head=head, standardise=bool(standardise))
+    config = dict(
+        backbone=backbone,
+        num_classes=num_classes,
+        metadata_dim=metadata_dim,
+        fusion=fusion,
+        heads=heads,
+        drop_rate=float(drop_rate),
+        metadata_dropout=float(metadata_dropout),
+        metadata_groups=metadata_groups,
+        image_size=image_size,
+        head=head,
+        standardise=bool(standardise),
+    )
     _check_arguments(config, pretrained)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None: torch.manual_seed(seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         return LesionModel(create_backbone(backbone, pretrained, image_size) if backbone else None, config)
 
-# %% ../../nbs/model/23_fusion.ipynb #0167b1fb
+# %% ../../nbs/model/23_fusion.ipynb #c08d5054
 def _check_arguments(config, pretrained):
     "Stop at an argument of `create_model` that cannot work."
-    fusion, backbone = config['fusion'], config['backbone']
-    if fusion not in FUSIONS: raise ValueError(f"fusion '{fusion}' is not known ({', '.join(FUSIONS)}).{nearest(str(fusion), FUSIONS)}")
-    if config['num_classes'] < 2: raise ValueError(f"num_classes is {config['num_classes']}; a classifier needs at least 2")
+    fusion = config['fusion']
+    backbone = config['backbone']
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion '{fusion}' is not known ({', '.join(FUSIONS)}).{nearest(str(fusion), FUSIONS)}")
+    if config['num_classes'] < 2:
+        raise ValueError(f"num_classes is {config['num_classes']}; a classifier needs at least 2")
     if fusion == 'metadata' and (backbone or pretrained != 'none'):
-        raise ValueError(f"fusion 'metadata' reads no image, but backbone is '{backbone}' and pretrained '{pretrained}'; "
-                         "leave backbone empty and pretrained 'none', or choose another fusion")
-    if fusion != 'metadata' and not backbone: raise ValueError(f"fusion '{fusion}' needs a backbone and got none; name one of timm.list_models(), or choose fusion 'metadata'")
-    if backbone: check_backbone(backbone)
+        raise ValueError(
+            f"fusion 'metadata' reads no image, but backbone is '{backbone}' and pretrained "
+            f"'{pretrained}'; "
+            "leave backbone empty and pretrained 'none', or choose another fusion"
+        )
+    if fusion != 'metadata' and not backbone:
+        raise ValueError(
+            f"fusion '{fusion}' needs a backbone and got none; name one of timm.list_models(), or "
+            "choose fusion 'metadata'"
+        )
+    if backbone:
+        check_backbone(backbone)
     if fusion != 'none' and config['metadata_dim'] < 1:
-        raise ValueError(f"fusion '{fusion}' needs metadata_dim >= 1, not {config['metadata_dim']}; pass MetadataEncoder.dim, or fusion 'none'")
+        raise ValueError(
+            f"fusion '{fusion}' needs metadata_dim >= 1, not {config['metadata_dim']}; pass "
+            "MetadataEncoder.dim, or fusion 'none'"
+        )
     for name in ('drop_rate', 'metadata_dropout'):
-        if not 0 <= config[name] < 1: raise ValueError(f"{name} is {config[name]}; it must be at least 0 and below 1")
+        if not 0 <= config[name] < 1:
+            raise ValueError(f"{name} is {config[name]}; it must be at least 0 and below 1")
     _check_groups(config)
 
+# %% ../../nbs/model/23_fusion.ipynb #0167b1fb
 def _check_groups(config):
     "Stop at metadata dropout without fields, or with fields that are not those of the metadata."
-    rate, groups, dim = config['metadata_dropout'], config['metadata_groups'], config['metadata_dim']
+    rate = config['metadata_dropout']
+    groups = config['metadata_groups']
+    dim = config['metadata_dim']
     if rate and config['fusion'] == 'none':
-        raise ValueError(f"metadata_dropout is {rate}, but fusion 'none' reads no metadata; set it to 0, or choose another fusion")
-    if rate and not groups: raise ValueError(f"metadata_dropout is {rate}, but metadata_groups is not given; pass MetadataEncoder.groups()")
+        raise ValueError(
+            f"metadata_dropout is {rate}, but fusion 'none' reads no metadata; set it to 0, or choose another fusion"
+        )
+    if rate and not groups:
+        raise ValueError(f"metadata_dropout is {rate}, but metadata_groups is not given; pass MetadataEncoder.groups()")
     if config['fusion'] == 'cross_attention' and not groups:
-        raise ValueError("fusion 'cross_attention' makes a token of each field, but metadata_groups is not given; pass MetadataEncoder.groups()")
-    if not groups or config['fusion'] == 'none': return
+        raise ValueError(
+            "fusion 'cross_attention' makes a token of each field, but metadata_groups is not given; "
+            "pass MetadataEncoder.groups()"
+        )
+    if not groups or config['fusion'] == 'none':
+        return
     columns = sorted(c for g in groups for c in g['columns'])
     if columns != list(range(dim)) or any(len(g['missing']) != len(g['columns']) for g in groups):
-        raise ValueError(f"metadata_groups names the columns {columns}; each of the {dim} columns of the metadata must be in one group, with its value "
-                         "where the field is missing: pass groups() of the MetadataEncoder whose dim is metadata_dim")
+        raise ValueError(
+            f"metadata_groups names the columns {columns}; each of the {dim} columns of the metadata "
+            "must be in one group, with its value "
+            "where the field is missing: pass groups() of the MetadataEncoder whose dim is metadata_dim"
+        )
 
 # %% ../../nbs/model/23_fusion.ipynb #d7391f21
 def cam_layers(
@@ -358,5 +453,8 @@ def cam_layers(
 ) -> list[tuple[str, nn.Module]]: # (name within the backbone, module), from early to late; the last is the default
     "Layers of the backbone that class activation maps can target."
     if model.backbone is None:
-        raise ValueError("this model has fusion 'metadata': it reads no image, so there is nothing to draw a class activation map on; choose a model with a backbone")
+        raise ValueError(
+            "this model has fusion 'metadata': it reads no image, so there is nothing to draw a class "
+            "activation map on; choose a model with a backbone"
+        )
     return backbone_layers(model.backbone)

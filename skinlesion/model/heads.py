@@ -10,7 +10,7 @@ __all__ = ['PRIMARY', 'HEAD_KINDS', 'YES_NO', 'MISSING', 'HEAD_METRICS', 'HEAD_L
 # %% ../../nbs/model/22_heads.ipynb #b7cd0104
 import math
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import pandas as pd
@@ -62,66 +62,93 @@ class HeadSpec:
         "Read a head; an unknown or missing key is an error."
         return cls(**_checked_keys(values, [f.name for f in fields(cls)]))
 
-# %% ../../nbs/model/22_heads.ipynb #3fcd9f8e
+# %% ../../nbs/model/22_heads.ipynb #23ffcefa
 def _word(value) -> str:
     "A cell or level as a word: 1.0 is '1', None and NaN are ''."
-    if value is None or value is pd.NA or value != value: return ''
-    if isinstance(value, (float, np.floating)) and float(value).is_integer(): value = int(value)
+    if value is None or value is pd.NA or value != value:
+        return ''
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        value = int(value)
     return re.sub(r'^(-?\d+)\.0+$', r'\1', str(value).strip())
 
+# %% ../../nbs/model/22_heads.ipynb #d812845f
 def _form(word:str) -> str:
     "The form in which levels are compared; a number keeps its sign."
     return word if re.fullmatch(r'-?\d+(\.\d+)?', word) else comparable(word)
 
+# %% ../../nbs/model/22_heads.ipynb #3fcd9f8e
 def _check_spec(spec):
     "Stop at a head that cannot work."
     where = f"head '{spec.name}'"
     if not isinstance(spec.name, str) or not re.fullmatch(r'[a-z][a-z0-9_]*', spec.name):
         raise ValueError(f"{where}: a name is made of small letters, digits and '_', and begins with a letter")
-    if spec.name == PRIMARY: raise ValueError(f"{where} is there already: the diagnosis is the primary head; give the further head another name")
+    if spec.name == PRIMARY:
+        raise ValueError(
+            f"{where} is there already: the diagnosis is the primary head; give the further head another name"
+        )
     if spec.kind not in HEAD_KINDS:
-        raise ValueError(f"{where}: kind {spec.kind!r} is not known ({', '.join(HEAD_KINDS)}).{nearest(str(spec.kind), HEAD_KINDS)}")
+        raise ValueError(
+            f"{where}: kind {spec.kind!r} is not known ({', '.join(HEAD_KINDS)}).{nearest(str(spec.kind), HEAD_KINDS)}"
+        )
     if isinstance(spec.weight, bool) or not isinstance(spec.weight, (int, float)) or not 0 < spec.weight < math.inf:
-        raise ValueError(f"{where}: weight is {spec.weight!r}; it must be a number above 0 (leave the head out to give it none)")
+        raise ValueError(
+            f"{where}: weight is {spec.weight!r}; it must be a number above 0 (leave the head out to give it none)"
+        )
     _check_levels(where, spec.kind, spec.levels)
 
-# %% ../../nbs/model/22_heads.ipynb #4e47664f
+# %% ../../nbs/model/22_heads.ipynb #93184d48
 def _check_levels(where, kind, levels):
     "Stop at answers that cannot be told apart."
     if len(levels) < 2 or kind == 'binary' and len(levels) != 2:
-        raise ValueError(f"{where}: a head of kind {kind} needs {'two' if kind == 'binary' else 'at least two'} levels, not {len(levels)}; "
-                         "write them from least to most, as they stand in its column")
+        raise ValueError(
+            f"{where}: a head of kind {kind} needs {'two' if kind == 'binary' else 'at least two'} "
+            f"levels, not {len(levels)}; "
+            "write them from least to most, as they stand in its column"
+        )
     forms = [_form(level) for level in levels]
     for level, form in zip(levels, forms):
         if is_missing(level) and form != 'none':
-            raise ValueError(f"{where}: the level '{level}' says that nothing is known; leave it out, such rows are masked")
-        if forms.count(form) > 1: raise ValueError(f"{where}: the level '{level}' is there twice (case and hyphens do not count)")
+            raise ValueError(
+                f"{where}: the level '{level}' says that nothing is known; leave it out, such rows are masked"
+            )
+        if forms.count(form) > 1:
+            raise ValueError(f"{where}: the level '{level}' is there twice (case and hyphens do not count)")
 
+# %% ../../nbs/model/22_heads.ipynb #4e47664f
 def _checked_keys(values, allowed):
     "The keys of `HeadSpec.from_dict`, or an error."
-    if not isinstance(values, dict): raise ValueError(f"head {values!r}: a mapping with {', '.join(allowed)} is needed here")
+    if not isinstance(values, dict):
+        raise ValueError(f"head {values!r}: a mapping with {', '.join(allowed)} is needed here")
     for key in values:
-        if key not in allowed: raise ValueError(f"head '{values.get('name', '')}': unknown key '{key}'; allowed are {', '.join(allowed)}.{nearest(str(key), allowed)}")
+        if key not in allowed:
+            raise ValueError(
+                f"head '{values.get('name', '')}': unknown key '{key}'; allowed are "
+                f"{', '.join(allowed)}.{nearest(str(key), allowed)}"
+            )
     for key in ('name', 'kind'):
-        if key not in values: raise ValueError(f"head '{values.get('name', '')}': the key '{key}' is missing; it needs name and kind")
+        if key not in values:
+            raise ValueError(f"head '{values.get('name', '')}': the key '{key}' is missing; it needs name and kind")
     return values
 
 # %% ../../nbs/model/22_heads.ipynb #a0dd5f1d
 def read_heads(
-    heads:list|tuple|dict|None, # of HeadSpec or their dicts; or a mapping name -> {kind, column, levels, weight}; None is none
+    # of HeadSpec or their dicts; or a mapping name -> {kind, column, levels, weight}; None is none
+    heads:list|tuple|dict|None,
 ) -> tuple: # of HeadSpec, names unique
     "The further heads of a model."
     if isinstance(heads, dict):
         for name, values in heads.items():
-            if not isinstance(values, dict): raise ValueError(f"head '{name}': {values!r} is no mapping with kind, column, levels, weight")
+            if not isinstance(values, dict):
+                raise ValueError(f"head '{name}': {values!r} is no mapping with kind, column, levels, weight")
         heads = [{**values, 'name': name} for name, values in heads.items()]
     specs = tuple(h if isinstance(h, HeadSpec) else HeadSpec.from_dict(h) for h in heads or ())
     names = [s.name for s in specs]
     for name in names:
-        if names.count(name) > 1: raise ValueError(f"head '{name}' is there twice; give one of them another name")
+        if names.count(name) > 1:
+            raise ValueError(f"head '{name}' is there twice; give one of them another name")
     return specs
 
-# %% ../../nbs/model/22_heads.ipynb #1694b5f3
+# %% ../../nbs/model/22_heads.ipynb #9ad88484
 MISSING = -1
 _YES_NO_WORDS = {'no': 0, 'n': 0, 'false': 0, '0': 0, 'yes': 1, 'y': 1, 'true': 1, '1': 1}
 
@@ -134,61 +161,93 @@ def read_targets(
     "The answers of every head; an unknown word is an error."
     return {spec.name: torch.tensor(_read_column(table, spec, label_set, where), dtype=torch.int64) for spec in specs}
 
+# %% ../../nbs/model/22_heads.ipynb #1694b5f3
 def _read_column(table, spec, label_set, where):
     "Positions in the levels of one head, row by row."
     start = f"{where}{': ' if where else ''}head '{spec.name}'"
     if spec.column not in table:
-        if spec.column == 'malignant': return _malignant(table, label_set, start)
-        raise ValueError(f"{start}: column '{spec.column}' is missing ({', '.join(map(str, table.columns))}).{nearest(spec.column, map(str, table.columns))} "
-                         "Add it, with empty cells where nothing is known, or leave the head out")
+        if spec.column == 'malignant':
+            return _malignant(table, label_set, start)
+        raise ValueError(
+            f"{start}: column '{spec.column}' is missing "
+            f"({', '.join(map(str, table.columns))}).{nearest(spec.column, map(str, table.columns))} "
+            "Add it, with empty cells where nothing is known, or leave the head out"
+        )
     known = {_form(level): i for i, level in enumerate(spec.levels)}
-    if spec.kind == 'binary' and spec.levels == YES_NO: known = _YES_NO_WORDS
+    if spec.kind == 'binary' and spec.levels == YES_NO:
+        known = _YES_NO_WORDS
     found = {}
     return [found[word] if word in found else found.setdefault(word, _level(word, row, table, spec, known, where))
             for row, word in enumerate(map(_word, table[spec.column].tolist()))]
 
-# %% ../../nbs/model/22_heads.ipynb #53d719c6
+# %% ../../nbs/model/22_heads.ipynb #7fd9619d
 def _level(word, row, table, spec, known, where):
     "Position of one word, -1 where it says that nothing is known."
     form = _form(word)
-    if form in known: return known[form]
-    if is_missing(word): return MISSING
+    if form in known:
+        return known[form]
+    if is_missing(word):
+        return MISSING
     place = f"row {row + 2}" + (f" (image '{table['image_id'].iloc[row]}')" if 'image_id' in table else '')
-    raise ValueError(f"{f'{where} {place}'.strip()}: {spec.column} '{word}' is no level of head '{spec.name}' ({', '.join(spec.levels)}), "
-                     f"nor empty for unknown.{nearest(word, spec.levels)}")
+    raise ValueError(
+        f"{f'{where} {place}'.strip()}: {spec.column} '{word}' is no level of head '{spec.name}' "
+        f"({', '.join(spec.levels)}), "
+        f"nor empty for unknown.{nearest(word, spec.levels)}"
+    )
 
+# %% ../../nbs/model/22_heads.ipynb #53d719c6
 def _malignant(table, label_set, start):
     "Whether each diagnosis is malignant, by the label set."
     if label_set.malignant is None:
-        raise ValueError(f"{start}: there is no column 'malignant', and label set '{label_set.name}' does not say which of its codes are; add one of the two")
-    if PRIMARY not in table: raise ValueError(f"{start}: there is no column 'malignant', and none called 'diagnosis' to derive it from; add one of the two")
-    answer = {code: MISSING if label_set.is_malignant(code) is None else int(label_set.is_malignant(code)) for code in label_set.codes}
-    return [MISSING if is_missing(code) and code not in answer else answer[label_set.parse(code)] for code in table[PRIMARY].tolist()]
+        raise ValueError(
+            f"{start}: there is no column 'malignant', and label set '{label_set.name}' does not say "
+            "which of its codes are; add one of the two"
+        )
+    if PRIMARY not in table:
+        raise ValueError(
+            f"{start}: there is no column 'malignant', and none called 'diagnosis' to derive it from; "
+            "add one of the two"
+        )
+    answer = {
+        code: MISSING if label_set.is_malignant(code) is None else int(label_set.is_malignant(code))
+        for code in label_set.codes
+    }
+    return [
+        MISSING if is_missing(code) and code not in answer else answer[label_set.parse(code)]
+        for code in table[PRIMARY].tolist()
+    ]
 
-# %% ../../nbs/model/22_heads.ipynb #5280410e
+# %% ../../nbs/model/22_heads.ipynb #df0c4fed
 def head_probs(
     logits:torch.Tensor, # (B, n_logits) float
     spec:HeadSpec, # of the head that gave them
 ) -> torch.Tensor: # (B, n_levels), rows sum to 1
     "Probability of every level."
     _check_logits(logits, spec)
-    if spec.kind == 'multiclass': return logits.softmax(1)
+    if spec.kind == 'multiclass':
+        return logits.softmax(1)
     above = logits.sigmoid().cummin(1).values
     edge = above.new_ones(len(above), 1)
     return torch.cat([edge, above], 1) - torch.cat([above, 0 * edge], 1)
 
+# %% ../../nbs/model/22_heads.ipynb #1d220d5d
 def _check_logits(logits, spec):
     "Stop at logits of another head."
     if logits.ndim != 2 or logits.shape[1] != spec.n_logits:
-        raise ValueError(f"head '{spec.name}' ({spec.kind}, {spec.n_levels} levels) has logits of shape (B, {spec.n_logits}), not {tuple(logits.shape)}")
+        raise ValueError(
+            f"head '{spec.name}' ({spec.kind}, {spec.n_levels} levels) has logits of shape (B, "
+            f"{spec.n_logits}), not {tuple(logits.shape)}"
+        )
 
+# %% ../../nbs/model/22_heads.ipynb #5280410e
 def head_levels(
     probs:np.ndarray, # (N, n_levels), rows sum to 1
     spec:HeadSpec, # of the head
 ) -> np.ndarray: # (N,) int, position in its levels
     "The answer that a row of probabilities gives: above one half, the median, or the largest."
     probs = np.asarray(probs, np.float64)
-    if spec.kind == 'multiclass': return probs.argmax(1)
+    if spec.kind == 'multiclass':
+        return probs.argmax(1)
     above = probs[:, ::-1].cumsum(1)[:, ::-1][:, 1:] # P(y > k)
     return (above > .5).sum(1)
 
@@ -202,64 +261,87 @@ def head_loss(
     _check_logits(logits, spec)
     known = targets >= 0
     safe = targets.clamp(min=0)
-    if spec.kind == 'multiclass': values = F.cross_entropy(logits, safe, reduction='none')
+    if spec.kind == 'multiclass':
+        values = F.cross_entropy(logits, safe, reduction='none')
     else:
         above = (safe[:, None] > torch.arange(spec.n_logits, device=logits.device)).to(logits.dtype)
         values = F.binary_cross_entropy_with_logits(logits, above, reduction='none').sum(1)
     return torch.where(known, values, torch.zeros_like(values)), known.to(values.dtype)
 
-# %% ../../nbs/model/22_heads.ipynb #92db94ac
+# %% ../../nbs/model/22_heads.ipynb #02a48d5b
 def head_metrics(
     targets, # (N,) int, position in the levels, -1 where missing
     probs, # (N, n_levels), rows sum to 1
     spec:HeadSpec, # of the head
 ) -> dict: # metric -> {'value', 'n'}, with a 'reason' where the value is None
     "How well one head answers."
-    targets, probs = np.asarray(targets, np.int64), np.asarray(probs, np.float64)
+    targets = np.asarray(targets, np.int64)
+    probs = np.asarray(probs, np.float64)
     if probs.shape != (len(targets), spec.n_levels):
-        raise ValueError(f"head '{spec.name}': probabilities have shape {probs.shape}; {len(targets)} targets and {spec.n_levels} levels need {(len(targets), spec.n_levels)}")
+        raise ValueError(
+            f"head '{spec.name}': probabilities have shape {probs.shape}; {len(targets)} targets and "
+            f"{spec.n_levels} levels need {(len(targets), spec.n_levels)}"
+        )
     known = targets >= 0
-    targets, probs = targets[known], probs[known]
-    predicted, n = head_levels(probs, spec), len(targets)
+    targets = targets[known]
+    probs = probs[known]
+    predicted = head_levels(probs, spec)
+    n = len(targets)
     metrics = dict(
         binary=lambda: dict(auroc=_auroc(targets, probs[:, 1]), balanced_accuracy=_balanced(targets, predicted)),
-        ordinal=lambda: dict(quadratic_kappa=_kappa(targets, predicted, spec.n_levels), mae=float(np.abs(targets - predicted).mean())),
-        multiclass=lambda: dict(balanced_accuracy=_balanced(targets, predicted)))
+        ordinal=lambda: dict(
+            quadratic_kappa=_kappa(targets, predicted, spec.n_levels), mae=float(np.abs(targets - predicted).mean())
+        ),
+        multiclass=lambda: dict(balanced_accuracy=_balanced(targets, predicted)),
+    )
     names = HEAD_METRICS[spec.kind]
     reasons = {name: _undefined(name, targets, predicted, spec) for name in names}
     values = metrics[spec.kind]() if not all(reasons.values()) else {}
-    return {name: dict(value=None, n=n, reason=reasons[name]) if reasons[name] else dict(value=float(values[name]), n=n) for name in names}
+    return {
+        name: dict(value=None, n=n, reason=reasons[name]) if reasons[name] else dict(value=float(values[name]), n=n)
+        for name in names
+    }
 
-HEAD_METRICS = dict(binary=('auroc', 'balanced_accuracy'), ordinal=('quadratic_kappa', 'mae'), multiclass=('balanced_accuracy',))
+# %% ../../nbs/model/22_heads.ipynb #92db94ac
+HEAD_METRICS = dict(
+    binary=('auroc', 'balanced_accuracy'), ordinal=('quadratic_kappa', 'mae'), multiclass=('balanced_accuracy',)
+)
 
 def _undefined(name, targets, predicted, spec):
     "Why a metric has no value, or ''."
-    if not len(targets): return 'no image has an answer'
+    if not len(targets):
+        return 'no image has an answer'
     absent = [level for i, level in enumerate(spec.levels) if i not in targets]
-    if name in ('auroc', 'balanced_accuracy') and absent: return f"no image of level {', '.join(absent)}"
-    if name == 'quadratic_kappa' and len(set(targets) | set(predicted)) < 2: return 'one level alone, in answers and predictions'
+    if name in ('auroc', 'balanced_accuracy') and absent:
+        return f"no image of level {', '.join(absent)}"
+    if name == 'quadratic_kappa' and len(set(targets) | set(predicted)) < 2:
+        return 'one level alone, in answers and predictions'
     return ''
 
-# %% ../../nbs/model/22_heads.ipynb #be801d79
+# %% ../../nbs/model/22_heads.ipynb #ef8c6334
 def _auroc(targets, score):
     "Area under the ROC curve, ties by midranks."
-    order, positive = np.sort(score), targets == 1
+    order = np.sort(score)
+    positive = targets == 1
     ranks = (np.searchsorted(order, score, 'left') + np.searchsorted(order, score, 'right') + 1) / 2
     n = positive.sum()
     return (ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(targets) - n)) if 0 < n < len(targets) else math.nan
 
+# %% ../../nbs/model/22_heads.ipynb #d2f245b0
 def _balanced(targets, predicted):
     "Mean over the levels that occur of the share found."
     return np.mean([(predicted[targets == level] == level).mean() for level in np.unique(targets)])
 
+# %% ../../nbs/model/22_heads.ipynb #be801d79
 def _kappa(targets, predicted, n_levels):
     "One less the ratio of squared distances, those seen to those expected by chance."
-    counts = lambda x: np.bincount(x, minlength=n_levels) / len(x)
+    def counts(x):
+        return np.bincount(x, minlength=n_levels) / len(x)
     distance = np.subtract.outer(np.arange(n_levels), np.arange(n_levels)) ** 2
     expected = counts(targets) @ distance @ counts(predicted)
     return 1 - ((targets - predicted) ** 2).mean() / expected if expected else math.nan
 
-# %% ../../nbs/model/22_heads.ipynb #41f86f07
+# %% ../../nbs/model/22_heads.ipynb #c35f0fe6
 HEAD_LAYERS = ('linear', 'cosine')
 
 class TwoClassHead(nn.Linear):
@@ -276,6 +358,7 @@ class TwoClassHead(nn.Linear):
         half = super().forward(features) / 2
         return torch.cat([-half, half], dim=1)
 
+# %% ../../nbs/model/22_heads.ipynb #41f86f07
 class CosineHead(nn.Module):
     "`SCALE` times the cosine between features and classes; of two classes the second is the opposite of the first."
     def __init__(self,
@@ -293,7 +376,7 @@ class CosineHead(nn.Module):
         cosine = SCALE * F.linear(F.normalize(features), F.normalize(self.weight))
         return torch.cat([-cosine, cosine], dim=1) if self.two else cosine
 
-# %% ../../nbs/model/22_heads.ipynb #692ec2da
+# %% ../../nbs/model/22_heads.ipynb #27fe786a
 class OrdinalHead(nn.Module):
     "CORAL (Cao et al. 2020): one direction in the features, K-1 thresholds along it."
     def __init__(self,
@@ -311,16 +394,20 @@ class OrdinalHead(nn.Module):
         "The logits of P(y > k), k = 0 ... K-2."
         return self.linear(features) + self.bias
 
+# %% ../../nbs/model/22_heads.ipynb #9e875f0f
 def primary_head(
     width:int, # of the features
     num_classes:int, # C, at least 2
     layer:str='linear', # one of `HEAD_LAYERS`
 ) -> nn.Module: # (B, width) -> (B,C)
     "The layer that gives the logits of the diagnosis."
-    if layer not in HEAD_LAYERS: raise ValueError(f"head '{layer}' is not known ({', '.join(HEAD_LAYERS)}).{nearest(str(layer), HEAD_LAYERS)}")
-    if layer == 'cosine': return CosineHead(width, num_classes)
+    if layer not in HEAD_LAYERS:
+        raise ValueError(f"head '{layer}' is not known ({', '.join(HEAD_LAYERS)}).{nearest(str(layer), HEAD_LAYERS)}")
+    if layer == 'cosine':
+        return CosineHead(width, num_classes)
     return TwoClassHead(width) if num_classes == 2 else nn.Linear(width, num_classes)
 
+# %% ../../nbs/model/22_heads.ipynb #692ec2da
 def further_head(
     width:int, # of the features
     spec:HeadSpec, # of the head

@@ -36,7 +36,8 @@ class Loss(nn.Module):
         share:float, # of the run that is done, [0, 1]
     ):
         "Tell the loss how far the run is; most do not ask."
-        if not 0 <= share <= 1: raise ValueError(f"share is {share}; the done share of a run is from 0 to 1: step / steps")
+        if not 0 <= share <= 1:
+            raise ValueError(f"share is {share}; the done share of a run is from 0 to 1: step / steps")
 
     def terms(self,
         logits:torch.Tensor, # (B,C) float
@@ -53,33 +54,51 @@ class Loss(nn.Module):
         values, weights = self.terms(logits, targets)
         return (values * weights).sum() / weights.sum()
 
-# %% ../../nbs/model/20_losses.ipynb #36f20b08
+# %% ../../nbs/model/20_losses.ipynb #8769b826
 def _terms(costs, targets, weights):
     "Values and weights of a batch, from the costs of every class."
     _check_targets(costs, targets, weights)
     if targets.ndim == 1:
         values = costs.gather(1, targets[:, None])[:, 0]
         return values, torch.ones_like(values) if weights is None else weights.to(values.dtype)[targets]
-    if weights is None: return (targets * costs).sum(1), torch.ones_like(costs[:, 0])
+    if weights is None:
+        return (targets * costs).sum(1), torch.ones_like(costs[:, 0])
     shares = targets * weights.to(costs.dtype)
     return (shares * costs).sum(1) / shares.sum(1), shares.sum(1)
 
-def _full(logits): return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+# %% ../../nbs/model/20_losses.ipynb #b5d848d0
+def _full(logits):
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
+# %% ../../nbs/model/20_losses.ipynb #7cfccb4f
 def _check_targets(costs, targets, weights):
     "Stop at targets or weights that do not belong to these logits."
     count, classes = costs.shape
     if weights is not None and len(weights) != classes:
-        raise ValueError(f"there are {len(weights)} weights, but the logits have {classes} classes; give one weight per class")
-    if targets.shape == (count,) and not targets.is_floating_point() or targets.shape == costs.shape and targets.is_floating_point(): return
-    raise ValueError(f"targets have shape {tuple(targets.shape)} and type {targets.dtype}; logits of shape {(count, classes)} need "
-                     f"int64 classes of shape {(count,)}, or float shares of shape {(count, classes)}")
+        raise ValueError(
+            f"there are {len(weights)} weights, but the logits have {classes} classes; give one weight per class"
+        )
+    if (
+        targets.shape == (count,)
+        and not targets.is_floating_point()
+        or targets.shape == costs.shape
+        and targets.is_floating_point()
+    ):
+        return
+    raise ValueError(
+        f"targets have shape {tuple(targets.shape)} and type {targets.dtype}; logits of shape "
+        f"{(count, classes)} need "
+        f"int64 classes of shape {(count,)}, or float shares of shape {(count, classes)}"
+    )
 
+# %% ../../nbs/model/20_losses.ipynb #36f20b08
 def _check_weights(weights):
     "Class weights as float32; all above 0."
     weights = torch.as_tensor(weights, dtype=torch.float32)
     if weights.ndim != 1 or not (weights > 0).all() or not weights.isfinite().all():
-        raise ValueError(f"weights are {weights.tolist()}; give one finite weight above 0 per class, as `class_weights` does")
+        raise ValueError(
+            f"weights are {weights.tolist()}; give one finite weight above 0 per class, as `class_weights` does"
+        )
     return weights
 
 # %% ../../nbs/model/20_losses.ipynb #eb809694
@@ -101,7 +120,8 @@ class CrossEntropyLoss(Loss):
     ) -> torch.Tensor: # (B,C), unweighted
         "Minus the log of each probability, smoothed."
         costs = -F.log_softmax(logits, dim=1)
-        if not self.label_smoothing: return costs
+        if not self.label_smoothing:
+            return costs
         weights = torch.ones_like(costs[0]) if self.weights is None else self.weights.to(costs.dtype)
         spread = (costs * weights).mean(1, keepdim=True) / weights
         return (1 - self.label_smoothing) * costs + self.label_smoothing * spread
@@ -115,10 +135,15 @@ class FocalLoss(Loss):
         reduction:str='mean', # 'mean' (over the weights, as in `F.cross_entropy`), 'sum' or 'none'
     ):
         super().__init__(alpha)
-        if not gamma >= 0: raise ValueError(f"gamma is {gamma}; it must be 0 (cross entropy) or larger, usually 1 to 5")
+        if not gamma >= 0:
+            raise ValueError(f"gamma is {gamma}; it must be 0 (cross entropy) or larger, usually 1 to 5")
         if reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(_REDUCTIONS)}.{nearest(str(reduction), _REDUCTIONS)}")
-        self.gamma, self.reduction = float(gamma), reduction
+            raise ValueError(
+                f"reduction is {reduction!r}; choose one of "
+                f"{', '.join(_REDUCTIONS)}.{nearest(str(reduction), _REDUCTIONS)}"
+            )
+        self.gamma = float(gamma)
+        self.reduction = reduction
 
     def extra_repr(self) -> str:
         "What `print` shows of it."
@@ -138,12 +163,13 @@ class FocalLoss(Loss):
     ) -> torch.Tensor: # scalar, or (B,) with reduction 'none'
         "Loss of `logits` against `targets`."
         values, weights = self.terms(logits, targets)
-        if self.reduction == 'none': return values * weights
+        if self.reduction == 'none':
+            return values * weights
         return (values * weights).sum() / (weights.sum() if self.reduction == 'mean' else 1)
 
 _REDUCTIONS = ('mean', 'sum', 'none')
 
-# %% ../../nbs/model/20_losses.ipynb #ae35d5f3
+# %% ../../nbs/model/20_losses.ipynb #7ee22ee5
 def class_weights(
     targets:torch.Tensor, # (N,) integer class indices of the training images
     num_classes:int, # C; every class must occur
@@ -153,12 +179,18 @@ def class_weights(
     "Weight per class from how often it occurs; `ValueError` names a class that never does."
     targets = torch.as_tensor(targets, dtype=torch.long)
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
-        raise ValueError(f"targets reach from {int(targets.min())} to {int(targets.max())}, but there are {num_classes} classes (0 to {num_classes - 1})")
+        raise ValueError(
+            f"targets reach from {int(targets.min())} to {int(targets.max())}, but there are "
+            f"{num_classes} classes (0 to {num_classes - 1})"
+        )
     counts = _check_counts(torch.bincount(targets, minlength=num_classes), names)
     return _mean_one(counts ** -power, counts)
 
-def _mean_one(weights, counts): return (weights * counts.sum() / (weights * counts).sum()).float()
+# %% ../../nbs/model/20_losses.ipynb #3ff90efa
+def _mean_one(weights, counts):
+    return (weights * counts.sum() / (weights * counts).sum()).float()
 
+# %% ../../nbs/model/20_losses.ipynb #ae35d5f3
 def _check_counts(counts, names=None):
     "Images per class as float64; every class occurs."
     counts = torch.as_tensor(counts).double()
@@ -175,9 +207,11 @@ def effective_weights(
     beta:float=.999, # [0, 1); 1/(1-beta) is the number of images beyond which a class hardly grows
 ) -> torch.Tensor: # (C,) float32, mean 1 over the images
     "Weight per class from its effective number of images."
-    if not 0 <= beta < 1: raise ValueError(f"beta is {beta}; it must be at least 0 (no weights) and below 1, usually .9 to .9999")
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta is {beta}; it must be at least 0 (no weights) and below 1, usually .9 to .9999")
     counts = _check_counts(counts)
-    if beta == 0: return torch.ones_like(counts).float()
+    if beta == 0:
+        return torch.ones_like(counts).float()
     rate = torch.tensor(beta, dtype=torch.float64).log()
     return _mean_one(-torch.expm1(rate) / -torch.expm1(counts * rate), counts)
 
@@ -202,8 +236,10 @@ class AsymmetricLoss(Loss):
     ):
         super().__init__(weights)
         for name, gamma in (('gamma', gamma_positive), ('gamma_negative', gamma_negative)):
-            if not gamma >= 0: raise ValueError(f"{name} is {gamma}; it must be at least 0, usually 0 to 4")
-        self.gamma_positive, self.gamma_negative = float(gamma_positive), float(gamma_negative)
+            if not gamma >= 0:
+                raise ValueError(f"{name} is {gamma}; it must be at least 0, usually 0 to 4")
+        self.gamma_positive = float(gamma_positive)
+        self.gamma_negative = float(gamma_negative)
 
     def extra_repr(self) -> str:
         "What `print` shows of it."
@@ -213,7 +249,8 @@ class AsymmetricLoss(Loss):
         logits:torch.Tensor, # (B,C) float32 or float64
     ) -> torch.Tensor: # (B,C), unweighted
         "The cost of each class, with what the others' probabilities cost."
-        log_p, log_rest = F.log_softmax(logits, dim=1), _log_rest(logits)
+        log_p = F.log_softmax(logits, dim=1)
+        log_rest = _log_rest(logits)
         negative = -(self.gamma_negative * log_p).exp() * log_rest
         others = 1 - torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         return -(self.gamma_positive * log_rest).exp() * log_p + (negative[:, None, :] * others).sum(2)
@@ -231,11 +268,14 @@ class LDAMLoss(Loss):
         deferred:float=.8, # share of the run after which the weights come, [0, 1]; 1 is never but at its end
     ):
         super().__init__(effective_weights(counts, beta))
-        if not margin > 0: raise ValueError(f"margin is {margin}; it must be above 0, usually .5")
-        if not 0 <= deferred <= 1: raise ValueError(f"deferred is {deferred}; it is a share of the run, from 0 (weights at once) to 1")
+        if not margin > 0:
+            raise ValueError(f"margin is {margin}; it must be above 0, usually .5")
+        if not 0 <= deferred <= 1:
+            raise ValueError(f"deferred is {deferred}; it is a share of the run, from 0 (weights at once) to 1")
         counts = _check_counts(counts)
         self.register_buffer('margins', (margin * (counts.min() / counts) ** .25).float())
-        self.deferred, self.late = float(deferred), deferred == 0
+        self.deferred = float(deferred)
+        self.late = deferred == 0
 
     def extra_repr(self) -> str:
         "What `print` shows of it."
@@ -265,8 +305,10 @@ class LogitAdjustedLoss(Loss):
         tau:float=1., # strength, at least 0; 1 is consistent for the balanced error
     ):
         super().__init__()
-        if not tau >= 0: raise ValueError(f"tau is {tau}; it must be at least 0 (cross entropy), usually 1")
-        counts, self.tau = _check_counts(counts), float(tau)
+        if not tau >= 0:
+            raise ValueError(f"tau is {tau}; it must be at least 0 (cross entropy), usually 1")
+        counts = _check_counts(counts)
+        self.tau = float(tau)
         self.register_buffer('offsets', (tau * (counts / counts.sum()).log()).float())
 
     def extra_repr(self) -> str:
@@ -284,27 +326,44 @@ class LogitAdjustedLoss(Loss):
 LOSSES = ('cross_entropy', 'focal', 'class_balanced', 'asymmetric', 'ldam', 'logit_adjustment')
 BALANCING = ('class_balanced', 'ldam', 'logit_adjustment')  # from counts; the others take class weights
 
-_OPTIONS = dict(cross_entropy=('label_smoothing',), focal=('gamma',), class_balanced=('beta', 'label_smoothing'), asymmetric=('gamma', 'gamma_negative'),
-                ldam=('margin', 'beta', 'deferred'), logit_adjustment=('tau',))
+_OPTIONS = dict(
+    cross_entropy=('label_smoothing',),
+    focal=('gamma',),
+    class_balanced=('beta', 'label_smoothing'),
+    asymmetric=('gamma', 'gamma_negative'),
+    ldam=('margin', 'beta', 'deferred'),
+    logit_adjustment=('tau',),
+)
 _DEFAULTS = dict(gamma=2., gamma_negative=4., beta=.999, margin=.5, tau=1., deferred=.8, label_smoothing=0.)
-_RANGES = dict(gamma=(lambda v: 0 <= v < float('inf'), 'at least 0'), gamma_negative=(lambda v: 0 <= v < float('inf'), 'at least 0'),
-               beta=(lambda v: 0 <= v < 1, 'at least 0 and below 1'), margin=(lambda v: 0 < v < float('inf'), 'above 0'),
-               tau=(lambda v: 0 <= v < float('inf'), 'at least 0'), deferred=(lambda v: 0 <= v <= 1, 'from 0 to 1'),
-               label_smoothing=(lambda v: 0 <= v < 1, 'at least 0 and below 1'))
+_RANGES = dict(
+    gamma=(lambda v: 0 <= v < float('inf'), 'at least 0'),
+    gamma_negative=(lambda v: 0 <= v < float('inf'), 'at least 0'),
+    beta=(lambda v: 0 <= v < 1, 'at least 0 and below 1'),
+    margin=(lambda v: 0 < v < float('inf'), 'above 0'),
+    tau=(lambda v: 0 <= v < float('inf'), 'at least 0'),
+    deferred=(lambda v: 0 <= v <= 1, 'from 0 to 1'),
+    label_smoothing=(lambda v: 0 <= v < 1, 'at least 0 and below 1'),
+)
 
 def check_loss(
     name:str, # one of `LOSSES`
     **options, # gamma, gamma_negative, beta, margin, tau, deferred, label_smoothing
 ):
     "Stop at a loss that is not known, an option out of range, or one that this loss does not use."
-    if name not in LOSSES: raise ValueError(f"loss {name!r} is not known ({', '.join(LOSSES)}).{nearest(str(name), LOSSES)}")
+    if name not in LOSSES:
+        raise ValueError(f"loss {name!r} is not known ({', '.join(LOSSES)}).{nearest(str(name), LOSSES)}")
     for key, value in options.items():
-        if key not in _RANGES: raise ValueError(f"{key!r} is no option of a loss ({', '.join(_RANGES)}).{nearest(key, _RANGES)}")
+        if key not in _RANGES:
+            raise ValueError(f"{key!r} is no option of a loss ({', '.join(_RANGES)}).{nearest(key, _RANGES)}")
         fits, words = _RANGES[key]
-        if not fits(value): raise ValueError(f"{key} is {value}; it must be {words}")
+        if not fits(value):
+            raise ValueError(f"{key} is {value}; it must be {words}")
         if key not in _OPTIONS[name] and value != _DEFAULTS[key]:
             users = ', '.join(loss for loss in LOSSES if key in _OPTIONS[loss])
-            raise ValueError(f"{key} is {value}, but the {name} loss takes none; leave it at {_DEFAULTS[key]}, or choose a loss that uses it ({users})")
+            raise ValueError(
+                f"{key} is {value}, but the {name} loss takes none; leave it at {_DEFAULTS[key]}, or "
+                f"choose a loss that uses it ({users})"
+            )
 
 # %% ../../nbs/model/20_losses.ipynb #914950eb
 def create_loss(
@@ -313,7 +372,8 @@ def create_loss(
     gamma:float=2., # of 'focal', and of the true class in 'asymmetric'
     label_smoothing:float=0., # of 'cross_entropy' and 'class_balanced', [0, 1)
     *,
-    counts:torch.Tensor|None=None, # (C,) training images per class; needed by those in `BALANCING`, ignored by the others
+    # (C,) training images per class; needed by those in `BALANCING`, ignored by the others
+    counts:torch.Tensor|None=None,
     gamma_negative:float=4., # of the other classes in 'asymmetric'
     beta:float=.999, # of the effective numbers in 'class_balanced' and, late, in 'ldam'
     margin:float=.5, # of the rarest class in 'ldam', in cosine
@@ -321,14 +381,34 @@ def create_loss(
     deferred:float=.8, # share of the run from which 'ldam' weighs the classes
 ) -> Loss: # called with logits (B,C) and targets (B,) or (B,C); has `terms` and `set_progress`
     "The loss called `name`, with a mean over the weights."
-    check_loss(name, gamma=gamma, label_smoothing=label_smoothing, gamma_negative=gamma_negative, beta=beta, margin=margin, tau=tau, deferred=deferred)
+    check_loss(
+        name,
+        gamma=gamma,
+        label_smoothing=label_smoothing,
+        gamma_negative=gamma_negative,
+        beta=beta,
+        margin=margin,
+        tau=tau,
+        deferred=deferred,
+    )
     if name in BALANCING and weights is not None:
-        raise ValueError(f"loss {name!r} balances the classes by itself and takes no class weights; set weight_power to 0 (weights=None)")
+        raise ValueError(
+            f"loss {name!r} balances the classes by itself and takes no class weights; set weight_power "
+            "to 0 (weights=None)"
+        )
     if name in BALANCING and counts is None:
-        raise ValueError(f"loss {name!r} needs counts, the training images per class; pass torch.bincount(targets, minlength=num_classes)")
-    if name == 'cross_entropy': return CrossEntropyLoss(weights, label_smoothing)
-    if name == 'focal': return FocalLoss(gamma, weights)
-    if name == 'asymmetric': return AsymmetricLoss(gamma, gamma_negative, weights)
-    if name == 'class_balanced': return CrossEntropyLoss(effective_weights(counts, beta), label_smoothing)
-    if name == 'ldam': return LDAMLoss(counts, margin, beta, deferred)
+        raise ValueError(
+            f"loss {name!r} needs counts, the training images per class; pass torch.bincount(targets, "
+            "minlength=num_classes)"
+        )
+    if name == 'cross_entropy':
+        return CrossEntropyLoss(weights, label_smoothing)
+    if name == 'focal':
+        return FocalLoss(gamma, weights)
+    if name == 'asymmetric':
+        return AsymmetricLoss(gamma, gamma_negative, weights)
+    if name == 'class_balanced':
+        return CrossEntropyLoss(effective_weights(counts, beta), label_smoothing)
+    if name == 'ldam':
+        return LDAMLoss(counts, margin, beta, deferred)
     return LogitAdjustedLoss(counts, tau)

@@ -52,7 +52,9 @@ class MemberSpec:
     metadata_dropout:float=0. # share of training images whose age is hidden, likewise sex and site, [0, 1)
     heads:tuple=() # of heads.HeadSpec, or what `read_heads` takes
     pretrain_epochs:int=0 # of SimSiam before the training; 0 for none
-    head_epochs:int=0 # 0 trains all at once; else the image network first, then for so many epochs metadata and head on top of it
+    head_epochs: int = (
+        0 # 0 trains all at once; else the image network first, then for so many epochs metadata and head on top of it
+    )
     augment:str='none' # policy of the training images
     artefacts:tuple=() # drawn over training images: 'hair', 'ruler'
     train:TrainConfig=field(default_factory=TrainConfig) # the recipe; its seed is the seed of everything
@@ -79,14 +81,24 @@ class MemberSpec:
 def _check_spec(spec):
     "Stop at steps that do not go together; the model's own arguments are checked where it is made."
     for key in ('pretrain_epochs', 'head_epochs'):
-        if not getattr(spec, key) >= 0: raise ValueError(f"{key} is {getattr(spec, key)}; it must be at least 0, which leaves the step out")
+        if not getattr(spec, key) >= 0:
+            raise ValueError(f"{key} is {getattr(spec, key)}; it must be at least 0, which leaves the step out")
     if spec.head_epochs and spec.fusion in ('none', 'metadata'):
-        raise ValueError(f"head_epochs is {spec.head_epochs}, but with fusion '{spec.fusion}' there is nothing to train on top of an image network; "
-                         "choose another fusion, or head_epochs 0")
+        raise ValueError(
+            f"head_epochs is {spec.head_epochs}, but with fusion '{spec.fusion}' there is nothing to "
+            "train on top of an image network; "
+            "choose another fusion, or head_epochs 0"
+        )
     if spec.pretrain_epochs and not spec.backbone:
-        raise ValueError(f"pretrain_epochs is {spec.pretrain_epochs}, but there is no backbone to pretrain; name one, or set pretrain_epochs to 0")
+        raise ValueError(
+            f"pretrain_epochs is {spec.pretrain_epochs}, but there is no backbone to pretrain; name "
+            "one, or set pretrain_epochs to 0"
+        )
     if spec.metadata_dropout and spec.fusion == 'none':
-        raise ValueError(f"metadata_dropout is {spec.metadata_dropout}, but fusion 'none' takes no metadata; set it to 0 or choose another fusion")
+        raise ValueError(
+            f"metadata_dropout is {spec.metadata_dropout}, but fusion 'none' takes no metadata; set it "
+            "to 0 or choose another fusion"
+        )
     make_augment(spec.augment, 64, spec.artefacts)
 
 # %% ../../nbs/model/29_member.ipynb #231301b8
@@ -98,9 +110,13 @@ def member_spec(
 ) -> MemberSpec:
     "A specification out of flat parameters; an unknown name is an error."
     for key in values:
-        if key not in SPEC_KEYS: raise ValueError(f"parameter '{key}' belongs to no member ({', '.join(SPEC_KEYS)}).{nearest(str(key), SPEC_KEYS)}")
+        if key not in SPEC_KEYS:
+            raise ValueError(
+                f"parameter '{key}' belongs to no member ({', '.join(SPEC_KEYS)}).{nearest(str(key), SPEC_KEYS)}"
+            )
     values = dict(values)
-    if 'checkpoint_minutes' in values: values['checkpoint_seconds'] = 60. * values.pop('checkpoint_minutes')
+    if 'checkpoint_minutes' in values:
+        values['checkpoint_seconds'] = 60. * values.pop('checkpoint_minutes')
     recipe = {f.name: values.pop(f.name) for f in fields(TrainConfig) if f.name in values}
     return MemberSpec(**values, train=TrainConfig(**recipe))
 
@@ -110,33 +126,45 @@ def describe_spec(
 ) -> str: # one line
     "The model and the steps of its training, in words."
     start = f"{spec.pretrain_epochs} epochs of SimSiam, then " if spec.pretrain_epochs else ''
-    steps = f"{spec.train.epochs} epochs on the image, then {spec.head_epochs} with the metadata on top" if spec.head_epochs else f"{spec.train.epochs} epochs"
+    steps = (
+        f"{spec.train.epochs} epochs on the image, then {spec.head_epochs} with the metadata on top"
+        if spec.head_epochs
+        else f"{spec.train.epochs} epochs"
+    )
     extra = f", further heads {', '.join(h.name for h in spec.heads)}" if spec.heads else ''
     model = 'no backbone' if not spec.backbone else f"{spec.backbone} ({Path(spec.pretrained).name})"
     drawn = ' with classes drawn alike and not weighed' if spec.train.sampler == 'balanced' else ''
     return f"{model}, fusion {spec.fusion}, loss {spec.train.loss}{drawn}{extra}; {start}at most {steps}"
 
-# %% ../../nbs/model/29_member.ipynb #44876bbd
+# %% ../../nbs/model/29_member.ipynb #cd0c88e0
 def _check_rows(
-    rows:pd.DataFrame, # image_id, diagnosis, split ('train', 'valid', 'unlabelled'), lesion_id, age, sex, site, answers of further heads
+    # image_id, diagnosis, split ('train', 'valid', 'unlabelled'), lesion_id, age, sex, site, answers of further heads
+    rows:pd.DataFrame,
 ) -> pd.DataFrame: # sorted by image_id; text but for the age
     "Rows in a form that does not depend on where they come from."
     for column in ('image_id', 'diagnosis', 'split'):
-        if column not in rows: raise ValueError(f"the rows have no column '{column}'; pass those of splits.csv, as read_splits gives them")
+        if column not in rows:
+            raise ValueError(f"the rows have no column '{column}'; pass those of splits.csv, as read_splits gives them")
     text = {c: rows[c].astype(object).where(rows[c].notna(), '').map(str) for c in rows if c != 'age'}
     age = {'age': pd.to_numeric(rows['age'])} if 'age' in rows else {}
     rows = pd.DataFrame(text | age)[list(rows)].sort_values('image_id', ignore_index=True)
     for image_id, split in rows.loc[~rows.split.isin(_PARTS), ['image_id', 'split']].itertuples(index=False):
-        raise ValueError(f"image '{image_id}' has split '{split}', but a member is made of {', '.join(_PARTS)} only; leave such rows out, they are for evaluation")
-    for image_id in rows.image_id[rows.image_id.duplicated()]: raise ValueError(f"image '{image_id}' stands in more than one row; give each image one row")
+        raise ValueError(
+            f"image '{image_id}' has split '{split}', but a member is made of {', '.join(_PARTS)} only; "
+            "leave such rows out, they are for evaluation"
+        )
+    for image_id in rows.image_id[rows.image_id.duplicated()]:
+        raise ValueError(f"image '{image_id}' stands in more than one row; give each image one row")
     return rows
 
+# %% ../../nbs/model/29_member.ipynb #44876bbd
 _PARTS = ('train', 'valid', 'unlabelled')
 
 def _read_rows(path):
     "Rows as `_check_rows` gives them, from a file."
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if 'age' in rows: rows['age'] = rows['age'].map(lambda word: float(word or 'nan'))
+    if 'age' in rows:
+        rows['age'] = rows['age'].map(lambda word: float(word or 'nan'))
     return rows
 
 # %% ../../nbs/model/29_member.ipynb #58c79081
@@ -153,14 +181,27 @@ class _Data:
         spec = self.spec
         augment = make_augment(spec.augment, self.store.size, spec.artefacts) if training else None
         extra = read_targets(rows, spec.heads, self.label_set) if spec.heads else None
-        return LesionDataset(self.store, rows, self.label_set, self.encoder, augment, spec.train.seed, targets_extra=extra)
+        return LesionDataset(
+            self.store, rows, self.label_set, self.encoder, augment, spec.train.seed, targets_extra=extra
+        )
 
     def model(self, fusion, pretrained):
         "A model with the first weights that the seed gives."
-        spec, encoder = self.spec, self.encoder if fusion != 'none' else None
-        asked = dict(fusion=fusion, pretrained=pretrained, heads=spec.heads, drop_rate=spec.drop_rate, image_size=self.store.size, seed=spec.train.seed,
-                     head='cosine' if spec.train.loss == 'ldam' else 'linear')
-        if encoder: asked |= dict(metadata_dim=encoder.dim, metadata_groups=encoder.groups(), metadata_dropout=spec.metadata_dropout)
+        spec = self.spec
+        encoder = self.encoder if fusion != 'none' else None
+        asked = dict(
+            fusion=fusion,
+            pretrained=pretrained,
+            heads=spec.heads,
+            drop_rate=spec.drop_rate,
+            image_size=self.store.size,
+            seed=spec.train.seed,
+            head='cosine' if spec.train.loss == 'ldam' else 'linear',
+        )
+        if encoder:
+            asked |= dict(
+                metadata_dim=encoder.dim, metadata_groups=encoder.groups(), metadata_dropout=spec.metadata_dropout
+            )
         return create_model(spec.backbone, self.label_set.num_classes, **asked)
 
 # %% ../../nbs/model/29_member.ipynb #508cd6ba
@@ -172,10 +213,11 @@ def member_datasets(
     spec:MemberSpec, # policy of the augmentation, further heads, seed
 ) -> tuple: # training and validation LesionDataset
     "The datasets that `train_member` trains and validates on."
-    rows, data = _check_rows(rows), _Data(store, label_set, encoder, spec)
+    rows = _check_rows(rows)
+    data = _Data(store, label_set, encoder, spec)
     return data.dataset(rows[rows.split == 'train'], True), data.dataset(rows[rows.split == 'valid'], False)
 
-# %% ../../nbs/model/29_member.ipynb #16aba37b
+# %% ../../nbs/model/29_member.ipynb #6715f0f8
 @dataclass(frozen=True)
 class Fitted:
     "What one fit gave."
@@ -184,17 +226,26 @@ class Fitted:
     best_epoch:int # from 1
     best_value:float # of the metric that chose it, on the validation rows
 
+# %% ../../nbs/model/29_member.ipynb #c00d12fc
 def _state_bytes(model):
     "The weights as a safetensors file."
     return save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
 
+# %% ../../nbs/model/29_member.ipynb #e5246c61
 def _write_fitted(folder, fitted, **facts):
     "Write a fit; `finished.json` goes first and comes last, so it stands for the whole."
     (folder/'finished.json').unlink(missing_ok=True)
     atomic_write(folder/'finished.safetensors', _state_bytes(fitted.model))
-    history = dict(columns=list(fitted.history), rows=[[None if v != v else v for v in row.values()] for row in fitted.history.to_dict('records')])
-    write_json(folder/'finished.json', dict(best_epoch=fitted.best_epoch, best_value=fitted.best_value, history=history, **facts))
+    history = dict(
+        columns=list(fitted.history),
+        rows=[[None if v != v else v for v in row.values()] for row in fitted.history.to_dict('records')],
+    )
+    write_json(
+        folder / 'finished.json',
+        dict(best_epoch=fitted.best_epoch, best_value=fitted.best_value, history=history, **facts),
+    )
 
+# %% ../../nbs/model/29_member.ipynb #16aba37b
 def _read_fitted(folder, model):
     "Read a fit into `model`."
     facts = read_json(folder/'finished.json')
@@ -214,176 +265,296 @@ class _Place:
 
     def inside(self, name, logged=True):
         "A step of this one; where it is the only one its logger has this one's name."
-        return replace(self, folder=self.folder/name if self.folder else None, name=f'{self.name}/{name}'.strip('/') if logged else self.name)
+        return replace(
+            self,
+            folder=self.folder / name if self.folder else None,
+            name=f'{self.name}/{name}'.strip('/') if logged else self.name,
+        )
 
     def say(self, line):
         "Tell one line."
-        if self.progress: self.progress(line)
+        if self.progress:
+            self.progress(line)
 
 _ONLY_NOW = '↻ '  # begins a line that an undisturbed run would not say
 
-# %% ../../nbs/model/29_member.ipynb #2ae8eff0
+# %% ../../nbs/model/29_member.ipynb #f0d9e0c6
 def _kept(place, key, model):
     "A finished step of this key, its lines said and its rows logged again; None where there is none."
-    if place.folder is None or not (place.folder/'finished.json').is_file(): return None
+    if place.folder is None or not (place.folder/'finished.json').is_file():
+        return None
     facts = read_json(place.folder/'finished.json')
-    if facts.get('key') != key: return None
+    if facts.get('key') != key:
+        return None
     fitted = _read_fitted(place.folder, model)
     place.say(f'{_ONLY_NOW}finished before')
-    for line in facts['lines']: place.say(line)
+    for line in facts['lines']:
+        place.say(line)
     logger = place.logger(place.name) if place.logger else None
-    for row in fitted.history.to_dict('records') if logger else (): logger.epoch({k: None if v != v else v for k, v in row.items()})
+    for row in fitted.history.to_dict('records') if logger else ():
+        logger.epoch({k: None if v != v else v for k, v in row.items()})
     return fitted
 
+# %% ../../nbs/model/29_member.ipynb #2ae8eff0
 def _recorder(place, lines):
     "A function that tells a line and keeps it, unless it is for now only."
     def say(line):
-        if not line.startswith(_ONLY_NOW) and not line.endswith('\r'): lines.append(line)
+        if not line.startswith(_ONLY_NOW) and not line.endswith('\r'):
+            lines.append(line)
         place.say(line)
     return say
 
-# %% ../../nbs/model/29_member.ipynb #c727a705
+# %% ../../nbs/model/29_member.ipynb #29f02a71
 def _step_key(data, model, train_rows, valid_rows, config, place, still):
     "Hash of what decides a step."
     quiet = ('workers', 'checkpoint_seconds')
-    asked = [{k: v for k, v in asdict(config).items() if k not in quiet}, data.spec.augment, data.spec.artefacts, [h.to_dict() for h in data.spec.heads],
-             model.config, data.label_set.to_dict(), data.encoder.to_dict() if data.encoder else None, place.processes, still,
-             torch.get_num_threads(), torch.__version__]
+    asked = [
+        {k: v for k, v in asdict(config).items() if k not in quiet},
+        data.spec.augment,
+        data.spec.artefacts,
+        [h.to_dict() for h in data.spec.heads],
+        model.config,
+        data.label_set.to_dict(),
+        data.encoder.to_dict() if data.encoder else None,
+        place.processes,
+        still,
+        torch.get_num_threads(),
+        torch.__version__,
+    ]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    for rows in (train_rows, valid_rows): digest.update(rows.to_csv(index=False).encode())
+    for rows in (train_rows, valid_rows):
+        digest.update(rows.to_csv(index=False).encode())
     digest.update(_pixel_digest(data.store, [*train_rows.image_id, *valid_rows.image_id]).encode())
     digest.update(_state_bytes(model))
     return digest.hexdigest()
 
+# %% ../../nbs/model/29_member.ipynb #c727a705
 def _pixel_digest(store, ids):
     "Hash of the images: of the store's sums where it has any, else of the pixels."
     root = getattr(store, 'root', None)
-    if root and (Path(root)/'SHA256SUMS').is_file(): return sha256_file(Path(root)/'SHA256SUMS')
+    if root and (Path(root)/'SHA256SUMS').is_file():
+        return sha256_file(Path(root)/'SHA256SUMS')
     digest = hashlib.sha256()
-    for image_id in ids: digest.update(store.image(image_id).tobytes())
+    for image_id in ids:
+        digest.update(store.image(image_id).tobytes())
     return digest.hexdigest()
 
-# %% ../../nbs/model/29_member.ipynb #007ffdad
+# %% ../../nbs/model/29_member.ipynb #973d156e
 def _fit_here(data, model, train_rows, valid_rows, config, still, work_dir, progress=None, logger=None, processes=1):
     "One `fit`, in this process, or in this one of several."
-    if still: model.backbone.requires_grad_(False)
-    try: result = fit(model, data.dataset(train_rows, True), data.dataset(valid_rows, False), config, progress, work_dir, logger, processes)
-    finally: model.requires_grad_(True)
+    if still:
+        model.backbone.requires_grad_(False)
+    try:
+        result = fit(
+            model,
+            data.dataset(train_rows, True),
+            data.dataset(valid_rows, False),
+            config,
+            progress,
+            work_dir,
+            logger,
+            processes,
+        )
+    finally:
+        model.requires_grad_(True)
     return Fitted(result.model, result.history.apply(pd.to_numeric), result.best_epoch, result.best_value)
 
+# %% ../../nbs/model/29_member.ipynb #007ffdad
 def _fit_step(data, model, rows, config, place, still=False):
     "One fit, wherever it runs; a finished one is read back."
     parts = [rows[rows.split == part].drop(columns='split').reset_index(drop=True) for part in ('train', 'valid')]
     key = _step_key(data, model, *parts, config, place, still) if place.folder else ''
-    if found := _kept(place, key, model): return found
-    logger, lines = place.logger(place.name) if place.logger else None, []
+    if found := _kept(place, key, model):
+        return found
+    logger = place.logger(place.name) if place.logger else None
+    lines = []
     asked = (data, model, *parts, config, still, place.folder)
-    if place.processes == 1: fitted = _fit_here(*asked, _recorder(place, lines), logger)
+    if place.processes == 1:
+        fitted = _fit_here(*asked, _recorder(place, lines), logger)
     else:
-        with _job_folder(place.folder) as folder: fitted = launch(_write_job(folder, *asked), place.processes, _recorder(place, lines), logger)
-    if place.folder: _write_fitted(place.folder, fitted, key=key, lines=lines)
+        with _job_folder(place.folder) as folder:
+            fitted = launch(_write_job(folder, *asked), place.processes, _recorder(place, lines), logger)
+    if place.folder:
+        _write_fitted(place.folder, fitted, key=key, lines=lines)
     return fitted
 
-# %% ../../nbs/model/29_member.ipynb #21177ff2
+# %% ../../nbs/model/29_member.ipynb #b1b72bbf
 @contextmanager
 def _job_folder(work_dir):
     "An empty folder, removed afterwards."
     folder = Path(work_dir)/'job' if work_dir else Path(tempfile.mkdtemp(prefix='skinlesion-'))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    try: yield folder
-    finally: shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../../nbs/model/29_member.ipynb #21177ff2
 def _write_job(folder, data, model, train_rows, valid_rows, config, still, work_dir):
     "Write down one fit; its folder."
-    if not hasattr(data.store, 'root'): raise ValueError("several processes read the images from the disk; pass an ImageStore, as build_store gives it")
+    if not hasattr(data.store, 'root'):
+        raise ValueError("several processes read the images from the disk; pass an ImageStore, as build_store gives it")
     atomic_write(folder/'start.safetensors', _state_bytes(model))
-    for name, rows in dict(train=train_rows, valid=valid_rows).items(): atomic_write(folder/f'{name}.csv', rows.to_csv(index=False))
-    return write_json(folder/'job.json', dict(
-        store=str(Path(data.store.root).resolve()), label_set=data.label_set.to_dict(), encoder=data.encoder.to_dict() if data.encoder else None,
-        spec=data.spec.to_dict(), config=asdict(config), model=model.config, still=still, work_dir=str(Path(work_dir).resolve()) if work_dir else None)).parent
+    for name, rows in dict(train=train_rows, valid=valid_rows).items():
+        atomic_write(folder/f'{name}.csv', rows.to_csv(index=False))
+    return write_json(
+        folder / 'job.json',
+        dict(
+            store=str(Path(data.store.root).resolve()),
+            label_set=data.label_set.to_dict(),
+            encoder=data.encoder.to_dict() if data.encoder else None,
+            spec=data.spec.to_dict(),
+            config=asdict(config),
+            model=model.config,
+            still=still,
+            work_dir=str(Path(work_dir).resolve()) if work_dir else None,
+        ),
+    ).parent
 
-# %% ../../nbs/model/29_member.ipynb #605ac726
+# %% ../../nbs/model/29_member.ipynb #660376bb
 class _Teller:
     "Lines and rows through standard output, one JSON text each; a logger for `fit`."
     MARK = '\x1e'  # begins one
 
-    def _tell(self, **event): os.write(1, f'{self.MARK}{json.dumps(event)}\n'.encode())
-    def line(self, text): self._tell(line=text)
-    def epoch(self, row): self._tell(row=dict(row))
+    def _tell(self, **event):
+        os.write(1, f'{self.MARK}{json.dumps(event)}\n'.encode())
+    def line(self, text):
+        self._tell(line=text)
+    def epoch(self, row):
+        self._tell(row=dict(row))
 
+# %% ../../nbs/model/29_member.ipynb #605ac726
 def _hear(text, progress, logger):
     "Pass on what a `_Teller` told; whether it was one."
-    if not text.startswith(_Teller.MARK): return False
+    if not text.startswith(_Teller.MARK):
+        return False
     event = json.loads(text[1:])
-    if 'line' in event and progress: progress(event['line'])
-    if 'row' in event and logger: logger.epoch(event['row'])
+    if 'line' in event and progress:
+        progress(event['line'])
+    if 'row' in event and logger:
+        logger.epoch(event['row'])
     return True
 
-# %% ../../nbs/model/29_member.ipynb #c61ac91d
+# %% ../../nbs/model/29_member.ipynb #f0d6f9d1
 def _end_with(path):
     "End this process at once when the holder of the lock on `path` has ended."
     def wait():
         try:
-            with open(path) as lock: fcntl.flock(lock, fcntl.LOCK_SH)
-        finally: os._exit(1)
+            with open(path) as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+        finally:
+            os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
 
+# %% ../../nbs/model/29_member.ipynb #43909211
 def run_job(
     folder:Path|str, # of a job that `launch` runs
 ) -> None:
     "Do the part of this process in a job; the first of them writes the result."
-    folder, around = Path(folder), TorchElasticEnvironment()
-    rank, processes, job = around.global_rank(), around.world_size(), read_json(folder/'job.json')
+    folder = Path(folder)
+    around = TorchElasticEnvironment()
+    rank = around.global_rank()
+    processes = around.world_size()
+    job = read_json(folder/'job.json')
     encoder = MetadataEncoder.from_dict(job['encoder']) if job['encoder'] else None
-    data = _Data(ImageStore(job['store']), LabelSet.from_dict(job['label_set']), encoder, MemberSpec.from_dict(job['spec']))
+    data = _Data(
+        ImageStore(job['store']), LabelSet.from_dict(job['label_set']), encoder, MemberSpec.from_dict(job['spec'])
+    )
     model = create_model(**job['model'])
     model.load_state_dict(load_file(folder/'start.safetensors'))
-    rows, teller = [_read_rows(folder/f'{name}.csv') for name in ('train', 'valid')], _Teller() if rank == 0 else None
-    fitted = _fit_here(data, model, *rows, TrainConfig(**job['config']), job['still'], job['work_dir'], teller and teller.line, teller, processes)
-    if rank == 0: _write_fitted(folder, fitted)
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    rows = [_read_rows(folder/f'{name}.csv') for name in ('train', 'valid')]
+    teller = _Teller() if rank == 0 else None
+    fitted = _fit_here(
+        data,
+        model,
+        *rows,
+        TrainConfig(**job['config']),
+        job['still'],
+        job['work_dir'],
+        teller and teller.line,
+        teller,
+        processes,
+    )
+    if rank == 0:
+        _write_fitted(folder, fitted)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
+# %% ../../nbs/model/29_member.ipynb #c61ac91d
 def _main(folder):
     "One process of a job: what stops it is written down for the caller."
     _end_with(Path(folder)/'parent.lock')
-    try: run_job(folder)
+    try:
+        run_job(folder)
     except BaseException as e:
-        write_json(Path(folder)/f'error_{TorchElasticEnvironment().global_rank()}.json', dict(kind=type(e).__name__, said=str(e)))
+        write_json(
+            Path(folder) / f'error_{TorchElasticEnvironment().global_rank()}.json',
+            dict(kind=type(e).__name__, said=str(e)),
+        )
         raise
 
 # %% ../../nbs/model/29_member.ipynb #2ee28f43
 @contextmanager
 def _children(folder, processes):
     "The processes of a job; they end with the block, and with this process."
-    root, threads = Path(skinlesion.__file__).parents[1], max(1, torch.get_num_threads() // processes)
+    root = Path(skinlesion.__file__).parents[1]
+    threads = max(1, torch.get_num_threads() // processes)
     env = dict(os.environ, OMP_NUM_THREADS=str(threads))
     env['PYTHONPATH'] = os.pathsep.join([str(root), *filter(None, [env.get('PYTHONPATH')])])  # the same package as here
-    if sys.platform == 'linux': env.setdefault('GLOO_SOCKET_IFNAME', 'lo')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', f'--log-dir={folder/"logs"}',
-               '-m', 'skinlesion.model.member', str(folder)]
+    if sys.platform == 'linux':
+        env.setdefault('GLOO_SOCKET_IFNAME', 'lo')
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        f'--nproc-per-node={processes}',
+        f'--log-dir={folder / "logs"}',
+        '-m',
+        'skinlesion.model.member',
+        str(folder),
+    ]
     with open(folder/'parent.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', start_new_session=True)
-        try: yield process
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors='replace',
+            start_new_session=True,
+        )
+        try:
+            yield process
         finally:
             lock.close()
-            if process.poll() is None: process.terminate()
+            if process.poll() is None:
+                process.terminate()
             process.stdout.close()
-            try: process.wait(30)
-            except subprocess.TimeoutExpired: process.kill()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
-# %% ../../nbs/model/29_member.ipynb #0664af04
+# %% ../../nbs/model/29_member.ipynb #34dccd7b
 def _failure(folder, processes, status, tail):
     "The error that the first process to fail wrote down, or one that shows its last words."
     found = sorted(folder.glob('error_*.json'), key=lambda path: path.stat().st_mtime_ns)
     if not found:
-        return RuntimeError(f"training in {processes} processes ended with status {status} and no error of its own (out of memory?); its last lines:\n" + '\n'.join(tail[-15:]))
+        return RuntimeError(
+            f"training in {processes} processes ended with status {status} and no error of its own (out "
+            "of memory?); its last lines:\n" + '\n'.join(tail[-15:])
+        )
     error = read_json(found[0])
     kind = getattr(builtins, error['kind'], None) or getattr(torch, error['kind'], RuntimeError)
-    try: return kind(error['said'])
-    except TypeError: return RuntimeError(f"{error['kind']}: {error['said']}")
+    try:
+        return kind(error['said'])
+    except TypeError:
+        return RuntimeError(f"{error['kind']}: {error['said']}")
 
+# %% ../../nbs/model/29_member.ipynb #0664af04
 def launch(
     job_folder:Path, # of a job that was written down
     processes:int, # how many share each batch; each has a GPU of its own where there are any
@@ -392,19 +563,25 @@ def launch(
 ) -> Fitted:
     "Run a job in several processes under torchrun; an error in one of them is raised here."
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
-        raise ValueError(f"devices is {processes}, but this machine has {torch.cuda.device_count()} GPU(s); ask for at most so many")
-    job, tail = read_json(job_folder/'job.json'), []
+        raise ValueError(
+            f"devices is {processes}, but this machine has {torch.cuda.device_count()} GPU(s); ask for at most so many"
+        )
+    job = read_json(job_folder/'job.json')
+    tail = []
     with _children(job_folder, processes) as process:
         for text in process.stdout:
-            if not _hear(text.rstrip('\n'), progress, logger): tail = [*tail[-50:], text.rstrip('\n')]
+            if not _hear(text.rstrip('\n'), progress, logger):
+                tail = [*tail[-50:], text.rstrip('\n')]
         status = process.wait()
-    if status or not (job_folder/'finished.json').is_file(): raise _failure(job_folder, processes, status, tail)
+    if status or not (job_folder/'finished.json').is_file():
+        raise _failure(job_folder, processes, status, tail)
     return _read_fitted(job_folder, create_model(**job['model']))
 
 # %% ../../nbs/model/29_member.ipynb #fee647aa
-if __name__ == '__main__' and '__file__' in globals(): _main(sys.argv[1])  # python -m, never in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    _main(sys.argv[1])  # python -m, never in a notebook
 
-# %% ../../nbs/model/29_member.ipynb #de9976f5
+# %% ../../nbs/model/29_member.ipynb #46eb598e
 @dataclass(frozen=True)
 class MemberResult:
     "A trained member."
@@ -414,29 +591,36 @@ class MemberResult:
     best_value:float # of the metric that chose it, on the validation rows
     stages:dict # step -> its history, in order: 'pretrain', then 'fit', or 'image' and 'head'
 
+# %% ../../nbs/model/29_member.ipynb #de9976f5
 def train_member(
     store, # data.store.ImageStore that holds every image of `rows`
-    rows:pd.DataFrame, # of splits.csv: image_id, diagnosis, split ('train', 'valid'; 'unlabelled' rows are pretrained on), metadata, answers of further heads
+    # of splits.csv: image_id, diagnosis, split ('train', 'valid'; 'unlabelled' rows are pretrained on), metadata,
+    # answers of further heads
+    rows:pd.DataFrame,
     label_set:LabelSet, # of the diagnoses
     encoder:MetadataEncoder|None, # fitted on training rows; None for a member that takes no metadata
     spec:MemberSpec, # model, steps and recipe
     work_dir:Path|str|None=None, # a killed run goes on from here, finished steps are kept here; None writes nothing
     progress=None, # called with one line of text per epoch
-    logger=None, # function: name of a fit ('', or 'image' and 'head') -> logger of `training`; closing it is the caller's
+    # function: name of a fit ('', or 'image' and 'head') -> logger of `training`; closing it is the caller's
+    logger=None,
     processes:int=1, # how many share each batch
 ) -> MemberResult: # the same arguments give the same bytes
     "Train a member: an optional start without diagnoses, then everything at once, or the image first and the metadata on top."
     place = _Place(Path(work_dir) if work_dir else None, '', progress, logger, processes)
     return _train(_Data(store, label_set, encoder, spec), _check_rows(rows), place)
 
-# %% ../../nbs/model/29_member.ipynb #10f1080d
+# %% ../../nbs/model/29_member.ipynb #fd474669
 def _train(data, rows, place):
     "The steps of one member."
-    spec, stages = data.spec, {}
+    spec = data.spec
+    stages = {}
     two = spec.head_epochs > 0
     model = data.model('none' if two else spec.fusion, spec.pretrained)
-    if spec.pretrain_epochs: stages['pretrain'] = _start(data, model, rows, place.inside('pretrain'))
-    if two: place.say('the image alone')
+    if spec.pretrain_epochs:
+        stages['pretrain'] = _start(data, model, rows, place.inside('pretrain'))
+    if two:
+        place.say('the image alone')
     fitted = _fit_step(data, model, rows, spec.train, place.inside('image' if two else 'fit', logged=two))
     stages['image' if two else 'fit'] = fitted.history
     if two:
@@ -447,29 +631,44 @@ def _train(data, rows, place):
         stages['head'] = fitted.history
     return MemberResult(fitted.model, fitted.history, fitted.best_epoch, fitted.best_value, stages)
 
+# %% ../../nbs/model/29_member.ipynb #903bb97e
 def _head_config(spec):
     "The recipe of the second step: as many epochs as asked, the warm-up in proportion."
     share = spec.head_epochs / spec.train.epochs
     return replace(spec.train, epochs=spec.head_epochs, warmup_epochs=spec.train.warmup_epochs * share, freeze_epochs=0)
 
+# %% ../../nbs/model/29_member.ipynb #10f1080d
 def _start(data, model, rows, place):
     "Pretrain the backbone of `model` on all rows but those of validation; the history."
     image = data.model('none', 'none')
     image.backbone.load_state_dict(model.backbone.state_dict())
-    ids, config = rows.image_id[rows.split != 'valid'].tolist(), data.spec.train
-    history = pretrain_simsiam(image, data.store, ids, data.spec.pretrain_epochs, config.batch_size, seed=config.seed, workers=config.workers,
-                               work_dir=place.folder, progress=place.progress)
+    ids = rows.image_id[rows.split != 'valid'].tolist()
+    config = data.spec.train
+    history = pretrain_simsiam(
+        image,
+        data.store,
+        ids,
+        data.spec.pretrain_epochs,
+        config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+        work_dir=place.folder,
+        progress=place.progress,
+    )
     model.backbone.load_state_dict(image.backbone.state_dict())
     return history
 
-# %% ../../nbs/model/29_member.ipynb #3a54bf89
+# %% ../../nbs/model/29_member.ipynb #6c2a651f
 @dataclass(frozen=True)
 class FoldsResult:
     "k fits of one member."
     fits:tuple # of MemberResult; fit i validated on fold i
-    predictions:pd.DataFrame # out-of-fold, sorted by image_id: image_id, lesion_id, diagnosis, split, fold, p_<code> of each class, <head>.<level> of further heads
+    # out-of-fold, sorted by image_id: image_id, lesion_id, diagnosis, split, fold, p_<code> of each class,
+    # <head>.<level> of further heads
+    predictions: pd.DataFrame
     folds:pd.Series # fold of each image, by image_id
 
+# %% ../../nbs/model/29_member.ipynb #3a54bf89
 def train_folds(
     store, # data.store.ImageStore that holds every image of `rows`
     rows:pd.DataFrame, # as for `train_member`; 'train' and 'valid' are dealt anew
@@ -484,19 +683,25 @@ def train_folds(
     processes:int=1, # how many share each batch
 ) -> FoldsResult:
     "Train k fits of a member, each validated and stopped on the fold it does not see."
-    rows, data = _check_rows(rows), _Data(store, label_set, encoder, spec)
+    rows = _check_rows(rows)
+    data = _Data(store, label_set, encoder, spec)
     place = _Place(Path(work_dir) if work_dir else None, '', progress, logger, processes)
     fold = _fold_rows(rows, k, spec.train.seed, pairs)
-    fits, probs = [], []
+    fits = []
+    probs = []
     for i in range(k):
         place.say(f'fold {i + 1} of {k}')
         mine = _rows_of_fold(rows, fold, i, pairs)
         fits.append(_train(data, mine, place.inside(f'fold_{i}')))
         probs.append(_out_of_fold(data, fits[-1].model, mine[mine.split == 'valid'].reset_index(drop=True)))
-    table = rows.loc[fold >= 0, [c for c in ('image_id', 'lesion_id', 'diagnosis', 'split') if c in rows]].assign(fold=fold[fold >= 0])
-    return FoldsResult(tuple(fits), table.merge(pd.concat(probs), on='image_id', validate='1:1'), table.set_index('image_id').fold)
+    table = rows.loc[fold >= 0, [c for c in ('image_id', 'lesion_id', 'diagnosis', 'split') if c in rows]].assign(
+        fold=fold[fold >= 0]
+    )
+    return FoldsResult(
+        tuple(fits), table.merge(pd.concat(probs), on='image_id', validate='1:1'), table.set_index('image_id').fold
+    )
 
-# %% ../../nbs/model/29_member.ipynb #bac464ac
+# %% ../../nbs/model/29_member.ipynb #365a0171
 def _fold_rows(rows, k, seed, pairs):
     "Fold of each row, -1 where it has no diagnosis."
     labelled = rows.split != 'unlabelled'
@@ -504,13 +709,16 @@ def _fold_rows(rows, k, seed, pairs):
     fold[labelled] = make_folds(rows[labelled], k, seed, pairs)
     return fold
 
+# %% ../../nbs/model/29_member.ipynb #62e72b7a
 def _rows_of_fold(rows, fold, i, pairs):
     "The rows of fit i with their part in it; unlabelled images tied to its validation are left out."
-    valid, groups = fold == i, tied_groups(rows, pairs)
+    valid = fold == i
+    groups = tied_groups(rows, pairs)
     tied = (fold < 0) & pd.Series(groups, index=rows.index).isin(groups[valid])
     split = rows.split.where(fold < 0, 'train').mask(valid, 'valid')
     return rows.assign(split=split)[~tied].reset_index(drop=True)
 
+# %% ../../nbs/model/29_member.ipynb #bac464ac
 def _out_of_fold(data, model, rows):
     "The answers to the rows of a fold."
     return predict_table(model, data.dataset(rows, False), data.spec.train.batch_size)

@@ -23,7 +23,8 @@ def lr_factor(
     warmup:int, # steps of the linear rise, below `total`
 ) -> float: # share of the peak learning rate, in (0, 1]
     "Linear warm-up, then half a cosine that would reach zero one step after the last."
-    if step < warmup: return (step + 1) / warmup
+    if step < warmup:
+        return (step + 1) / warmup
     return .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 # %% ../../nbs/model/26_optim.ipynb #c878b5a5
@@ -34,22 +35,36 @@ def param_groups(
     layer_decay:float=1., # share of the rate that each layer keeps of the one above it, (0, 1]
 ) -> list[dict]: # for an optimiser: params, weight_decay, lr, lr_scale
     "Trainable parameters by depth, with and without weight decay."
-    if not 0 < layer_decay <= 1: raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1 (all layers alike), usually .65 to .9")
-    depths, plain, groups = (_depths(model) if layer_decay < 1 else {}), _no_decay(model), {}
+    if not 0 < layer_decay <= 1:
+        raise ValueError(
+            f"layer_decay is {layer_decay}; it must be above 0 and at most 1 (all layers alike), usually .65 to .9"
+        )
+    depths = _depths(model) if layer_decay < 1 else {}
+    plain = _no_decay(model)
+    groups = {}
     for name, param in model.named_parameters():
-        if not param.requires_grad: continue
+        if not param.requires_grad:
+            continue
         decays = param.ndim > 1 and name not in plain
         groups.setdefault((depths.get(name, 0), not decays), []).append(param)
     scales = {key: layer_decay ** key[0] for key in groups}
-    return [dict(params=groups[key], weight_decay=0. if key[1] else float(weight_decay), lr=learning_rate * scales[key], lr_scale=scales[key])
-            for key in sorted(groups)]
+    return [
+        dict(
+            params=groups[key],
+            weight_decay=0.0 if key[1] else float(weight_decay),
+            lr=learning_rate * scales[key],
+            lr_scale=scales[key],
+        )
+        for key in sorted(groups)
+    ]
 
-# %% ../../nbs/model/26_optim.ipynb #847b8368
+# %% ../../nbs/model/26_optim.ipynb #69af8afd
 def _depths(model):
     "Layers below the heads, by parameter name; the heads themselves and all else are at 0."
     backbone = getattr(model, 'backbone', None)
     names = [name for name, _ in backbone.named_parameters()] if backbone is not None else []
-    if not names: return {}
+    if not names:
+        return {}
     if not hasattr(backbone, 'group_matcher'):
         tops = list(dict.fromkeys(name.split('.')[0] for name in names))
         return {f'backbone.{name}': len(tops) - tops.index(name.split('.')[0]) for name in names}
@@ -58,6 +73,7 @@ def _depths(model):
     layers = group_parameters(named, backbone.group_matcher(coarse=False), reverse=True)
     return {f'backbone.{name}': layers[_HEAD] - layers.get(name, layers[_HEAD]) for name in names}
 
+# %% ../../nbs/model/26_optim.ipynb #847b8368
 _HEAD = '~head'
 
 def _no_decay(model):
@@ -72,17 +88,21 @@ class WeightAverage:
         model:nn.Module, # its values now are the first average
         decay:float, # d, [0, 1); the nearer to 1 the longer the memory, of about 1/(1-d) updates
     ):
-        if not 0 <= decay < 1: raise ValueError(f"ema_decay is {decay}; it must be at least 0 and below 1, usually .99 to .9999")
-        self.decay, self.updates = float(decay), 0
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay is {decay}; it must be at least 0 and below 1, usually .99 to .9999")
+        self.decay = float(decay)
+        self.updates = 0
         self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model:nn.Module):
         "Take in the weights that `model`, the same one, has after one more step."
-        rate, state = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates)), model.state_dict()
+        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        state = model.state_dict()
         floats = [name for name, value in self.values.items() if value.is_floating_point()]
         torch._foreach_lerp_([self.values[name] for name in floats], [state[name] for name in floats], rate)
-        for name in self.values.keys() - set(floats): self.values[name].copy_(state[name])
+        for name in self.values.keys() - set(floats):
+            self.values[name].copy_(state[name])
         self.updates += 1
 
     def copy_to(self, model:nn.Module):
@@ -95,7 +115,10 @@ class WeightAverage:
 
     def load_state_dict(self, state:dict):
         "Go on from a saved `state_dict` of the same architecture and decay."
-        if state['decay'] != self.decay: raise ValueError(f"the saved average has ema_decay {state['decay']}, this one {self.decay}; keep one for a run")
+        if state['decay'] != self.decay:
+            raise ValueError(
+                f"the saved average has ema_decay {state['decay']}, this one {self.decay}; keep one for a run"
+            )
         _copy_values(state['values'], self.values, 'this average')
         self.updates = int(state['updates'])
 
@@ -103,11 +126,20 @@ class WeightAverage:
 @torch.no_grad()
 def _copy_values(values, state, what):
     "Fill the tensors of `state` in place; names and shapes must be the same."
-    wrong = sorted(k for k in values.keys() | state.keys() if k not in values or k not in state or values[k].shape != state[k].shape)
+    wrong = sorted(
+        k
+        for k in values.keys() | state.keys()
+        if k not in values or k not in state or values[k].shape != state[k].shape
+    )
     if wrong:
-        raise ValueError(f"the average does not fit {what}: {len(wrong)} tensors are missing, unknown or of another shape "
-                         f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}); use the architecture it was made from")
-    for name, value in values.items(): state[name].copy_(value)
+        raise ValueError(
+            f"the average does not fit {what}: {len(wrong)} tensors are missing, unknown or of another "
+            "shape "
+            f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}); use the "
+            "architecture it was made from"
+        )
+    for name, value in values.items():
+        state[name].copy_(value)
 
 # %% ../../nbs/model/26_optim.ipynb #2a925709
 @contextmanager
@@ -118,12 +150,14 @@ def averaged(
     "Lend `model` the averaged weights."
     own = {name: value.detach().clone() for name, value in model.state_dict().items()} if average else {}
     try:
-        if average: average.copy_to(model)
+        if average:
+            average.copy_to(model)
         yield model
     finally:
-        if average: _copy_values(own, model.state_dict(), 'this model')
+        if average:
+            _copy_values(own, model.state_dict(), 'this model')
 
-# %% ../../nbs/model/26_optim.ipynb #197982de
+# %% ../../nbs/model/26_optim.ipynb #8b162e02
 def lr_sweep(
     step, # callable(lr) -> float: makes one training step at rate `lr`, gives its loss
     low:float=1e-6, # first rate, above 0
@@ -131,39 +165,59 @@ def lr_sweep(
     steps:int=100, # rates on the way, at least 10
 ) -> pd.DataFrame: # learning_rate, loss, smoothed; fewer than `steps` rows where the loss flew apart
     "The loss at rising rates; stops where it is no number or four times its least."
-    if not 0 < low < high: raise ValueError(f"low is {low} and high is {high}; rates rise from low, above 0, to high, above low")
-    if steps < 10: raise ValueError(f"steps is {steps}; a sweep needs at least 10")
-    rates, losses, trailing, least = np.geomspace(low, high, steps), [], 0., math.inf
+    if not 0 < low < high:
+        raise ValueError(f"low is {low} and high is {high}; rates rise from low, above 0, to high, above low")
+    if steps < 10:
+        raise ValueError(f"steps is {steps}; a sweep needs at least 10")
+    rates = np.geomspace(low, high, steps)
+    losses = []
+    trailing = 0.
+    least = math.inf
     for k, rate in enumerate(rates.tolist()):
         loss = float(step(rate))
-        if not math.isfinite(loss): break
+        if not math.isfinite(loss):
+            break
         losses.append(loss)
         trailing = (1 - _SMOOTH) * trailing + _SMOOTH * loss
         mean = trailing / (1 - (1 - _SMOOTH) ** (k + 1))
         least = min(least, mean)
-        if mean > 4 * least > 0: break
-    if not losses: raise ValueError(f"the loss is {loss} at the first rate, {low}; look at the data and the model, or begin with a lower rate")
+        if mean > 4 * least > 0:
+            break
+    if not losses:
+        raise ValueError(
+            f"the loss is {loss} at the first rate, {low}; look at the data and the model, or begin with a lower rate"
+        )
     return pd.DataFrame(dict(learning_rate=rates[:len(losses)], loss=losses, smoothed=_smooth(losses)))
 
+# %% ../../nbs/model/26_optim.ipynb #197982de
 _SMOOTH = .2  # weight of the newest loss in the mean
 
 def _smooth(losses):
     "Exponential mean from both sides, so that it does not lag behind."
-    forward, backward = pd.Series(losses), pd.Series(losses[::-1])
+    forward = pd.Series(losses)
+    backward = pd.Series(losses[::-1])
     return (forward.ewm(alpha=_SMOOTH).mean().to_numpy() + backward.ewm(alpha=_SMOOTH).mean().to_numpy()[::-1]) / 2
 
-# %% ../../nbs/model/26_optim.ipynb #99594859
+# %% ../../nbs/model/26_optim.ipynb #cd92ef3a
 def suggest_rate(
     table:pd.DataFrame, # of `lr_sweep`
 ) -> float: # a learning rate of the table
     "The rate where the smoothed loss falls fastest per power of ten, before its lowest point."
     lowest = int(table['smoothed'].to_numpy().argmin())
-    slopes = np.gradient(table['smoothed'].to_numpy(), np.log10(table['learning_rate'].to_numpy()))[:lowest + 1] if len(table) > 1 else np.zeros(1)
+    slopes = (
+        np.gradient(table['smoothed'].to_numpy(), np.log10(table['learning_rate'].to_numpy()))[: lowest + 1]
+        if len(table) > 1
+        else np.zeros(1)
+    )
     if lowest == 0 or not slopes.min() < 0:
         low, high = table['learning_rate'].iloc[[0, -1]]
-        raise ValueError(f"the loss never falls between the rates {low:.2g} and {high:.2g}; sweep from a lower rate, or look at data and model")
+        raise ValueError(
+            f"the loss never falls between the rates {low:.2g} and {high:.2g}; sweep from a lower rate, "
+            "or look at data and model"
+        )
     return float(table['learning_rate'].iloc[int(slopes.argmin())])
 
+# %% ../../nbs/model/26_optim.ipynb #99594859
 def plot_sweep(
     table:pd.DataFrame, # of `lr_sweep`
     ax, # matplotlib axes to draw in
@@ -171,7 +225,9 @@ def plot_sweep(
     "The loss over the rate, with the suggested rate where there is one."
     ax.plot(table['learning_rate'], table['loss'], lw=.8, alpha=.5, label='loss')
     ax.plot(table['learning_rate'], table['smoothed'], label='smoothed')
-    try: ax.axvline(rate := suggest_rate(table), ls='--', color='k', lw=1, label=f'suggested: {rate:.1e}')
-    except ValueError: pass  # nothing to suggest
+    try:
+        ax.axvline(rate := suggest_rate(table), ls='--', color='k', lw=1, label=f'suggested: {rate:.1e}')
+    except ValueError:
+        pass  # nothing to suggest
     ax.set(xscale='log', xlabel='learning rate', ylabel='loss')
     ax.legend(frameon=False)

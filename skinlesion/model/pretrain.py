@@ -34,11 +34,14 @@ def random_crop(
     smallest:float=.3, # least share of the image's area that is kept, in (0, 1]
 ) -> np.ndarray: # (H,W,3) uint8
     "A random part of an image with its proportions, resized to the whole."
-    if not 0 < smallest <= 1: raise ValueError(f"smallest is {smallest}; give a share of the area above 0 and at most 1")
+    if not 0 < smallest <= 1:
+        raise ValueError(f"smallest is {smallest}; give a share of the area above 0 and at most 1")
     h, w = image.shape[:2]
     share, y, x = np.random.default_rng([seed, 0xC0]).uniform([smallest, 0, 0], 1)
-    height, width = max(1, round(h * math.sqrt(share))), max(1, round(w * math.sqrt(share)))
-    top, left = round(y * (h - height)), round(x * (w - width))
+    height = max(1, round(h * math.sqrt(share)))
+    width = max(1, round(w * math.sqrt(share)))
+    top = round(y * (h - height))
+    left = round(x * (w - width))
     return cv2.resize(image[top:top + height, left:left + width], (w, h), interpolation=cv2.INTER_LINEAR)
 
 # %% ../../nbs/model/28_pretrain.ipynb #0707b30c
@@ -50,11 +53,15 @@ class PairDataset(torch.utils.data.Dataset):
         seed:int=0, # of the views
         augment='heavy', # policy of `make_augment`, or what it returns
     ):
-        self.store, self.ids, self.seed = store, list(ids), seed
-        for image_id in self.ids: store.position(image_id)
+        self.store = store
+        self.ids = list(ids)
+        self.seed = seed
+        for image_id in self.ids:
+            store.position(image_id)
         self.augment = make_augment(augment, store.size) if isinstance(augment, str) else augment
 
-    def __len__(self): return len(self.ids)
+    def __len__(self):
+        return len(self.ids)
 
     def __getitem__(self, key):
         "Row, first view, second view; the views (H,W,3) uint8."
@@ -70,7 +77,11 @@ class PairDataset(torch.utils.data.Dataset):
     ) -> tuple: # (B,) int64 rows, and two (B,3,H,W) float32, normalised
         "One batch."
         rows, first, second = zip(*items)
-        return torch.tensor(rows), normalise(np.stack(first), channels_last=True), normalise(np.stack(second), channels_last=True)
+        return (
+            torch.tensor(rows),
+            normalise(np.stack(first), channels_last=True),
+            normalise(np.stack(second), channels_last=True),
+        )
 
 # %% ../../nbs/model/28_pretrain.ipynb #5bc30bba
 def negative_cosine(
@@ -88,7 +99,8 @@ class SimSiam(nn.Module):
         width:int=256, # of projection and prediction; 2048 in the paper, for ImageNet
     ):
         super().__init__()
-        layer = lambda a, b: [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b)]
+        def layer(a, b):
+            return [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b)]
         self.projection = nn.Sequential(*layer(features, width), nn.ReLU(), *layer(width, width), nn.ReLU(),
                                         nn.Linear(width, width, bias=False), nn.BatchNorm1d(width, affine=False))
         self.prediction = nn.Sequential(*layer(width, width // 4), nn.ReLU(), nn.Linear(width // 4, width))
@@ -98,7 +110,8 @@ class SimSiam(nn.Module):
         second:torch.Tensor, # (B,features) float32, of the other
     ) -> tuple: # loss (scalar), projections of the first view (B,width) without gradient
         "The symmetric loss."
-        a, b = self.projection(first), self.projection(second)
+        a = self.projection(first)
+        b = self.projection(second)
         loss = (negative_cosine(self.prediction(a), b) + negative_cosine(self.prediction(b), a)) / 2
         return loss, a.detach()
 
@@ -119,70 +132,109 @@ def _repeatable():
     try:
         with torch.random.fork_rng():
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cudnn.deterministic = True
             yield
     finally:
         torch.use_deterministic_algorithms(flags[0], warn_only=flags[1])
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
 
-# %% ../../nbs/model/28_pretrain.ipynb #d4b56084
+# %% ../../nbs/model/28_pretrain.ipynb #c76393fe
 class _Run:
     "Networks, optimiser and history of one pretraining, and their file."
     def __init__(self, model, heads, rate, path, asked):
-        self.model, self.heads, self.path, self.rows = model, heads, path, []
-        groups = [dict(params=[*model.backbone.parameters(), *heads.projection.parameters()]), dict(params=list(heads.prediction.parameters()), fixed=True)]
-        self.optimizer = torch.optim.SGD([dict(fixed=False) | g for g in groups], lr=rate, momentum=.9, weight_decay=1e-4)
+        self.model = model
+        self.heads = heads
+        self.path = path
+        self.rows = []
+        groups = [
+            dict(params=[*model.backbone.parameters(), *heads.projection.parameters()]),
+            dict(params=list(heads.prediction.parameters()), fixed=True),
+        ]
+        self.optimizer = torch.optim.SGD(
+            [dict(fixed=False) | g for g in groups], lr=rate, momentum=0.9, weight_decay=1e-4
+        )
         self.asked = _fingerprint(asked, self._states()) if path else None
 
-    def _states(self): return dict(backbone=self.model.backbone.state_dict(), heads=self.heads.state_dict())
+    def _states(self):
+        return dict(backbone=self.model.backbone.state_dict(), heads=self.heads.state_dict())
 
     def save(self):
         "Write the state atomically."
-        if self.path is None: return
+        if self.path is None:
+            return
         with atomic_path(self.path) as scratch:
-            torch.save(dict(asked=self.asked, rows=self.rows, optimizer=self.optimizer.state_dict(), **self._states()), scratch)
+            torch.save(
+                dict(asked=self.asked, rows=self.rows, optimizer=self.optimizer.state_dict(), **self._states()), scratch
+            )
 
     def resume(self):
         "Go on where a killed run of the same kind stood; what was found, in words, or ''."
-        if self.path is None or not self.path.is_file(): return ''
-        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e: raise ValueError(f"'{self.path}' cannot be read ({type(e).__name__}); delete it to start the pretraining anew") from e
-        if state.get('asked') != self.asked: return '↻ the pretraining that was found is another one (other images, settings, start or machine); starting anew'
+        if self.path is None or not self.path.is_file():
+            return ''
+        try:
+            state = torch.load(self.path, map_location='cpu', weights_only=True)
+        except Exception as e:
+            raise ValueError(
+                f"'{self.path}' cannot be read ({type(e).__name__}); delete it to start the pretraining anew"
+            ) from e
+        if state.get('asked') != self.asked:
+            return (
+                '↻ the pretraining that was found is another one (other images, settings, start or '
+                'machine); starting anew'
+            )
         self.model.backbone.load_state_dict(state['backbone'])
         self.heads.load_state_dict(state['heads'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.rows = state['rows']
         return f'↻ going on after epoch {len(self.rows)} of a pretraining'
 
+# %% ../../nbs/model/28_pretrain.ipynb #d4b56084
 def _fingerprint(asked, states):
     "Hash of what decides a run."
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
     for part, state in states.items():
-        for name, value in state.items(): digest.update(f'{part} {name} '.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        for name, value in state.items():
+            digest.update(f'{part} {name} '.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../../nbs/model/28_pretrain.ipynb #e900edf5
+# %% ../../nbs/model/28_pretrain.ipynb #215b601a
 def _pooled(model, images):
     "Features of a batch as the head of the model would get them."
     return model.backbone.forward_head(model.forward_features(images), pre_logits=True)
 
+# %% ../../nbs/model/28_pretrain.ipynb #e900edf5
 def _epoch(run, pairs, batches, epoch, total, rate, seed, workers, device):
     "Train one epoch; its row."
-    loader = torch.utils.data.DataLoader(pairs, batch_sampler=batches, num_workers=workers, collate_fn=pairs.collate, generator=torch.Generator().manual_seed(0))
-    seen, sums, spread = 0, 0., []
+    loader = torch.utils.data.DataLoader(
+        pairs,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=pairs.collate,
+        generator=torch.Generator().manual_seed(0),
+    )
+    seen = 0
+    sums = 0.
+    spread = []
     for k, (rows, first, second) in enumerate(loader):
         step = epoch * len(batches) + k
         torch.manual_seed(mix_seed(seed, step))
         now = rate * lr_factor(step, total * len(batches), 0)
-        for group in run.optimizer.param_groups: group['lr'] = rate if group['fixed'] else now
+        for group in run.optimizer.param_groups:
+            group['lr'] = rate if group['fixed'] else now
         loss, projected = run.heads(_pooled(run.model, first.to(device)), _pooled(run.model, second.to(device)))
         if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss of the pretraining is {loss.item()} in epoch {epoch + 1} on the batch of images "
-                                     f"{', '.join(pairs.ids[i] for i in rows.tolist())}; lower learning_rate, or look at these images")
+            raise FloatingPointError(
+                f"the loss of the pretraining is {loss.item()} in epoch {epoch + 1} on the batch of "
+                "images "
+                f"{', '.join(pairs.ids[i] for i in rows.tolist())}; lower "
+                "learning_rate, or look at these images"
+            )
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         run.optimizer.step()
-        seen, sums = seen + len(rows), sums + loss.item() * len(rows)
+        seen = seen + len(rows)
+        sums = sums + loss.item() * len(rows)
         spread.append(embedding_spread(projected))
     return dict(epoch=epoch + 1, learning_rate=now, loss=sums / seen, spread=float(np.mean(spread)))
 
@@ -201,48 +253,85 @@ def pretrain_simsiam(
 ) -> pd.DataFrame: # one row per epoch: epoch, learning_rate, loss in [-1, 1], spread (about 1 is well, 0 collapsed)
     "Train the backbone to find one view of an image from another; same arguments, same bytes."
     _check_request(model, ids, epochs, batch_size, learning_rate)
-    device, ids = torch.device('cuda' if torch.cuda.is_available() else 'cpu'), sorted(ids)
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    ids = sorted(ids)
     pairs = PairDataset(store, ids, seed)
     path = Path(work_dir)/'pretraining.pt' if work_dir else None
     with _repeatable():
         torch.manual_seed(mix_seed(seed, 0x51A))
         heads = SimSiam(_feature_width(model))
-        run = _Run(model, heads, learning_rate, path, [ids, _pixels(store, ids) if path else '', epochs, batch_size, learning_rate, seed,
-                                                   device.type, torch.get_num_threads(), torch.__version__])
+        run = _Run(
+            model,
+            heads,
+            learning_rate,
+            path,
+            [
+                ids,
+                _pixels(store, ids) if path else '',
+                epochs,
+                batch_size,
+                learning_rate,
+                seed,
+                device.type,
+                torch.get_num_threads(),
+                torch.__version__,
+            ],
+        )
         if (said := run.resume()) and progress:
-            for line in (said, *(_line(row, epochs) for row in run.rows)): progress(line)
+            for line in (said, *(_line(row, epochs) for row in run.rows)):
+                progress(line)
         try:
-            for part in (model, heads): part.to(device, memory_format=torch.channels_last).train()
-            for state in run.optimizer.state.values(): state['momentum_buffer'] = state['momentum_buffer'].to(device)
+            for part in (model, heads):
+                part.to(device, memory_format=torch.channels_last).train()
+            for state in run.optimizer.state.values():
+                state['momentum_buffer'] = state['momentum_buffer'].to(device)
             for epoch in range(len(run.rows), epochs):
                 batches = epoch_batches(len(ids), epoch, batch_size, seed)
                 run.rows.append(_epoch(run, pairs, batches, epoch, epochs, learning_rate, seed, workers, device))
                 run.save()
-                if progress: progress(_line(run.rows[-1], epochs))
-        finally: model.to('cpu', memory_format=torch.contiguous_format).eval()
+                if progress:
+                    progress(_line(run.rows[-1], epochs))
+        finally:
+            model.to('cpu', memory_format=torch.contiguous_format).eval()
     return pd.DataFrame(run.rows)
 
-# %% ../../nbs/model/28_pretrain.ipynb #75a65479
+# %% ../../nbs/model/28_pretrain.ipynb #54c0b327
 def _check_request(model, ids, epochs, batch_size, learning_rate):
     "Stop at what cannot be trained."
-    if len(ids) < 2: raise ValueError(f"{len(ids)} image(s) to pretrain on; at least two are needed")
-    if len(set(ids)) < len(ids): raise ValueError(f"image '{next(i for i in ids if ids.count(i) > 1)}' stands in `ids` more than once; name each once")
-    if epochs < 1: raise ValueError(f"epochs is {epochs}; pretrain for at least 1, or not at all")
-    if batch_size < 2: raise ValueError(f"batch_size is {batch_size}; it must be at least 2, for batch norm")
-    if not learning_rate > 0: raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
+    if len(ids) < 2:
+        raise ValueError(f"{len(ids)} image(s) to pretrain on; at least two are needed")
+    if len(set(ids)) < len(ids):
+        raise ValueError(
+            f"image '{next(i for i in ids if ids.count(i) > 1)}' stands in `ids` more than once; name each once"
+        )
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}; pretrain for at least 1, or not at all")
+    if batch_size < 2:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 2, for batch norm")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
     fusion = model.config['fusion']
-    if fusion != 'none': raise ValueError(f"the model has fusion '{fusion}'; pretrain the backbone of a model with fusion 'none', and take that over")
+    if fusion != 'none':
+        raise ValueError(
+            f"the model has fusion '{fusion}'; pretrain the backbone of a model with fusion 'none', and take that over"
+        )
 
+# %% ../../nbs/model/28_pretrain.ipynb #157749e8
 def _feature_width(model):
     "How many pooled features the backbone gives."
     return getattr(model.backbone, 'head_hidden_size', None) or model.backbone.num_features
 
+# %% ../../nbs/model/28_pretrain.ipynb #00866114
 def _pixels(store, ids):
     "Hash of the pixels of some images."
     digest = hashlib.sha256()
-    for image_id in ids: digest.update(store.image(image_id).tobytes())
+    for image_id in ids:
+        digest.update(store.image(image_id).tobytes())
     return digest.hexdigest()
 
+# %% ../../nbs/model/28_pretrain.ipynb #75a65479
 def _line(row, epochs):
     "One epoch in one line."
-    return f"pretraining {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f}  spread {row['spread']:.3f}"
+    return (
+        f"pretraining {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f}  spread {row['spread']:.3f}"
+    )

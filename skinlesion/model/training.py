@@ -37,12 +37,31 @@ from .losses import BALANCING, LOSSES, check_loss, class_weights, create_loss
 from .optim import WeightAverage, averaged, lr_factor, lr_sweep, param_groups
 from ..taxonomy import nearest
 
-# %% ../../nbs/model/27_training.ipynb #bf7f7e32
+# %% ../../nbs/model/27_training.ipynb #02a95421
 METRICS = ('auroc_macro', 'balanced_accuracy', 'accuracy', 'f1_macro', 'loss')
 PRECISIONS = ('auto', '32', 'bf16', 'fp16')
 _CHOICES = dict(loss=LOSSES, metric=METRICS, mix=MIXES, sampler=SAMPLERS, precision=PRECISIONS)
-_LEAST = dict(epochs=1, batch_size=2, weight_decay=0, warmup_epochs=0, gamma=0, gamma_negative=0, beta=0, margin=0, tau=0, deferred=0, weight_power=0,
-              label_smoothing=0, patience=1, seed=0, workers=0, accumulate=1, freeze_epochs=0, ema_decay=0, checkpoint_seconds=0)
+_LEAST = dict(
+    epochs=1,
+    batch_size=2,
+    weight_decay=0,
+    warmup_epochs=0,
+    gamma=0,
+    gamma_negative=0,
+    beta=0,
+    margin=0,
+    tau=0,
+    deferred=0,
+    weight_power=0,
+    label_smoothing=0,
+    patience=1,
+    seed=0,
+    workers=0,
+    accumulate=1,
+    freeze_epochs=0,
+    ema_decay=0,
+    checkpoint_seconds=0,
+)
 _ABOVE_ZERO = ('learning_rate', 'clip_norm', 'layer_decay', 'mix_alpha')
 _BELOW_ONE = ('beta', 'label_smoothing', 'ema_decay')
 _AT_MOST_ONE = ('layer_decay', 'deferred')
@@ -52,31 +71,51 @@ def _check_config(config):
     "Stop at a value that cannot work."
     for key, allowed in _CHOICES.items():
         value = getattr(config, key)
-        if value not in allowed: raise ValueError(f"{key} {value!r} is not known ({', '.join(allowed)}).{nearest(str(value), allowed)}")
-    rules = [(_LEAST, lambda v, key: v >= _LEAST[key], lambda key: f'at least {_LEAST[key]}'), (_ABOVE_ZERO, lambda v, _: v > 0, lambda _: 'above 0'),
-             (_BELOW_ONE, lambda v, _: v < 1, lambda _: 'below 1'), (_AT_MOST_ONE, lambda v, _: v <= 1, lambda _: 'at most 1')]
+        if value not in allowed:
+            raise ValueError(f"{key} {value!r} is not known ({', '.join(allowed)}).{nearest(str(value), allowed)}")
+    rules = [
+        (_LEAST, lambda v, key: v >= _LEAST[key], lambda key: f'at least {_LEAST[key]}'),
+        (_ABOVE_ZERO, lambda v, _: v > 0, lambda _: 'above 0'),
+        (_BELOW_ONE, lambda v, _: v < 1, lambda _: 'below 1'),
+        (_AT_MOST_ONE, lambda v, _: v <= 1, lambda _: 'at most 1'),
+    ]
     for keys, holds, said in rules:
         for key in keys:
-            if not holds(getattr(config, key), key): raise ValueError(f"{key} is {getattr(config, key)}; it must be {said(key)}")
+            if not holds(getattr(config, key), key):
+                raise ValueError(f"{key} is {getattr(config, key)}; it must be {said(key)}")
     check_loss(config.loss, **{key: getattr(config, key) for key in _LOSS_OPTIONS})
     _check_balance(config)
     for key, what in dict(warmup_epochs='warm up for', freeze_epochs='freeze the backbone for').items():
         if getattr(config, key) >= config.epochs:
-            raise ValueError(f"{key} is {getattr(config, key)} and epochs is {config.epochs}; {what} fewer epochs than are trained")
+            raise ValueError(
+                f"{key} is {getattr(config, key)} and epochs is {config.epochs}; {what} fewer epochs than are trained"
+            )
 
+# %% ../../nbs/model/27_training.ipynb #bf7f7e32
 def _check_balance(config):
     "Stop where rare classes would count twice, or where what is compared over the epochs changes on the way."
-    drawn, by_itself = config.sampler == 'balanced', config.loss in BALANCING
+    drawn = config.sampler == 'balanced'
+    by_itself = config.loss in BALANCING
     if drawn and by_itself:
         others = ', '.join(loss for loss in LOSSES if loss not in BALANCING)
-        raise ValueError(f"sampler is 'balanced', but loss '{config.loss}' balances the classes by itself, so rare ones would count twice; "
-                         f"set sampler to 'shuffle', or choose another loss ({others})")
+        raise ValueError(
+            f"sampler is 'balanced', but loss '{config.loss}' balances the classes by itself, so rare "
+            "ones would count twice; "
+            f"set sampler to 'shuffle', or choose another loss ({others})"
+        )
     if (drawn or by_itself) and config.weight_power not in (0, TrainConfig.weight_power):
         what = f"loss '{config.loss}'" if by_itself else "sampler 'balanced'"
-        raise ValueError(f"weight_power is {config.weight_power}, but {what} balances the classes by itself; leave weight_power out or set it to 0")
+        raise ValueError(
+            f"weight_power is {config.weight_power}, but {what} balances the classes by itself; leave "
+            "weight_power out or set it to 0"
+        )
     if config.loss == 'ldam' and config.metric == 'loss' and 0 < config.deferred < 1:
-        raise ValueError(f"metric is 'loss', but the loss 'ldam' is another one from {config.deferred} of the run on, so its epochs cannot be compared; "
-                         f"choose another metric ({', '.join(m for m in METRICS if m != 'loss')}), or set deferred to 0 or 1")
+        raise ValueError(
+            f"metric is 'loss', but the loss 'ldam' is another one from {config.deferred} of the run "
+            "on, so its epochs cannot be compared; "
+            f"choose another metric ({', '.join(m for m in METRICS if m != 'loss')}), "
+            "or set deferred to 0 or 1"
+        )
 
 # %% ../../nbs/model/27_training.ipynb #490aa757
 @dataclass(frozen=True)
@@ -86,7 +125,9 @@ class TrainConfig:
     batch_size:int=32 # images at a time, at least 2; over all processes
     accumulate:int=1 # batches whose gradients are added up for one step
     learning_rate:float=1e-3 # the highest, after the warm-up
-    layer_decay:float=1. # a backbone's layer learns this much more slowly than the one above it, (0, 1]; 1 for all alike
+    layer_decay: float = (
+        1.0  # a backbone's layer learns this much more slowly than the one above it, (0, 1]; 1 for all alike
+    )
     weight_decay:float=.05 # of AdamW; none on norms and biases
     warmup_epochs:float=1. # linear rise; a cosine to zero follows
     freeze_epochs:int=0 # first epochs in which the backbone stands still
@@ -97,7 +138,9 @@ class TrainConfig:
     margin:float=.5 # 'ldam': margin of the rarest class
     deferred:float=.8 # 'ldam': share of the epochs before classes are weighed, [0, 1]
     tau:float=1. # 'logit_adjustment': how strongly the class frequencies are taken out
-    weight_power:float=.5 # class weights are frequency to minus this power; 0 weighs all alike; no part in losses that balance by themselves, nor with sampler 'balanced'
+    # class weights are frequency to minus this power; 0 weighs all alike; no part in losses that balance by themselves,
+    # nor with sampler 'balanced'
+    weight_power: float = 0.5
     label_smoothing:float=0. # share of the target spread over all classes, [0, 1)
     sampler:str='shuffle' # or 'balanced': each class drawn equally often, and then not weighed besides
     mix:str='none' # 'mixup' or 'cutmix' of the images of a batch
@@ -109,9 +152,12 @@ class TrainConfig:
     precision:str='auto' # one of PRECISIONS; 'auto' is bf16 on a GPU that has it, else 32
     seed:int=0 # of order, dropout, mixing and augmentation
     workers:int=0 # loader processes; the result is the same for any number
-    checkpoint_seconds:float=120. # longest time between two states on the disk; 0 for one after each step; the result is the same
+    checkpoint_seconds: float = (
+        120.0 # longest time between two states on the disk; 0 for one after each step; the result is the same
+    )
 
-    def __post_init__(self): _check_config(self)
+    def __post_init__(self):
+        _check_config(self)
 
 # %% ../../nbs/model/27_training.ipynb #a2a4701a
 def validation_metrics(
@@ -119,10 +165,16 @@ def validation_metrics(
     probs:np.ndarray, # (N,C) probabilities
 ) -> dict: # valid_auroc_macro, valid_balanced_accuracy, valid_accuracy, valid_f1_macro: floats in [0, 1]
     "One-against-rest AUROC, sensitivity and F1, each a mean over the classes that occur, and the share of right answers."
-    aurocs, sensitivities, f1s, predicted = [], [], [], probs.argmax(1)
+    aurocs = []
+    sensitivities = []
+    f1s = []
+    predicted = probs.argmax(1)
     for c in np.unique(targets):
-        positive, said = targets == c, predicted == c
-        n, others, hits = positive.sum(), (~positive).sum(), (positive & said).sum()
+        positive = targets == c
+        said = predicted == c
+        n = positive.sum()
+        others = (~positive).sum()
+        hits = (positive & said).sum()
         aurocs.append((rankdata(probs[:, c])[positive].sum() - n * (n + 1) / 2) / (n * others))
         sensitivities.append(hits / n)
         f1s.append(2 * hits / (n + said.sum()))
@@ -135,24 +187,32 @@ class _Objective(torch.nn.Module):
     def __init__(self, specs, config, targets, num_classes, codes):
         super().__init__()
         weights = class_weights(targets, num_classes, config.weight_power, codes)
-        if config.loss in BALANCING or config.sampler == 'balanced' or not config.weight_power: weights = None
+        if config.loss in BALANCING or config.sampler == 'balanced' or not config.weight_power:
+            weights = None
         counts = torch.bincount(targets, minlength=num_classes)
         self.loss = create_loss(config.loss, weights, counts=counts, **{k: getattr(config, k) for k in _LOSS_OPTIONS})
-        self.specs, self.num_classes, self.scales = list(specs), num_classes, np.array([1., *(s.weight for s in specs)])
+        self.specs = list(specs)
+        self.num_classes = num_classes
+        self.scales = np.array([1., *(s.weight for s in specs)])
 
     def parts(self, outputs, target, heads, plan=None):
         "For each head the sum of the weighted losses and that of the weights: (K,2)."
         mixed = plan is not None and plan.share < 1
-        if mixed: target = plan.blend(torch.nn.functional.one_hot(target, self.num_classes).float())
+        if mixed:
+            target = plan.blend(torch.nn.functional.one_hot(target, self.num_classes).float())
         sums = [self._sums(*self.loss.terms(outputs[PRIMARY], target))]
         for spec in self.specs:
             own = self._sums(*head_loss(outputs[spec.name], heads[spec.name], spec))
-            if mixed: own = torch.lerp(self._sums(*head_loss(outputs[spec.name], heads[spec.name][plan.partner], spec)), own, plan.share)
+            if mixed:
+                own = torch.lerp(
+                    self._sums(*head_loss(outputs[spec.name], heads[spec.name][plan.partner], spec)), own, plan.share
+                )
             sums.append(own)
         return torch.stack(sums)
 
     @staticmethod
-    def _sums(values, weights): return torch.stack([(values * weights).sum(), weights.sum()])
+    def _sums(values, weights):
+        return torch.stack([(values * weights).sum(), weights.sum()])
 
     def weights(self, target, heads):
         "The weight of each image at each head, from the targets alone: (K,N) float64."
@@ -167,12 +227,17 @@ class _Objective(torch.nn.Module):
     def mean(self, sums):
         "The objective from sums over a whole set: (K,2) -> float."
         sums = np.asarray(sums, np.float64)
-        return float((self.scales * np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)).sum())
+        return float(
+            (self.scales * np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)).sum()
+        )
 
-# %% ../../nbs/model/27_training.ipynb #b3cdf8ad
+# %% ../../nbs/model/27_training.ipynb #c19f9a2a
 class _Books:
     "History of a run and its best weights."
-    def __init__(self, config, rows=(), best_state=None): self.config, self.rows, self.best_state = config, list(rows), best_state
+    def __init__(self, config, rows=(), best_state=None):
+        self.config = config
+        self.rows = list(rows)
+        self.best_state = best_state
 
     @property
     def best(self):
@@ -184,19 +249,23 @@ class _Books:
         "Add an epoch; whether it is the best so far."
         self.rows.append(row)
         improved = self.best is row
-        if improved: self.best_state = _copy_state(model)
+        if improved:
+            self.best_state = _copy_state(model)
         return improved
 
     @property
     def finished(self):
         "Whether the last epoch is done, or patience is at its end."
-        return bool(self.rows) and (len(self.rows) >= self.config.epochs or len(self.rows) - self.best['epoch'] >= self.config.patience)
+        return bool(self.rows) and (
+            len(self.rows) >= self.config.epochs or len(self.rows) - self.best['epoch'] >= self.config.patience
+        )
 
+# %% ../../nbs/model/27_training.ipynb #b3cdf8ad
 def _copy_state(model):
     "The weights of `model` as contiguous tensors on the CPU, free of what comes after."
     return {k: v.detach().to('cpu', copy=True).contiguous() for k, v in model.state_dict().items()}
 
-# %% ../../nbs/model/27_training.ipynb #e0ce0af0
+# %% ../../nbs/model/27_training.ipynb #a1100529
 def _machine(
     processes:int, # as in `fit`
 ): # lightning.fabric.Fabric
@@ -205,20 +274,26 @@ def _machine(
     from lightning.fabric.strategies import DDPStrategy
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if processes > 1 and not torch.distributed.is_torchelastic_launched():
-        raise ValueError(f"processes is {processes}, but this is not one of several: start it with "
-                         f"python -m torch.distributed.run --standalone --nproc_per_node {processes}, as `member.launch` does")
-    if gpus and processes > gpus: raise ValueError(f"processes is {processes}, but this machine has {gpus} GPU(s); use at most as many processes")
+        raise ValueError(
+            f"processes is {processes}, but this is not one of several: start it with "
+            "python -m torch.distributed.run --standalone --nproc_per_node "
+            f"{processes}, as `member.launch` does"
+        )
+    if gpus and processes > gpus:
+        raise ValueError(f"processes is {processes}, but this machine has {gpus} GPU(s); use at most as many processes")
     strategy = DDPStrategy(find_unused_parameters=True) if processes > 1 else 'auto'
     fabric = Fabric(accelerator='gpu' if gpus else 'cpu', devices=processes, strategy=strategy, precision='32-true')
     fabric.launch()
     return fabric
 
+# %% ../../nbs/model/27_training.ipynb #e0ce0af0
 def _precision(
     wanted:str, # one of PRECISIONS
     device:torch.device, # where the model will be
 ) -> str: # '32', 'bf16' or 'fp16'
     "What `auto` stands for on this machine."
-    if wanted != 'auto': return wanted
+    if wanted != 'auto':
+        return wanted
     return 'bf16' if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False) else '32'
 
 # %% ../../nbs/model/27_training.ipynb #0590f276
@@ -226,12 +301,14 @@ class _Net(torch.nn.Module):
     "Model and precision."
     def __init__(self, model, precision):
         super().__init__()
-        self.model, self.dtype = model, dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
+        self.model = model
+        self.dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
 
     def forward(self, image, metadata):
         "Logits of every head."
         image = image.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(image.device.type, self.dtype) if self.dtype else nullcontext(): outputs = self.model.forward_heads(image, metadata)
+        with torch.autocast(image.device.type, self.dtype) if self.dtype else nullcontext():
+            outputs = self.model.forward_heads(image, metadata)
         return {name: logits.float() for name, logits in outputs.items()}
 
 # %% ../../nbs/model/27_training.ipynb #4488e41d
@@ -240,71 +317,101 @@ def _sealed():
     "Deterministic and silent inside; generators, flags, threads, logging and warnings as before afterwards."
     import lightning.fabric  # only where something is trained: it takes seconds, and sets levels of its own
     logs = [logging.getLogger(name) for name in ('lightning', 'lightning.fabric')]
-    levels, threads, fill = [log.level for log in logs], torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    levels = [log.level for log in logs]
+    threads = torch.get_num_threads()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     flags = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     states = random.getstate(), np.random.get_state()
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.filterwarnings('ignore', module=r'lightning\.|torch\.utils\.data|torch\.nn\.parallel')
-            for log in logs: log.setLevel(logging.ERROR)
+            for log in logs:
+                log.setLevel(logging.ERROR)
             os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
-            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cudnn.deterministic = True
             yield
     finally:
         torch.use_deterministic_algorithms(flags[0], warn_only=flags[1])
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
-        random.setstate(states[0]); np.random.set_state(states[1]); torch.set_num_threads(threads)
-        for log, level in zip(logs, levels): log.setLevel(level)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_num_threads(threads)
+        for log, level in zip(logs, levels):
+            log.setLevel(level)
 
 # %% ../../nbs/model/27_training.ipynb #b3b21d45
 class _Feed:
     "Batches of a dataset by their keys, on the device of the run; a `blind` one reads no images."
     def __init__(self, dataset, config, device, blind=False):
-        self.keys, self.device, gpu = [], device, device.type == 'cuda'
+        self.keys = []
+        self.device = device
+        gpu = device.type == 'cuda'
         like = make_loader(_without_images(dataset) if blind else dataset, config.batch_size, workers=config.workers)
         self.loader = torch.utils.data.DataLoader(
-            like.dataset, batch_sampler=self, num_workers=config.workers, collate_fn=like.collate_fn, worker_init_fn=like.worker_init_fn,
-            generator=like.generator, persistent_workers=config.workers > 0, pin_memory=gpu)
+            like.dataset,
+            batch_sampler=self,
+            num_workers=config.workers,
+            collate_fn=like.collate_fn,
+            worker_init_fn=like.worker_init_fn,
+            generator=like.generator,
+            persistent_workers=config.workers > 0,
+            pin_memory=gpu,
+        )
         self.stream = torch.cuda.Stream(device) if gpu else None
 
-    def __iter__(self): return iter(self.keys)
-    def __len__(self): return len(self.keys)
+    def __iter__(self):
+        return iter(self.keys)
+    def __len__(self):
+        return len(self.keys)
 
     def batches(self, keys):
         "The batches of `keys`, one after another."
         self.keys = keys
-        if not self.stream: yield from self.loader; return
-        ahead, main = None, torch.cuda.current_stream(self.device)
+        if not self.stream:
+            yield from self.loader
+            return
+        ahead = None
+        main = torch.cuda.current_stream(self.device)
         for batch in self.loader:
-            with torch.cuda.stream(self.stream): coming = _move(batch, self.device, main)
-            if ahead: yield ahead
+            with torch.cuda.stream(self.stream):
+                coming = _move(batch, self.device, main)
+            if ahead:
+                yield ahead
             main.wait_stream(self.stream)
             ahead = coming
-        if ahead: yield ahead
+        if ahead:
+            yield ahead
 
     def close(self):
         "End the loader's processes now, not when an error that holds them is forgotten."
         processes = getattr(self.loader, '_iterator', None)
-        if processes is not None: processes._shutdown_workers()
+        if processes is not None:
+            processes._shutdown_workers()
 
-# %% ../../nbs/model/27_training.ipynb #ba14a919
+# %% ../../nbs/model/27_training.ipynb #5ed70934
 class _NoImages:
     "A store whose images are one black pixel each."
-    def image(self, image_id): return np.zeros((1, 1, 3), np.uint8)
+    def image(self, image_id):
+        return np.zeros((1, 1, 3), np.uint8)
 
+# %% ../../nbs/model/27_training.ipynb #052db0b7
 def _without_images(dataset):
     "The dataset for a model that looks at none, so that none is read or augmented."
     dataset = copy.copy(dataset)
-    dataset.store, dataset.augment = _NoImages(), None
+    dataset.store = _NoImages()
+    dataset.augment = None
     return dataset
 
+# %% ../../nbs/model/27_training.ipynb #ba14a919
 def _move(batch, device, stream):
     "A batch on a GPU, without waiting for it; its memory is kept as long as `stream` works on it."
-    if isinstance(batch, dict): return {k: _move(v, device, stream) for k, v in batch.items()}
+    if isinstance(batch, dict):
+        return {k: _move(v, device, stream) for k, v in batch.items()}
     moved = batch.to(device, non_blocking=True)
     moved.record_stream(stream)
     return moved
@@ -313,10 +420,18 @@ def _move(batch, device, stream):
 class _Run:
     "A model in training."
     def __init__(self, model, train_ds, valid_ds, config, objective, fabric):
-        self.model, self.train_ds, self.valid_ds, self.config, self.fabric = model, train_ds, valid_ds, config, fabric
-        self.rank, self.world, self.device = fabric.global_rank, fabric.world_size, fabric.device
-        self.planner, self.objective = objective, copy.deepcopy(objective).to(self.device)
-        self.precision, self.trainable = _precision(config.precision, self.device), [p for p in model.parameters() if p.requires_grad]
+        self.model = model
+        self.train_ds = train_ds
+        self.valid_ds = valid_ds
+        self.config = config
+        self.fabric = fabric
+        self.rank = fabric.global_rank
+        self.world = fabric.world_size
+        self.device = fabric.device
+        self.planner = objective
+        self.objective = copy.deepcopy(objective).to(self.device)
+        self.precision = _precision(config.precision, self.device)
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
         model.to(self.device, memory_format=torch.channels_last)
         groups = param_groups(model, config.weight_decay, config.learning_rate, config.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
@@ -325,15 +440,29 @@ class _Run:
         self.net = fabric.setup_module(_Net(model, self.precision))
         self.blind = model.config['fusion'] == 'metadata'
         self.feeds = [_Feed(ds, config, self.device, self.blind) for ds in (train_ds, valid_ds)]
-        self.books, self.watch, self.epoch, self.done = _Books(config), _Watch(self), 0, 0
-        self.sums, self.fresh = torch.zeros(2, len(objective.scales), 2, dtype=torch.float64, device=self.device).unbind()  # of the epoch, of the step
+        self.books = _Books(config)
+        self.watch = _Watch(self)
+        self.epoch = 0
+        self.done = 0
+        self.sums, self.fresh = torch.zeros(
+            2, len(objective.scales), 2, dtype=torch.float64, device=self.device
+        ).unbind() # of the epoch, of the step
         self.steps = len(self.plan(0))
-        self.total, self.warmup = self.steps * config.epochs, round(config.warmup_epochs * self.steps)
+        self.total = self.steps * config.epochs
+        self.warmup = round(config.warmup_epochs * self.steps)
 
     def plan(self, epoch):
         "The steps of an epoch: each a list of batches, each a list of keys."
         config = self.config
-        batches = epoch_batches(len(self.train_ds), epoch, config.batch_size, config.seed, config.sampler, self.train_ds.targets, 2 * self.world)
+        batches = epoch_batches(
+            len(self.train_ds),
+            epoch,
+            config.batch_size,
+            config.seed,
+            config.sampler,
+            self.train_ds.targets,
+            2 * self.world,
+        )
         return [batches[k:k + config.accumulate] for k in range(0, len(batches), config.accumulate)]
 
     @property
@@ -344,12 +473,17 @@ class _Run:
 # %% ../../nbs/model/27_training.ipynb #0fb6801e
 class _Watch:
     "Looks at losses and gradients; on a GPU a step late."
-    def __init__(self, run): self.run, self.waiting = run, []
+    def __init__(self, run):
+        self.run = run
+        self.waiting = []
 
     def see(self, what, value, keys):
         "Take note of a value and the keys of the images it came from."
-        value, sent = value.detach().to('cpu', non_blocking=True), None
-        if self.run.device.type == 'cuda': sent = torch.cuda.Event(); sent.record()
+        value = value.detach().to('cpu', non_blocking=True)
+        sent = None
+        if self.run.device.type == 'cuda':
+            sent = torch.cuda.Event()
+            sent.record()
         self.waiting.append((what, value, sent, self.run.epoch, keys))
         self.check(late=2 if sent else 0)
 
@@ -357,23 +491,30 @@ class _Watch:
         "Stop at the first value that is no number, but for the last `late` ones."
         while len(self.waiting) > late:
             what, value, sent, epoch, keys = self.waiting.pop(0)
-            if sent: sent.synchronize()
-            if math.isfinite(float(value)): continue
+            if sent:
+                sent.synchronize()
+            if math.isfinite(float(value)):
+                continue
             images = ', '.join(self.run.train_ds.ids[i] for i, _ in keys)
-            raise FloatingPointError(f"the {what} is {float(value)} in epoch {epoch + 1} on the batch of images {images}; "
-                                     "look at these images and their metadata, or lower learning_rate")
+            raise FloatingPointError(
+                f"the {what} is {float(value)} in epoch {epoch + 1} on the batch of images {images}; "
+                "look at these images and their metadata, or lower learning_rate"
+            )
 
-# %% ../../nbs/model/27_training.ipynb #06cc4696
+# %% ../../nbs/model/27_training.ipynb #dcfe920d
 def _add_gradient(run, batch, keys, number, coefficients, last):
     "Forward and backward pass of one batch, the `number`-th of the run; its sums go into those of the epoch."
-    config, image, metadata = run.config, batch['image'], batch.get('metadata')
+    config = run.config
+    image = batch['image']
+    metadata = batch.get('metadata')
     seed = mix_seed(config.seed, number, *([run.rank] if run.rank else []))
     plan = None
     if config.mix != 'none':
         size = (run.train_ds.store.size,) * 2 if run.blind else tuple(image.shape[-2:])
         plan = plan_mix(len(image), size, config.mix, config.mix_alpha, mix_seed(seed, 1))
         plan = replace(plan, partner=plan.partner.to(run.device, non_blocking=True))
-        image, metadata = plan.mix(image), None if metadata is None else plan.blend(metadata)
+        image = plan.mix(image)
+        metadata = None if metadata is None else plan.blend(metadata)
     _seed(seed, run.device)
     with run.fabric.no_backward_sync(run.net, enabled=not last) if run.world > 1 else nullcontext():
         parts = run.objective.parts(run.net(image, metadata), batch['target'], batch.get('heads', {}), plan)
@@ -382,48 +523,63 @@ def _add_gradient(run, batch, keys, number, coefficients, last):
         run.fabric.backward(run.scaler.scale(loss * run.world if run.world > 1 else loss))
     run.fresh += parts.detach()
 
+# %% ../../nbs/model/27_training.ipynb #ba6ea2c4
 def _seed(seed, device):
     "Seed the generators that the run draws from; `torch.manual_seed` looks for devices of all makers each time."
     torch.default_generator.manual_seed(seed)
-    if device.type == 'cuda': torch.cuda.default_generators[device.index].manual_seed(seed)
+    if device.type == 'cuda':
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
+# %% ../../nbs/model/27_training.ipynb #06cc4696
 def _take_step(run, keys, rate=None):
     "Clip the gradient, move the weights, and the moving average after them."
     config = run.config
     run.rate = config.learning_rate * lr_factor(run.step, run.total, run.warmup) if rate is None else rate
-    for group in run.optimizer.param_groups: group['lr'] = run.rate * group.get('lr_scale', 1.)
+    for group in run.optimizer.param_groups:
+        group['lr'] = run.rate * group.get('lr_scale', 1.)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
-    if not run.scaler.is_enabled(): run.watch.see('norm of the gradient', norm, keys)
-    if run.device.type != 'cpu' or not float(norm) + 1e-6 < config.clip_norm: torch.nn.utils.clip_grads_with_norm_(run.trainable, config.clip_norm, norm)
+    if not run.scaler.is_enabled():
+        run.watch.see('norm of the gradient', norm, keys)
+    if run.device.type != 'cpu' or not float(norm) + 1e-6 < config.clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(run.trainable, config.clip_norm, norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    if run.average: run.average.update(run.model)
+    if run.average:
+        run.average.update(run.model)
     run.sums += run.fabric.all_reduce(run.fresh, reduce_op='sum') if run.world > 1 else run.fresh
     run.fresh.zero_()
 
-# %% ../../nbs/model/27_training.ipynb #0c58d1e4
+# %% ../../nbs/model/27_training.ipynb #b8f062df
 def _set_mode(run):
     "Training mode, with the backbone frozen in the first epochs."
-    frozen, backbone = run.epoch < run.config.freeze_epochs, getattr(run.model, 'backbone', None)
+    frozen = run.epoch < run.config.freeze_epochs
+    backbone = getattr(run.model, 'backbone', None)
     inside = {id(p) for p in backbone.parameters()} if backbone is not None else set()
     run.model.train()
-    for p in run.trainable: p.requires_grad_(not (frozen and id(p) in inside))
-    if inside and not any(p.requires_grad for p in backbone.parameters()): backbone.eval()
+    for p in run.trainable:
+        p.requires_grad_(not (frozen and id(p) in inside))
+    if inside and not any(p.requires_grad for p in backbone.parameters()):
+        backbone.eval()
 
+# %% ../../nbs/model/27_training.ipynb #2fcf1392
 def _epoch_weights(run):
     "Tell the losses how far the run is; the weight of each training image at each head in this epoch."
-    for loss in (run.objective.loss, run.planner.loss): loss.set_progress(run.epoch / run.config.epochs)
+    for loss in (run.objective.loss, run.planner.loss):
+        loss.set_progress(run.epoch / run.config.epochs)
     return run.planner.weights(run.train_ds.targets, run.train_ds.targets_extra)
 
+# %% ../../nbs/model/27_training.ipynb #0c58d1e4
 def _train_epoch(run, after_step):
     "The steps of an epoch that are still to be done."
     _set_mode(run)
     steps = run.plan(run.epoch)
     before = sum(map(len, steps[:run.done])) + run.epoch * sum(map(len, steps))
     mine = [keys[run.rank::run.world] for step in steps[run.done:] for keys in step]
-    batches, shards, weights = run.feeds[0].batches(mine), iter(mine), _epoch_weights(run)
+    batches = run.feeds[0].batches(mine)
+    shards = iter(mine)
+    weights = _epoch_weights(run)
     for step in steps[run.done:]:
         coefficients = run.planner.coefficients(weights[:, [i for keys in step for i, _ in keys]].sum(1))
         for k, _ in enumerate(step):
@@ -434,59 +590,78 @@ def _train_epoch(run, after_step):
         run.done += 1
         after_step(sum(map(len, step)))
 
-# %% ../../nbs/model/27_training.ipynb #ac746aff
+# %% ../../nbs/model/27_training.ipynb #75e6779c
 def _outputs(run):
     "Logits of all heads for all validation images, in order, on the CPU."
-    n, size = len(run.valid_ds), run.config.batch_size
+    n = len(run.valid_ds)
+    size = run.config.batch_size
     rows = list(range(n))[run.rank::run.world]
     parts = {}
     with torch.inference_mode():
         for batch in run.feeds[1].batches([[(i, 0) for i in rows[k:k + size]] for k in range(0, len(rows), size)]):
-            for name, logits in run.net.module(batch['image'], batch.get('metadata')).items(): parts.setdefault(name, []).append(logits)
+            for name, logits in run.net.module(batch['image'], batch.get('metadata')).items():
+                parts.setdefault(name, []).append(logits)
     found = {name: torch.cat(logits) for name, logits in parts.items()}
-    if run.world > 1: found = {name: _gather_rows(run, logits, n) for name, logits in found.items()}
+    if run.world > 1:
+        found = {name: _gather_rows(run, logits, n) for name, logits in found.items()}
     return {name: logits.cpu() for name, logits in found.items()}
 
+# %% ../../nbs/model/27_training.ipynb #11a4c6ab
 def _gather_rows(run, values, n):
     "Rows r::world of each process r as rows 0 to n."
     padded = torch.nn.functional.pad(values, (0, 0, 0, -(-n // run.world) - len(values)))
     return run.fabric.all_gather(padded.clone()).transpose(0, 1).reshape(-1, values.shape[1])[:n]
 
+# %% ../../nbs/model/27_training.ipynb #ac746aff
 def _validate(run):
     "Loss and metrics over all validation images."
     run.model.eval()
-    outputs, ds = _outputs(run), run.valid_ds
+    outputs = _outputs(run)
+    ds = run.valid_ds
     for name, logits in outputs.items():
-        if not torch.isfinite(logits).all(): raise FloatingPointError(f"the model gives logits of head '{name}' that are not finite on the validation images; lower learning_rate")
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError(
+                f"the model gives logits of head '{name}' that are not finite on the validation images; "
+                "lower learning_rate"
+            )
     row = dict(valid_loss=run.planner.mean(run.planner.parts(outputs, ds.targets, ds.targets_extra)),
                **validation_metrics(ds.targets.numpy(), outputs[PRIMARY].double().softmax(1).numpy()))
     for spec in run.planner.specs:
-        found = head_metrics(ds.targets_extra[spec.name].numpy(), head_probs(outputs[spec.name].double(), spec).numpy(), spec)
+        found = head_metrics(
+            ds.targets_extra[spec.name].numpy(), head_probs(outputs[spec.name].double(), spec).numpy(), spec
+        )
         row |= {f'valid_{spec.name}_{metric}': leaf['value'] for metric, leaf in found.items()}
     return row
 
-# %% ../../nbs/model/27_training.ipynb #bfd411d8
+# %% ../../nbs/model/27_training.ipynb #4155ca36
 def _end_epoch(run):
     "Validate and put the epoch into the books; whether it is the best so far."
     run.watch.check()
     if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
-        raise FloatingPointError(f"gradients overflow fp16 in epoch {run.epoch + 1}, whatever the loss is scaled by; set precision to bf16 or 32, or lower learning_rate")
-    if run.world > 1: _share_buffers(run)
+        raise FloatingPointError(
+            f"gradients overflow fp16 in epoch {run.epoch + 1}, whatever the loss is scaled by; set "
+            "precision to bf16 or 32, or lower learning_rate"
+        )
+    if run.world > 1:
+        _share_buffers(run)
     row = dict(epoch=run.epoch + 1, learning_rate=run.rate, train_loss=run.objective.mean(run.sums.cpu()))
     with averaged(run.model, run.average):
         row |= _validate(run)
         improved = run.books.record(row, run.model)
-    run.epoch, run.done = run.epoch + 1, 0
+    run.epoch = run.epoch + 1
+    run.done = 0
     run.sums.zero_()
     return improved
 
+# %% ../../nbs/model/27_training.ipynb #bfd411d8
 def _share_buffers(run):
     "The first process's buffers for all: each has those of its own images, also in the average."
     kept = run.average.values if run.average else {}
     for name, buffer in run.model.named_buffers():
-        for tensor in [buffer] + ([kept[name]] if name in kept else []): torch.distributed.broadcast(tensor, src=0)
+        for tensor in [buffer] + ([kept[name]] if name in kept else []):
+            torch.distributed.broadcast(tensor, src=0)
 
-# %% ../../nbs/model/27_training.ipynb #59c7333e
+# %% ../../nbs/model/27_training.ipynb #ead8499b
 _FREE = ('workers', 'checkpoint_seconds')  # these change when things happen, and nothing else
 
 def _fingerprint(
@@ -494,57 +669,108 @@ def _fingerprint(
 ) -> str: # SHA-256
     "Hash of what decides a run: recipe, architecture, first weights, pixels, targets, and on what it runs."
     asked = {k: v for k, v in asdict(run.config).items() if k not in _FREE}
-    where = [run.precision, run.device.type, run.world, torch.get_num_threads(), torch.__version__]  # threads decide the order of sums
-    data = [[ds.ids, ds.targets.tolist(), {k: v.tolist() for k, v in ds.targets_extra.items()}, ds.seed, repr(ds.augment), _digest(ds.metadata), _pixels(ds)]
-            for ds in (run.train_ds, run.valid_ds)]
+    where = [
+        run.precision,
+        run.device.type,
+        run.world,
+        torch.get_num_threads(),
+        torch.__version__,
+    ] # threads decide the order of sums
+    data = [
+        [
+            ds.ids,
+            ds.targets.tolist(),
+            {k: v.tolist() for k, v in ds.targets_extra.items()},
+            ds.seed,
+            repr(ds.augment),
+            _digest(ds.metadata),
+            _pixels(ds),
+        ]
+        for ds in (run.train_ds, run.valid_ds)
+    ]
     trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
     heads = [s.to_dict() for s in run.planner.specs]
-    digest = hashlib.sha256(json.dumps([asked, where, run.model.config, heads, trained, data], sort_keys=True, default=str).encode())
-    for name, value in run.model.state_dict().items(): digest.update(f'{name} {_digest(value)}'.encode())
+    digest = hashlib.sha256(
+        json.dumps([asked, where, run.model.config, heads, trained, data], sort_keys=True, default=str).encode()
+    )
+    for name, value in run.model.state_dict().items():
+        digest.update(f'{name} {_digest(value)}'.encode())
     return digest.hexdigest()
 
-def _digest(tensor): return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+# %% ../../nbs/model/27_training.ipynb #25c546a6
+def _digest(tensor):
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
+# %% ../../nbs/model/27_training.ipynb #59c7333e
 def _pixels(dataset):
     "Digest of the images of a dataset: the store's own, or of the pixels themselves."
     known = getattr(dataset.store, 'digest', None)
-    if isinstance(known, str): return known
+    if isinstance(known, str):
+        return known
     digest = hashlib.sha256()
-    for image_id in dataset.ids: digest.update(np.ascontiguousarray(dataset.store.image(image_id)))
+    for image_id in dataset.ids:
+        digest.update(np.ascontiguousarray(dataset.store.image(image_id)))
     return digest.hexdigest()
 
 # %% ../../nbs/model/27_training.ipynb #53ffdd0c
 class _Checkpoint:
     "The state of a run in one file; without a path it does nothing."
     def __init__(self, run, path):
-        self.run, self.path, self.written, self.cost = run, path, time.monotonic(), 0.
+        self.run = run
+        self.path = path
+        self.written = time.monotonic()
+        self.cost = 0.
         self.fingerprint = _fingerprint(run) if path else None
 
     def save(self):
         "Write the state atomically; the first process does."
         run = self.run
-        if not self.path or run.rank: return
+        if not self.path or run.rank:
+            return
         run.watch.check()
-        state = dict(fingerprint=self.fingerprint, rows=run.books.rows, best_state=run.books.best_state, epoch=run.epoch, done=run.done,
-                     sums=run.sums.cpu(), model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
-                     average=run.average.state_dict() if run.average else None)
+        state = dict(
+            fingerprint=self.fingerprint,
+            rows=run.books.rows,
+            best_state=run.books.best_state,
+            epoch=run.epoch,
+            done=run.done,
+            sums=run.sums.cpu(),
+            model=run.model.state_dict(),
+            optimizer=run.optimizer.state_dict(),
+            scaler=run.scaler.state_dict(),
+            average=run.average.state_dict() if run.average else None,
+        )
         began = time.monotonic()
-        with atomic_path(self.path) as scratch: torch.save(state, scratch)
-        self.written, self.cost = time.monotonic(), time.monotonic() - began
+        with atomic_path(self.path) as scratch:
+            torch.save(state, scratch)
+        self.written = time.monotonic()
+        self.cost = time.monotonic() - began
 
     def save_in_time(self):
         "Write where it is time to: after a step (but the last of an epoch), and after an epoch where writing costs a twentieth of the time or less."
-        passed, longest, run = time.monotonic() - self.written, self.run.config.checkpoint_seconds, self.run
-        if run.done < run.steps and passed >= (longest if run.done else min(longest, 20 * self.cost)): self.save()
+        passed = time.monotonic() - self.written
+        longest = self.run.config.checkpoint_seconds
+        run = self.run
+        if run.done < run.steps and passed >= (longest if run.done else min(longest, 20 * self.cost)):
+            self.save()
 
     def resume(self):
         "Put the state of a killed run into this one; what was found, in words, or ''."
-        if not self.path: return ''
-        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except FileNotFoundError: return ''
-        except Exception as e: raise ValueError(f"'{self.path}' cannot be read ({type(e).__name__}); delete it to start the run anew") from e
+        if not self.path:
+            return ''
+        try:
+            state = torch.load(self.path, map_location='cpu', weights_only=True)
+        except FileNotFoundError:
+            return ''
+        except Exception as e:
+            raise ValueError(
+                f"'{self.path}' cannot be read ({type(e).__name__}); delete it to start the run anew"
+            ) from e
         if not isinstance(state, dict) or state.get('fingerprint') != self.fingerprint:
-            return f"↻ the unfinished run in '{self.path.parent.name}' is another one (other data, recipe, start or machine); starting anew"
+            return (
+                f"↻ the unfinished run in '{self.path.parent.name}' is another one (other data, recipe, "
+                "start or machine); starting anew"
+            )
         _load_state(self.run, state)
         return _resumed(self.run)
 
@@ -552,154 +778,232 @@ class _Checkpoint:
         "Where the last good state lies, as the end of a message."
         return f"; the state before it lies in '{self.path}'" if self.path and self.path.exists() else ''
 
-# %% ../../nbs/model/27_training.ipynb #3a26d383
+# %% ../../nbs/model/27_training.ipynb #dea14bb0
 def _load_state(run, state):
     "Put weights, optimiser, books and place of a killed run into this one."
-    run.books.rows, run.books.best_state, run.epoch, run.done = state['rows'], state['best_state'], state['epoch'], state['done']
+    run.books.rows = state['rows']
+    run.books.best_state = state['best_state']
+    run.epoch = state['epoch']
+    run.done = state['done']
     run.model.load_state_dict(state['model'])
     run.optimizer.load_state_dict(state['optimizer'])
     run.scaler.load_state_dict(state['scaler'])
-    if run.average: run.average.load_state_dict(state['average'])
+    if run.average:
+        run.average.load_state_dict(state['average'])
     run.sums.copy_(state['sums'])
 
+# %% ../../nbs/model/27_training.ipynb #3a26d383
 def _resumed(run):
     "Where a run goes on, in words."
-    if run.done: return f"↻ going on in epoch {run.epoch + 1} after step {run.done} of {run.steps} of an unfinished run"
+    if run.done:
+        return f"↻ going on in epoch {run.epoch + 1} after step {run.done} of {run.steps} of an unfinished run"
     return f"↻ going on after epoch {run.epoch} of an unfinished run"
 
-# %% ../../nbs/model/27_training.ipynb #0f5f56ed
+# %% ../../nbs/model/27_training.ipynb #2d12f44c
 def _is_memory(error):
     "Whether an error says that memory ran out, on a GPU or on the CPU."
     said = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and any(
-        words in said for words in ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED'))
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or isinstance(error, RuntimeError)
+        and any(
+            words in said
+            for words in ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED')
+        )
+    )
 
+# %% ../../nbs/model/27_training.ipynb #865fe8fa
 def _fits(run, size):
     "Whether one step with `size` images fits."
     keys = [(i % len(run.train_ds), 0) for i in range(size)]
     run.optimizer.zero_grad()
-    if run.device.type == 'cuda': torch.cuda.empty_cache()
+    if run.device.type == 'cuda':
+        torch.cuda.empty_cache()
     try:
         batch = next(run.feeds[0].batches([keys]))
-        parts = run.objective.parts(run.net(batch['image'], batch.get('metadata')), batch['target'], batch.get('heads', {}))
+        parts = run.objective.parts(
+            run.net(batch['image'], batch.get('metadata')), batch['target'], batch.get('heads', {})
+        )
         (parts[:, 0].sum() / size).backward()
         return True
     except Exception as e:
-        if not _is_memory(e): raise
+        if not _is_memory(e):
+            raise
         return False
-    finally: run.optimizer.zero_grad()
+    finally:
+        run.optimizer.zero_grad()
 
+# %% ../../nbs/model/27_training.ipynb #0f5f56ed
 def _memory_message(run, error):
     "What to set instead."
     traceback.clear_frames(error.__traceback__)  # they hold what the failed step had made, and it would be in the way
-    config, state = run.config, _copy_state(run.model)
-    said = f"out of memory in epoch {run.epoch + 1} with batch_size {config.batch_size} on {run.device.type} ({str(error)[:120]})"
+    config = run.config
+    state = _copy_state(run.model)
+    said = (
+        f"out of memory in epoch {run.epoch + 1} with batch_size {config.batch_size} on "
+        f"{run.device.type} ({str(error)[:120]})"
+    )
     size = config.batch_size // 2
-    while run.world == 1 and size >= 2 and not _fits(run, size): size //= 2
+    while run.world == 1 and size >= 2 and not _fits(run, size):
+        size //= 2
     run.model.load_state_dict(state)
-    if size < 2: return f"{said}; not even two images fit: choose a smaller image_size or another backbone"
+    if size < 2:
+        return f"{said}; not even two images fit: choose a smaller image_size or another backbone"
     accumulate = -(-config.batch_size * config.accumulate // size)
     return (f"{said}; {'try' if run.world > 1 else 'what fits is'} batch_size {size}: with accumulate {accumulate} "
             f"a step still sees {size * accumulate} images")
 
-# %% ../../nbs/model/27_training.ipynb #a7de1497
+# %% ../../nbs/model/27_training.ipynb #23812942
 def _line(row, config, improved):
     "One epoch in one line."
     more = f"  {config.metric} {row[f'valid_{config.metric}']:.4f}" if config.metric in ('accuracy', 'f1_macro') else ''
-    return (f"epoch {row['epoch']:>{len(str(config.epochs))}}/{config.epochs}  loss {row['train_loss']:.4f}  valid {row['valid_loss']:.4f}  "
-            f"AUROC {row['valid_auroc_macro']:.4f}  balanced accuracy {row['valid_balanced_accuracy']:.4f}{more}{'  best' if improved else ''}")
+    return (
+        f"epoch {row['epoch']:>{len(str(config.epochs))}}/{config.epochs}  loss {row['train_loss']:.4f} "
+        f" valid {row['valid_loss']:.4f}  "
+        f"AUROC {row['valid_auroc_macro']:.4f}  balanced accuracy "
+        f"{row['valid_balanced_accuracy']:.4f}{more}{'  best' if improved else ''}"
+    )
 
+# %% ../../nbs/model/27_training.ipynb #27b3bb14
 _EVERY = .2 # seconds
 
 class _LiveLine:
     "The line that is written over, at most every `_EVERY` seconds; silent where the stream is no terminal."
     def __init__(self, run, stream):
-        self.run, self.stream = run, stream if stream is not None and stream.isatty() else None
-        self.began, self.shown, self.images, self.first = time.monotonic(), 0., 0, run.step
+        self.run = run
+        self.stream = stream if stream is not None and stream.isatty() else None
+        self.began = time.monotonic()
+        self.shown = 0.
+        self.images = 0
+        self.first = run.step
 
     def step(self, images):
         "A step with so many images is done."
-        self.images, now, run = self.images + images, time.monotonic(), self.run
-        if not self.stream or now - self.shown < _EVERY: return
-        self.shown, spent = now, now - self.began
+        self.images = self.images + images
+        now = time.monotonic()
+        run = self.run
+        if not self.stream or now - self.shown < _EVERY:
+            return
+        self.shown = now
+        spent = now - self.began
         left = spent / (run.step - self.first) * (run.total - run.step)
-        self.stream.write(f"\r\x1b[Kepoch {run.epoch + 1}, step {run.done}/{run.steps}, {self.images / spent:.0f} images/s, at most {_duration(left)} left")
+        self.stream.write(
+            f"\r\x1b[Kepoch {run.epoch + 1}, step {run.done}/{run.steps}, {self.images / spent:.0f} "
+            f"images/s, at most {_duration(left)} left"
+        )
         self.stream.flush()
 
     def clear(self):
         "Wipe the line."
-        if self.stream and self.shown: self.stream.write('\r\x1b[K'); self.stream.flush()
+        if self.stream and self.shown:
+            self.stream.write('\r\x1b[K')
+            self.stream.flush()
 
+# %% ../../nbs/model/27_training.ipynb #a7de1497
 def _duration(seconds):
     "'2 h 05 min', '3 min' or '12 s'."
     minutes = round(seconds / 60)
-    return f'{minutes // 60} h {minutes % 60:02} min' if minutes >= 60 else f'{minutes} min' if seconds >= 90 else f'{seconds:.0f} s'
+    return (
+        f'{minutes // 60} h {minutes % 60:02} min'
+        if minutes >= 60
+        else f'{minutes} min'
+        if seconds >= 90
+        else f'{seconds:.0f} s'
+    )
 
-# %% ../../nbs/model/27_training.ipynb #708cdb54
+# %% ../../nbs/model/27_training.ipynb #4680d35a
 def _file_writer(folder):
     "DVCLive that writes files and does nothing else: it asks for no repository, starts none where DVC has none, and sends nothing to DVC Studio."
     from dvclive import Live
     class Files(Live):
-        def _init_dvc(self): self._dvc_file = self._init_dvc_file()
-        def _init_studio(self): self._studio_events_to_skip |= {'start', 'data', 'done'}
+        def _init_dvc(self):
+            self._dvc_file = self._init_dvc_file()
+        def _init_studio(self):
+            self._studio_events_to_skip |= {'start', 'data', 'done'}
     return Files(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
 
+# %% ../../nbs/model/27_training.ipynb #708cdb54
 class _DvcliveLog:
     "Curves, parameters and the sums of files, as DVCLive lays them down; no dvc.yaml, no experiment of its own."
     def __init__(self, folder, params, resume, online):
-        self.folder, self.live = folder, _file_writer(folder)
+        self.folder = folder
+        self.live = _file_writer(folder)
         (folder/'artifacts.json').unlink(missing_ok=True)
-        if params: self.live.log_params(params)
+        if params:
+            self.live.log_params(params)
 
     def epoch(self, row):
         self.live.step = row['epoch']
         for name, value in row.items():
-            if name != 'epoch': self.live.log_metric(name, value)
+            if name != 'epoch':
+                self.live.log_metric(name, value)
         self.live.sync()
 
     def done(self, files):
-        if files: write_json(self.folder/'artifacts.json', {f.name: dict(bytes=f.stat().st_size, sha256=sha256_file(f)) for f in files})
+        if files:
+            write_json(
+                self.folder / 'artifacts.json',
+                {f.name: dict(bytes=f.stat().st_size, sha256=sha256_file(f)) for f in files},
+            )
         self.live.end()
 
-# %% ../../nbs/model/27_training.ipynb #44e0ecc6
+# %% ../../nbs/model/27_training.ipynb #98115e71
 class _TensorboardLog:
     "Scalars for TensorBoard."
     def __init__(self, folder, params, resume, online):
         from torch.utils.tensorboard import SummaryWriter
-        for old in folder.glob('events.out.tfevents.*'): old.unlink()
+        for old in folder.glob('events.out.tfevents.*'):
+            old.unlink()
         self.writer = SummaryWriter(str(folder))
-        if params: self.writer.add_text('params', json.dumps(params, indent=1, sort_keys=True, default=str))
+        if params:
+            self.writer.add_text('params', json.dumps(params, indent=1, sort_keys=True, default=str))
 
     def epoch(self, row):
         for name, value in row.items():
-            if name != 'epoch': self.writer.add_scalar(name, value, row['epoch'])
+            if name != 'epoch':
+                self.writer.add_scalar(name, value, row['epoch'])
 
     def done(self, files):
-        for f in files: self.writer.add_text('artifacts', f'{f.name} {sha256_file(f)}')
+        for f in files:
+            self.writer.add_text('artifacts', f'{f.name} {sha256_file(f)}')
         self.writer.close()
 
+# %% ../../nbs/model/27_training.ipynb #44e0ecc6
 class _WandbLog:
     "A run of Weights & Biases, on this machine alone unless `online`."
     def __init__(self, folder, params, resume, online):
         import wandb
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(json.dumps([str(folder), params], sort_keys=True, default=str).encode()).hexdigest()[:12]
-        self.wandb, self.run = wandb, wandb.init(project='skinlesion', dir=str(folder), name=folder.name, config=params, id=name,
-                                                 mode='online' if online else 'offline', resume='allow' if resume else None,
-                                                 settings=wandb.Settings(silent=True))
+        self.wandb = wandb
+        self.run = wandb.init(
+            project='skinlesion',
+            dir=str(folder),
+            name=folder.name,
+            config=params,
+            id=name,
+            mode='online' if online else 'offline',
+            resume='allow' if resume else None,
+            settings=wandb.Settings(silent=True),
+        )
 
-    def epoch(self, row): self.run.log({k: v for k, v in row.items() if k != 'epoch'}, step=row['epoch'])
+    def epoch(self, row):
+        self.run.log({k: v for k, v in row.items() if k != 'epoch'}, step=row['epoch'])
 
     def done(self, files):
-        for f in files: self.run.log_artifact(str(f), name=f.stem, type='result')
+        for f in files:
+            self.run.log_artifact(str(f), name=f.stem, type='result')
         self.run.finish()
 
-# %% ../../nbs/model/27_training.ipynb #80a3c96e
+# %% ../../nbs/model/27_training.ipynb #6e196bc8
 LOGGERS = dict(dvclive=_DvcliveLog, tensorboard=_TensorboardLog, wandb=_WandbLog)
 
 class RunLogger:
     "Hands each epoch to the logs; made by `make_logger`, opened by the first epoch."
-    def __init__(self, kinds, arguments): self.kinds, self.arguments, self.logs = kinds, arguments, None
+    def __init__(self, kinds, arguments):
+        self.kinds = kinds
+        self.arguments = arguments
+        self.logs = None
 
     def begin(self):
         "Open the logs, empty."
@@ -709,42 +1013,55 @@ class RunLogger:
         row:dict, # of the history; a value of None is left out
     ):
         "Note an epoch."
-        if self.logs is None: self.begin()
-        for log in self.logs: log.epoch({k: v for k, v in row.items() if v is not None})
+        if self.logs is None:
+            self.begin()
+        for log in self.logs:
+            log.epoch({k: v for k, v in row.items() if v is not None})
 
     def done(self,
         files=(), # paths of what the run gave; their names, sizes and sums are noted
     ):
         "Close the logs."
-        for log in self.logs or []: log.done([Path(f) for f in files])
+        for log in self.logs or []:
+            log.done([Path(f) for f in files])
         self.logs = None
 
+# %% ../../nbs/model/27_training.ipynb #80a3c96e
 def make_logger(
     folder:Path|str, # where the logs are written; each kind has files of its own
     names:tuple=('dvclive',), # of LOGGERS
     params:dict|None=None, # what to note of the run's parameters: names and plain values
-    resume:bool=False, # go on in the run of Weights & Biases that has this folder and these parameters; the others are written anew
+    # go on in the run of Weights & Biases that has this folder and these parameters; the others are written anew
+    resume:bool=False,
     online:bool=False, # let Weights & Biases send what it notes
 ) -> RunLogger:
     "The logs called `names`; a missing package is an error at once."
     folder = Path(folder)
     for name in names:
-        if name not in LOGGERS: raise ValueError(f"log {name!r} is not known ({', '.join(LOGGERS)}).{nearest(str(name), LOGGERS)}")
+        if name not in LOGGERS:
+            raise ValueError(f"log {name!r} is not known ({', '.join(LOGGERS)}).{nearest(str(name), LOGGERS)}")
         if name not in sys.modules and importlib.util.find_spec(name) is None:
-            raise ImportError(f"log '{name}' needs a package that is not installed here: pip install 'skinlesion[{name}]', or take '{name}' out of `log`")
+            raise ImportError(
+                f"log '{name}' needs a package that is not installed here: pip install "
+                f"'skinlesion[{name}]', or take '{name}' out of `log`"
+            )
     plain = json.loads(json.dumps(params or {}, default=str))
     return RunLogger([LOGGERS[name] for name in names], (folder, plain, resume, online))
 
-# %% ../../nbs/model/27_training.ipynb #abf4605b
+# %% ../../nbs/model/27_training.ipynb #38ad4e0d
 @dataclass(frozen=True)
 class FitResult:
     "What a run gave."
-    model:LesionModel # with the weights of the best epoch (their moving average, with ema_decay), on the CPU, in evaluation mode
-    history:pd.DataFrame # one row per epoch: epoch, learning_rate (of its last step), train_loss, valid_loss, valid_<metric>, valid_<head>_<metric>
+    # with the weights of the best epoch (their moving average, with ema_decay), on the CPU, in evaluation mode
+    model: LesionModel
+    # one row per epoch: epoch, learning_rate (of its last step), train_loss, valid_loss, valid_<metric>,
+    # valid_<head>_<metric>
+    history: pd.DataFrame
     best_epoch:int # from 1; the earlier of equals
     best_value:float # of the metric of the configuration, in that epoch
     best_auroc:float # macro AUROC of that epoch, over the classes present in validation
 
+# %% ../../nbs/model/27_training.ipynb #abf4605b
 def fit(
     model:LesionModel, # trained in place
     train_ds:LesionDataset, # every class of the model occurs in it
@@ -760,32 +1077,45 @@ def fit(
     trainable = {p: p.requires_grad for p in model.parameters()}
     objective = _check_data(model, train_ds, valid_ds, config, processes)
     with _sealed():
-        fabric, run = _machine(processes), None
-        if fabric.global_rank: progress = logger = None
+        fabric = _machine(processes)
+        run = None
+        if fabric.global_rank:
+            progress = logger = None
         try:
             run = _Run(model, train_ds, valid_ds, config, objective, fabric)
-            books = _train(run, _Checkpoint(run, Path(work_dir)/'unfinished.pt' if work_dir else None), progress, logger, on_step)
+            books = _train(
+                run, _Checkpoint(run, Path(work_dir) / 'unfinished.pt' if work_dir else None), progress, logger, on_step
+            )
         finally:
-            for feed in run.feeds if run else (): feed.close()
-            for p, wanted in trainable.items(): p.requires_grad_(wanted)
+            for feed in run.feeds if run else ():
+                feed.close()
+            for p, wanted in trainable.items():
+                p.requires_grad_(wanted)
             model.to('cpu', memory_format=torch.contiguous_format).eval()
     model.load_state_dict(books.best_state)
     best = books.best
-    return FitResult(model, pd.DataFrame(books.rows), best['epoch'], best[f'valid_{config.metric}'], best['valid_auroc_macro'])
+    return FitResult(
+        model, pd.DataFrame(books.rows), best['epoch'], best[f'valid_{config.metric}'], best['valid_auroc_macro']
+    )
 
-# %% ../../nbs/model/27_training.ipynb #7b8b6e06
+# %% ../../nbs/model/27_training.ipynb #30b0f4e9
 def _train(run, checkpoint, progress, logger, on_step):
     "All epochs that are still to be done; the books at the end."
-    said, books = checkpoint.resume(), run.books
-    if run.world > 1: run.fabric.barrier()
-    if progress and said: progress(said)
-    for k, row in enumerate(books.rows): _tell(row, _Books(run.config, books.rows[:k + 1]).best is row, run.config, progress, logger)
+    said = checkpoint.resume()
+    books = run.books
+    if run.world > 1:
+        run.fabric.barrier()
+    if progress and said:
+        progress(said)
+    for k, row in enumerate(books.rows):
+        _tell(row, _Books(run.config, books.rows[:k + 1]).best is row, run.config, progress, logger)
     live = _LiveLine(run, sys.stderr if progress else None)
 
     def after_step(images):
         checkpoint.save_in_time()
         live.step(images)
-        if on_step: on_step(run.step)
+        if on_step:
+            on_step(run.step)
 
     try:
         while not books.finished:
@@ -794,28 +1124,44 @@ def _train(run, checkpoint, progress, logger, on_step):
             checkpoint.save_in_time()
             live.clear()
             _tell(books.rows[-1], improved, run.config, progress, logger)
-    except FloatingPointError as e: raise FloatingPointError(f'{e}{checkpoint.where()}') from None
+    except FloatingPointError as e:
+        raise FloatingPointError(f'{e}{checkpoint.where()}') from None
     except Exception as e:
-        if not _is_memory(e): raise
+        if not _is_memory(e):
+            raise
         raise MemoryError(_memory_message(run, e)) from e
-    finally: live.clear()
-    if checkpoint.path and not run.rank: checkpoint.path.unlink(missing_ok=True)
+    finally:
+        live.clear()
+    if checkpoint.path and not run.rank:
+        checkpoint.path.unlink(missing_ok=True)
     return books
 
+# %% ../../nbs/model/27_training.ipynb #7b8b6e06
 def _tell(row, improved, config, progress, logger):
     "Log an epoch, and say it."
-    if logger: logger.epoch(row)
-    if progress: progress(_line(row, config, improved))
+    if logger:
+        logger.epoch(row)
+    if progress:
+        progress(_line(row, config, improved))
 
-# %% ../../nbs/model/27_training.ipynb #eb56a5c9
+# %% ../../nbs/model/27_training.ipynb #317292fb
 def _check_data(model, train_ds, valid_ds, config, processes=1):
     "The objective; stop at data no model can be trained or judged on."
     for name, ds in (('training', train_ds), ('validation', valid_ds)):
-        if len(ds) < 2: raise ValueError(f"the {name} set has {len(ds)} image(s); at least two are needed")
-        if len(ds) < processes: raise ValueError(f"the {name} set has {len(ds)} images for {processes} processes; each needs one: use at most {len(ds)} processes")
-        for spec in model.head_specs: _check_head(spec, ds.targets_extra, name)
+        if len(ds) < 2:
+            raise ValueError(f"the {name} set has {len(ds)} image(s); at least two are needed")
+        if len(ds) < processes:
+            raise ValueError(
+                f"the {name} set has {len(ds)} images for {processes} processes; each needs one: use at "
+                f"most {len(ds)} processes"
+            )
+        for spec in model.head_specs:
+            _check_head(spec, ds.targets_extra, name)
     if config.loss == 'ldam' and model.config['head'] != 'cosine':
-        raise ValueError(f"loss 'ldam' sets its margins between cosines, but the model's head is '{model.config['head']}'; create_model(..., head='cosine') gives them")
+        raise ValueError(
+            "loss 'ldam' sets its margins between cosines, but the model's head is "
+            f"'{model.config['head']}'; create_model(..., head='cosine') gives them"
+        )
     codes = train_ds.label_set.codes
     if not len(codes) == len(valid_ds.label_set.codes) == model.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes, but the label sets have {len(codes)} (training) "
@@ -823,18 +1169,28 @@ def _check_data(model, train_ds, valid_ds, config, processes=1):
     objective = _Objective(model.head_specs, config, train_ds.targets, model.num_classes, codes)
     present = valid_ds.targets.unique().tolist()
     if len(present) < 2:
-        raise ValueError(f"the validation set holds nothing but '{codes[present[0]]}'; an AUROC needs at least two classes: change the split")
+        raise ValueError(
+            f"the validation set holds nothing but '{codes[present[0]]}'; an AUROC needs at least two "
+            "classes: change the split"
+        )
     return objective
 
+# %% ../../nbs/model/27_training.ipynb #eb56a5c9
 def _check_head(spec, targets, name):
     "Stop at a head without answers to learn from."
     if spec.name not in targets:
-        raise ValueError(f"head '{spec.name}' has no targets in the {name} set ({', '.join(targets) or 'none given'}).{nearest(spec.name, targets)} "
-                         "Give the dataset targets_extra=read_targets(table, model.head_specs, label_set)")
+        raise ValueError(
+            f"head '{spec.name}' has no targets in the {name} set "
+            f"({', '.join(targets) or 'none given'}).{nearest(spec.name, targets)} "
+            "Give the dataset targets_extra=read_targets(table, model.head_specs, label_set)"
+        )
     if name == 'training' and not (targets[spec.name] >= 0).any():
-        raise ValueError(f"head '{spec.name}' has no answer at all in the {name} set; fill its column '{spec.column}', or leave the head out")
+        raise ValueError(
+            f"head '{spec.name}' has no answer at all in the {name} set; fill its column "
+            f"'{spec.column}', or leave the head out"
+        )
 
-# %% ../../nbs/model/27_training.ipynb #b723d645
+# %% ../../nbs/model/27_training.ipynb #1fac860d
 def find_learning_rate(
     model:LesionModel, # stays as it is
     train_ds:LesionDataset, # as for `fit`
@@ -849,11 +1205,15 @@ def find_learning_rate(
     with _sealed():
         run = _Run(trial, train_ds, train_ds, config, objective, _machine(1))
         _set_mode(run)
-        batches, weights = _endless(run), _epoch_weights(run)
-        try: return lr_sweep(lambda rate: _trial_step(run, weights, *next(batches), rate), low, high, steps)
+        batches = _endless(run)
+        weights = _epoch_weights(run)
+        try:
+            return lr_sweep(lambda rate: _trial_step(run, weights, *next(batches), rate), low, high, steps)
         finally:
-            for feed in run.feeds: feed.close()
+            for feed in run.feeds:
+                feed.close()
 
+# %% ../../nbs/model/27_training.ipynb #f563b559
 def _endless(run):
     "Step after step, epoch after epoch: number of the first batch, keys and batches."
     number = 0
@@ -862,10 +1222,12 @@ def _endless(run):
             yield number, step, list(run.feeds[0].batches(step))
             number += len(step)
 
+# %% ../../nbs/model/27_training.ipynb #b723d645
 def _trial_step(run, weights, number, step, batches, rate):
     "One step at `rate`; its loss."
     coefficients = run.planner.coefficients(weights[:, [i for keys in step for i, _ in keys]].sum(1))
     run.sums.zero_()
-    for k, (keys, batch) in enumerate(zip(step, batches)): _add_gradient(run, batch, keys, number + k, coefficients, last=True)
+    for k, (keys, batch) in enumerate(zip(step, batches)):
+        _add_gradient(run, batch, keys, number + k, coefficients, last=True)
     _take_step(run, [key for keys in step for key in keys], rate)
     return run.objective.mean(run.sums.cpu())

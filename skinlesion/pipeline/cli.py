@@ -20,7 +20,7 @@ import typer
 
 from ..files import repo_root
 
-# %% ../../nbs/pipeline/75_cli.ipynb #5462c8fe
+# %% ../../nbs/pipeline/75_cli.ipynb #ed2f3d25
 def _say(
     text:str, # one line or several
     err:bool=False, # to stderr
@@ -28,38 +28,56 @@ def _say(
     "Print."
     typer.echo(text, err=err)
 
+# %% ../../nbs/pipeline/75_cli.ipynb #0d98013b
 def error_text(
     error:Exception, # one of ours, or one of the system
 ) -> str: # a sentence
     "What an error says, without the number of the system's error."
-    if not isinstance(error, OSError) or not error.strerror: return str(error)
-    return f'{error.filename}: {error.strerror.lower()}; check the path and its rights' if error.filename else error.strerror
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return (
+        f'{error.filename}: {error.strerror.lower()}; check the path and its rights'
+        if error.filename
+        else error.strerror
+    )
 
+# %% ../../nbs/pipeline/75_cli.ipynb #5462c8fe
 class SentenceGroup(typer.core.TyperGroup):
     "Commands whose own errors are sentences on stderr."
     def invoke(self, ctx):
         "Run the command; 1 for an error of ours, or the code it carries."
-        try: return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
         except Exception as e:
             ours = isinstance(e, (ValueError, OSError)) or type(e).__module__.startswith('skinlesion.')
-            if not ours or ctx.params.get('debug'): raise
+            if not ours or ctx.params.get('debug'):
+                raise
             _say(f'error: {error_text(e)}', err=True)
             raise typer.Exit(getattr(e, 'exit_code', 1)) from e
 
-app = typer.Typer(cls=SentenceGroup, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, add_completion=False,
-                  context_settings=dict(help_option_names=['-h', '--help']))
+app = typer.Typer(
+    cls=SentenceGroup,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings=dict(help_option_names=['-h', '--help']),
+)
 
-# %% ../../nbs/pipeline/75_cli.ipynb #63051c37
+# %% ../../nbs/pipeline/75_cli.ipynb #4fa552c0
 def _show_version(wanted:bool):
     "Print the version and end."
     if wanted:
         _say(f"skinlesion {package_version('skinlesion')}")
         raise typer.Exit()
 
+# %% ../../nbs/pipeline/75_cli.ipynb #63051c37
 @app.callback()
 def main(
-    version:Annotated[bool, typer.Option('--version', help='Show the version and end.', callback=_show_version, is_eager=True)]=False,
-    debug:Annotated[bool, typer.Option('--debug', help='Show the traceback of an error.')]=False,
+    version: Annotated[
+        bool, typer.Option('--version', help='Show the version and end.', callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option('--debug', help='Show the traceback of an error.')] = False,
 ):
     """Classify dermatoscopic pictures of skin lesions and explain the result.
 
@@ -74,17 +92,26 @@ def main(
     """
 
 # %% ../../nbs/pipeline/75_cli.ipynb #684866da
-_Bundle = Annotated[Path, typer.Option('--bundle', help='Folder of the model bundle, such as artifacts/ensemble.', show_default=False)]
-_Metadata = Annotated[Path|None, typer.Option('--metadata', help='CSV with the columns image_id, age, sex, site; empty cells are unknown.', show_default=False)]
+_Bundle = Annotated[
+    Path, typer.Option('--bundle', help='Folder of the model bundle, such as artifacts/ensemble.', show_default=False)
+]
+_Metadata = Annotated[
+    Path | None,
+    typer.Option(
+        '--metadata', help='CSV with the columns image_id, age, sex, site; empty cells are unknown.', show_default=False
+    ),
+]
 
 def _progress(what):
     "A callback for (done, total): a line that counts, on a terminal only."
-    if not sys.stderr.isatty(): return None
+    if not sys.stderr.isatty():
+        return None
     def show(done, total):
-        if done == total or done % max(1, total // 200) == 0: print(f'\r{what} {done}/{total}', end='\n' if done == total else '', file=sys.stderr, flush=True)
+        if done == total or done % max(1, total // 200) == 0:
+            print(f'\r{what} {done}/{total}', end='\n' if done == total else '', file=sys.stderr, flush=True)
     return show
 
-# %% ../../nbs/pipeline/75_cli.ipynb #d97a16c8
+# %% ../../nbs/pipeline/75_cli.ipynb #9269c22f
 imports = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(imports, name='import')
 
@@ -100,23 +127,50 @@ def _imports():
       skinlesion import csv lesions.csv photos.zip --image-column file --label-column dx --out data
     """
 
-def _option(kind, *names, help, **more): return Annotated[kind, typer.Option(*names, help=help, show_default=False, **more)]
+# %% ../../nbs/pipeline/75_cli.ipynb #d97a16c8
+def _option(kind, *names, help, **more):
+    return Annotated[kind, typer.Option(*names, help=help, show_default=False, **more)]
 
-_Paths = Annotated[list[Path], typer.Argument(metavar='PATH', help='Folders, files and archives (zip, tar), in any order.')]
-_Out = _option(Path, '--out', help='Dataset folder to write; an older import of the same dataset is replaced, anything else is left alone.')
+_Paths = Annotated[
+    list[Path], typer.Argument(metavar='PATH', help='Folders, files and archives (zip, tar), in any order.')
+]
+_Out = _option(
+    Path,
+    '--out',
+    help='Dataset folder to write; an older import of the same dataset is replaced, anything else is left alone.',
+)
 _SkipBad = _option(bool, '--skip-bad', help='Leave out what cannot be read, and list it.')
-_Map = _option(list[str]|None, '--map', metavar='OLD=NEW', help='Read the word OLD as NEW, in classes, sites and sexes, and in the ages, splits and targets of your own table; give it once for each word.')
-_Download = _option(bool, '--download', help='First fetch the files from their publisher into PATH, a folder; what is there already is kept.')
+_Map = _option(
+    list[str] | None,
+    '--map',
+    metavar='OLD=NEW',
+    help='Read the word OLD as NEW, in classes, sites and sexes, and in the ages, splits and targets of '
+    'your own table; give it once for each word.',
+)
+_Download = _option(
+    bool,
+    '--download',
+    help='First fetch the files from their publisher into PATH, a folder; what is there already is kept.',
+)
 
 # %% ../../nbs/pipeline/75_cli.ipynb #55c9c97c
 _Name = _option(str, '--name', help='Name of the dataset; by default that of the first path.')
-_LabelSet = _option(str|None, '--label-set', help="ham10000, isic2019 or melanoma; by default the first that knows every class, else the data's own.")
-_Labels = _option(Path|None, '--labels', help='CSV code,name,malignant: the classes of the data, and which are malignant (yes, no, or empty).')
+_LabelSet = _option(
+    str | None,
+    '--label-set',
+    help="ham10000, isic2019 or melanoma; by default the first that knows every class, else the data's own.",
+)
+_Labels = _option(
+    Path | None,
+    '--labels',
+    help='CSV code,name,malignant: the classes of the data, and which are malignant (yes, no, or empty).',
+)
 _Licence = _option(str, '--licence', help='Under which the images may be used; it travels with them into every report.')
 _Citation = _option(str, '--citation', help='How to cite the images.')
 _Unlabelled = _option(bool, '--unlabelled', help='Accept rows without a diagnosis; they serve pretraining only.')
 
-def _column(help): return Annotated[str|None, typer.Option(metavar='NAME', help=help, show_default=False)]
+def _column(help):
+    return Annotated[str|None, typer.Option(metavar='NAME', help=help, show_default=False)]
 
 _ImageColumn = _column('Column that names the image: a file name, a path relative to the table, or an id.')
 _LabelColumn = _column("Column of the classes; by default 'diagnosis'.")
@@ -124,10 +178,13 @@ _IdColumn = _column('Column of the image_id; by default the name of the image wi
 _LesionColumn = _column('Column whose value the images of one lesion share.')
 _PatientColumn = _column('Column whose value the images of one patient share.')
 _ConfirmColumn = _column('Column that says how the diagnosis was made.')
-_AgeColumn, _SexColumn, _SiteColumn = _column('Column of ages, in years.'), _column('Column of sexes.'), _column('Column of body sites.')
+_AgeColumn = _column('Column of ages, in years.')
+_SexColumn = _column('Column of sexes.')
+_SiteColumn = _column('Column of body sites.')
 _SplitColumn = _column('Column with train, valid or test.')
 _SeverityColumn = _column('Column of severities: whole numbers from 0, in order.')
-_InfectiousColumn, _UrgentColumn = _column('Column that says yes or no: infectious.'), _column('Column that says yes or no: urgent.')
+_InfectiousColumn = _column('Column that says yes or no: infectious.')
+_UrgentColumn = _column('Column that says yes or no: urgent.')
 
 # %% ../../nbs/pipeline/75_cli.ipynb #f44ff70e
 def word_map(
@@ -137,45 +194,67 @@ def word_map(
     said = {}
     for word in words or ():
         old, equals, new = (part.strip() for part in word.partition('='))
-        if not (old and equals and new): raise ValueError(f"--map '{word}': write OLD=NEW, such as --map 'moles=nv'")
-        if said.setdefault(old, new) != new: raise ValueError(f"--map '{old}={said[old]}' and --map '{old}={new}' disagree; keep one")
+        if not (old and equals and new):
+            raise ValueError(f"--map '{word}': write OLD=NEW, such as --map 'moles=nv'")
+        if said.setdefault(old, new) != new:
+            raise ValueError(f"--map '{old}={said[old]}' and --map '{old}={new}' disagree; keep one")
     return said
 
-# %% ../../nbs/pipeline/75_cli.ipynb #9006c932
+# %% ../../nbs/pipeline/75_cli.ipynb #2aebc6ce
 def _shared(options):
     "Arguments that every importer takes, from the options of a command."
     return dict(skip_bad=options['skip_bad'], word_map=word_map(options['words']), progress=_progress('images'))
 
+# %% ../../nbs/pipeline/75_cli.ipynb #59c3e8e4
 def _about(options):
     "What is said of the data as a whole."
     from skinlesion.data.tables import About
     return About(**{k: options[k] for k in ('name', 'label_set', 'labels', 'licence', 'citation') if k in options})
 
+# %% ../../nbs/pipeline/75_cli.ipynb #fdef2e07
 def _columns(options):
     "Which column holds what."
     from skinlesion.data.tables import Columns
     return Columns(**{k.removesuffix('_column'): v for k, v in options.items() if k.endswith('_column')})
 
+# %% ../../nbs/pipeline/75_cli.ipynb #9006c932
 def _fetching(name, done, total):
     "A line that counts megabytes, on a terminal only."
-    if sys.stderr.isatty(): print(f'\r{name} {done >> 20} of {(total or 0) >> 20} MB', end='\n' if done == total else '', file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(
+            f'\r{name} {done >> 20} of {(total or 0) >> 20} MB',
+            end='\n' if done == total else '',
+            file=sys.stderr,
+            flush=True,
+        )
 
-# %% ../../nbs/pipeline/75_cli.ipynb #9a695090
+# %% ../../nbs/pipeline/75_cli.ipynb #d872fd91
 def _fetch(name, paths, out):
     "The files of a collection, fetched into the one path."
     from skinlesion.data.schema import check_target
     from skinlesion.data.sources import COLLECTIONS, download_source
     check_target(out, COLLECTIONS[name].info.name) # gigabytes are fetched only for a place that can be written
-    if len(paths) != 1: raise ValueError(f"--download puts the files into one folder, and {len(paths)} paths were given; give one")
-    if paths[0].is_file(): raise ValueError(f"{paths[0]}: this is a file; --download puts files into a folder, so give one")
+    if len(paths) != 1:
+        raise ValueError(f"--download puts the files into one folder, and {len(paths)} paths were given; give one")
+    if paths[0].is_file():
+        raise ValueError(f"{paths[0]}: this is a file; --download puts files into a folder, so give one")
     return download_source(name, paths[0], _fetching)
 
+# %% ../../nbs/pipeline/75_cli.ipynb #9a695090
 def _collection(name, title, files):
     "The command that imports a published collection."
-    def command(ctx:typer.Context, paths:_Paths, out:_Out, words:_Map=None, skip_bad:_SkipBad=False, download:_Download=False):
+    def command(
+        ctx: typer.Context,
+        paths: _Paths,
+        out: _Out,
+        words: _Map = None,
+        skip_bad: _SkipBad = False,
+        download: _Download = False,
+    ):
         from skinlesion.data.sources import SOURCES
         options = _shared(ctx.params)
-        if download: paths = _fetch(name, paths, out)
+        if download:
+            paths = _fetch(name, paths, out)
         _say(str(SOURCES[name](paths, out, **options)))
     command.__doc__ = f"""Import {title} as its publisher lays it out.
 
@@ -188,18 +267,48 @@ def _collection(name, title, files):
     imports.command(name)(command)
 
 # %% ../../nbs/pipeline/75_cli.ipynb #642e1e65
-for _words in (('ham10000', 'HAM10000', 'HAM10000_images_part_1.zip HAM10000_images_part_2.zip HAM10000_metadata.csv HAM10000_segmentations_lesion_tschandl.zip'),
-               ('isic2018', 'ISIC 2018, task 3', 'ISIC2018_Task3_Training_GroundTruth.zip ISIC2018_Task3_Training_Input.zip ISIC2018_Task3_Training_LesionGroupings.csv'),
-               ('isic2019', 'ISIC 2019', 'ISIC_2019_Training_GroundTruth.csv ISIC_2019_Training_Metadata.csv ISIC_2019_Training_Input.zip'),
-               ('isic2020', 'SIIM-ISIC 2020', 'ISIC_2020_Training_GroundTruth.csv ISIC_2020_Training_JPEG.zip ISIC_2020_Training_Duplicates.csv')):
+for _words in (
+    (
+        'ham10000',
+        'HAM10000',
+        'HAM10000_images_part_1.zip HAM10000_images_part_2.zip HAM10000_metadata.csv '
+        'HAM10000_segmentations_lesion_tschandl.zip',
+    ),
+    (
+        'isic2018',
+        'ISIC 2018, task 3',
+        'ISIC2018_Task3_Training_GroundTruth.zip ISIC2018_Task3_Training_Input.zip '
+        'ISIC2018_Task3_Training_LesionGroupings.csv',
+    ),
+    (
+        'isic2019',
+        'ISIC 2019',
+        'ISIC_2019_Training_GroundTruth.csv ISIC_2019_Training_Metadata.csv ISIC_2019_Training_Input.zip',
+    ),
+    (
+        'isic2020',
+        'SIIM-ISIC 2020',
+        'ISIC_2020_Training_GroundTruth.csv ISIC_2020_Training_JPEG.zip ISIC_2020_Training_Duplicates.csv',
+    ),
+):
     _collection(*_words)
 
 # %% ../../nbs/pipeline/75_cli.ipynb #ad30885d
 @imports.command('folder')
 def import_folders(
-    ctx:typer.Context, paths:_Paths, out:_Out, name:_Name='', label_set:_LabelSet=None, labels:_Labels=None, licence:_Licence='', citation:_Citation='',
-    words:_Map=None, skip_bad:_SkipBad=False,
-    path_ids:_option(bool, '--path-ids', help='Make ids from folders and file name, where file names alone are not unique.')=False,
+    ctx: typer.Context,
+    paths: _Paths,
+    out: _Out,
+    name: _Name = '',
+    label_set: _LabelSet = None,
+    labels: _Labels = None,
+    licence: _Licence = '',
+    citation: _Citation = '',
+    words: _Map = None,
+    skip_bad: _SkipBad = False,
+    path_ids: _option(
+        bool, '--path-ids', help='Make ids from folders and file name, where file names alone are not unique.'
+    ) = False,
 ):
     """Import class folders: CLASS/image, or train|val|test/CLASS/image.
 
@@ -215,11 +324,30 @@ def import_folders(
 # %% ../../nbs/pipeline/75_cli.ipynb #0de7f167
 @imports.command('csv')
 def import_table(
-    ctx:typer.Context, paths:_Paths, out:_Out, image_column:_ImageColumn=None, label_column:_LabelColumn=None, severity_column:_SeverityColumn=None,
-    infectious_column:_InfectiousColumn=None, urgent_column:_UrgentColumn=None, id_column:_IdColumn=None, lesion_column:_LesionColumn=None,
-    patient_column:_PatientColumn=None, confirm_column:_ConfirmColumn=None, age_column:_AgeColumn=None, sex_column:_SexColumn=None, site_column:_SiteColumn=None,
-    split_column:_SplitColumn=None, unlabelled:_Unlabelled=False, name:_Name='', label_set:_LabelSet=None, labels:_Labels=None, licence:_Licence='',
-    citation:_Citation='', words:_Map=None, skip_bad:_SkipBad=False,
+    ctx: typer.Context,
+    paths: _Paths,
+    out: _Out,
+    image_column: _ImageColumn = None,
+    label_column: _LabelColumn = None,
+    severity_column: _SeverityColumn = None,
+    infectious_column: _InfectiousColumn = None,
+    urgent_column: _UrgentColumn = None,
+    id_column: _IdColumn = None,
+    lesion_column: _LesionColumn = None,
+    patient_column: _PatientColumn = None,
+    confirm_column: _ConfirmColumn = None,
+    age_column: _AgeColumn = None,
+    sex_column: _SexColumn = None,
+    site_column: _SiteColumn = None,
+    split_column: _SplitColumn = None,
+    unlabelled: _Unlabelled = False,
+    name: _Name = '',
+    label_set: _LabelSet = None,
+    labels: _Labels = None,
+    licence: _Licence = '',
+    citation: _Citation = '',
+    words: _Map = None,
+    skip_bad: _SkipBad = False,
 ):
     """Import any table and its images; columns that are not named are kept as they are.
 
@@ -235,14 +363,33 @@ def import_table(
 # %% ../../nbs/pipeline/75_cli.ipynb #eca129ab
 @imports.command('hf')
 def import_hub(
-    ctx:typer.Context, out:_Out,
-    source:Annotated[str, typer.Argument(help='Name on the hub, a Parquet file, a folder of them, or a saved dataset.')],
-    revision:_option(str|None, '--revision', help='Branch, tag or commit of a dataset on the hub.')=None,
-    image_column:_ImageColumn=None, label_column:_LabelColumn=None, severity_column:_SeverityColumn=None, infectious_column:_InfectiousColumn=None,
-    urgent_column:_UrgentColumn=None, id_column:_IdColumn=None, lesion_column:_LesionColumn=None, patient_column:_PatientColumn=None,
-    confirm_column:_ConfirmColumn=None, age_column:_AgeColumn=None, sex_column:_SexColumn=None, site_column:_SiteColumn=None, split_column:_SplitColumn=None,
-    unlabelled:_Unlabelled=False, name:_Name='', label_set:_LabelSet=None, labels:_Labels=None, licence:_Licence='', citation:_Citation='',
-    words:_Map=None, skip_bad:_SkipBad=False,
+    ctx: typer.Context,
+    out: _Out,
+    source: Annotated[
+        str, typer.Argument(help='Name on the hub, a Parquet file, a folder of them, or a saved dataset.')
+    ],
+    revision: _option(str | None, '--revision', help='Branch, tag or commit of a dataset on the hub.') = None,
+    image_column: _ImageColumn = None,
+    label_column: _LabelColumn = None,
+    severity_column: _SeverityColumn = None,
+    infectious_column: _InfectiousColumn = None,
+    urgent_column: _UrgentColumn = None,
+    id_column: _IdColumn = None,
+    lesion_column: _LesionColumn = None,
+    patient_column: _PatientColumn = None,
+    confirm_column: _ConfirmColumn = None,
+    age_column: _AgeColumn = None,
+    sex_column: _SexColumn = None,
+    site_column: _SiteColumn = None,
+    split_column: _SplitColumn = None,
+    unlabelled: _Unlabelled = False,
+    name: _Name = '',
+    label_set: _LabelSet = None,
+    labels: _Labels = None,
+    licence: _Licence = '',
+    citation: _Citation = '',
+    words: _Map = None,
+    skip_bad: _SkipBad = False,
 ):
     """Import a Hugging Face dataset (needs the extra `hf`); its splits become the column `split`.
 
@@ -252,14 +399,35 @@ def import_hub(
       skinlesion import hf somebody/skin --revision v1 --label-column dx --out data
     """
     from skinlesion.data.tables import import_hf
-    _say(str(import_hf(source, out, _columns(ctx.params), _about(ctx.params), revision, unlabelled, **_shared(ctx.params))))
+    _say(
+        str(
+            import_hf(
+                source, out, _columns(ctx.params), _about(ctx.params), revision, unlabelled, **_shared(ctx.params)
+            )
+        )
+    )
 
 # %% ../../nbs/pipeline/75_cli.ipynb #04651fd4
 @imports.command('merge')
 def import_merged(
-    ctx:typer.Context, paths:Annotated[list[Path], typer.Argument(metavar='DIR', help='Dataset folders; of a picture that several hold, the row of the first is kept.')], out:_Out,
-    prefix_on_collision:_option(bool, '--prefix-on-collision', help='Put the name of the dataset before an image_id that names different pictures.')=False,
-    name:_Name='', label_set:_LabelSet=None, labels:_Labels=None, words:_Map=None, skip_bad:_SkipBad=False,
+    ctx: typer.Context,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar='DIR', help='Dataset folders; of a picture that several hold, the row of the first is kept.'
+        ),
+    ],
+    out: _Out,
+    prefix_on_collision: _option(
+        bool,
+        '--prefix-on-collision',
+        help='Put the name of the dataset before an image_id that names different pictures.',
+    ) = False,
+    name: _Name = '',
+    label_set: _LabelSet = None,
+    labels: _Labels = None,
+    words: _Map = None,
+    skip_bad: _SkipBad = False,
 ):
     """Join dataset folders into one; lesions and patients of different sources stay apart.
 
@@ -277,28 +445,41 @@ def image_shape(
 ) -> tuple: # (height, width)
     "A size in words."
     width, cross, height = size.lower().partition('x')
-    if not (width.isdecimal() and height.isdecimal()): raise ValueError(f"--size '{size}': write WIDTHxHEIGHT in pixels, such as 192x144")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"--size '{size}': write WIDTHxHEIGHT in pixels, such as 192x144")
     return int(height), int(width)
 
-def _recipe(kind, help, **more): return Annotated[kind|None, typer.Option(help=help, show_default=False, **more)]
+def _recipe(kind, help, **more):
+    return Annotated[kind|None, typer.Option(help=help, show_default=False, **more)]
 
 # %% ../../nbs/pipeline/75_cli.ipynb #0c87b5ac
 @imports.command('synthetic')
 def import_synthetic(
-    ctx:typer.Context, out:_Out, n_images:_recipe(int, 'Images in all; by default 420.')=None, per_class:_recipe(int, 'Images of each class, instead.')=None,
-    seed:_recipe(int, 'Same seed, same bytes; by default 0.')=None, size:_recipe(str, 'WIDTHxHEIGHT in pixels; by default 192x144.')=None,
-    views:_recipe(float, 'Images of a lesion, on average.')=None, ambiguity:_recipe(float, 'Share of lesions drawn as a look-alike.')=None,
-    metadata_signal:_recipe(float, 'How much age, sex and site tell: 0 nothing, 1 as in HAM10000.')=None,
-    missing:_recipe(float, 'Share of ages, sexes and sites that are unknown.')=None,
-    exact_duplicates:_recipe(int, 'Copies of files.')=None, recoded_duplicates:_recipe(int, 'Copies of pixels in another file.')=None,
-    near_duplicates:_recipe(int, 'Altered copies: turned, recompressed, shrunk, cropped, lighter, darker.')=None,
-    duplicate_lesions:_recipe(str, 'Lesion of a copy: same, new or mixed.')=None, duplicate_splits:_recipe(str, 'Split of a copy: same, other or mixed.')=None,
-    crossing_lesions:_recipe(int, 'Lesions with images in two splits.')=None, crossing_patients:_recipe(int, 'Patients with lesions in two splits.')=None,
-    label_errors:_recipe(float, 'Share of lesions under another class.')=None,
-    conflicting_lesions:_recipe(int, 'Lesions of which one image is under another class.')=None,
-    shortcut:_recipe(str, 'Artefact tied to a class: ruler, ink, cast or none.')=None, shortcut_class:_recipe(str, 'The class it is tied to.')=None,
-    shortcut_rate:_recipe(float, 'Share of the images of that class.')=None, shortcut_where:_recipe(str, 'train or all.')=None,
-    skin_tones:_recipe(str, 'light or range.')=None, severity:_option(bool|None, '--severity', help='Write a column of severities.')=None,
+    ctx: typer.Context,
+    out: _Out,
+    n_images: _recipe(int, 'Images in all; by default 420.') = None,
+    per_class: _recipe(int, 'Images of each class, instead.') = None,
+    seed: _recipe(int, 'Same seed, same bytes; by default 0.') = None,
+    size: _recipe(str, 'WIDTHxHEIGHT in pixels; by default 192x144.') = None,
+    views: _recipe(float, 'Images of a lesion, on average.') = None,
+    ambiguity: _recipe(float, 'Share of lesions drawn as a look-alike.') = None,
+    metadata_signal: _recipe(float, 'How much age, sex and site tell: 0 nothing, 1 as in HAM10000.') = None,
+    missing: _recipe(float, 'Share of ages, sexes and sites that are unknown.') = None,
+    exact_duplicates: _recipe(int, 'Copies of files.') = None,
+    recoded_duplicates: _recipe(int, 'Copies of pixels in another file.') = None,
+    near_duplicates: _recipe(int, 'Altered copies: turned, recompressed, shrunk, cropped, lighter, darker.') = None,
+    duplicate_lesions: _recipe(str, 'Lesion of a copy: same, new or mixed.') = None,
+    duplicate_splits: _recipe(str, 'Split of a copy: same, other or mixed.') = None,
+    crossing_lesions: _recipe(int, 'Lesions with images in two splits.') = None,
+    crossing_patients: _recipe(int, 'Patients with lesions in two splits.') = None,
+    label_errors: _recipe(float, 'Share of lesions under another class.') = None,
+    conflicting_lesions: _recipe(int, 'Lesions of which one image is under another class.') = None,
+    shortcut: _recipe(str, 'Artefact tied to a class: ruler, ink, cast or none.') = None,
+    shortcut_class: _recipe(str, 'The class it is tied to.') = None,
+    shortcut_rate: _recipe(float, 'Share of the images of that class.') = None,
+    shortcut_where: _recipe(str, 'train or all.') = None,
+    skin_tones: _recipe(str, 'light or range.') = None,
+    severity: _option(bool | None, '--severity', help='Write a column of severities.') = None,
 ):
     """Draw a synthetic dataset; truth.json says all that was planted.
 
@@ -308,11 +489,19 @@ def import_synthetic(
       skinlesion import synthetic --n-images 2000 --size 512x384 --near-duplicates 24 --duplicate-splits other --label-errors .03 --out planted
     """
     from skinlesion.data.truth import make_synthetic
-    options = {k: v for k, v in ctx.params.items() if v is not None and k != 'out'} | ({} if size is None else dict(size=image_shape(size)))
+    options = {k: v for k, v in ctx.params.items() if v is not None and k != 'out'} | (
+        {} if size is None else dict(size=image_shape(size))
+    )
     dataset = make_synthetic(out, **options)
     counts = dataset.table.diagnosis.value_counts()
-    _say(f"{len(dataset)} images of {dataset.table.lesion_id.nunique()} lesions in {dataset.root}, with masks; what was planted stands in truth.json")
-    _say(f"classes: {', '.join(f'{c} {counts.get(c, 0)}' for c in dataset.label_set.codes)}\nlicence: {dataset.info.licence}")
+    _say(
+        f"{len(dataset)} images of {dataset.table.lesion_id.nunique()} lesions in {dataset.root}, with "
+        "masks; what was planted stands in truth.json"
+    )
+    _say(
+        f"classes: {', '.join(f'{c} {counts.get(c, 0)}' for c in dataset.label_set.codes)}\nlicence: "
+        f"{dataset.info.licence}"
+    )
 
 # %% ../../nbs/pipeline/75_cli.ipynb #032f4c99
 def read_split_table(
@@ -324,15 +513,38 @@ def read_split_table(
     from skinlesion.data.splits import APART, SPLITS
     from skinlesion.taxonomy import nearest
     words, lines = read_table(path)
-    lacking = [f"{path} row 1: the column '{c}' is missing; the table needs image_id and split.{nearest(c, words.columns)}" for c in ('image_id', 'split') if c not in words]
-    if lacking: raise DatasetError(path, lacking)
-    known, allowed = set(dataset.table.image_id), (*SPLITS, *APART)
-    faults = [f"{path} row {line}: split '{s}' is not one of {', '.join(allowed)}.{nearest(s, allowed)}" for s, line in zip(words.split, lines) if s not in allowed]
-    faults += [f"{path} row {line}: image '{i}' is not in {dataset.root}; give the splits of this dataset" for i, line in zip(words.image_id, lines) if i not in known]
-    faults += [f"{path} row {line}: image '{i}' is there twice; keep one row" for i, line, twice in zip(words.image_id, lines, words.image_id.duplicated()) if twice]
+    lacking = [
+        f"{path} row 1: the column '{c}' is missing; the table needs image_id and split.{nearest(c, words.columns)}"
+        for c in ('image_id', 'split')
+        if c not in words
+    ]
+    if lacking:
+        raise DatasetError(path, lacking)
+    known = set(dataset.table.image_id)
+    allowed = (*SPLITS, *APART)
+    faults = [
+        f"{path} row {line}: split '{s}' is not one of {', '.join(allowed)}.{nearest(s, allowed)}"
+        for s, line in zip(words.split, lines)
+        if s not in allowed
+    ]
+    faults += [
+        f"{path} row {line}: image '{i}' is not in {dataset.root}; give the splits of this dataset"
+        for i, line in zip(words.image_id, lines)
+        if i not in known
+    ]
+    faults += [
+        f"{path} row {line}: image '{i}' is there twice; keep one row"
+        for i, line, twice in zip(words.image_id, lines, words.image_id.duplicated())
+        if twice
+    ]
     said = dict(zip(words.image_id, words.split))
-    faults = faults or [f"{path}: image '{i}' of {dataset.root} has no row; make the splits anew" for i in dataset.table.image_id if i not in said]
-    if faults: raise DatasetError(path, faults)
+    faults = faults or [
+        f"{path}: image '{i}' of {dataset.root} has no row; make the splits anew"
+        for i in dataset.table.image_id
+        if i not in said
+    ]
+    if faults:
+        raise DatasetError(path, faults)
     return dataset.table.image_id.map(said).rename('split')
 
 # %% ../../nbs/pipeline/75_cli.ipynb #f274baf2
@@ -342,19 +554,34 @@ def findings_text(
     "An audit for the terminal."
     from skinlesion.audit.findings import SEVERITIES, sort_findings
     rows = [(f.severity, f.kind, f'{f.count} of {f.n}', f.summary, f.remedy) for f in sort_findings(findings)]
-    if not rows: return 'nothing was found'
+    if not rows:
+        return 'nothing was found'
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
-    lines = ['  '.join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[3]]) + (f'\n  what to do: {row[4]}' if row[0] == 'stop' and row[4] else '') for row in rows]
+    lines = [
+        '  '.join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[3]])
+        + (f'\n  what to do: {row[4]}' if row[0] == 'stop' and row[4] else '')
+        for row in rows
+    ]
     return '\n'.join([*lines, ', '.join(f'{s}: {sum(row[0] == s for row in rows)}' for s in SEVERITIES)])
 
 # %% ../../nbs/pipeline/75_cli.ipynb #d1fabf91
 @app.command('audit')
 def audit(
-    path:Annotated[Path, typer.Argument(metavar='DIR', help='A dataset folder.')],
-    out:_option(Path|None, '--out', help='Folder for audit.json and report.html; without it the findings are only printed.')=None,
-    split:_option(Path|None, '--split', help='CSV with image_id and split; by default the column split of the dataset, where there is one.')=None,
-    predictions:_option(Path|None, '--predictions', help='Out-of-fold predictions to look for label errors with: image_id, p_<class>, predicted.')=None,
-    seed:Annotated[int, typer.Option('--seed', help='Same seed, same findings.')]=0,
+    path: Annotated[Path, typer.Argument(metavar='DIR', help='A dataset folder.')],
+    out: _option(
+        Path | None, '--out', help='Folder for audit.json and report.html; without it the findings are only printed.'
+    ) = None,
+    split: _option(
+        Path | None,
+        '--split',
+        help='CSV with image_id and split; by default the column split of the dataset, where there is one.',
+    ) = None,
+    predictions: _option(
+        Path | None,
+        '--predictions',
+        help='Out-of-fold predictions to look for label errors with: image_id, p_<class>, predicted.',
+    ) = None,
+    seed: Annotated[int, typer.Option('--seed', help='Same seed, same findings.')] = 0,
 ):
     """Look for duplicates, label errors, artefacts and shortcuts; exit code 3 where a finding must stop the pipeline.
 
@@ -364,18 +591,21 @@ def audit(
       skinlesion audit data --split artifacts/prepared/splits.csv --predictions artifacts/predictions/ensemble.csv --out audit
     """
     from skinlesion.data.schema import read_dataset
-    if out is not None and out.is_file(): raise ValueError(f"{out}: this is a file; choose a folder for audit.json and report.html")
+    if out is not None and out.is_file():
+        raise ValueError(f"{out}: this is a file; choose a folder for audit.json and report.html")
     dataset = read_dataset(path)
     parts = None if split is None else read_split_table(split, dataset)
     from skinlesion.evaluate.scorecard import read_predictions
     said = None if predictions is None else read_predictions(predictions, dataset.label_set)
     from skinlesion.audit.audit import audit_dataset, write_audit
     made = audit_dataset(dataset, split=parts, predictions=said, seed=seed, progress=_progress('images'))
-    if out is not None: write_audit(made, dataset, out)
+    if out is not None:
+        write_audit(made, dataset, out)
     _say(findings_text(made.findings) + (f'\n{out}: audit.json, report.html' if out is not None else ''))
-    if any(f.severity == 'stop' for f in made.findings): raise typer.Exit(3)
+    if any(f.severity == 'stop' for f in made.findings):
+        raise typer.Exit(3)
 
-# %% ../../nbs/pipeline/75_cli.ipynb #bc9f4abc
+# %% ../../nbs/pipeline/75_cli.ipynb #20ae6c0c
 def own_tree_command(
     root:Path, # of the repository in which the command was called
     library:Path, # folder that holds the imported package `skinlesion`
@@ -383,22 +613,32 @@ def own_tree_command(
     environ:dict, # the environment
 ) -> tuple|None: # (words, environment) to run instead, or None where the code is the tree's own
     "What to run so that the code of `root` runs."
-    if root.resolve() == library.resolve() or environ.get('SKINLESION_OWN_TREE') == str(root): return None
-    if not (root / 'skinlesion' / 'pipeline' / 'cli.py').is_file(): return None
+    if root.resolve() == library.resolve() or environ.get('SKINLESION_OWN_TREE') == str(root):
+        return None
+    if not (root / 'skinlesion' / 'pipeline' / 'cli.py').is_file():
+        return None
     path = os.pathsep.join(p for p in (str(root), environ.get('PYTHONPATH', '')) if p)
-    return [sys.executable, '-m', 'skinlesion.pipeline.cli', *argv], {**environ, 'PYTHONPATH': path, 'SKINLESION_OWN_TREE': str(root)}
+    return [sys.executable, '-m', 'skinlesion.pipeline.cli', *argv], {
+        **environ,
+        'PYTHONPATH': path,
+        'SKINLESION_OWN_TREE': str(root),
+    }
 
+# %% ../../nbs/pipeline/75_cli.ipynb #bc9f4abc
 def _use_own_tree(root):
     "Hand over to the code of `root` if this is another's."
     import skinlesion
     other = own_tree_command(root, Path(skinlesion.__file__).parents[1], sys.argv[1:], dict(os.environ))
-    if other: os.execve(sys.executable, *other)
+    if other:
+        os.execve(sys.executable, *other)
 
 # %% ../../nbs/pipeline/75_cli.ipynb #78704e0a
 @app.command('run')
 def run(
-    stage:Annotated[str, typer.Argument(help='prepare, train, evaluate, explain or report.')],
-    member:Annotated[str|None, typer.Option('--member', help='For train: a member named in params.yaml.', show_default=False)]=None,
+    stage: Annotated[str, typer.Argument(help='prepare, train, evaluate, explain or report.')],
+    member: Annotated[
+        str | None, typer.Option('--member', help='For train: a member named in params.yaml.', show_default=False)
+    ] = None,
 ):
     """Run one stage of the pipeline.
 
@@ -414,37 +654,73 @@ def run(
     from skinlesion.pipeline.stages import run_stage
     run_stage(stage, member, root)
 
-# %% ../../nbs/pipeline/75_cli.ipynb #9c6c3abc
+# %% ../../nbs/pipeline/75_cli.ipynb #97f6be4c
 def models_text(
     table, # DataFrame of model.backbones.describe_backbones
 ) -> str: # a line for each
     "Backbones side by side."
-    number = lambda x, digits: '-' if x != x or x is None else f'{x:,.{digits}f}'
+    def number(x, digits):
+        return '-' if x != x or x is None else f'{x:,.{digits}f}'
     rows = [('backbone', 'pixels', 'M weights', 'GFLOPs', 'CPU ms', 'licence', 'published weights')]
-    rows += [(r.name_, str(r.pixels), number(r.parameters, 1), number(r.gflops, 2), number(r.cpu_ms, 0), r.licence or '-', r.weights or 'none')
-             for r in table.rename(columns=dict(name='name_')).itertuples()]
+    rows += [
+        (
+            r.name_,
+            str(r.pixels),
+            number(r.parameters, 1),
+            number(r.gflops, 2),
+            number(r.cpu_ms, 0),
+            r.licence or '-',
+            r.weights or 'none',
+        )
+        for r in table.rename(columns=dict(name='name_')).itertuples()
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(7)]
-    lines = ['  '.join(cell.rjust(w) if i in range(1, 5) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    lines = [
+        '  '.join(
+            cell.rjust(w) if i in range(1, 5) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
     return '\n'.join(lines)
 
+# %% ../../nbs/pipeline/75_cli.ipynb #9c6c3abc
 def _describe(names, size, timed, stop):
     "A table of backbones and, unless `stop`, a sentence for each that cannot take the size."
     import pandas as pd
     from skinlesion.model.backbones import describe_backbones, size_message, size_problem
-    tables, left_out, show = [], [], _progress('backbones')
+    tables = []
+    left_out = []
+    show = _progress('backbones')
     for i, name in enumerate(names):
         problem = size_problem(name, size) if size and not stop else ''
-        if problem: left_out.append(size_message(name, size, size))
-        else: tables.append(describe_backbones((name,), size, timed))
-        if show: show(i + 1, len(names))
+        if problem:
+            left_out.append(size_message(name, size, size))
+        else:
+            tables.append(describe_backbones((name,), size, timed))
+        if show:
+            show(i + 1, len(names))
     return pd.concat(tables) if tables else describe_backbones(()), left_out
 
 # %% ../../nbs/pipeline/75_cli.ipynb #5bb5bf2a
 @app.command('models')
 def models(
-    names:Annotated[list[str]|None, typer.Argument(metavar='[NAME]...', help='Backbones by their exact timm names; by default those that are tested by name.', show_default=False)]=None,
-    size:Annotated[int|None, typer.Option('--size', min=1, help="Pixels a side of the images; by default each backbone's own.", show_default=False)]=None,
-    timed:Annotated[bool, typer.Option('--time/--no-time', help='Measure the time of one image on this CPU: the median of five.')]=True,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar='[NAME]...',
+            help='Backbones by their exact timm names; by default those that are tested by name.',
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            '--size', min=1, help="Pixels a side of the images; by default each backbone's own.", show_default=False
+        ),
+    ] = None,
+    timed: Annotated[
+        bool, typer.Option('--time/--no-time', help='Measure the time of one image on this CPU: the median of five.')
+    ] = True,
 ):
     """List backbones: weights, operations, time on this CPU, licence.
 
@@ -458,9 +734,10 @@ def models(
     wanted = [check_backbone(name) for name in dict.fromkeys(names or ())] or [*TESTED, 'small_cnn_3', 'small_cnn_4']
     table, left_out = _describe(wanted, size, timed, bool(names))
     _say(models_text(table))
-    for sentence in left_out: _say(f'left out: {sentence}', err=True)
+    for sentence in left_out:
+        _say(f'left out: {sentence}', err=True)
 
-# %% ../../nbs/pipeline/75_cli.ipynb #40fc344d
+# %% ../../nbs/pipeline/75_cli.ipynb #0bcddcad
 def find_images(
     paths, # files and folders
 ) -> list: # of files; a folder stands for the images in it, sorted
@@ -468,30 +745,44 @@ def find_images(
     from skinlesion.images import IMAGE_SUFFIXES
     found = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()) if path.is_dir() else [path]
-        if not inside: raise ValueError(f"{path}: no image in this folder ({', '.join(IMAGE_SUFFIXES)}); name a file or another folder")
+        inside = (
+            sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if path.is_dir()
+            else [path]
+        )
+        if not inside:
+            raise ValueError(
+                f"{path}: no image in this folder ({', '.join(IMAGE_SUFFIXES)}); name a file or another folder"
+            )
         found += inside
     return found
 
+# %% ../../nbs/pipeline/75_cli.ipynb #40fc344d
 def check_place(
     path:Path, # of a file to be written
 ):
     "Refuse a place that can take no file, before the work that would be lost."
     path = Path(path).absolute()
-    if os.path.isdir(path): raise ValueError(f"{path}: a folder stands there; give the name of a file in it")
-    if len(os.fsencode(path.name)) > 255: raise ValueError(f"{path}: the name is too long; choose a shorter name")
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: a folder stands there; give the name of a file in it")
+    if len(os.fsencode(path.name)) > 255:
+        raise ValueError(f"{path}: the name is too long; choose a shorter name")
     above = next(p for p in path.parents if os.path.exists(p))
-    if not above.is_dir(): raise ValueError(f"{path}: {above} is a file, so nothing can be written below it; choose another folder")
-    if not os.access(above, os.W_OK): raise ValueError(f"{path}: this user may not write in {above}; choose another folder, or change its rights")
+    if not above.is_dir():
+        raise ValueError(f"{path}: {above} is a file, so nothing can be written below it; choose another folder")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{path}: this user may not write in {above}; choose another folder, or change its rights")
 
 # %% ../../nbs/pipeline/75_cli.ipynb #b348fba4
 @app.command('predict')
 def predict(
-    images:Annotated[list[Path], typer.Argument(help='Pictures, or folders of pictures.')],
-    bundle:_Bundle,
-    csv:Annotated[Path, typer.Option('--csv', help='Predictions table to write: image_id, p_<class>, predicted, ...')],
-    metadata:_Metadata=None,
-    skip_bad:Annotated[bool, typer.Option('--skip-bad', help='Leave out pictures that cannot be read, and list them.')]=False,
+    images: Annotated[list[Path], typer.Argument(help='Pictures, or folders of pictures.')],
+    bundle: _Bundle,
+    csv: Annotated[Path, typer.Option('--csv', help='Predictions table to write: image_id, p_<class>, predicted, ...')],
+    metadata: _Metadata = None,
+    skip_bad: Annotated[
+        bool, typer.Option('--skip-bad', help='Leave out pictures that cannot be read, and list them.')
+    ] = False,
 ):
     """Predict many pictures into a table.
 
@@ -505,37 +796,67 @@ def predict(
     from skinlesion.use.predict import Predictor, read_metadata
     check_place(csv)
     people = None if metadata is None else read_metadata(metadata)
-    paths, predictor = find_images(images), Predictor(bundle)
+    paths = find_images(images)
+    predictor = Predictor(bundle)
     table = predictor.predict_many(paths, people, skip_bad, _progress('pictures'))
     write_predictions(table, csv)
-    for sentence in table.attrs['skipped']: _say(f'skipped: {sentence}', err=True)
+    for sentence in table.attrs['skipped']:
+        _say(f'skipped: {sentence}', err=True)
     counts = table.predicted.value_counts()
-    _say(f"{csv}: {len(table)} picture(s), {', '.join(f'{c} {counts[c]}' for c in predictor.label_set.codes if c in counts)}")
-    if table.abstain.any(): _say(f"{table.abstain.sum()} of them without an answer: the column abstain_reason says why, and their predicted class is not to be used")
+    _say(
+        f"{csv}: {len(table)} picture(s), "
+        f"{', '.join(f'{c} {counts[c]}' for c in predictor.label_set.codes if c in counts)}"
+    )
+    if table.abstain.any():
+        _say(
+            f"{table.abstain.sum()} of them without an answer: the column abstain_reason says why, and "
+            "their predicted class is not to be used"
+        )
     _say(f'bundle {predictor.bundle_id}. {DISCLAIMER}')
 
-# %% ../../nbs/pipeline/75_cli.ipynb #9541a863
+# %% ../../nbs/pipeline/75_cli.ipynb #acf9774d
 def _person(metadata, image):
     "Age, sex and site of one picture."
-    if metadata is None: return {}
+    if metadata is None:
+        return {}
     from skinlesion.taxonomy import nearest
     from skinlesion.use.predict import read_metadata
     table = read_metadata(metadata).set_index('image_id')
     if image.stem not in table.index:
-        raise ValueError(f"{metadata}: image '{image.stem}' has no row; add one (empty cells where unknown), or leave --metadata out.{nearest(image.stem, table.index)}")
+        raise ValueError(
+            f"{metadata}: image '{image.stem}' has no row; add one (empty cells where unknown), or "
+            f"leave --metadata out.{nearest(image.stem, table.index)}"
+        )
     return table.loc[image.stem].to_dict()
 
+# %% ../../nbs/pipeline/75_cli.ipynb #9541a863
 @app.command('explain')
 def explain(
-    image:Annotated[Path, typer.Argument(help='A picture.')],
-    bundle:_Bundle,
-    out:Annotated[Path, typer.Option('--out', help='PNG to write: the map over the picture.')],
-    metadata:_Metadata=None,
-    method:Annotated[str, typer.Option('--method', help='gradcam, eigencam or scorecam (slow).')]='gradcam',
-    layer:Annotated[str|None, typer.Option('--layer', help='Layer of the backbone; by default the deepest whose map has at least 7 by 7 cells.', show_default=False)]=None,
-    target:Annotated[str|None, typer.Option('--class', help='Class to explain; the one predicted by default. Eigen-CAM knows no class.', show_default=False)]=None,
-    member:Annotated[str|None, typer.Option('--member', help='Member of the ensemble; the first by default.', show_default=False)]=None,
-    opacity:Annotated[float, typer.Option('--opacity', help='Of the map, 0 to 1.')]=.5,
+    image: Annotated[Path, typer.Argument(help='A picture.')],
+    bundle: _Bundle,
+    out: Annotated[Path, typer.Option('--out', help='PNG to write: the map over the picture.')],
+    metadata: _Metadata = None,
+    method: Annotated[str, typer.Option('--method', help='gradcam, eigencam or scorecam (slow).')] = 'gradcam',
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            '--layer',
+            help='Layer of the backbone; by default the deepest whose map has at least 7 by 7 cells.',
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            '--class',
+            help='Class to explain; the one predicted by default. Eigen-CAM knows no class.',
+            show_default=False,
+        ),
+    ] = None,
+    member: Annotated[
+        str | None, typer.Option('--member', help='Member of the ensemble; the first by default.', show_default=False)
+    ] = None,
+    opacity: Annotated[float, typer.Option('--opacity', help='Of the map, 0 to 1.')] = 0.5,
 ):
     """Draw where a member of the ensemble sees evidence for a class.
 
@@ -553,44 +874,65 @@ def _explain(image, bundle, out, metadata, method, layer, target, member, opacit
     from skinlesion.images import read_image, save_png
     from skinlesion.taxonomy import DISCLAIMER
     from skinlesion.use.predict import Predictor
-    if out.suffix.lower() != '.png': raise ValueError(f"--out {out}: the map is written as PNG; give a name that ends in .png")
+    if out.suffix.lower() != '.png':
+        raise ValueError(f"--out {out}: the map is written as PNG; give a name that ends in .png")
     check_place(out)
-    person, picture, predictor = _person(metadata, image), read_image(image), Predictor(bundle)
+    person = _person(metadata, image)
+    picture = read_image(image)
+    predictor = Predictor(bundle)
     answer = predictor.predict(picture, image_id=image.stem, **person)
     code = predictor.label_set.parse(target, '--class') if target else answer.predicted
     cam = predictor.explain(picture, method, layer, code, member=member or 0, **person)
     save_png(picture if is_flat(cam) else overlay(picture, cam, opacity), out)
     _say(f'predicted: {answer.predicted} ({answer.confidence:.0%})')
-    shown = 'which knows no class' if method == 'eigencam' else f'for {code} (probability {answer.probabilities[code]:.0%})'
+    shown = (
+        'which knows no class' if method == 'eigencam' else f'for {code} (probability {answer.probabilities[code]:.0%})'
+    )
     bare = '; nothing stood out, so the picture is bare' if is_flat(cam) else ''
-    _say(f"{out}: {CAM_NAMES[method]} of member {predictor.member(member or 0).name} at {layer or predictor.default_layer(member or 0)}, {shown}{bare}")
+    _say(
+        f"{out}: {CAM_NAMES[method]} of member {predictor.member(member or 0).name} at "
+        f"{layer or predictor.default_layer(member or 0)}, {shown}{bare}"
+    )
     _say(f'bundle {predictor.bundle_id}. {DISCLAIMER}')
 
-# %% ../../nbs/pipeline/75_cli.ipynb #a76858e2
+# %% ../../nbs/pipeline/75_cli.ipynb #4794cb84
 def share_split(
     predictions, # DataFrame: image_id, optional split
     labels, # DataFrame: image_id, optional split
 ): # -> the labels, with the column split where either table says it; '' for an image of which neither does
     "One column `split` of two."
-    if 'split' not in predictions: return labels.assign(split=labels['split'].fillna('').astype(str)) if 'split' in labels else labels
+    if 'split' not in predictions:
+        return labels.assign(split=labels['split'].fillna('').astype(str)) if 'split' in labels else labels
     said = labels['image_id'].map(predictions.set_index('image_id')['split'].fillna('').astype(str)).fillna('')
-    if 'split' not in labels: return labels.assign(split=said)
+    if 'split' not in labels:
+        return labels.assign(split=said)
     own = labels['split'].fillna('').astype(str)
     off = (said.ne('') & own.ne('') & said.ne(own)).to_numpy().nonzero()[0]
     if len(off):
         i = off[0]
-        raise ValueError(f"image '{labels['image_id'].iloc[i]}' is in split '{said.iloc[i]}' in the predictions and '{own.iloc[i]}' in the labels "
-                         f"({len(off)} such image(s)); correct one, or drop the column split there")
+        raise ValueError(
+            f"image '{labels['image_id'].iloc[i]}' is in split '{said.iloc[i]}' in the predictions and "
+            f"'{own.iloc[i]}' in the labels "
+            f"({len(off)} such image(s)); correct one, or drop the column split there"
+        )
     return labels.assign(split=said.where(said.ne(''), own))
 
+# %% ../../nbs/pipeline/75_cli.ipynb #a76858e2
 def _of_split(predictions, labels, split):
     "The rows of one split."
     from skinlesion.evaluate.scorecard import parse_split
     from skinlesion.taxonomy import nearest
-    known, split = sorted(set(labels.get('split', ())) - {''}), parse_split(split)
-    if split not in known: raise ValueError(f"--split '{split}': {f'there are ' + ', '.join(known) if known else 'neither table has a column split'}.{nearest(split, known)}")
+    known = sorted(set(labels.get('split', ())) - {''})
+    split = parse_split(split)
+    if split not in known:
+        raise ValueError(
+            f"--split '{split}': "
+            f"{'there are ' + ', '.join(known) if known else 'neither table has a column split'}.{nearest(split, known)}"
+        )
     labels = labels[labels['split'] == split]
-    mine = predictions['split'].eq(split) if 'split' in predictions else predictions['image_id'].isin(labels['image_id'])
+    mine = (
+        predictions['split'].eq(split) if 'split' in predictions else predictions['image_id'].isin(labels['image_id'])
+    )
     return predictions[mine], labels
 
 # %% ../../nbs/pipeline/75_cli.ipynb #4d1de8fe
@@ -602,26 +944,51 @@ def narrow_tables(
 ): # -> (predictions, labels of the same images, a sentence on what was left out or '')
     "Two tables over the same images, or a `ValueError` that says what to do."
     labels = share_split(predictions, labels)
-    if split: predictions, labels = _of_split(predictions, labels, split)
-    with_label, with_prediction = predictions['image_id'].isin(labels['image_id']), labels['image_id'].isin(predictions['image_id'])
+    if split:
+        predictions, labels = _of_split(predictions, labels, split)
+    with_label = predictions['image_id'].isin(labels['image_id'])
+    with_prediction = labels['image_id'].isin(predictions['image_id'])
     sizes = (~with_prediction).sum(), (~with_label).sum()
-    said = f"{sizes[0]} image(s) of the labels have no prediction, {sizes[1]} prediction(s) have no label" if any(sizes) else ''
+    said = (
+        f"{sizes[0]} image(s) of the labels have no prediction, {sizes[1]} prediction(s) have no label"
+        if any(sizes)
+        else ''
+    )
     if said and not partial:
         odd = [*labels.loc[~with_prediction, 'image_id'][:2], *predictions.loc[~with_label, 'image_id'][:2]]
-        raise ValueError(f"{said}, such as {', '.join(map(repr, odd))}; give both tables the same images, name one split with --split, or leave these out with --partial")
-    if not with_label.any(): raise ValueError("no image stands in both tables; check that both name images in the same way (the file's name without suffix)")
-    return predictions[with_label].reset_index(drop=True), labels[with_prediction].reset_index(drop=True), said and f'{said}; they were left out'
+        raise ValueError(
+            f"{said}, such as {', '.join(map(repr, odd))}; give both tables the same images, name one "
+            "split with --split, or leave these out with --partial"
+        )
+    if not with_label.any():
+        raise ValueError(
+            "no image stands in both tables; check that both name images in the same way (the file's "
+            "name without suffix)"
+        )
+    return (
+        predictions[with_label].reset_index(drop=True),
+        labels[with_prediction].reset_index(drop=True),
+        said and f'{said}; they were left out',
+    )
 
-# %% ../../nbs/pipeline/75_cli.ipynb #b6e170c5
+# %% ../../nbs/pipeline/75_cli.ipynb #842da6b0
 def check_out(
     out:Path, # of a folder to be written
 ):
     "Refuse a folder that holds anything but an earlier evaluation."
     out = Path(out)
     check_place(out / 'metrics.json')
-    if out.is_dir() and any(out.iterdir()) and not ((out / 'metrics.json').is_file() and (out / 'report.html').is_file()):
-        raise ValueError(f"{out}: the folder is not empty and holds no earlier evaluation (metrics.json, report.html); choose another")
+    if (
+        out.is_dir()
+        and any(out.iterdir())
+        and not ((out / 'metrics.json').is_file() and (out / 'report.html').is_file())
+    ):
+        raise ValueError(
+            f"{out}: the folder is not empty and holds no earlier evaluation (metrics.json, "
+            "report.html); choose another"
+        )
 
+# %% ../../nbs/pipeline/75_cli.ipynb #b6e170c5
 def evaluation_text(
     card:dict, # what `scorecard` gave
     part:str='', # split that it is over; '' for all images
@@ -630,31 +997,76 @@ def evaluation_text(
     from skinlesion.evaluate.intervals import format_leaf
     leaves = {name: card[name] for name in ('accuracy', 'balanced_accuracy', 'auroc_macro', 'log_loss', 'ece_debiased')}
     leaves |= {f'malignant {name}': card['malignant'][name] for name in ('auroc', 'sensitivity', 'specificity')}
-    width, n = max(map(len, leaves)), card['accuracy']
-    lines = [f"{name.replace('_', ' ').ljust(width)}  {format_leaf(leaf, 3)}{': ' + leaf['reason'].removeprefix('no interval: ') if 'reason' in leaf else ''}" for name, leaf in leaves.items()]
-    return '\n'.join([f"{f'split {part}: ' if part else ''}{n['n']} images of {n['n_lesions']} lesions; 95 % intervals", *lines])
+    width = max(map(len, leaves))
+    n = card['accuracy']
+    lines = [
+        f"{name.replace('_', ' ').ljust(width)}  "
+        f"{format_leaf(leaf, 3)}{': ' + leaf['reason'].removeprefix('no interval: ') if 'reason' in leaf else ''}"
+        for name, leaf in leaves.items()
+    ]
+    return '\n'.join(
+        [f"{f'split {part}: ' if part else ''}{n['n']} images of {n['n_lesions']} lesions; 95 % intervals", *lines]
+    )
 
 # %% ../../nbs/pipeline/75_cli.ipynb #ab4d3a52
-_Facts = _option(Path|None, '--facts', help='JSON object of what the tables cannot say, such as {"setting": "two clinics"}; the page lists the names.')
-_Images = _option(Path|None, '--images', help='Folder with the images, named by their id: the page then shows those that were mistaken.')
+_Facts = _option(
+    Path | None,
+    '--facts',
+    help='JSON object of what the tables cannot say, such as {"setting": "two clinics"}; the page lists the names.',
+)
+_Images = _option(
+    Path | None,
+    '--images',
+    help='Folder with the images, named by their id: the page then shows those that were mistaken.',
+)
 
 @app.command('evaluate')
 def evaluate(
-    ctx:typer.Context,
-    predictions:Annotated[Path, typer.Argument(help='CSV: image_id, one column p_<class> per class, optional split.')],
-    labels:Annotated[Path, typer.Argument(help='CSV: image_id, diagnosis, optional lesion_id, split, age, sex, site, skin_tone, source.')],
-    out:_option(Path, '--out', help='Folder for metrics.json, report.html and the curves; an earlier evaluation there is replaced.'),
-    label_set:_option(str|None, '--label-set', help='ham10000, isic2019, melanoma, or a JSON file with a label set or a dataset.json; by default what the columns say.')=None,
-    split:_option(str|None, '--split', help='Score only this split, such as test.')=None,
-    partial:_option(bool, '--partial', help='Leave out images that only one of the two tables holds, and report how many.')=False,
-    images:_Images=None, facts:_Facts=None,
-    resamples:Annotated[int, typer.Option('--resamples', min=0, help='Of the lesions, for every interval; 0 for none.')]=1000,
-    seed:Annotated[int, typer.Option('--seed', help='Same seed, same bytes.')]=0,
-    stratified:_option(bool, '--stratified', help='Redraw the lesions of each class among themselves.')=False,
-    miss_cost:Annotated[float, typer.Option('--miss-cost', min=0, help='What a missed malignancy costs, a false alarm being 1.')]=10.,
-    target_sensitivity:Annotated[float, typer.Option('--target-sensitivity', help='Of the malignancy threshold that valid locks and test measures, in (0, 1).')]=.95,
-    coverage:Annotated[float, typer.Option('--coverage', help='Of the prediction sets that valid fits and test measures, in (0, 1).')]=.9,
-    benchmark:_option(str|None, '--benchmark', help='What it was measured on: NAME, NAME-VARIANT or either with @RESOLUTION, such as dermamnist-C@28.')=None,
+    ctx: typer.Context,
+    predictions: Annotated[Path, typer.Argument(help='CSV: image_id, one column p_<class> per class, optional split.')],
+    labels: Annotated[
+        Path,
+        typer.Argument(help='CSV: image_id, diagnosis, optional lesion_id, split, age, sex, site, skin_tone, source.'),
+    ],
+    out: _option(
+        Path,
+        '--out',
+        help='Folder for metrics.json, report.html and the curves; an earlier evaluation there is replaced.',
+    ),
+    label_set: _option(
+        str | None,
+        '--label-set',
+        help='ham10000, isic2019, melanoma, or a JSON file with a label set or a dataset.json; by default '
+        'what the columns say.',
+    ) = None,
+    split: _option(str | None, '--split', help='Score only this split, such as test.') = None,
+    partial: _option(
+        bool, '--partial', help='Leave out images that only one of the two tables holds, and report how many.'
+    ) = False,
+    images: _Images = None,
+    facts: _Facts = None,
+    resamples: Annotated[
+        int, typer.Option('--resamples', min=0, help='Of the lesions, for every interval; 0 for none.')
+    ] = 1000,
+    seed: Annotated[int, typer.Option('--seed', help='Same seed, same bytes.')] = 0,
+    stratified: _option(bool, '--stratified', help='Redraw the lesions of each class among themselves.') = False,
+    miss_cost: Annotated[
+        float, typer.Option('--miss-cost', min=0, help='What a missed malignancy costs, a false alarm being 1.')
+    ] = 10.0,
+    target_sensitivity: Annotated[
+        float,
+        typer.Option(
+            '--target-sensitivity', help='Of the malignancy threshold that valid locks and test measures, in (0, 1).'
+        ),
+    ] = 0.95,
+    coverage: Annotated[
+        float, typer.Option('--coverage', help='Of the prediction sets that valid fits and test measures, in (0, 1).')
+    ] = 0.9,
+    benchmark: _option(
+        str | None,
+        '--benchmark',
+        help='What it was measured on: NAME, NAME-VARIANT or either with @RESOLUTION, such as dermamnist-C@28.',
+    ) = None,
 ):
     """Score any system's predictions: every metric with its interval, and a page to read.
 
@@ -670,16 +1082,36 @@ def evaluate(
     pictures = None if images is None else folder_images(images)
     result, read, left = _evaluated(**{k: v for k, v in ctx.params.items() if k not in ('out', 'images')})
     write_evaluation(result, out, pictures, provenance=read)
-    for sentence in filter(None, [left, _about_malignancy(result.label_set)]): _say(sentence, err=True)
+    for sentence in filter(None, [left, _about_malignancy(result.label_set)]):
+        _say(sentence, err=True)
     _say(f'{evaluation_text(result.card, result.part)}\n{out}: metrics.json, report.html')
 
-# %% ../../nbs/pipeline/75_cli.ipynb #f4a8aa3a
+# %% ../../nbs/pipeline/75_cli.ipynb #bcc099fa
 def _about_malignancy(label_set):
     "What to say of a label set of which nobody has said what is malignant."
-    if label_set.malignant is not None: return ''
-    return f"classes {', '.join(label_set.codes)}: nobody has said which are malignant, so nothing is scored of it; give --label-set FILE"
+    if label_set.malignant is not None:
+        return ''
+    return (
+        f"classes {', '.join(label_set.codes)}: nobody has said which are malignant, so nothing is "
+        "scored of it; give --label-set FILE"
+    )
 
-def _evaluated(predictions, labels, label_set, split, partial, facts, resamples, seed, stratified, miss_cost, target_sensitivity, coverage, benchmark):
+# %% ../../nbs/pipeline/75_cli.ipynb #f4a8aa3a
+def _evaluated(
+    predictions,
+    labels,
+    label_set,
+    split,
+    partial,
+    facts,
+    resamples,
+    seed,
+    stratified,
+    miss_cost,
+    target_sensitivity,
+    coverage,
+    benchmark,
+):
     "The evaluation of two files, the hashes of what was read, and what was left out."
     from skinlesion.evaluate.benchmarks import BenchmarkId, identify, parse_benchmark
     from skinlesion.evaluate.decisions import cost_matrix
@@ -687,15 +1119,32 @@ def _evaluated(predictions, labels, label_set, split, partial, facts, resamples,
     from skinlesion.evaluate.scorecard import infer_label_set, read_labels, read_predictions
     from skinlesion.files import read_json, sha256_file
     named = None if label_set is None else infer_label_set(None, label_set)
-    identity, said = parse_benchmark(benchmark) if benchmark else BenchmarkId(), {} if facts is None else read_json(facts)
+    identity = parse_benchmark(benchmark) if benchmark else BenchmarkId()
+    said = {} if facts is None else read_json(facts)
     table = read_predictions(predictions, named)
     codes = named or infer_label_set(table)
     table, truth, left = narrow_tables(table, read_labels(labels, codes), split, partial)
     identity = identify(identity, truth if 'split' in truth else None)
     costs = None if codes.malignant is None else cost_matrix(codes, miss_cost)
     said = (dict(excluded=left) if left else {}) | (dict(subsets=f'the split {split}') if split else {}) | said
-    result = evaluate_tables(table, truth, codes, resamples, seed, stratified, costs, target_sensitivity, coverage, identity=identity, facts=said, name=labels.stem)
-    hashes = {name: dict(file=path.name, sha256=sha256_file(path)) for name, path in dict(predictions=predictions, labels=labels).items()}
+    result = evaluate_tables(
+        table,
+        truth,
+        codes,
+        resamples,
+        seed,
+        stratified,
+        costs,
+        target_sensitivity,
+        coverage,
+        identity=identity,
+        facts=said,
+        name=labels.stem,
+    )
+    hashes = {
+        name: dict(file=path.name, sha256=sha256_file(path))
+        for name, path in dict(predictions=predictions, labels=labels).items()
+    }
     return result, hashes, left
 
 # %% ../../nbs/pipeline/75_cli.ipynb #742f49fe
@@ -725,8 +1174,10 @@ def compare(
 # %% ../../nbs/pipeline/75_cli.ipynb #722533e0
 @app.command('serve')
 def serve(
-    bundle:_Bundle,
-    port:Annotated[int, typer.Option('--port', min=0, max=65535, help='On the loopback address; 0 takes a free one.')]=8000,
+    bundle: _Bundle,
+    port: Annotated[
+        int, typer.Option('--port', min=0, max=65535, help='On the loopback address; 0 takes a free one.')
+    ] = 8000,
 ):
     """Answer over HTTP on this machine.
 
@@ -745,19 +1196,31 @@ def _verify_dataset(path):
     "Every row, every picture and every mask of a dataset folder; all faults at once."
     from skinlesion.data.schema import DatasetError, read_dataset
     from skinlesion.images import read_image, read_mask
-    dataset, faults, masks = read_dataset(path), [], 0
+    dataset = read_dataset(path)
+    faults = []
+    masks = 0
     show = _progress('pictures')
     for i, image_id in enumerate(dataset.table.image_id):
         try:
-            image, mask = read_image(dataset.image_path(image_id)), dataset.mask_path(image_id)
-            if mask is not None and read_mask(mask).shape != image.shape[:2]: faults.append(f"{mask}: not the size of its picture, {image.shape[1]}x{image.shape[0]}; export both at one size")
+            image = read_image(dataset.image_path(image_id))
+            mask = dataset.mask_path(image_id)
+            if mask is not None and read_mask(mask).shape != image.shape[:2]:
+                faults.append(
+                    f"{mask}: not the size of its picture, {image.shape[1]}x{image.shape[0]}; export both at one size"
+                )
             masks += mask is not None
-        except ValueError as e: faults.append(str(e))
-        if show: show(i + 1, len(dataset))
-    if faults: raise DatasetError(path, faults)
-    return f"dataset '{dataset.info.name}', {len(dataset)} images of {dataset.table.lesion_id.nunique()} lesions, {masks} masks; every row and every pixel can be read"
+        except ValueError as e:
+            faults.append(str(e))
+        if show:
+            show(i + 1, len(dataset))
+    if faults:
+        raise DatasetError(path, faults)
+    return (
+        f"dataset '{dataset.info.name}', {len(dataset)} images of {dataset.table.lesion_id.nunique()} "
+        f"lesions, {masks} masks; every row and every pixel can be read"
+    )
 
-# %% ../../nbs/pipeline/75_cli.ipynb #8cb7bf92
+# %% ../../nbs/pipeline/75_cli.ipynb #39ae8f3d
 def verify_path(
     path:Path, # a bundle, a dataset folder, or any folder with SHA256SUMS
 ) -> str: # what was found, in one sentence
@@ -766,13 +1229,21 @@ def verify_path(
     if (path / 'bundle.json').is_file():
         from skinlesion.model.bundle import load_bundle
         bundle = load_bundle(path)
-        return f"bundle {bundle.bundle_id} of {', '.join(m.name for m in bundle.members)}; every hash agrees and every member loads"
-    if (path / 'dataset.json').is_file(): return _verify_dataset(path)
+        return (
+            f"bundle {bundle.bundle_id} of {', '.join(m.name for m in bundle.members)}; every hash "
+            "agrees and every member loads"
+        )
+    if (path / 'dataset.json').is_file():
+        return _verify_dataset(path)
     if (path / 'SHA256SUMS').is_file():
         from skinlesion.files import verify_sums
         return f"{len(verify_sums(path))} files, every hash agrees"
-    raise ValueError(f"{path}: nothing to verify here; name a folder with bundle.json (a bundle), dataset.json (a dataset) or SHA256SUMS")
+    raise ValueError(
+        f"{path}: nothing to verify here; name a folder with bundle.json (a bundle), dataset.json (a "
+        "dataset) or SHA256SUMS"
+    )
 
+# %% ../../nbs/pipeline/75_cli.ipynb #8cb7bf92
 @app.command('verify')
 def verify(
     path:Annotated[Path, typer.Argument(help='A bundle, a dataset folder, or any folder with SHA256SUMS.')],
@@ -786,22 +1257,29 @@ def verify(
     """
     _say(f'ok: {path}: {verify_path(path)}')
 
-# %% ../../nbs/pipeline/75_cli.ipynb #3eb4809e
+# %% ../../nbs/pipeline/75_cli.ipynb #a157cbd0
 def metrics_text(
     metrics:dict, # reports/evaluate/metrics.json: split -> {ensemble, members}
     split:str='test', # whose numbers
 ) -> str: # a table, one line per system
     "The headline metrics of the ensemble and its members, with their 95 % intervals."
     from skinlesion.evaluate.intervals import format_leaf
-    if split not in metrics: raise ValueError(f"reports/evaluate/metrics.json: no numbers for '{split}' ({', '.join(metrics)}); run dvc repro")
-    systems, names = {'ensemble': metrics[split]['ensemble'], **metrics[split]['members']}, ['accuracy', 'balanced_accuracy', 'auroc_macro', 'ece']
+    if split not in metrics:
+        raise ValueError(
+            f"reports/evaluate/metrics.json: no numbers for '{split}' ({', '.join(metrics)}); run dvc repro"
+        )
+    systems = {'ensemble': metrics[split]['ensemble'], **metrics[split]['members']}
+    names = ['accuracy', 'balanced_accuracy', 'auroc_macro', 'ece']
     rows = [[split, *(n.replace('_', ' ') for n in names)]]
     rows += [[system, *(format_leaf(card[n], 3) for n in names)] for system, card in systems.items()]
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ['  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
     leaf = systems['ensemble']['accuracy']
-    return '\n'.join([*lines, f"{leaf['n']} images of {leaf['n_lesions']} lesions; 95 % intervals by resampling lesions"])
+    return '\n'.join(
+        [*lines, f"{leaf['n']} images of {leaf['n_lesions']} lesions; 95 % intervals by resampling lesions"]
+    )
 
+# %% ../../nbs/pipeline/75_cli.ipynb #3eb4809e
 @app.command('metrics')
 def metrics():
     """Show the headline metrics of the last evaluation.
@@ -812,9 +1290,11 @@ def metrics():
     """
     from skinlesion.files import read_json
     path = repo_root() / 'reports' / 'evaluate' / 'metrics.json'
-    if not path.is_file(): raise FileNotFoundError(f"{path}: nothing has been evaluated yet; run dvc repro")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: nothing has been evaluated yet; run dvc repro")
     _say(metrics_text(read_json(path)))
 
 # %% ../../nbs/pipeline/75_cli.ipynb #cade103e
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals(): app()  # not in a notebook, whose name is __main__ too
+if __name__ == '__main__' and '__file__' in globals():
+    app()  # not in a notebook, whose name is __main__ too

@@ -25,40 +25,51 @@ def python_source(
 ) -> str: # Python; IPython magics and shell lines are blanked
     "The code of a notebook or of a module."
     text = Path(path).read_text(encoding='utf-8')
-    if Path(path).suffix != '.ipynb': return text
+    if Path(path).suffix != '.ipynb':
+        return text
     cells = [''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
     foreign = re.compile(r'\s*%%(?!time|capture)')
     lines = '\n'.join(c for c in cells if not foreign.match(c)).splitlines()
     return '\n'.join(re.sub(r'^[%!].*', 'pass', line) for line in lines) + '\n'
 
-# %% ../../nbs/pipeline/71_closure.ipynb #48e8fa1f
+# %% ../../nbs/pipeline/71_closure.ipynb #5ef25500
 def _named(node, package):
     "Dotted names that one syntax node may import, as `(module, names)`."
-    if isinstance(node, ast.Import): return [(a.name, []) for a in node.names]
+    if isinstance(node, ast.Import):
+        return [(a.name, []) for a in node.names]
     if isinstance(node, ast.ImportFrom):
         base = package[:len(package) - node.level + 1] if node.level else []
         return [('.'.join([*base, *(node.module or '').split('.')]).strip('.'), [a.name for a in node.names])]
     if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
         called = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
-        if called in ('import_module', '__import__'): return [(str(node.args[0].value), [])]
+        if called in ('import_module', '__import__'):
+            return [(str(node.args[0].value), [])]
     return []
 
+# %% ../../nbs/pipeline/71_closure.ipynb #48e8fa1f
 def library_imports(
     path:Path|str, # notebook or module, relative to `root`
     root:Path|str, # of the repository
     source:str|None=None, # the code, where it is not the whole file
 ) -> list[Path]: # modules `skinlesion/...py`, relative to `root`, sorted; `__init__` and `_modidx` left out
     "The library modules that a file imports itself, wherever the import stands."
-    root, path, found = Path(root), Path(path), set()
+    root = Path(root)
+    path = Path(path)
+    found = set()
     package = path.parent.parts if path.suffix == '.py' else ()
     for node in ast.walk(ast.parse(python_source(root/path) if source is None else source)):
         for module, names in _named(node, list(package)):
-            if module.split('.')[0] != 'skinlesion': continue
+            if module.split('.')[0] != 'skinlesion':
+                continue
             place = Path(*module.split('.'))
             inner = [place/f'{n}.py' for n in names if (root/place/f'{n}.py').exists()]
-            if (root/place).with_suffix('.py').exists(): inner = [place.with_suffix('.py')]
+            if (root/place).with_suffix('.py').exists():
+                inner = [place.with_suffix('.py')]
             if not inner and not all((root/place/n).is_dir() for n in names or ['']):
-                raise ValueError(f"{path} imports {', '.join(names) + ' from ' if names else ''}{module}, but no file of {place} holds that; export its notebook or mend the import")
+                raise ValueError(
+                    f"{path} imports {', '.join(names) + ' from ' if names else ''}{module}, but no "
+                    f"file of {place} holds that; export its notebook or mend the import"
+                )
             found.update(inner)
     return sorted(p for p in found if p.stem not in ('__init__', '_modidx'))
 
@@ -70,13 +81,17 @@ def import_closure(
     "Every library module that a notebook can come to run, followed through the package; a module counts itself."
     root = Path(root or repo_root())
     start = Path(notebook)
-    if start.is_absolute(): start = start.relative_to(root)
-    seen, todo = set(), [start]
+    if start.is_absolute():
+        start = start.relative_to(root)
+    seen = set()
+    todo = [start]
     while todo:
         path = todo.pop()
-        if path in seen: continue
+        if path in seen:
+            continue
         seen.add(path)
-        if not (root/path).exists(): raise ValueError(f"{path} does not exist, so nobody can tell what it imports; write or export it")
+        if not (root/path).exists():
+            raise ValueError(f"{path} does not exist, so nobody can tell what it imports; write or export it")
         todo += library_imports(path, root)
     return sorted(p for p in seen if p.suffix == '.py')
 
@@ -90,7 +105,7 @@ def closure_hash(
     lines = sorted(f"{sha256_file(root/p)}  {Path(p).as_posix()}\n" for p in paths)
     return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
-# %% ../../nbs/pipeline/71_closure.ipynb #da1d3cdb
+# %% ../../nbs/pipeline/71_closure.ipynb #48ea8d58
 REPORT_ENTRY = 'skinlesion/pipeline/reports.py'
 REPORT_INPUTS = ('data/dataset.json', 'reports/prepare', 'reports/train', 'reports/evaluate', 'reports/explain')
 
@@ -99,34 +114,46 @@ def expected_deps(
     root:Path|str|None=None, # of the repository; found from the working folder by default
 ) -> list[str]: # paths relative to `root`: notebook, inputs, constraints.txt, modules
     "What a stage's `deps` have to be, in the order they are written."
-    if stage == 'report': entry, start, inputs = REPORT_ENTRY, [], REPORT_INPUTS
+    if stage == 'report':
+        entry = REPORT_ENTRY
+        start = []
+        inputs = REPORT_INPUTS
     else:
         entry = f'nbs/stages/{stage}.ipynb'
-        start, inputs = [entry], stage_inputs(stage, '${key}' if stage == 'train' else None).values()
+        start = [entry]
+        inputs = stage_inputs(stage, '${key}' if stage == 'train' else None).values()
     return [*start, *inputs, 'constraints.txt', *(p.as_posix() for p in import_closure(entry, root))]
 
+# %% ../../nbs/pipeline/71_closure.ipynb #da1d3cdb
 def expected_params(
     stage:str, # prepare, train, evaluate, explain or report
 ) -> list[str]: # dotted keys of params.yaml, or the name of the file where all of it counts
     "What a stage's `params` have to be: the keys its parameters are made from, and no more."
-    if stage == 'train': return ['base', *(f'train.{k}' for k in Train.model_fields if k != 'members'), 'train.members.${key}']
-    if stage == 'report': return ['params.yaml']
+    if stage == 'train':
+        return ['base', *(f'train.{k}' for k in Train.model_fields if k != 'members'), 'train.members.${key}']
+    if stage == 'report':
+        return ['params.yaml']
     return ['base', *(['train.members'] if stage in ('evaluate', 'explain') else []), stage]
 
-# %% ../../nbs/pipeline/71_closure.ipynb #66f657e2
+# %% ../../nbs/pipeline/71_closure.ipynb #38818670
 _REMEDY = 'run `python -m skinlesion.pipeline.closure --write`'
 
 def _compare(stage, what, found, wanted, remedy):
     "One sentence for each entry too few, too many or twice."
-    for name in sorted(set(wanted) - set(found)): yield f"dvc.yaml: stage {stage} lacks the {what} {name}; {remedy}"
-    for name in sorted(set(found) - set(wanted)): yield f"dvc.yaml: stage {stage} names the {what} {name}, which it does not use; {remedy}"
-    for name in sorted({n for n in found if found.count(n) > 1}): yield f"dvc.yaml: stage {stage} names the {what} {name} twice; {remedy}"
+    for name in sorted(set(wanted) - set(found)):
+        yield f"dvc.yaml: stage {stage} lacks the {what} {name}; {remedy}"
+    for name in sorted(set(found) - set(wanted)):
+        yield f"dvc.yaml: stage {stage} names the {what} {name}, which it does not use; {remedy}"
+    for name in sorted({n for n in found if found.count(n) > 1}):
+        yield f"dvc.yaml: stage {stage} names the {what} {name} twice; {remedy}"
 
+# %% ../../nbs/pipeline/71_closure.ipynb #efdbba2a
 def _outputs(body):
     "Outputs of a stage by path, with their options."
     entries = [e for kind in ('outs', 'metrics', 'plots') for e in body.get(kind, [])]
     return {k: v for e in entries for k, v in (e.items() if isinstance(e, dict) else [(e, {})])}
 
+# %% ../../nbs/pipeline/71_closure.ipynb #66f657e2
 def stage_problems(
     root:Path|str|None=None, # of the repository; found from the working folder by default
 ) -> list[str]: # sentences; empty where dvc.yaml is as it must be
@@ -136,8 +163,10 @@ def stage_problems(
     problems = list(_compare('list', 'stage', list(stages), [*STAGES, 'report'], 'mend dvc.yaml'))
     for stage in [s for s in (*STAGES, 'report') if s in stages]:
         body = stages[stage].get('do', stages[stage])
-        try: problems += _compare(stage, 'dep', body.get('deps', []), expected_deps(stage, root), _REMEDY)
-        except ValueError as e: problems.append(f"dvc.yaml: stage {stage}: {e}")
+        try:
+            problems += _compare(stage, 'dep', body.get('deps', []), expected_deps(stage, root), _REMEDY)
+        except ValueError as e:
+            problems.append(f"dvc.yaml: stage {stage}: {e}")
         params = [name for entry in body.get('params', []) for name in ([entry] if isinstance(entry, str) else entry)]
         problems += _compare(stage, 'param', params, expected_params(stage), 'mend dvc.yaml')
         outputs = _outputs(body)
@@ -157,7 +186,8 @@ def replace_deps(
     "Put `deps` in the place of a stage's list, line by line, and leave all else alone."
     block = re.search(rf'^  {re.escape(stage)}:\n(?:(?:    .*| *#.*|\s*)\n)+', text, flags=re.M)
     lists = block and re.search(r'^( +)deps:\n(?:\1 *- .*\n)+', block[0], flags=re.M)
-    if not lists: raise ValueError(f"dvc.yaml: stage {stage} has no list `deps:`; write one with any entry, then run this again")
+    if not lists:
+        raise ValueError(f"dvc.yaml: stage {stage} has no list `deps:`; write one with any entry, then run this again")
     new = f"{lists[1]}deps:\n" + ''.join(f'{lists[1]}  - {d}\n' for d in deps)
     at = block.start() + lists.start()
     return text[:at] + new + text[at + len(lists[0]):]
@@ -168,15 +198,20 @@ def write_deps(
 ) -> list[str]: # stages whose list changed
     "Bring the `deps` of every stage in `dvc.yaml` up to date; where an import leads nowhere the list stays, and `stage_problems` says so."
     root = Path(root or repo_root())
-    path, changed = root/'dvc.yaml', []
+    path = root/'dvc.yaml'
+    changed = []
     text = path.read_text(encoding='utf-8')
     for stage in (*STAGES, 'report'):
-        try: deps = expected_deps(stage, root)
-        except ValueError: continue
+        try:
+            deps = expected_deps(stage, root)
+        except ValueError:
+            continue
         new = replace_deps(text, stage, deps)
-        if new != text: changed.append(stage)
+        if new != text:
+            changed.append(stage)
         text = new
-    if changed: atomic_write(path, text)
+    if changed:
+        atomic_write(path, text)
     return changed
 
 # %% ../../nbs/pipeline/71_closure.ipynb #4bca62d8
@@ -186,11 +221,13 @@ def main(
     "Compare `dvc.yaml` with the notebooks' imports, or bring it up to date."
     parser = argparse.ArgumentParser(prog='python -m skinlesion.pipeline.closure', description=main.__doc__)
     parser.add_argument('--write', action='store_true', help='rewrite the deps of dvc.yaml')
-    if parser.parse_args(args).write: print('changed: ' + (', '.join(write_deps()) or 'nothing'))
+    if parser.parse_args(args).write:
+        print('changed: ' + (', '.join(write_deps()) or 'nothing'))
     problems = stage_problems()
     print('\n'.join(problems or ['dvc.yaml agrees with the notebooks']))
     return int(bool(problems))
 
 # %% ../../nbs/pipeline/71_closure.ipynb #86d751fe
 #| eval: false
-if __name__ == '__main__': raise SystemExit(main())
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -16,7 +16,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
@@ -36,58 +47,88 @@ class Base(Section):
     seed:int = Field(ge=0, lt=2**31, description='seed of split, training and bootstrap')
     image_size:int = Field(ge=32, le=1024, description='side in pixels of the square image a model sees')
 
-# %% ../../nbs/pipeline/70_params.ipynb #9a83ae71
+# %% ../../nbs/pipeline/70_params.ipynb #ba363335
 class External(Section):
     "Rows that are kept apart from train, valid and test, as a test set of their own."
-    column:str = Field(min_length=1, description='column of metadata.csv that tells them apart, such as the source or the hospital')
-    values:Annotated[tuple[str, ...], Strict(False)] = Field(min_length=1, description='values of that column whose rows are external')
-    tied:Literal['error', 'aside'] = Field(description='what becomes of other images of the same lesion, patient or pixels: stop, or leave them out')
+    column: str = Field(
+        min_length=1, description='column of metadata.csv that tells them apart, such as the source or the hospital'
+    )
+    values: Annotated[tuple[str, ...], Strict(False)] = Field(
+        min_length=1, description='values of that column whose rows are external'
+    )
+    tied: Literal['error', 'aside'] = Field(
+        description='what becomes of other images of the same lesion, patient or pixels: stop, or leave them out'
+    )
 
+# %% ../../nbs/pipeline/70_params.ipynb #9a83ae71
 class Split(Section):
     "How lesions are dealt to train, valid and test."
-    policy:Literal['stratified', 'hash', 'column'] = Field(
-        description='stratified by class, by the hash of seed and group alone (stable without memory), or as the column `split` of metadata.csv says')
-    fractions:Annotated[tuple[float, float, float], Strict(False)] = Field(
-        description='share of images in train, valid, test, whole lesions together: each above 0, sum 1; the policy `column` does not use them')
-    previous:str|None = Field(min_length=1, description='an earlier splits.csv, kept outside artifacts/: its lesions stay where they were, only new ones are '
-                                                        'dealt; for the policy `stratified`')
+    policy: Literal['stratified', 'hash', 'column'] = Field(
+        description='stratified by class, by the hash of seed and group alone (stable without memory), or as '
+        'the column `split` of metadata.csv says'
+    )
+    fractions: Annotated[tuple[float, float, float], Strict(False)] = Field(
+        description='share of images in train, valid, test, whole lesions together: each above 0, sum 1; the '
+        'policy `column` does not use them'
+    )
+    previous: str | None = Field(
+        min_length=1,
+        description='an earlier splits.csv, kept outside artifacts/: its lesions stay where they were, only new '
+        'ones are '
+        'dealt; for the policy `stratified`',
+    )
     external:External|None = Field(description='rows that become an external test set; null for none')
 
     @field_validator('previous')
     @classmethod
     def _is_kept(cls, previous):
         if previous and re.match(r'(\./)*artifacts/', previous):
-            raise ValueError(f"{previous!r} is written anew by the stage itself; copy it out of artifacts/ and name the copy")
+            raise ValueError(
+                f"{previous!r} is written anew by the stage itself; copy it out of artifacts/ and name the copy"
+            )
         return previous
 
     @field_validator('fractions')
     @classmethod
     def _sum_to_one(cls, fractions):
         if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-            raise ValueError(f"{list(fractions)} sums to {sum(fractions):g}; give three shares above 0 whose sum is 1, such as [0.7, 0.15, 0.15]")
+            raise ValueError(
+                f"{list(fractions)} sums to {sum(fractions):g}; give three shares above 0 whose sum is "
+                "1, such as [0.7, 0.15, 0.15]"
+            )
         return fractions
 
-# %% ../../nbs/pipeline/70_params.ipynb #7f4c72fb
+# %% ../../nbs/pipeline/70_params.ipynb #4ba7554a
 def _check_once(values):
     "Refuse a list that names something twice."
-    if len(set(values)) < len(values): raise ValueError(f"{list(values)} names something twice; name each once")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{list(values)} names something twice; name each once")
     return values
 
+# %% ../../nbs/pipeline/70_params.ipynb #23a0a884
 class Audit(Section):
     "What the audit may find without stopping the stage."
-    accept:Annotated[tuple[Annotated[str, Field(pattern=r'^[a-z0-9-]+(:.+)?$')], ...], Strict(False)] = Field(
-        description='findings that may stand, each as its kind or as kind:item, such as near-duplicate:ID_1+ID_2; crossing lesions never may')
+    accept: Annotated[tuple[Annotated[str, Field(pattern=r'^[a-z0-9-]+(:.+)?$')], ...], Strict(False)] = Field(
+        description='findings that may stand, each as its kind or as kind:item, such as '
+        'near-duplicate:ID_1+ID_2; crossing lesions never may'
+    )
     _once = field_validator('accept')(_check_once)
 
+# %% ../../nbs/pipeline/70_params.ipynb #7f4c72fb
 class Prepare(Section):
     "Keys of the stage `prepare`."
     split:Split = Field(description='how lesions are dealt to train, valid and test')
     audit:Audit = Field(description='what the audit may find')
-    colour:Literal['none', 'shades_of_grey'] = Field(description='colour constancy of the stored images: none, or shades of grey')
+    colour: Literal['none', 'shades_of_grey'] = Field(
+        description='colour constancy of the stored images: none, or shades of grey'
+    )
 
 # %% ../../nbs/pipeline/70_params.ipynb #bb9b11b8
 _Seed = Annotated[int, Field(ge=0, lt=2**31)]
-_Precision = Annotated[Literal['auto', '32', 'bf16', 'fp16'], BeforeValidator(lambda value: '32' if type(value) is int and value == 32 else value)]
+_Precision = Annotated[
+    Literal['auto', '32', 'bf16', 'fp16'],
+    BeforeValidator(lambda value: '32' if type(value) is int and value == 32 else value),
+]
 
 class _Steps(Section):
     "The keys that every recipe chooses."
@@ -95,11 +136,15 @@ class _Steps(Section):
     batch_size:int = Field(ge=2, le=4096, description='images per step')
     learning_rate:float = Field(gt=0, le=10, description='highest learning rate of the schedule')
     weight_decay:float = Field(ge=0, le=10, description='weight decay of AdamW')
-    warmup_epochs:float = Field(ge=0, le=1000, description='epochs over which the learning rate rises; fewer than `epochs`')
+    warmup_epochs: float = Field(
+        ge=0, le=1000, description='epochs over which the learning rate rises; fewer than `epochs`'
+    )
     patience:int = Field(ge=1, le=1000, description='epochs without a better `metric` before training stops')
     augment:Literal['none', 'light', 'medium', 'heavy'] = Field(description='strength of the training augmentation')
-    artefacts:Annotated[tuple[Literal['hair', 'ruler'], ...], Strict(False), AfterValidator(_check_once)] = Field(
-        description='what is drawn over some training images, so that it tells nothing: hair, ruler, both or none of them')
+    artefacts: Annotated[tuple[Literal['hair', 'ruler'], ...], Strict(False), AfterValidator(_check_once)] = Field(
+        description='what is drawn over some training images, so that it tells nothing: hair, ruler, both or '
+        'none of them'
+    )
     workers:int = Field(ge=0, le=64, description='processes that load images; 0 loads in the main one')
 
 # %% ../../nbs/pipeline/70_params.ipynb #b61758bd
@@ -107,28 +152,54 @@ class Recipe(_Steps):
     "How every member is trained, unless it says otherwise itself."
     metric:Literal['auroc_macro', 'balanced_accuracy', 'accuracy', 'f1_macro', 'loss'] = Field(
         'auroc_macro', description='what is best on validation decides which epoch is kept')
-    sampler:Literal['shuffle', 'balanced'] = Field('shuffle', description='each image once an epoch, or every class equally likely')
-    mix:Literal['none', 'mixup', 'cutmix'] = Field('none', description='training images are blended in pairs, or pasted into one another')
+    sampler: Literal['shuffle', 'balanced'] = Field(
+        'shuffle', description='each image once an epoch, or every class equally likely'
+    )
+    mix: Literal['none', 'mixup', 'cutmix'] = Field(
+        'none', description='training images are blended in pairs, or pasted into one another'
+    )
     mix_alpha:float = Field(.2, gt=0, le=10, description='of the beta distribution that `mix` draws its shares from')
     accumulate:int = Field(1, ge=1, le=4096, description='batches whose gradients make one step')
     clip_norm:float = Field(1., gt=0, le=1e6, description='longer gradients are scaled down to this norm')
-    layer_decay:float = Field(1., gt=0, le=1, description='learning rate of a layer over that of the layer above it; 1 treats all alike')
-    freeze_epochs:int = Field(0, ge=0, le=1000, description='first epochs in which the backbone stays as it is; fewer than `epochs`')
-    ema_decay:float = Field(0., ge=0, lt=1, description='the running mean of the weights is validated and kept, usually 0.99 to 0.9999; 0 for none')
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description='learning rate of a layer over that of the layer above it; 1 treats all alike'
+    )
+    freeze_epochs: int = Field(
+        0, ge=0, le=1000, description='first epochs in which the backbone stays as it is; fewer than `epochs`'
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description='the running mean of the weights is validated and kept, usually 0.99 to 0.9999; 0 for none',
+    )
     precision:_Precision = Field('auto', description='auto (bf16 on a GPU that has it, else 32), or one of them')
-    devices:int = Field(1, ge=1, le=64, description='processes that share a batch, each on a GPU of its own where there are any')
-    checkpoint_minutes:float = Field(2., ge=0, le=1440, description='a killed run loses at most so much, or one step; 0 saves after each step')
+    devices: int = Field(
+        1, ge=1, le=64, description='processes that share a batch, each on a GPU of its own where there are any'
+    )
+    checkpoint_minutes: float = Field(
+        2.0, ge=0, le=1440, description='a killed run loses at most so much, or one step; 0 saves after each step'
+    )
     log:Annotated[tuple[Literal['tensorboard', 'wandb'], ...], Strict(False), AfterValidator(_check_once)] = Field(
         (), description='loggers beside DVCLive: tensorboard, wandb, both or none of them')
 
     @model_validator(mode='after')
     def _fits_together(self):
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs:g} and epochs is {self.epochs}; warm up for fewer epochs than are trained")
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g} and epochs is {self.epochs}; warm up for "
+                "fewer epochs than are trained"
+            )
         if self.freeze_epochs >= self.epochs:
-            raise ValueError(f"freeze_epochs is {self.freeze_epochs} and epochs is {self.epochs}; thaw the backbone before training ends")
+            raise ValueError(
+                f"freeze_epochs is {self.freeze_epochs} and epochs is {self.epochs}; thaw the backbone "
+                "before training ends"
+            )
         if self.batch_size < 2 * self.devices:
-            raise ValueError(f"batch_size is {self.batch_size} and devices is {self.devices}; each needs two images, so ask for {2 * self.devices} images or more")
+            raise ValueError(
+                f"batch_size is {self.batch_size} and devices is {self.devices}; each needs two images, "
+                f"so ask for {2 * self.devices} images or more"
+            )
         return self
 
 # %% ../../nbs/pipeline/70_params.ipynb #eb259dc3
@@ -136,8 +207,14 @@ _Word = Annotated[str, Field(min_length=1), BeforeValidator(lambda value: str(va
 
 class Head(Section):
     "One head beside the diagnosis."
-    kind:Literal['binary', 'ordinal', 'multiclass'] = Field(description='two levels, levels in order, or levels without one')
-    column:str = Field('', description='column of metadata.csv; left out, the name of the head; `malignant` follows from the diagnosis where no column says it')
+    kind: Literal['binary', 'ordinal', 'multiclass'] = Field(
+        description='two levels, levels in order, or levels without one'
+    )
+    column: str = Field(
+        '',
+        description='column of metadata.csv; left out, the name of the head; `malignant` follows from the '
+        'diagnosis where no column says it',
+    )
     levels:Annotated[tuple[_Word, ...], Strict(False), AfterValidator(_check_once)] = Field(
         (), description='the words in that column, from least to most; left out, [no, yes] for a binary head')
     weight:float = Field(1., gt=0, le=1000, description='of its loss beside that of the diagnosis')
@@ -146,43 +223,82 @@ class Head(Section):
     def _enough_levels(self):
         n = len(self.levels)
         if n < 2 and (n or self.kind != 'binary') or n > 2 and self.kind == 'binary':
-            raise ValueError(f"levels are {list(self.levels)}; a head of kind {self.kind} needs {'two' if self.kind == 'binary' else 'two or more, in order'}")
+            raise ValueError(
+                f"levels are {list(self.levels)}; a head of kind {self.kind} needs "
+                f"{'two' if self.kind == 'binary' else 'two or more, in order'}"
+            )
         return self
 
 # %% ../../nbs/pipeline/70_params.ipynb #04c652b3
 class MemberKeys(Section):
     "What one model is."
-    backbone:str|None = Field(pattern=r'^[A-Za-z0-9_.\-]+$', description='exact timm name, small_cnn_3 or small_cnn_4; null for the fusion `metadata`')
+    backbone: str | None = Field(
+        pattern=r'^[A-Za-z0-9_.\-]+$',
+        description='exact timm name, small_cnn_3 or small_cnn_4; null for the fusion `metadata`',
+    )
     pretrained:str = Field('none', min_length=1, description='`none`, `timm` (hub) or the path of a safetensors file')
     fusion:Literal['none', 'metadata', 'concat', 'film', 'metablock', 'gated', 'cross_attention'] = Field(
         'none', description='image alone, age, sex and site alone, or a way to join them')
     drop_rate:float = Field(.2, ge=0, lt=1, description='dropout before the classifier')
-    metadata_dropout:float = Field(0., ge=0, lt=1, description='share of training images whose age is hidden; sex and site likewise')
-    loss:Literal['cross_entropy', 'focal', 'class_balanced', 'asymmetric', 'ldam', 'logit_adjustment'] = Field('cross_entropy', description='training loss')
-    gamma:float = Field(2., ge=0, le=10, description='focal, asymmetric: how much an image that is already right is played down')
+    metadata_dropout: float = Field(
+        0.0, ge=0, lt=1, description='share of training images whose age is hidden; sex and site likewise'
+    )
+    loss: Literal['cross_entropy', 'focal', 'class_balanced', 'asymmetric', 'ldam', 'logit_adjustment'] = Field(
+        'cross_entropy', description='training loss'
+    )
+    gamma: float = Field(
+        2.0, ge=0, le=10, description='focal, asymmetric: how much an image that is already right is played down'
+    )
     gamma_negative:float = Field(4., ge=0, le=10, description='asymmetric: the same for the classes an image is not')
-    beta:float = Field(.999, ge=0, lt=1, description='class_balanced, ldam: from 0, all classes alike, towards weights of one over frequency')
+    beta: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description='class_balanced, ldam: from 0, all classes alike, towards weights of one over frequency',
+    )
     margin:float = Field(.5, gt=0, le=10, description='ldam: margin of the rarest class')
     deferred:float = Field(.8, ge=0, le=1, description='ldam: share of the run after which rare classes weigh more')
-    tau:float = Field(1., ge=0, le=10, description='logit_adjustment: how far the logits give way to the class frequencies')
-    weight_power:float = Field(.5, ge=0, le=2, description='class weights are frequency to minus this power; 0 weighs all alike')
+    tau: float = Field(
+        1.0, ge=0, le=10, description='logit_adjustment: how far the logits give way to the class frequencies'
+    )
+    weight_power: float = Field(
+        0.5, ge=0, le=2, description='class weights are frequency to minus this power; 0 weighs all alike'
+    )
     label_smoothing:float = Field(0., ge=0, lt=1, description='share of the target spread over all classes')
     heads:dict[str, Head] = Field(default_factory=dict, description='further heads by name; none by default')
-    pretrain_epochs:int = Field(0, ge=0, le=1000, description='epochs of SimSiam, which asks for no diagnosis, before training; 0 for none')
-    head_epochs:int = Field(0, ge=0, le=1000, description='0 trains all at once; else the image is learnt first and age, sex and site are added in so many epochs')
+    pretrain_epochs: int = Field(
+        0, ge=0, le=1000, description='epochs of SimSiam, which asks for no diagnosis, before training; 0 for none'
+    )
+    head_epochs: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description='0 trains all at once; else the image is learnt first and age, sex and site are added in so '
+        'many epochs',
+    )
     seed:int|None = Field(None, ge=0, lt=2**31, description='seed of this member; null takes base.seed')
 
 # %% ../../nbs/pipeline/70_params.ipynb #a887f64a
-_LOSS_KEYS = dict(cross_entropy=('weight_power', 'label_smoothing'), focal=('weight_power', 'gamma'), class_balanced=('beta', 'label_smoothing'),
-                  asymmetric=('weight_power', 'gamma', 'gamma_negative'), ldam=('margin', 'beta', 'deferred'), logit_adjustment=('tau',))
+_LOSS_KEYS = dict(
+    cross_entropy=('weight_power', 'label_smoothing'),
+    focal=('weight_power', 'gamma'),
+    class_balanced=('beta', 'label_smoothing'),
+    asymmetric=('weight_power', 'gamma', 'gamma_negative'),
+    ldam=('margin', 'beta', 'deferred'),
+    logit_adjustment=('tau',),
+)
 
 def _check_loss_keys(keys):
     "Refuse a constant that the loss does not read."
     for name in sorted({n for names in _LOSS_KEYS.values() for n in names} - set(_LOSS_KEYS[keys.loss])):
-        value, default = getattr(keys, name), MemberKeys.model_fields[name].default
+        value = getattr(keys, name)
+        default = MemberKeys.model_fields[name].default
         if value != default and not (name == 'weight_power' and value == 0):
-            raise ValueError(f"{name} is {value:g}, but the loss {keys.loss!r} does not use it; leave it out, or take a loss that does "
-                             f"({', '.join(loss for loss, names in _LOSS_KEYS.items() if name in names)})")
+            raise ValueError(
+                f"{name} is {value:g}, but the loss {keys.loss!r} does not use it; leave it out, or "
+                "take a loss that does "
+                f"({', '.join(loss for loss, names in _LOSS_KEYS.items() if name in names)})"
+            )
 
 # %% ../../nbs/pipeline/70_params.ipynb #345541b1
 class _Checked(MemberKeys):
@@ -192,44 +308,72 @@ class _Checked(MemberKeys):
     def _plain_heads(cls, heads):
         for name in heads:
             if not re.fullmatch(r'[a-z][a-z0-9_]*', name) or name == 'diagnosis':
-                raise ValueError(f"{name!r} cannot be a head's name; use small letters, digits and '_', and not 'diagnosis', which is there already")
+                raise ValueError(
+                    f"{name!r} cannot be a head's name; use small letters, digits and '_', and not "
+                    "'diagnosis', which is there already"
+                )
         return heads
 
     @model_validator(mode='after')
     def _makes_a_model(self):
         if self.fusion == 'metadata' and self.backbone:
-            raise ValueError(f"backbone is {self.backbone!r}, but the fusion 'metadata' looks at no image; write `backbone: null`")
+            raise ValueError(
+                f"backbone is {self.backbone!r}, but the fusion 'metadata' looks at no image; write `backbone: null`"
+            )
         if self.fusion != 'metadata' and not self.backbone:
-            raise ValueError(f"backbone is null, but the fusion {self.fusion!r} looks at the image; name a backbone, or take the fusion 'metadata'")
+            raise ValueError(
+                f"backbone is null, but the fusion {self.fusion!r} looks at the image; name a backbone, "
+                "or take the fusion 'metadata'"
+            )
         if not self.backbone and (self.pretrained != 'none' or self.pretrain_epochs):
-            raise ValueError("a model without a backbone has nothing to pretrain; take `pretrained: none` and `pretrain_epochs: 0`")
+            raise ValueError(
+                "a model without a backbone has nothing to pretrain; take `pretrained: none` and `pretrain_epochs: 0`"
+            )
         if self.head_epochs and self.fusion in ('none', 'metadata'):
-            raise ValueError(f"head_epochs is {self.head_epochs}, but the fusion {self.fusion!r} joins nothing; take another fusion or `head_epochs: 0`")
+            raise ValueError(
+                f"head_epochs is {self.head_epochs}, but the fusion {self.fusion!r} joins nothing; take "
+                "another fusion or `head_epochs: 0`"
+            )
         if self.metadata_dropout and self.fusion == 'none':
-            raise ValueError(f"metadata_dropout is {self.metadata_dropout:g}, but the fusion 'none' reads no metadata; take 0 or another fusion")
+            raise ValueError(
+                f"metadata_dropout is {self.metadata_dropout:g}, but the fusion 'none' reads no "
+                "metadata; take 0 or another fusion"
+            )
         _check_loss_keys(self)
         return self
 
-# %% ../../nbs/pipeline/70_params.ipynb #f4beb5ec
+# %% ../../nbs/pipeline/70_params.ipynb #1f9ce2e6
 def _optional_keys(section):
     "The keys of `section` for another one in which each may be left out: a model with the same ranges."
-    keys = {name: (Annotated[(field.annotation, *field.metadata, Field(description=f"for this member: {field.description}"))], None)
-            for name, field in section.model_fields.items()}
+    keys = {
+        name: (
+            Annotated[(field.annotation, *field.metadata, Field(description=f"for this member: {field.description}"))],
+            None,
+        )
+        for name, field in section.model_fields.items()
+    }
     return create_model('_Own', __base__=Section, **keys)
 
+# %% ../../nbs/pipeline/70_params.ipynb #f4beb5ec
 class Member(_optional_keys(Recipe), _Checked):
     "One model of the ensemble, with what it does otherwise than the common recipe."
 
-# %% ../../nbs/pipeline/70_params.ipynb #0a11afed
+# %% ../../nbs/pipeline/70_params.ipynb #cb322f49
 class Train(Recipe):
     "Keys of the stage `train`: the common recipe, and the members by name."
-    folds:int = Field(0, ge=0, le=20, description='fits of each member: 0 is one on the training lesions, 2 or more take turns on train and valid')
+    folds: int = Field(
+        0,
+        ge=0,
+        le=20,
+        description='fits of each member: 0 is one on the training lesions, 2 or more take turns on train and valid',
+    )
     members:dict[str, Member] = Field(min_length=1, description='the models of the ensemble, by name')
 
     @field_validator('folds')
     @classmethod
     def _no_single_fold(cls, folds):
-        if folds == 1: raise ValueError("1 fold leaves nothing to train on; take 0 for one fit, or from 2 to 20 folds")
+        if folds == 1:
+            raise ValueError("1 fold leaves nothing to train on; take 0 for one fit, or from 2 to 20 folds")
         return folds
 
     @field_validator('members')
@@ -237,16 +381,21 @@ class Train(Recipe):
     def _plain_names(cls, members):
         for name in members:
             if not re.fullmatch(r'[a-z0-9_-]+', name) or name == 'ensemble':
-                raise ValueError(f"{name!r} cannot be a member's name; use small letters, digits, '-' and '_', and not 'ensemble'")
+                raise ValueError(
+                    f"{name!r} cannot be a member's name; use small letters, digits, '-' and '_', and not 'ensemble'"
+                )
         return members
 
     @model_validator(mode='after')
     def _members_can_be_trained(self):
         for name, member in self.members.items():
-            try: Recipe.model_validate(member_recipe(self, member))
-            except ValidationError as e: raise ValueError(f"train.members.{name}: {e.errors()[0]['ctx']['error']}") from None
+            try:
+                Recipe.model_validate(member_recipe(self, member))
+            except ValidationError as e:
+                raise ValueError(f"train.members.{name}: {e.errors()[0]['ctx']['error']}") from None
         return self
 
+# %% ../../nbs/pipeline/70_params.ipynb #0a11afed
 def member_recipe(
     train:Train, # the section `train`
     member:Member, # one of its members
@@ -255,41 +404,75 @@ def member_recipe(
     keys = set(Recipe.model_fields)
     return train.model_dump(include=keys) | member.model_dump(include=keys, exclude_unset=True)
 
-# %% ../../nbs/pipeline/70_params.ipynb #f7f63eb2
+# %% ../../nbs/pipeline/70_params.ipynb #11c89813
 _Views = Annotated[tuple[Literal['none', 'flips', 'd4', 'd4+crops'], ...], Strict(False), AfterValidator(_check_once)]
-_Corruptions = Annotated[tuple[Literal['hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'], ...],
-                         Strict(False), AfterValidator(_check_once)]
+_Corruptions = Annotated[
+    tuple[Literal['hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'], ...],
+    Strict(False),
+    AfterValidator(_check_once),
+]
 
 class Evaluate(Section):
     "Keys of the stage `evaluate`; whatever is chosen or fitted is so on validation."
     resamples:int = Field(ge=40, le=100_000, description='bootstrap resamples of the lesions behind each interval')
-    views:_Views = Field(('none', 'flips', 'd4'), min_length=1, description='sets of views of a picture to choose from; one alone is taken as it is')
-    combination:Literal['auto', 'mean', 'logit_mean', 'tempered_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking'] = Field(
-        'auto', description='how members make one answer; auto: the plain mean, unless another is clearly better')
+    views: _Views = Field(
+        ('none', 'flips', 'd4'),
+        min_length=1,
+        description='sets of views of a picture to choose from; one alone is taken as it is',
+    )
+    combination: Literal[
+        'auto', 'mean', 'logit_mean', 'tempered_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking'
+    ] = Field('auto', description='how members make one answer; auto: the plain mean, unless another is clearly better')
     calibration:Literal['auto', 'none', 'temperature', 'vector', 'dirichlet', 'isotonic'] = Field(
         'auto', description='what mends the confidence; auto: nothing, unless it clearly helps')
-    target_sensitivity:float = Field(.95, gt=0, lt=1, description='sensitivity for malignancy that the locked threshold is to reach')
+    target_sensitivity: float = Field(
+        0.95, gt=0, lt=1, description='sensitivity for malignancy that the locked threshold is to reach'
+    )
     coverage:float = Field(.9, gt=0, lt=1, description='share of prediction sets that are to hold the diagnosis')
-    conformal:Literal['class_conditional', 'split'] = Field('class_conditional', description='coverage is kept in every class, or over all images together')
-    abstain_share:float = Field(.1, ge=0, lt=1, description='share of lesions, the least certain, on which no answer is given; 0 answers always')
-    ood:Literal['none', 'energy', 'mahalanobis'] = Field('mahalanobis', description='score by which pictures that are no lesion are told apart; none for no such score')
-    miss_cost:float = Field(10., gt=0, le=1000, description='a missed malignancy in needless alarms, for the expected cost')
+    conformal: Literal['class_conditional', 'split'] = Field(
+        'class_conditional', description='coverage is kept in every class, or over all images together'
+    )
+    abstain_share: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description='share of lesions, the least certain, on which no answer is given; 0 answers always',
+    )
+    ood: Literal['none', 'energy', 'mahalanobis'] = Field(
+        'mahalanobis', description='score by which pictures that are no lesion are told apart; none for no such score'
+    )
+    miss_cost: float = Field(
+        10.0, gt=0, le=1000, description='a missed malignancy in needless alarms, for the expected cost'
+    )
     min_lesions:int = Field(20, ge=2, le=100_000, description='a subgroup of fewer lesions gets no figure')
-    stress:_Corruptions = Field(('hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'),
-                                description='what test images are spoilt by, in five grades, to see what is lost; none of them for no such test')
-    stress_images:int = Field(200, ge=10, le=1_000_000, description='at most so many test images are spoilt, of as many lesions as can be')
+    stress: _Corruptions = Field(
+        ('hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'),
+        description='what test images are spoilt by, in five grades, to see what is '
+        'lost; none of them for no such test',
+    )
+    stress_images: int = Field(
+        200, ge=10, le=1_000_000, description='at most so many test images are spoilt, of as many lesions as can be'
+    )
 
+# %% ../../nbs/pipeline/70_params.ipynb #f7f63eb2
 class Explain(Section):
     "Keys of the stage `explain`."
     methods:Annotated[tuple[Literal['gradcam', 'eigencam', 'scorecam'], ...], Strict(False)] = Field(
         min_length=1, description='class activation methods shown side by side, each once')
     images_per_class:int = Field(ge=1, le=1000, description='test images of each class that are explained')
-    scorecam_images_per_class:int = Field(ge=1, le=1000, description='at most so many of them by Score-CAM, which costs a forward pass per channel')
-    layer:str|None = Field(min_length=1, description='layer the maps are read from; null takes the deepest whose map has 7 x 7 cells or more')
-    member:str|None = Field(min_length=1, description='member that is explained; null takes the first by name that looks at the image')
+    scorecam_images_per_class: int = Field(
+        ge=1, le=1000, description='at most so many of them by Score-CAM, which costs a forward pass per channel'
+    )
+    layer: str | None = Field(
+        min_length=1,
+        description='layer the maps are read from; null takes the deepest whose map has 7 x 7 cells or more',
+    )
+    member: str | None = Field(
+        min_length=1, description='member that is explained; null takes the first by name that looks at the image'
+    )
     _once = field_validator('methods')(_check_once)
 
-# %% ../../nbs/pipeline/70_params.ipynb #58b2c6c1
+# %% ../../nbs/pipeline/70_params.ipynb #ee4185a0
 class Params(Section):
     "The whole of `params.yaml`."
     base:Base = Field(description='what every stage shares')
@@ -300,11 +483,18 @@ class Params(Section):
 
     @model_validator(mode='after')
     def _explained_member_exists(self):
-        name, members = self.explain.member, sorted(self.train.members)
+        name = self.explain.member
+        members = sorted(self.train.members)
         if name is not None and name not in members:
-            raise ValueError(f"explain.member is {name!r}, which is not in train.members ({', '.join(members)}).{nearest(name, members)}")
+            raise ValueError(
+                f"explain.member is {name!r}, which is not in train.members "
+                f"({', '.join(members)}).{nearest(name, members)}"
+            )
         seeing = [m for m in members if self.train.members[m].backbone]
-        if not seeing: raise ValueError("train.members: none looks at the image, and maps need one that does; add a member with a backbone")
+        if not seeing:
+            raise ValueError(
+                "train.members: none looks at the image, and maps need one that does; add a member with a backbone"
+            )
         if name not in (None, *seeing):
             raise ValueError(f"explain.member is {name!r}, which looks at no image; allowed: {', '.join(seeing)}")
         return self
@@ -312,10 +502,14 @@ class Params(Section):
     @model_validator(mode='after')
     def _subsets_can_be_counted(self):
         if self.evaluate.combination == 'best_subset' and len(self.train.members) > 12:
-            raise ValueError(f"evaluate.combination is 'best_subset', which tries every subset of up to 12 members, and train.members has "
-                             f"{len(self.train.members)}; take another combination, or fewer members")
+            raise ValueError(
+                "evaluate.combination is 'best_subset', which tries every subset of up to 12 members, "
+                "and train.members has "
+                f"{len(self.train.members)}; take another combination, or fewer members"
+            )
         return self
 
+# %% ../../nbs/pipeline/70_params.ipynb #58b2c6c1
 def explained_member(
     params:Params, # of `load_params`
 ) -> str: # a name in train.members
@@ -327,24 +521,41 @@ def allowed_text(
     schema:dict, # JSON schema of one key, as pydantic writes it
 ) -> str: # such as "whole number from 1 to 1000"
     "Say in words which values a JSON schema allows."
-    if 'anyOf' in schema: return ' or '.join(allowed_text(s) for s in schema['anyOf'])
-    if 'enum' in schema: return ', '.join(map(str, schema['enum']))
-    if 'prefixItems' in schema: return f"list of {len(schema['prefixItems'])} numbers"
-    if 'items' in schema: return f"list of {allowed_text(schema['items'])}"
-    words = dict(integer='whole number', number='number', string='text', boolean='true or false', null='null', object='mapping')
+    if 'anyOf' in schema:
+        return ' or '.join(allowed_text(s) for s in schema['anyOf'])
+    if 'enum' in schema:
+        return ', '.join(map(str, schema['enum']))
+    if 'prefixItems' in schema:
+        return f"list of {len(schema['prefixItems'])} numbers"
+    if 'items' in schema:
+        return f"list of {allowed_text(schema['items'])}"
+    words = dict(
+        integer='whole number', number='number', string='text', boolean='true or false', null='null', object='mapping'
+    )
     bounds = [('minimum', 'from'), ('exclusiveMinimum', 'above'), ('maximum', 'to'), ('exclusiveMaximum', 'below')]
-    parts = [words.get(schema.get('type'), 'mapping')] + [f"{word} {schema[key]:g}" if isinstance(schema[key], float) else f"{word} {schema[key]}"
-                                          for key, word in bounds if key in schema]
-    if 'pattern' in schema: parts.append(f"matching {schema['pattern']}")
+    parts = [words.get(schema.get('type'), 'mapping')] + [
+        f"{word} {schema[key]:g}" if isinstance(schema[key], float) else f"{word} {schema[key]}"
+        for key, word in bounds
+        if key in schema
+    ]
+    if 'pattern' in schema:
+        parts.append(f"matching {schema['pattern']}")
     return ' '.join(parts)
 
-# %% ../../nbs/pipeline/70_params.ipynb #6b101fcc
+# %% ../../nbs/pipeline/70_params.ipynb #39ea8484
 def _default_text(field, optional):
     "What holds where a key is left out, as YAML; '' where it must stand."
-    if not optional: return ''
-    if 'default' not in field: return '{}'
-    return 'the common value' if field.get('description', '').startswith('for this member') else json.dumps(field['default']).strip('"')
+    if not optional:
+        return ''
+    if 'default' not in field:
+        return '{}'
+    return (
+        'the common value'
+        if field.get('description', '').startswith('for this member')
+        else json.dumps(field['default']).strip('"')
+    )
 
+# %% ../../nbs/pipeline/70_params.ipynb #63d10f6e
 def _rows(schema, defs, prefix=''):
     "Rows of `describe_params` for the object `schema`, sections before their keys."
     for name, field in schema['properties'].items():
@@ -352,9 +563,16 @@ def _rows(schema, defs, prefix=''):
         inner = next((f for f in field.get('anyOf', ()) if '$ref' in f), field.get('additionalProperties', field))
         target = defs.get(inner.get('$ref', '').rsplit('/', 1)[-1])
         allowed = 'mapping' if target and 'anyOf' not in field else allowed_text(field)
-        yield dict(key=key, allowed=allowed, default=_default_text(field, name not in schema.get('required', ())), meaning=field.get('description', ''))
-        if target: yield from _rows(target, defs, f"{key}.{'M.' if 'additionalProperties' in field else ''}")
+        yield dict(
+            key=key,
+            allowed=allowed,
+            default=_default_text(field, name not in schema.get('required', ())),
+            meaning=field.get('description', ''),
+        )
+        if target:
+            yield from _rows(target, defs, f"{key}.{'M.' if 'additionalProperties' in field else ''}")
 
+# %% ../../nbs/pipeline/70_params.ipynb #6b101fcc
 def describe_params(
     model:type[Section]=Params, # the section whose keys are listed
 ) -> list[dict]: # one row per key: key (dotted; a name is M), allowed, default ('' where there is none), meaning
@@ -362,11 +580,12 @@ def describe_params(
     schema = model.model_json_schema()
     return list(_rows(schema, schema.get('$defs', {})))
 
-# %% ../../nbs/pipeline/70_params.ipynb #ddcd0266
+# %% ../../nbs/pipeline/70_params.ipynb #9eb73079
 def _dotted(loc):
     "`('train', 'members', 'a', 'gamma')` as `train.members.a.gamma`; list positions in brackets."
     return re.sub(r'\.\[', '[', '.'.join(f'[{p}]' if isinstance(p, int) else str(p) for p in loc if p != '[key]'))
 
+# %% ../../nbs/pipeline/70_params.ipynb #41be7fbb
 def _row_key(loc, rows):
     "The key of `describe_params` that the location belongs to."
     key = ''
@@ -375,42 +594,72 @@ def _row_key(loc, rows):
         key = f"{dot}{'M' if any(k.startswith(f'{dot}M.') for k in rows) else part}"
     return key
 
+# %% ../../nbs/pipeline/70_params.ipynb #ddcd0266
 def _unknown(loc, rows):
     "Message for a key that no model knows."
-    head, name = _row_key(loc[:-1], rows), str(loc[-1])
+    head = _row_key(loc[:-1], rows)
+    name = str(loc[-1])
     prefix = f'{head}.' if head else ''
     here = [k[len(prefix):] for k in rows if k.startswith(prefix) and '.' not in k[len(prefix):]]
     elsewhere = {k.rsplit('.', 1)[-1]: k for k in reversed(rows)} # the first of that name
     guess = nearest(name, here)
-    if not guess and name in elsewhere: guess = f" Did you mean {elsewhere[name]!r}?"
-    return f"key {_dotted(loc)!r} is unknown; allowed {'in ' + _dotted(loc[:-1]) if head else 'here'}: {', '.join(here)}.{guess}"
+    if not guess and name in elsewhere:
+        guess = f" Did you mean {elsewhere[name]!r}?"
+    return (
+        f"key {_dotted(loc)!r} is unknown; allowed {'in ' + _dotted(loc[:-1]) if head else 'here'}: "
+        f"{', '.join(here)}.{guess}"
+    )
 
-# %% ../../nbs/pipeline/70_params.ipynb #512ee65f
+# %% ../../nbs/pipeline/70_params.ipynb #2860ec17
 def _problem(error, rows):
     "One pydantic error as a sentence with key, value, allowed and remedy."
-    loc, kind = error['loc'], error['type']
-    key, row = _dotted(loc), rows.get(_row_key(loc, rows), {})
-    if kind == 'extra_forbidden': return _unknown(loc, rows)
-    if kind == 'missing': return f"key {key!r} is missing; add it: {row.get('allowed', 'a value')} ({row.get('meaning', '')})"
-    if kind == 'value_error': return f"{key}: {error['ctx']['error']}" if key else str(error['ctx']['error'])
-    if '[key]' in loc: return f"{_dotted(loc[:-2])} holds the name {loc[-2]!r}, which is no text; write it in quotes"
-    if kind == 'too_short': return f"{key} is empty; give at least one: {row.get('meaning', '')}"
+    loc = error['loc']
+    kind = error['type']
+    key = _dotted(loc)
+    row = rows.get(_row_key(loc, rows), {})
+    if kind == 'extra_forbidden':
+        return _unknown(loc, rows)
+    if kind == 'missing':
+        return f"key {key!r} is missing; add it: {row.get('allowed', 'a value')} ({row.get('meaning', '')})"
+    if kind == 'value_error':
+        return f"{key}: {error['ctx']['error']}" if key else str(error['ctx']['error'])
+    if '[key]' in loc:
+        return f"{_dotted(loc[:-2])} holds the name {loc[-2]!r}, which is no text; write it in quotes"
+    if kind == 'too_short':
+        return f"{key} is empty; give at least one: {row.get('meaning', '')}"
     value = 'null' if error['input'] is None else repr(error['input'])
-    guess = nearest(error['input'], re.findall(r"'([^']+)'", error['ctx']['expected'])) if kind == 'literal_error' and isinstance(error['input'], str) else ''
-    return f"{key} is {value}; allowed: {row.get('allowed', 'a mapping')} ({row.get('meaning', error['msg'])}){'.' if guess else ''}{guess}"
+    guess = (
+        nearest(error['input'], re.findall(r"'([^']+)'", error['ctx']['expected']))
+        if kind == 'literal_error' and isinstance(error['input'], str)
+        else ''
+    )
+    return (
+        f"{key} is {value}; allowed: {row.get('allowed', 'a mapping')} "
+        f"({row.get('meaning', error['msg'])}){'.' if guess else ''}{guess}"
+    )
 
+# %% ../../nbs/pipeline/70_params.ipynb #4b3ac8b4
 def _follows(error, errors):
     "Whether another error is the cause: a misspelt key leaves one missing, a wrong element leaves a list empty."
     loc = error['loc']
-    if error['type'] == 'missing': return any(e['type'] == 'extra_forbidden' and e['loc'][:-1] == loc[:-1] and nearest(str(e['loc'][-1]), [str(loc[-1])]) for e in errors)
+    if error['type'] == 'missing':
+        return any(
+            e['type'] == 'extra_forbidden' and e['loc'][:-1] == loc[:-1] and nearest(str(e['loc'][-1]), [str(loc[-1])])
+            for e in errors
+        )
     return error['type'] == 'too_short' and any(len(e['loc']) > len(loc) and e['loc'][:len(loc)] == loc for e in errors)
 
+# %% ../../nbs/pipeline/70_params.ipynb #512ee65f
 def _validate(model, values, where):
     "`model` built from `values`, or a `ParamsError` that lists every problem."
-    try: return model.model_validate(values)
+    try:
+        return model.model_validate(values)
     except ValidationError as e:
         rows = {r['key']: r for r in describe_params(model)}
-        errors = sorted((error for error in e.errors() if not _follows(error, e.errors())), key=lambda error: error['type'] != 'extra_forbidden')
+        errors = sorted(
+            (error for error in e.errors() if not _follows(error, e.errors())),
+            key=lambda error: error['type'] != 'extra_forbidden',
+        )
         raise ParamsError('\n'.join(f"{where}: {_problem(error, rows)}" for error in errors)) from None
 
 # %% ../../nbs/pipeline/70_params.ipynb #6d0fb173
@@ -419,11 +668,14 @@ def parse_params(
     where:str='params.yaml', # file named in errors
 ) -> Params: # frozen
     "Read the text of a `params.yaml`; `ParamsError` for a syntax error, a duplicate or unknown key, a wrong value."
-    try: values = YAML(typ='safe', pure=True).load(io.StringIO(text))
+    try:
+        values = YAML(typ='safe', pure=True).load(io.StringIO(text))
     except MarkedYAMLError as e:
         mark = e.problem_mark
         at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ''
-        raise ParamsError(f"{where}{at}: {str(e.problem).splitlines()[0]}; write each key once, as `key: value`") from None
+        raise ParamsError(
+            f"{where}{at}: {str(e.problem).splitlines()[0]}; write each key once, as `key: value`"
+        ) from None
     if not isinstance(values, dict):
         raise ParamsError(f"{where} holds no keys; it needs the sections {', '.join(Params.model_fields)}")
     return _validate(Params, values, where)
@@ -434,12 +686,15 @@ def load_params(
 ) -> Params: # frozen
     "Read and check a `params.yaml`."
     path = Path(path)
-    try: text = path.read_text(encoding='utf-8')
-    except FileNotFoundError: raise ParamsError(f"{path} does not exist; run from the root of the repository or name the file") from None
-    except UnicodeDecodeError as e: raise ParamsError(f"{path} is no UTF-8 text (byte {e.start}); save it as UTF-8") from None
+    try:
+        text = path.read_text(encoding='utf-8')
+    except FileNotFoundError:
+        raise ParamsError(f"{path} does not exist; run from the root of the repository or name the file") from None
+    except UnicodeDecodeError as e:
+        raise ParamsError(f"{path} is no UTF-8 text (byte {e.start}); save it as UTF-8") from None
     return parse_params(text, path.name)
 
-# %% ../../nbs/pipeline/70_params.ipynb #8063f21c
+# %% ../../nbs/pipeline/70_params.ipynb #61930e92
 _Path = Annotated[str, Field(min_length=1)]
 
 class PrepareStage(Base, Prepare):
@@ -448,6 +703,7 @@ class PrepareStage(Base, Prepare):
     out_dir:_Path = Field(description='receives splits.csv, encoder.json and store/')
     report_dir:_Path = Field(description='receives metrics.json and plot data')
 
+# %% ../../nbs/pipeline/70_params.ipynb #8063f21c
 class TrainStage(_Checked, Recipe, Base):
     "Parameters of `nbs/stages/train.ipynb`; `seed` is the member's, or `base.seed` where the member has null."
     seed:int = Field(ge=0, lt=2**31, description='seed of this member')
@@ -457,17 +713,20 @@ class TrainStage(_Checked, Recipe, Base):
     out_dir:_Path = Field(description='receives config.json, weights.safetensors and history.csv')
     report_dir:_Path = Field(description='receives metrics.json and plot data')
 
-# %% ../../nbs/pipeline/70_params.ipynb #2d539901
+# %% ../../nbs/pipeline/70_params.ipynb #027460a7
 class EvaluateStage(Evaluate):
     "Parameters of `nbs/stages/evaluate.ipynb`."
     seed:int = Field(ge=0, lt=2**31, description='seed of the bootstrap')
-    members:Annotated[tuple[str, ...], Strict(False)] = Field(min_length=1, description='members of the ensemble, sorted by name')
+    members: Annotated[tuple[str, ...], Strict(False)] = Field(
+        min_length=1, description='members of the ensemble, sorted by name'
+    )
     prepared_dir:_Path = Field(description='what `prepare` wrote')
     models_dir:_Path = Field(description='one folder per member')
     bundle_dir:_Path = Field(description='receives the ensemble bundle')
     predictions_dir:_Path = Field(description='receives ensemble.csv and a table per member')
     report_dir:_Path = Field(description='receives metrics.json and plot data')
 
+# %% ../../nbs/pipeline/70_params.ipynb #2d539901
 class ExplainStage(Explain):
     "Parameters of `nbs/stages/explain.ipynb`; `member` is always a name."
     seed:int = Field(ge=0, lt=2**31, description='seed of the choice of images and of the bootstrap')
@@ -489,17 +748,21 @@ _INPUTS = dict(
 _OUTPUTS = dict(
     prepare=dict(out_dir='artifacts/prepared', report_dir='reports/prepare'),
     train=dict(out_dir='artifacts/models/{member}', report_dir='reports/train/{member}'),
-    evaluate=dict(bundle_dir='artifacts/ensemble', predictions_dir='artifacts/predictions', report_dir='reports/evaluate'),
-    explain=dict(out_dir='artifacts/explain', report_dir='reports/explain'))
+    evaluate=dict(
+        bundle_dir='artifacts/ensemble', predictions_dir='artifacts/predictions', report_dir='reports/evaluate'
+    ),
+    explain=dict(out_dir='artifacts/explain', report_dir='reports/explain'),
+)
 
 def _check_stage(stage, member):
     "Refuse an unknown stage, a missing member and a needless one."
-    if stage not in STAGES: raise ParamsError(f"stage {stage!r} is unknown; allowed: {', '.join(STAGES)}.{nearest(stage, STAGES)}")
+    if stage not in STAGES:
+        raise ParamsError(f"stage {stage!r} is unknown; allowed: {', '.join(STAGES)}.{nearest(stage, STAGES)}")
     if (stage == 'train') != (member is not None):
         raise ParamsError("stage 'train' trains one member; name it (--member NAME)" if member is None
                           else f"stage {stage!r} has no members; leave member {member!r} out")
 
-# %% ../../nbs/pipeline/70_params.ipynb #74dac50b
+# %% ../../nbs/pipeline/70_params.ipynb #43c78e6e
 def stage_inputs(
     stage:str, # prepare, train, evaluate or explain
     member:str|None=None, # for `train` only
@@ -508,6 +771,7 @@ def stage_inputs(
     _check_stage(stage, member)
     return dict(_INPUTS[stage])
 
+# %% ../../nbs/pipeline/70_params.ipynb #74dac50b
 def stage_outputs(
     stage:str, # prepare, train, evaluate or explain
     member:str|None=None, # for `train` only
@@ -521,21 +785,24 @@ def stage_defaults(
     stage:str, # prepare, train, evaluate or explain
 ) -> dict: # plain values by name
     "What the keys hold that params.yaml may leave out."
-    if stage not in STAGES: _check_stage(stage, None)
+    if stage not in STAGES:
+        _check_stage(stage, None)
     fields = {name: field for name, field in STAGES[stage].model_fields.items() if not field.is_required()}
     values = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
-# %% ../../nbs/pipeline/70_params.ipynb #4821dfef
+# %% ../../nbs/pipeline/70_params.ipynb #55843f21
 def check_stage_parameters(
     stage:str, # prepare, train, evaluate or explain
     values:dict, # what the parameters cell holds
     where:str='', # notebook named in errors
 ) -> dict: # the same values, plain types only
     "Check the values of a stage notebook's parameters cell; `ParamsError` for an unknown, missing or wrong one."
-    if stage not in STAGES: _check_stage(stage, None)
+    if stage not in STAGES:
+        _check_stage(stage, None)
     return _validate(STAGES[stage], values, where or f'stage {stage}').model_dump(mode='json')
 
+# %% ../../nbs/pipeline/70_params.ipynb #4821dfef
 def stage_parameters(
     params:Params, # of `load_params`
     stage:str, # prepare, train, evaluate or explain
@@ -543,14 +810,22 @@ def stage_parameters(
 ) -> dict: # exactly the names of the stage notebook's parameters cell
     "What a stage notebook is handed, as plain values; paths are relative to the root of the repository."
     folders = stage_inputs(stage, member) | stage_outputs(stage, member)
-    names, seed = sorted(params.train.members), params.base.seed
+    names = sorted(params.train.members)
+    seed = params.base.seed
     if member is not None and member not in names:
         raise ParamsError(f"member {member!r} is not in train.members ({', '.join(names)}).{nearest(member, names)}")
-    if stage == 'prepare': own = params.base.model_dump() | params.prepare.model_dump()
+    if stage == 'prepare':
+        own = params.base.model_dump() | params.prepare.model_dump()
     if stage == 'train':
         model = params.train.members[member]
-        own = params.base.model_dump() | member_recipe(params.train, model) | model.model_dump(include=set(MemberKeys.model_fields))
+        own = (
+            params.base.model_dump()
+            | member_recipe(params.train, model)
+            | model.model_dump(include=set(MemberKeys.model_fields))
+        )
         own |= dict(member=member, seed=seed if model.seed is None else model.seed, folds=params.train.folds)
-    if stage == 'evaluate': own = params.evaluate.model_dump() | dict(members=names, seed=seed)
-    if stage == 'explain': own = params.explain.model_dump() | dict(member=explained_member(params), seed=seed)
+    if stage == 'evaluate':
+        own = params.evaluate.model_dump() | dict(members=names, seed=seed)
+    if stage == 'explain':
+        own = params.explain.model_dump() | dict(member=explained_member(params), seed=seed)
     return check_stage_parameters(stage, own | folders)

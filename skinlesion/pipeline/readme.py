@@ -24,32 +24,44 @@ def shown_cells(
     "The cells a reader of the README sees."
     shown = []
     for cell in nb.cells:
-        if cell.cell_type == 'raw' or cell.cell_type == 'code' and (_DROPPED.search(cell.source) or not cell.source.strip()): continue
+        if (
+            cell.cell_type == 'raw'
+            or cell.cell_type == 'code'
+            and (_DROPPED.search(cell.source) or not cell.source.strip())
+        ):
+            continue
         cell = nbformat.from_dict(cell)
         if cell.cell_type == 'code':
-            if re.search(r'^#\|\s*output:\s*false', cell.source, re.M): cell.outputs = []
+            if re.search(r'^#\|\s*output:\s*false', cell.source, re.M):
+                cell.outputs = []
             hidden = re.search(r'^#\|\s*echo:\s*false', cell.source, re.M)
-            cell.source = '' if hidden else '\n'.join(l for l in cell.source.split('\n') if not l.startswith('#|')).strip()
+            cell.source = (
+                '' if hidden else '\n'.join(l for l in cell.source.split('\n') if not l.startswith('#|')).strip()
+            )
         shown.append(cell)
     return shown
 
-# %% ../../nbs/pipeline/76_readme.ipynb #041259a0
+# %% ../../nbs/pipeline/76_readme.ipynb #31ea509c
 def _relink(match, folder):
     "One markdown link, relative to the root."
     head, target, tail = match.groups()
-    if re.match(r'[a-z][a-z0-9+.-]*:|[#/]', target): return match[0]
+    if re.match(r'[a-z][a-z0-9+.-]*:|[#/]', target):
+        return match[0]
     path, hash_, place = target.partition('#')
     return f'{head}{Path(os.path.normpath(os.path.join(folder, path))).as_posix()}{hash_}{place}{tail}'
 
+# %% ../../nbs/pipeline/76_readme.ipynb #041259a0
 def relink(
     text:str, # markdown, with links relative to `folder`
     folder:str='nbs', # where the notebook lies, relative to the root
 ) -> str: # the same, with links relative to the root
     "Make relative links lead to the same place from the repository's root."
     parts = re.split(r'(^```.*?^```|`[^`\n]*`)', text, flags=re.M | re.S)
-    return ''.join(p if i % 2 else re.sub(r'(\]\()([^)\s]+)(\))', lambda m: _relink(m, folder), p) for i, p in enumerate(parts))
+    return ''.join(
+        p if i % 2 else re.sub(r'(\]\()([^)\s]+)(\))', lambda m: _relink(m, folder), p) for i, p in enumerate(parts)
+    )
 
-# %% ../../nbs/pipeline/76_readme.ipynb #1deaec66
+# %% ../../nbs/pipeline/76_readme.ipynb #c1206c71
 def readme_text(
     nb:nbformat.NotebookNode, # the index notebook
 ) -> str: # markdown
@@ -57,19 +69,25 @@ def readme_text(
     shown = nbformat.v4.new_notebook(cells=shown_cells(nb), metadata={'language_info': {'name': 'python'}})
     text, resources = MarkdownExporter().from_notebook_node(shown)
     if resources.get('outputs'):
-        raise ValueError("index.ipynb shows a picture as an output, which README.md cannot hold; save it as a file and link it, or mark the cell `#| output: false`")
+        raise ValueError(
+            "index.ipynb shows a picture as an output, which README.md cannot hold; save it as a file "
+            "and link it, or mark the cell `#| output: false`"
+        )
     text = re.sub(r'^```python\n\s*```\n', '', text, flags=re.M)
     text = re.sub(r'[ \t]+$', '', relink(text), flags=re.M)
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
+# %% ../../nbs/pipeline/76_readme.ipynb #c767993a
 def build_readme(
     root:Path|str|None=None, # of the repository; found from the working directory by default
 ) -> str: # the text of README.md
     "Make the text of README.md from `nbs/index.ipynb`."
     path = repo_root(root)/'nbs'/'index.ipynb'
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such notebook; README.md is made from it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such notebook; README.md is made from it")
     return readme_text(nbformat.read(path, as_version=4))
 
+# %% ../../nbs/pipeline/76_readme.ipynb #1deaec66
 def write_readme(
     root:Path|str|None=None, # of the repository; found from the working directory by default
 ) -> Path: # README.md

@@ -34,19 +34,25 @@ from .params import load_params
 from ..taxonomy import DISCLAIMER
 
 # %% ../../nbs/pipeline/72_reports.ipynb #febf9c1e
-_TAGS = frozenset('''a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6
-    hr i img kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr u ul'''.split())
+_TAGS = frozenset(
+    '''a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6
+    hr i img kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr u ul'''.split()
+)
 _ATTRIBUTES = frozenset('alt class colspan height href id rowspan scope src style title width'.split())
-_CSS = CSSSanitizer(allowed_css_properties='''background-color border border-bottom border-left border-right border-top color font-size
-    font-style font-weight max-width padding text-align text-decoration vertical-align white-space width'''.split())
+_CSS = CSSSanitizer(
+    allowed_css_properties='''background-color border border-bottom border-left border-right border-top color font-size
+    font-style font-weight max-width padding text-align text-decoration vertical-align white-space width'''.split()
+)
 
 def _allow(tag, name, value):
     "Whether an attribute stays: an image only as data, a link only to a page, a mail or a place in this one."
-    if name == 'src': return tag == 'img' and value.startswith('data:image/')
-    if name == 'href': return tag == 'a' and not value.lower().startswith('data:')
+    if name == 'src':
+        return tag == 'img' and value.startswith('data:image/')
+    if name == 'href':
+        return tag == 'a' and not value.lower().startswith('data:')
     return name in _ATTRIBUTES
 
-# %% ../../nbs/pipeline/72_reports.ipynb #3b872421
+# %% ../../nbs/pipeline/72_reports.ipynb #beb4f235
 _STYLER = re.compile(r'#T_\w+[^{}<>@\\]*\{[^{}<>@\\]*\}')
 
 def _styles(
@@ -57,12 +63,15 @@ def _styles(
     rules = [r for b in blocks for r in _STYLER.findall(b) if 'url' not in r.lower() and 'expression' not in r.lower()]
     return f"<style>{''.join(rules)}</style>" if rules else ''
 
+# %% ../../nbs/pipeline/72_reports.ipynb #7c8f8774
 def _described(match):
     "A picture with an alternative text; in the place of one from elsewhere, a note."
     alt = re.search(r'alt="([^"]*)"', match[0])
-    if ' src=' not in match[0]: return f'<em>[picture left out{": " + alt[1] if alt and alt[1] else ""}]</em>'
+    if ' src=' not in match[0]:
+        return f'<em>[picture left out{": " + alt[1] if alt and alt[1] else ""}]</em>'
     return match[0] if alt else f'{match[0][:-1]} alt="">'
 
+# %% ../../nbs/pipeline/72_reports.ipynb #3b872421
 def sanitise_html(
     html:str, # markup of an output or of rendered markdown
 ) -> str: # markup that runs nothing and loads nothing
@@ -72,13 +81,18 @@ def sanitise_html(
                          protocols={'http', 'https', 'mailto', 'data'})
     return _styles(html) + re.sub(r'<img\b[^>]*>', _described, clean)
 
-# %% ../../nbs/pipeline/72_reports.ipynb #5b786db1
+# %% ../../nbs/pipeline/72_reports.ipynb #4a9abedf
 def _tables(html):
     "Each table in a frame that scrolls."
-    html = re.sub(r'<table\b(?![^>]*class="keys")[^>]*?(id="[^"]*")?[^>]*>', lambda m: f'<table {m[1]}>' if m[1] else '<table>', html)
+    html = re.sub(
+        r'<table\b(?![^>]*class="keys")[^>]*?(id="[^"]*")?[^>]*>',
+        lambda m: f'<table {m[1]}>' if m[1] else '<table>',
+        html,
+    )
     return (html.replace('<table', '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table')
                 .replace('</table>', '</table></div>'))
 
+# %% ../../nbs/pipeline/72_reports.ipynb #5b786db1
 def markdown_html(
     text:str, # markdown, with $...$ left as written
     attachments:dict|None=None, # pictures attached to the cell: name -> {type: base64}
@@ -87,24 +101,31 @@ def markdown_html(
     renderer = IPythonRenderer(escape=False, attachments=attachments or {}, exclude_anchor_links=True)
     return _tables(sanitise_html(MarkdownWithMath(renderer=renderer).render(text)))
 
-# %% ../../nbs/pipeline/72_reports.ipynb #07ba9bbe
+# %% ../../nbs/pipeline/72_reports.ipynb #7cae88c5
 @lru_cache(None)
-def _highlighter(): return PythonLexer(), HtmlFormatter(nowrap=True)
+def _highlighter():
+    return PythonLexer(), HtmlFormatter(nowrap=True)
 
+# %% ../../nbs/pipeline/72_reports.ipynb #17680518
 def _code_html(source):
     "Folded source, without directives."
     source = '\n'.join(l for l in source.splitlines() if not l.startswith('#|')).strip()
-    if not source: return ''
+    if not source:
+        return ''
     return f'<details class="code"><summary>Code</summary><pre>{highlight(source, *_highlighter())}</pre></details>\n'
 
+# %% ../../nbs/pipeline/72_reports.ipynb #07ba9bbe
 def _picture(data, alt, width=None):
     "The first picture among the forms of an output, inline; or nothing."
     for kind in ('image/png', 'image/jpeg', 'image/gif', 'image/svg+xml'):
         if kind in data:
             body = ''.join(data[kind])
-            if kind == 'image/svg+xml': body = base64.b64encode(body.encode()).decode()
+            if kind == 'image/svg+xml':
+                body = base64.b64encode(body.encode()).decode()
             wide = f' width="{int(width)}"' if width else ''
-            return f'<figure><img alt="{escape(alt)}"{wide} src="data:{kind};base64,{"".join(body.split())}"></figure>\n'
+            return (
+                f'<figure><img alt="{escape(alt)}"{wide} src="data:{kind};base64,{"".join(body.split())}"></figure>\n'
+            )
     return ''
 
 # %% ../../nbs/pipeline/72_reports.ipynb #36b0317f
@@ -116,43 +137,56 @@ def output_html(
     kind = output['output_type']
     if kind == 'stream':
         text = escape(strip_ansi(''.join(output['text'])).rstrip('\n'))
-        if output['name'] == 'stdout': return f'<pre class="text">{text}</pre>\n'
+        if output['name'] == 'stdout':
+            return f'<pre class="text">{text}</pre>\n'
         return f'<details class="messages"><summary>Messages</summary><pre class="text">{text}</pre></details>\n'
     if kind == 'error':
         return f'<pre class="error">{escape(strip_ansi(chr(10).join(output["traceback"])))}</pre>\n'
-    data, meta = output['data'], output.get('metadata', {})
+    data = output['data']
+    meta = output.get('metadata', {})
     alt = meta.get('alt') or meta.get('image/png', {}).get('alt') or alt
-    if 'text/html' in data: return f'<div class="html">{_tables(sanitise_html("".join(data["text/html"])))}</div>\n'
-    if picture := _picture(data, alt, meta.get('image/png', {}).get('width')): return picture
-    if 'text/markdown' in data: return markdown_html(''.join(data['text/markdown']))
+    if 'text/html' in data:
+        return f'<div class="html">{_tables(sanitise_html("".join(data["text/html"])))}</div>\n'
+    if picture := _picture(data, alt, meta.get('image/png', {}).get('width')):
+        return picture
+    if 'text/markdown' in data:
+        return markdown_html(''.join(data['text/markdown']))
     return f'<pre class="text">{escape(strip_ansi("".join(data.get("text/plain", ""))))}</pre>\n'
 
-# %% ../../nbs/pipeline/72_reports.ipynb #17913f07
+# %% ../../nbs/pipeline/72_reports.ipynb #cd07dfc1
 _HEADING = re.compile(r'<h([1-6])[^>]*>(.*?)</h\1>', re.S)
 
 def _anchor(html, seen, contents):
     "Give each heading an id of its own, and list level, id and text in `contents`."
     def number(match):
-        level, text = int(match[1]), re.sub(r'<[^>]+>', '', match[2]).replace('¶', '').strip()
+        level = int(match[1])
+        text = re.sub(r'<[^>]+>', '', match[2]).replace('¶', '').strip()
         slug = re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-') or 'section'
         seen[slug] = seen.get(slug, 0) + 1
-        if seen[slug] > 1: slug = f'{slug}-{seen[slug]}'
+        if seen[slug] > 1:
+            slug = f'{slug}-{seen[slug]}'
         contents.append((level, slug, text))
         return f'<h{level} id="{slug}">{match[2]}</h{level}>'
     return _HEADING.sub(number, html)
 
+# %% ../../nbs/pipeline/72_reports.ipynb #75b01a80
 def _skipped(cell):
     "Whether a cell is scaffolding: parameters stand at the top of the page, hidden cells nowhere."
     tags = set(cell.metadata.get('tags', []))
-    return bool(tags & {'parameters', 'injected-parameters', 'remove-cell'}) or cell.source.lstrip().startswith('#| hide')
+    return bool(tags & {'parameters', 'injected-parameters', 'remove-cell'}) or cell.source.lstrip().startswith(
+        '#| hide'
+    )
 
+# %% ../../nbs/pipeline/72_reports.ipynb #17913f07
 def _details_last(cells):
     "The cells in the order of the page: those tagged `details`, each with the markdown right above it, behind all others."
     moved = set()
     for k, cell in enumerate(cells):
-        if 'details' not in cell.metadata.get('tags', []): continue
+        if 'details' not in cell.metadata.get('tags', []):
+            continue
         moved.add(k)
-        while k and cells[k - 1].cell_type == 'markdown' and not cells[k - 1].source.startswith('# '): moved.add(k := k - 1)
+        while k and cells[k - 1].cell_type == 'markdown' and not cells[k - 1].source.startswith('# '):
+            moved.add(k := k - 1)
     return [c for k, c in enumerate(cells) if k not in moved] + [c for k, c in enumerate(cells) if k in moved]
 
 # %% ../../nbs/pipeline/72_reports.ipynb #d13faa79
@@ -162,20 +196,33 @@ def notebook_html(
     nb:nbformat.NotebookNode, # executed
 ) -> tuple[str, list[tuple[int, str, str]]]: # markup of the cells; headings as (level, id, text), without the title
     "Render the cells of a notebook in order, the first H1 left out."
-    parts, seen, contents = [], {'parameters': 1, 'provenance': 1, 'main': 1}, []
+    parts = []
+    seen = {'parameters': 1, 'provenance': 1, 'main': 1}
+    contents = []
     for cell in _details_last(nb.cells):
-        if _skipped(cell) or cell.cell_type == 'raw': continue
+        if _skipped(cell) or cell.cell_type == 'raw':
+            continue
         if cell.cell_type == 'markdown':
             parts.append(_anchor(markdown_html(cell.source, cell.get('attachments')), seen, contents))
             continue
         hide = 'hide-input' in cell.metadata.get('tags', [])
         alt = f'Figure: {contents[-1][2]}' if contents else 'Figure'
-        shown = ''.join(_anchor(output_html(o, alt), seen, contents) if 'text/markdown' in o.get('data', {}) else output_html(o, alt) for o in cell.outputs)
+        shown = ''.join(
+            _anchor(output_html(o, alt), seen, contents)
+            if 'text/markdown' in o.get('data', {})
+            else output_html(o, alt)
+            for o in cell.outputs
+        )
         lead = 'summary' in cell.metadata.get('tags', []) or '<h2 id="summary">' in shown
         parts.append(f'{_LEAD}{shown}' if lead else ('' if hide else _code_html(cell.source)) + shown)
-    body = ''.join(f'<section class="cell{" lead" if p.startswith(_LEAD) else ""}">{p.removeprefix(_LEAD)}</section>\n' for p in parts if p.strip())
+    body = ''.join(
+        f'<section class="cell{" lead" if p.startswith(_LEAD) else ""}">{p.removeprefix(_LEAD)}</section>\n'
+        for p in parts
+        if p.strip()
+    )
     body = re.sub(r'<h1 id="[^"]*">.*?</h1>\s*', '', body, count=1, flags=re.S)
-    if contents and contents[0][0] == 1: contents = contents[1:]
+    if contents and contents[0][0] == 1:
+        contents = contents[1:]
     return re.sub(r'<section class="cell">\s*</section>\n', '', body), contents
 
 # %% ../../nbs/pipeline/72_reports.ipynb #d148a69e
@@ -183,11 +230,14 @@ def parameter_notes(
     source:str, # of the parameters cell
 ) -> dict[str, str]: # name -> comment on its line
     "Read the comment beside each assignment of a parameters cell."
-    names, notes = {}, {}
+    names = {}
+    notes = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         row = token.start[0]
-        if token.type == tokenize.NAME and token.start[1] == 0: names[row] = token.string
-        if token.type == tokenize.COMMENT and row in names: notes[names[row]] = token.string.lstrip('# ').strip()
+        if token.type == tokenize.NAME and token.start[1] == 0:
+            names[row] = token.string
+        if token.type == tokenize.COMMENT and row in names:
+            notes[names[row]] = token.string.lstrip('# ').strip()
     return notes
 
 # %% ../../nbs/pipeline/72_reports.ipynb #ad10c97c
@@ -221,15 +271,17 @@ figure { margin: 1rem 0 } img { max-width: 100%; height: auto } footer { margin-
   figure, tr { break-inside: avoid } a { color: inherit; text-decoration: none } .scroll { overflow: visible } }
 '''
 
-# %% ../../nbs/pipeline/72_reports.ipynb #17d6537e
+# %% ../../nbs/pipeline/72_reports.ipynb #a04c315b
 @lru_cache(None)
 def _style():
     "The style sheet with the colours of code for both schemes."
     light = HtmlFormatter(style='default').get_style_defs('details.code')
     dark = HtmlFormatter(style='monokai').get_style_defs('details.code')
-    rules = lambda css: '\n'.join(l for l in css.splitlines() if re.match(r'details\.code \.', l))
+    def rules(css):
+        return '\n'.join(l for l in css.splitlines() if re.match(r'details\.code \.', l))
     return f"{_STYLE}{rules(light)}\n@media (prefers-color-scheme: dark) {{\n{rules(dark)}\n}}\n"
 
+# %% ../../nbs/pipeline/72_reports.ipynb #17d6537e
 def page_html(
     title:str, # plain text
     body:str, # markup, already sanitised
@@ -244,28 +296,46 @@ def page_html(
 {body}</body></html>
 '''
 
-# %% ../../nbs/pipeline/72_reports.ipynb #3d79cf42
+# %% ../../nbs/pipeline/72_reports.ipynb #267e64fb
 def _flat(value, prefix=''):
     "A nested mapping as (dotted key, value) rows, in its own order."
-    if not isinstance(value, dict) or not value: return [(prefix, value)]
+    if not isinstance(value, dict) or not value:
+        return [(prefix, value)]
     return [row for key, inner in value.items() for row in _flat(inner, f'{prefix}.{key}' if prefix else str(key))]
 
+# %% ../../nbs/pipeline/72_reports.ipynb #c916e686
 def _parameters_html(parameters, notes, folded=False):
     "Parameters as a table: name, value, meaning; folded where a summary stands above them."
-    if not parameters: return ''
-    rows = ''.join(f'<tr><th scope="row"><code>{escape(k)}</code></th><td><code>{escape(json.dumps(v, ensure_ascii=False))}</code></td>'
-                   f'<td>{escape(notes.get(k, ""))}</td></tr>' for k, v in parameters.items())
-    return (f'<section id="parameters" aria-label="Parameters"><details{"" if folded else " open"}><summary>Parameters</summary><div class="scroll">'
-            f'<table class="keys"><tbody>{rows}</tbody></table></div></details></section>\n')
+    if not parameters:
+        return ''
+    rows = ''.join(
+        '<tr><th '
+        f'scope="row"><code>{escape(k)}</code></th><td><code>{escape(json.dumps(v, ensure_ascii=False))}</code></td>'
+        f'<td>{escape(notes.get(k, ""))}</td></tr>'
+        for k, v in parameters.items()
+    )
+    return (
+        '<section id="parameters" '
+        f'aria-label="Parameters"><details{"" if folded else " open"}><summary>Parameters</summary><div '
+        'class="scroll">'
+        f'<table class="keys"><tbody>{rows}</tbody></table></div></details></section>\n'
+    )
 
+# %% ../../nbs/pipeline/72_reports.ipynb #3d79cf42
 def _provenance_html(provenance):
     "What the page was made from, folded: hashes and versions, no time and no place."
-    if not provenance: return ''
-    rows = ''.join(f'<tr><th scope="row">{escape(k)}</th><td class="hash">{escape(str(v))}</td></tr>' for k, v in _flat(provenance))
-    return ('<section id="provenance" aria-label="Provenance"><details><summary>Provenance: SHA-256 of what was read, and versions</summary>'
-            f'<div class="scroll"><table class="keys"><tbody>{rows}</tbody></table></div></details></section>\n')
+    if not provenance:
+        return ''
+    rows = ''.join(
+        f'<tr><th scope="row">{escape(k)}</th><td class="hash">{escape(str(v))}</td></tr>' for k, v in _flat(provenance)
+    )
+    return (
+        '<section id="provenance" aria-label="Provenance"><details><summary>Provenance: SHA-256 of '
+        'what was read, and versions</summary>'
+        f'<div class="scroll"><table class="keys"><tbody>{rows}</tbody></table></div></details></section>\n'
+    )
 
-# %% ../../nbs/pipeline/72_reports.ipynb #d8d172ee
+# %% ../../nbs/pipeline/72_reports.ipynb #a6f214ac
 _FIRST = re.compile(r'<section class="cell lead">.*?</section>\n', re.S)
 
 def _lift_summary(body):
@@ -273,9 +343,12 @@ def _lift_summary(body):
     lead = _FIRST.search(body)
     return (lead[0], body.replace(lead[0], '', 1)) if lead else ('', body)
 
+# %% ../../nbs/pipeline/72_reports.ipynb #d8d172ee
 def _contents_html(contents):
     "Links to the headings."
-    entries = ''.join(f'<li class="l{level}"><a href="#{slug}">{text}</a></li>' for level, slug, text in contents if level < 4)
+    entries = ''.join(
+        f'<li class="l{level}"><a href="#{slug}">{text}</a></li>' for level, slug, text in contents if level < 4
+    )
     return f'<nav aria-label="Contents"><ol>{entries}</ol></nav>\n' if entries else ''
 
 # %% ../../nbs/pipeline/72_reports.ipynb #72bf5465
@@ -291,7 +364,8 @@ def render_report(
     source = next((c.source for c in nb.cells if 'parameters' in c.metadata.get('tags', [])), '')
     body, contents = notebook_html(nb)
     subtitle = re.search(r'\A<section class="cell">\s*(<blockquote>.*?</blockquote>)', body, re.S)
-    if subtitle: body = body.replace(subtitle[1], '', 1).replace('<section class="cell">\n</section>\n', '', 1)
+    if subtitle:
+        body = body.replace(subtitle[1], '', 1).replace('<section class="cell">\n</section>\n', '', 1)
     order = {name: i for i, name in enumerate(parameter_notes(source))}
     parameters = dict(sorted(parameters.items(), key=lambda p: order.get(p[0], len(order))))
     lead, body = _lift_summary(body)
@@ -325,7 +399,8 @@ def write_evaluation(
     provenance:dict|None=None, # nested: hashes of what was read, versions
 ) -> Path: # `out`
     "Write metrics.json, report.html and the curves; the same evaluation gives the same bytes."
-    sections, title = result.sections(images), title or f"Evaluation{f' of {result.name}' if result.name else ''}"
+    sections = result.sections(images)
+    title = title or f"Evaluation{f' of {result.name}' if result.name else ''}"
     with scratch_folder(out) as scratch:
         write_json(scratch/'metrics.json', result.metrics)
         for name, table in result.curves.items():
@@ -342,82 +417,151 @@ def folder_images(
     found = {}
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
         other = found.setdefault(path.stem, path)
-        if other != path: raise ValueError(f"{folder}: {other.name} and {path.name} both are the image '{path.stem}'; keep one")
+        if other != path:
+            raise ValueError(f"{folder}: {other.name} and {path.name} both are the image '{path.stem}'; keep one")
     def read(image_id):
-        if image_id not in found: return None
+        if image_id not in found:
+            return None
         image = read_image(found[image_id])
         scale = size / max(image.shape[:2])
         return image if scale >= 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return read
 
-# %% ../../nbs/pipeline/72_reports.ipynb #f914981f
+# %% ../../nbs/pipeline/72_reports.ipynb #28d41f0b
 def metric_leaves(
     metrics:dict, # nested, of a metrics.json
     prefix:str='', # of the dotted names
 ) -> list[tuple[str, dict]]: # (dotted name, leaf) in the order of the file
     "List the leaves of a metrics file: the mappings that hold a `value`."
-    if 'value' in metrics: return [(prefix, metrics)]
+    if 'value' in metrics:
+        return [(prefix, metrics)]
     return [leaf for key, inner in metrics.items() if isinstance(inner, dict)
             for leaf in metric_leaves(inner, f'{prefix}.{key}' if prefix else key)]
 
-def _number(x): return f'{x:,}' if isinstance(x, int) else f'{x:.3f}'
+# %% ../../nbs/pipeline/72_reports.ipynb #1a7dc153
+def _number(x):
+    return f'{x:,}' if isinstance(x, int) else f'{x:.3f}'
 
+# %% ../../nbs/pipeline/72_reports.ipynb #f914981f
 def metric_text(
     leaf:dict, # with value, and where they apply low, high, reason
 ) -> str: # such as "0.930 [0.910, 0.950]"
     "A metric with its 95 % interval, or why there is none."
-    if leaf['value'] is None: return f"undefined: {leaf.get('reason', 'no reason given')}"
+    if leaf['value'] is None:
+        return f"undefined: {leaf.get('reason', 'no reason given')}"
     if leaf.get('low') is None or leaf.get('high') is None:
         return _number(leaf['value']) + (f" ({leaf['reason']})" if leaf.get('reason') else '')
     return f"{_number(leaf['value'])} [{_number(leaf['low'])}, {_number(leaf['high'])}]"
 
-# %% ../../nbs/pipeline/72_reports.ipynb #6243583e
-_HEADLINES = ('accuracy', 'balanced_accuracy', 'auroc_macro', 'ece_debiased', 'malignant.auroc', 'decisions.sensitivity', 'decisions.specificity', 'all', 'energy_inside',
-              'best_epoch')
-_DETAILS = {'per_class', 'subgroups', 'robustness', 'calibration', 'sureness', 'abstention', 'ood', 'conformal'} # blocks that a report tells better than a list
+# %% ../../nbs/pipeline/72_reports.ipynb #84908b94
+_HEADLINES = (
+    'accuracy',
+    'balanced_accuracy',
+    'auroc_macro',
+    'ece_debiased',
+    'malignant.auroc',
+    'decisions.sensitivity',
+    'decisions.specificity',
+    'all',
+    'energy_inside',
+    'best_epoch',
+)
+_DETAILS = {
+    'per_class',
+    'subgroups',
+    'robustness',
+    'calibration',
+    'sureness',
+    'abstention',
+    'ood',
+    'conformal',
+} # blocks that a report tells better than a list
 
 def _headlines(leaves):
     "The leaves to show first: totals over all classes, on the test lesions where there are such; else the first few."
     test = [leaf for leaf in leaves if leaf[0].startswith('test.')] or leaves
-    totals = [(name, leaf) for name, leaf in test if not _DETAILS & set(name.split('.')) and any(f'.{h}.' in f'.{name}.' for h in _HEADLINES)]
+    totals = [
+        (name, leaf)
+        for name, leaf in test
+        if not _DETAILS & set(name.split('.')) and any(f'.{h}.' in f'.{name}.' for h in _HEADLINES)
+    ]
     return totals[:40] or test[:12]
 
+# %% ../../nbs/pipeline/72_reports.ipynb #bb3aaf53
 def _metrics_table(leaves, caption):
     "Leaves as a table: name, value with interval, over how many."
-    rows = ''.join(f'<tr><th scope="row"><code>{escape(name)}</code></th><td>{escape(metric_text(leaf))}</td><td class="number">{leaf.get("n", "")}</td>'
-                   f'<td class="number">{leaf.get("n_lesions", "")}</td></tr>' for name, leaf in leaves)
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><thead><tr><th scope="col">metric</th>'
-            '<th scope="col">value [95 % interval]</th><th scope="col" class="number">n</th><th scope="col" class="number">lesions</th></tr></thead>'
-            f'<tbody>{rows}</tbody></table></div>')
+    rows = ''.join(
+        f'<tr><th scope="row"><code>{escape(name)}</code></th><td>{escape(metric_text(leaf))}</td><td '
+        f'class="number">{leaf.get("n", "")}</td>'
+        f'<td class="number">{leaf.get("n_lesions", "")}</td></tr>'
+        for name, leaf in leaves
+    )
+    return (
+        '<div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escape(caption)}"><table><thead><tr><th scope="col">metric</th>'
+        '<th scope="col">value [95 % interval]</th><th scope="col" class="number">n</th><th '
+        'scope="col" class="number">lesions</th></tr></thead>'
+        f'<tbody>{rows}</tbody></table></div>'
+    )
 
+# %% ../../nbs/pipeline/72_reports.ipynb #6243583e
 def _stage_html(root, name, folder):
     "One stage on the index page: link, headline numbers, all numbers folded; what is missing is said."
-    report, metrics = root/'reports'/folder/'report.html', root/'reports'/folder/'metrics.json'
-    link = f'<a href="{folder}/report.html">Report</a>' if report.is_file() else '<span class="missing">No report yet:</span> run <code>dvc repro</code>'
+    report = root/'reports'/folder/'report.html'
+    metrics = root/'reports'/folder/'metrics.json'
+    link = (
+        f'<a href="{folder}/report.html">Report</a>'
+        if report.is_file()
+        else '<span class="missing">No report yet:</span> run <code>dvc repro</code>'
+    )
     out = f'<section><h2 id="{folder.replace("/", "-")}">{escape(name)}</h2>\n<p>{link}</p>\n'
-    if not metrics.is_file(): return f'{out}<p><span class="missing">No metrics yet.</span></p></section>\n'
-    leaves = [(path, leaf) for path, leaf in metric_leaves(read_json(metrics)) if not {'subgroups', 'robustness'} & set(path.split('.'))]
+    if not metrics.is_file():
+        return f'{out}<p><span class="missing">No metrics yet.</span></p></section>\n'
+    leaves = [
+        (path, leaf)
+        for path, leaf in metric_leaves(read_json(metrics))
+        if not {'subgroups', 'robustness'} & set(path.split('.'))
+    ]
     out += _metrics_table(_headlines(leaves), f'{name}: headline metrics')
     if len(leaves) > len(_headlines(leaves)):
-        out += f'<details><summary>All {len(leaves)} metrics</summary>{_metrics_table(leaves, name + ": all metrics")}</details>'
+        out += (
+            f'<details><summary>All {len(leaves)} '
+            f'metrics</summary>{_metrics_table(leaves, name + ": all metrics")}</details>'
+        )
     return f'{out}</section>\n'
 
 # %% ../../nbs/pipeline/72_reports.ipynb #07aaf7e1
-_LIMITS = ('An interval shows what another draw of lesions from the same source would change, and nothing else: other devices, hospitals, '
-           'skin tones, ages and diagnoses than these data hold are not covered by any number here. Lesions of one class may be few; '
-           'read the column of lesions before the value.')
+_LIMITS = (
+    'An interval shows what another draw of lesions from the same source would change, and nothing '
+    'else: other devices, hospitals, '
+    'skin tones, ages and diagnoses than these data hold are not covered by any number '
+    'here. Lesions of one class may be few; '
+    'read the column of lesions before the value.'
+)
 
 def _data_html(root):
     "Name, licence and limits of the data."
     path = root/'data'/'dataset.json'
     if not path.is_file():
-        return '<section><h2 id="data">Data</h2><p><span class="missing">No data here:</span> run <code>dvc pull data.dvc</code> or import your own.</p></section>\n'
+        return (
+            '<section><h2 id="data">Data</h2><p><span class="missing">No data here:</span> run '
+            '<code>dvc pull data.dvc</code> or import your own.</p></section>\n'
+        )
     info = read_json(path)
     label_set = info.get('label_set')
     words = {**info, 'label_set': label_set if isinstance(label_set, str) else (label_set or {}).get('name', '')}
-    rows = ''.join(f'<tr><th scope="row">{key}</th><td>{escape(str(words[k]))}</td></tr>' for k, key in
-                   [('name', 'Name'), ('licence', 'Licence'), ('source', 'Source'), ('citation', 'Citation'), ('n_images', 'Images'),
-                    ('label_set', 'Label set')] if words.get(k) not in (None, ''))
+    rows = ''.join(
+        f'<tr><th scope="row">{key}</th><td>{escape(str(words[k]))}</td></tr>'
+        for k, key in [
+            ('name', 'Name'),
+            ('licence', 'Licence'),
+            ('source', 'Source'),
+            ('citation', 'Citation'),
+            ('n_images', 'Images'),
+            ('label_set', 'Label set'),
+        ]
+        if words.get(k) not in (None, '')
+    )
     return f'<section><h2 id="data">Data</h2><table><tbody>{rows}</tbody></table><p>{_LIMITS}</p></section>\n'
 
 # %% ../../nbs/pipeline/72_reports.ipynb #6789519f
@@ -432,9 +576,17 @@ def render_index(
     "Write the page that lists the stages with their headline metrics; what is missing is said plainly."
     root = Path(root)
     members = sorted(load_params(root/'params.yaml').train.members)
-    stages = [('Prepare', 'prepare'), *((f'Train: {m}', f'train/{m}') for m in members), ('Evaluate', 'evaluate'), ('Explain', 'explain')]
+    stages = [
+        ('Prepare', 'prepare'),
+        *((f'Train: {m}', f'train/{m}') for m in members),
+        ('Evaluate', 'evaluate'),
+        ('Explain', 'explain'),
+    ]
     items = ''.join(f'<li><a href="#{folder.replace("/", "-")}">{escape(name)}</a></li>' for name, folder in stages)
-    nav = f'<nav aria-label="Contents"><ol>{items}<li><a href="#data">Data</a></li><li><a href="#rebuild">How to rebuild this</a></li></ol></nav>\n'
+    nav = (
+        f'<nav aria-label="Contents"><ol>{items}<li><a href="#data">Data</a></li><li><a '
+        'href="#rebuild">How to rebuild this</a></li></ol></nav>\n'
+    )
     order = ['evaluate', 'explain', *(f'train/{m}' for m in members), 'prepare']
     body = ''.join(_stage_html(root, {f: n for n, f in stages}[folder], folder) for folder in order)
     atomic_write(root/'reports'/'index.html', page_html('skinlesion: reports',

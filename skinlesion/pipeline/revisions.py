@@ -19,26 +19,36 @@ from ..evaluate.intervals import format_leaf
 from ..evaluate.scorecard import compare_predictions, probability_columns, read_predictions
 from ..taxonomy import LabelSet, nearest
 
-# %% ../../nbs/pipeline/74_revisions.ipynb #d2e16e00
+# %% ../../nbs/pipeline/74_revisions.ipynb #ebf21f02
 WORKSPACE = 'workspace'
-PREDICTIONS, PREPARED, METRICS = 'artifacts/predictions', 'artifacts/prepared', 'reports/evaluate/metrics.json'
+PREDICTIONS = 'artifacts/predictions'
+PREPARED = 'artifacts/prepared'
+METRICS = 'reports/evaluate/metrics.json'
 
 class RevisionError(ValueError):
     "A revision whose results cannot be read, or two that cannot be compared."
 
+# %% ../../nbs/pipeline/74_revisions.ipynb #8c2d731d
 def experiment_names(
     root:Path|str, # of the repository
 ) -> list: # of str, sorted
     "The finished experiments of a repository."
     from dvc.repo import Repo
-    with Repo(str(root)) as repo: return sorted(name for found in repo.experiments.ls(all_commits=True).values() for name, _ in found)
+    with Repo(str(root)) as repo:
+        return sorted(name for found in repo.experiments.ls(all_commits=True).values() for name, _ in found)
 
+# %% ../../nbs/pipeline/74_revisions.ipynb #d2e16e00
 def _unknown_revision(rev, root, error):
     "What to say of a revision that git does not know."
-    try: names = experiment_names(root)
-    except Exception: names = [] # the first error is the one to tell
+    try:
+        names = experiment_names(root)
+    except Exception:
+        names = [] # the first error is the one to tell
     known = f"; experiments: {', '.join(names)}" if names else ''
-    return RevisionError(f"revision '{rev}': {error}; name a commit, tag, branch or experiment of {root}, or {WORKSPACE}{known}.{nearest(rev, [*names, WORKSPACE])}")
+    return RevisionError(
+        f"revision '{rev}': {error}; name a commit, tag, branch or experiment of {root}, or "
+        f"{WORKSPACE}{known}.{nearest(rev, [*names, WORKSPACE])}"
+    )
 
 # %% ../../nbs/pipeline/74_revisions.ipynb #9ec72f52
 class Tree:
@@ -47,35 +57,56 @@ class Tree:
         rev:str, # commit, tag, branch, experiment, or 'workspace'
         root:Path|str, # of the repository
     ):
-        self.rev, self.root, self.commit, self._files = str(rev), Path(root), '', None
-        if self.rev == WORKSPACE: return
+        self.rev = str(rev)
+        self.root = Path(root)
+        self.commit = ''
+        self._files = None
+        if self.rev == WORKSPACE:
+            return
         from dvc.api import DVCFileSystem
         from dvc.exceptions import DvcException
         try:
             self._files = DVCFileSystem(str(self.root), rev=self.rev)
             self.commit = self._files.repo.get_rev()
-        except DvcException as error: raise _unknown_revision(self.rev, self.root, error) from None
+        except DvcException as error:
+            raise _unknown_revision(self.rev, self.root, error) from None
 
     def _remedy(self):
         "How to come by outputs that are not there."
-        if self.rev == WORKSPACE: return 'run `dvc repro`, or `dvc checkout` where it has been run'
-        return f"bring them from a remote with `dvc fetch -r REMOTE`, or make them anew: `dvc exp apply {self.rev}` or `git checkout {self.rev}`, then `dvc repro`"
+        if self.rev == WORKSPACE:
+            return 'run `dvc repro`, or `dvc checkout` where it has been run'
+        return (
+            "bring them from a remote with `dvc fetch -r REMOTE`, or make them anew: `dvc exp apply "
+            f"{self.rev}` or `git checkout {self.rev}`, then `dvc repro`"
+        )
 
     def read(self,
         path:str, # of a file, relative to the root
     ) -> bytes: # its content
         "A file as it was."
-        try: return (self.root/path).read_bytes() if self._files is None else self._files.read_bytes(path)
-        except PermissionError: raise
+        try:
+            return (self.root/path).read_bytes() if self._files is None else self._files.read_bytes(path)
+        except PermissionError:
+            raise
         except Exception: # DVC's layers have no common error for an object that no storage holds
-            raise RevisionError(f"revision '{self.rev}': {path} is neither in git nor in a cache that can be read here; {self._remedy()}") from None
+            raise RevisionError(
+                f"revision '{self.rev}': {path} is neither in git nor in a cache that can be read here; "
+                f"{self._remedy()}"
+            ) from None
 
     def tables(self) -> list: # of str, sorted
         "Names of the predictions tables."
-        try: files = self.root.glob(f'{PREDICTIONS}/*.csv') if self._files is None else self._files.glob(f'{PREDICTIONS}/*.csv')
-        except Exception: files = () # as above
+        try:
+            files = (
+                self.root.glob(f'{PREDICTIONS}/*.csv')
+                if self._files is None
+                else self._files.glob(f'{PREDICTIONS}/*.csv')
+            )
+        except Exception:
+            files = () # as above
         names = sorted(Path(f).stem for f in files)
-        if not names: raise RevisionError(f"revision '{self.rev}': no predictions in {PREDICTIONS}; {self._remedy()}")
+        if not names:
+            raise RevisionError(f"revision '{self.rev}': no predictions in {PREDICTIONS}; {self._remedy()}")
         return names
 
 # %% ../../nbs/pipeline/74_revisions.ipynb #217a2f40
@@ -97,7 +128,10 @@ class RevisionData:
         "The labels of one split."
         found = self.splits[self.splits['split'] == split].reset_index(drop=True)
         known = sorted(set(self.splits['split']))
-        if not len(found): raise RevisionError(f"revision '{self.rev}': no image in split '{split}'; it has {', '.join(known)}.{nearest(split, known)}")
+        if not len(found):
+            raise RevisionError(
+                f"revision '{self.rev}': no image in split '{split}'; it has {', '.join(known)}.{nearest(split, known)}"
+            )
         return found
 
     def predictions(self,
@@ -106,23 +140,32 @@ class RevisionData:
     ) -> pd.DataFrame: # the rows of that split
         "What one member, or the ensemble, said about one split."
         if member not in self.tables:
-            raise RevisionError(f"revision '{self.rev}': no predictions of '{member}'; there are {', '.join(self.tables)}.{nearest(member, self.tables)}")
+            raise RevisionError(
+                f"revision '{self.rev}': no predictions of '{member}'; there are "
+                f"{', '.join(self.tables)}.{nearest(member, self.tables)}"
+            )
         table = self.tables[member]
         return table[table['image_id'].isin(set(self.labels(split)['image_id']))].reset_index(drop=True)
 
-# %% ../../nbs/pipeline/74_revisions.ipynb #b5b7fa05
+# %% ../../nbs/pipeline/74_revisions.ipynb #33ffe665
 def _json(tree, path):
     "A JSON file of a revision."
-    try: return json.loads(tree.read(path))
+    try:
+        return json.loads(tree.read(path))
     except ValueError as error:
-        if isinstance(error, RevisionError): raise
-        raise RevisionError(f"revision '{tree.rev}': {path} is no JSON ({error}); make it anew with `dvc repro`") from None
+        if isinstance(error, RevisionError):
+            raise
+        raise RevisionError(
+            f"revision '{tree.rev}': {path} is no JSON ({error}); make it anew with `dvc repro`"
+        ) from None
 
+# %% ../../nbs/pipeline/74_revisions.ipynb #0398a3f0
 def _identity(metrics, name, splits):
     "What a result was measured on: the words of its metrics file where it has some, and in any case the split that it stands beside."
     said = metrics.get('benchmark') or {}
     return identify(BenchmarkId.from_dict(said), splits) if 'name' in said else benchmark_of(name, splits)
 
+# %% ../../nbs/pipeline/74_revisions.ipynb #b5b7fa05
 def read_evaluation(
     rev:str, # commit, tag, branch, experiment, or 'workspace'
     root:Path|str, # of the repository
@@ -131,11 +174,16 @@ def read_evaluation(
     tree = Tree(rev, root)
     label_set = LabelSet.from_dict(_json(tree, f'{PREPARED}/labels.json'))
     splits = read_table(tree.read(f'{PREPARED}/splits.csv'), f"revision '{rev}': splits.csv")[0]
-    tables = {name: read_predictions(tree.read(f'{PREDICTIONS}/{name}.csv'), label_set, f"revision '{rev}': {name}.csv") for name in tree.tables()}
+    tables = {
+        name: read_predictions(tree.read(f'{PREDICTIONS}/{name}.csv'), label_set, f"revision '{rev}': {name}.csv")
+        for name in tree.tables()
+    }
     metrics = _json(tree, METRICS)
     identity = _identity(metrics, _json(tree, f'{PREPARED}/dataset.json')['name'], splits)
-    try: data = tree.read('data.dvc')
-    except RevisionError: data = b''
+    try:
+        data = tree.read('data.dvc')
+    except RevisionError:
+        data = b''
     return RevisionData(str(rev), tree.commit, label_set, splits, tables, metrics, identity, data)
 
 # %% ../../nbs/pipeline/74_revisions.ipynb #789d3396
@@ -153,42 +201,80 @@ class Comparison:
         digits:int=3, # decimals
     ) -> pd.DataFrame: # metric, a, b, difference, verdict; texts
         "The comparison as a table."
-        number = lambda x: 'undefined' if x is None else f'{x:.{digits}f}'
-        return pd.DataFrame([{'metric': name, self.revs[0]: number(leaf['second']), f'{self.revs[1]} ': number(leaf['first']),
-                              'difference': format_leaf(leaf, digits) if leaf['value'] is not None else leaf.get('reason', 'undefined'),
-                              'verdict': leaf['verdict']} for name, leaf in self.leaves.items()])
+        def number(x):
+            return 'undefined' if x is None else f'{x:.{digits}f}'
+        return pd.DataFrame(
+            [
+                {
+                    'metric': name,
+                    self.revs[0]: number(leaf['second']),
+                    f'{self.revs[1]} ': number(leaf['first']),
+                    'difference': format_leaf(leaf, digits)
+                    if leaf['value'] is not None
+                    else leaf.get('reason', 'undefined'),
+                    'verdict': leaf['verdict'],
+                }
+                for name, leaf in self.leaves.items()
+            ]
+        )
 
     def summary(self) -> str: # one sentence
         "The verdicts in one sentence."
-        said = {v: [name for name, leaf in self.leaves.items() if leaf['verdict'] == v] for v in ('better', 'worse', 'not distinguishable')}
+        said = {
+            v: [name for name, leaf in self.leaves.items() if leaf['verdict'] == v]
+            for v in ('better', 'worse', 'not distinguishable')
+        }
         size = next(iter(self.leaves.values()))
         words = '; '.join(f"{verdict} in {', '.join(names)}" for verdict, names in said.items() if names)
-        caution = "Both gave the same predictions." if self.same else "Each interval holds at 95 % by itself; of many metrics one may seem to differ by chance."
-        return f"{self.revs[1]} against {self.revs[0]} ({self.member}, {size['n']} {self.split} images of {size['n_lesions']} lesions): {words}. {caution}"
+        caution = (
+            "Both gave the same predictions."
+            if self.same
+            else "Each interval holds at 95 % by itself; of many metrics one may seem to differ by chance."
+        )
+        return (
+            f"{self.revs[1]} against {self.revs[0]} ({self.member}, {size['n']} {self.split} images of "
+            f"{size['n_lesions']} lesions): {words}. {caution}"
+        )
 
-# %% ../../nbs/pipeline/74_revisions.ipynb #8ede6d72
+# %% ../../nbs/pipeline/74_revisions.ipynb #3e0f9c36
 def _comparable(a, b):
     "What is not known about whether two revisions may be compared; where `data.dvc` is the same, so are the images."
     same = bool(a.data) and a.data == b.data
-    filled = [replace(x.identity, resolution=x.identity.resolution or 'own') if same and x.identity.name not in RESOLUTIONS else x.identity for x in (a, b)]
+    filled = [
+        replace(x.identity, resolution=x.identity.resolution or 'own')
+        if same and x.identity.name not in RESOLUTIONS
+        else x.identity
+        for x in (a, b)
+    ]
     return check_comparable(*filled, (a.rev, b.rev))
 
+# %% ../../nbs/pipeline/74_revisions.ipynb #8ede6d72
 def _check_truth(a, b, split):
     "Refuse revisions that judge the same images by other diagnoses, lesions or malignancy."
     if a.label_set.codes != b.label_set.codes:
-        raise RevisionError(f"{a.rev} has the classes {', '.join(a.label_set.codes)}, {b.rev} {', '.join(b.label_set.codes)}; only results over the same classes can be compared")
+        raise RevisionError(
+            f"{a.rev} has the classes {', '.join(a.label_set.codes)}, {b.rev} "
+            f"{', '.join(b.label_set.codes)}; only results over the same classes can be compared"
+        )
     for code in a.label_set.codes:
         if a.label_set.is_malignant(code) != b.label_set.is_malignant(code):
-            raise RevisionError(f"class '{code}' is malignant in one of {a.rev} and {b.rev} and not in the other; only results over the same malignancy can be compared")
+            raise RevisionError(
+                f"class '{code}' is malignant in one of {a.rev} and {b.rev} and not in the other; only "
+                "results over the same malignancy can be compared"
+            )
     both = a.labels(split).merge(b.labels(split), on='image_id', suffixes=('', '_b'))
     for column in ('diagnosis', 'lesion_id'):
         off = both[both[column].fillna('').astype(str) != both[f'{column}_b'].fillna('').astype(str)]
         if len(off):
             first = off.iloc[0]
-            raise RevisionError(f"{column} of image '{first['image_id']}' is '{first[column]}' in {a.rev} and '{first[f'{column}_b']}' in {b.rev} "
-                                f"({len(off)} such image(s) in split '{split}'); run one of them again on the labels of the other")
+            raise RevisionError(
+                f"{column} of image '{first['image_id']}' is '{first[column]}' in {a.rev} and "
+                f"'{first[f'{column}_b']}' in {b.rev} "
+                f"({len(off)} such image(s) in split '{split}'); run one of them "
+                "again on the labels of the other"
+            )
 
-# %% ../../nbs/pipeline/74_revisions.ipynb #dc9169aa
+# %% ../../nbs/pipeline/74_revisions.ipynb #b49fd4f0
 def compare_revisions(
     a:RevisionData, # the one to hold against
     b:RevisionData, # the one to be judged
@@ -200,11 +286,13 @@ def compare_revisions(
     "Whether `b` is better or worse than `a`, or cannot be told from it."
     notes = _comparable(a, b)
     _check_truth(a, b, split)
-    own, other = b.predictions(split, member), a.predictions(split, member)
+    own = b.predictions(split, member)
+    other = a.predictions(split, member)
     leaves = compare_predictions(own, other, a.labels(split), a.label_set, n_resamples, seed)
     said = [table.set_index('image_id').sort_index()[probability_columns(a.label_set)] for table in (own, other)]
     return Comparison((a.rev, b.rev), split, member, leaves, notes, said[0].equals(said[1]))
 
+# %% ../../nbs/pipeline/74_revisions.ipynb #dc9169aa
 def comparison_text(
     comparison:Comparison, # of two revisions
 ) -> str: # lines

@@ -10,7 +10,6 @@ __all__ = ['StageError', 'Stopped', 'notebook_parameters', 'check_parameters', '
 
 # %% ../../nbs/pipeline/73_stages.ipynb #db1ca753
 import ast
-import asyncio
 import copy
 import ctypes
 import fcntl
@@ -60,25 +59,31 @@ class StageError(RuntimeError):
 class Stopped(KeyboardInterrupt):
     "A run ended by a signal."
     def __init__(self, signum:int): # such as `signal.SIGTERM`
-        self.signum, self.exit_code = signum, 128 + signum
+        self.signum = signum
+        self.exit_code = 128 + signum
         super().__init__(f"stopped by {signal.Signals(signum).name}")
 
-# %% ../../nbs/pipeline/73_stages.ipynb #7ed538ae
+# %% ../../nbs/pipeline/73_stages.ipynb #25f4f32d
 def notebook_parameters(
     nb:nbformat.NotebookNode, # a stage notebook
     where:str='', # named in errors
 ) -> dict: # name -> literal default
     "Read the parameters cell of a notebook without running it."
     cells = [c for c in nb.cells if c.cell_type == 'code' and 'parameters' in c.metadata.get('tags', [])]
-    if len(cells) != 1: raise StageError(f"{where}: {len(cells)} cells are tagged 'parameters'; tag exactly one")
+    if len(cells) != 1:
+        raise StageError(f"{where}: {len(cells)} cells are tagged 'parameters'; tag exactly one")
     values = {}
     for node in ast.parse(cells[0].source).body:
         targets = getattr(node, 'targets', None) or [getattr(node, 'target', None)]
-        try: values[targets[0].id] = ast.literal_eval(node.value)
+        try:
+            values[targets[0].id] = ast.literal_eval(node.value)
         except (AttributeError, TypeError, ValueError):
-            raise StageError(f"{where}: the parameters cell holds {ast.unparse(node)!r}; only `name = literal` may stand there") from None
+            raise StageError(
+                f"{where}: the parameters cell holds {ast.unparse(node)!r}; only `name = literal` may stand there"
+            ) from None
     return values
 
+# %% ../../nbs/pipeline/73_stages.ipynb #7ed538ae
 def check_parameters(
     nb:nbformat.NotebookNode, # a stage notebook
     parameters:dict, # what it will be handed
@@ -88,11 +93,17 @@ def check_parameters(
     own = notebook_parameters(nb, where)
     for name in parameters:
         if name not in own:
-            raise StageError(f"{where}: parameter {name!r} is not in its parameters cell ({', '.join(own)}).{nearest(name, own)}")
+            raise StageError(
+                f"{where}: parameter {name!r} is not in its parameters cell ({', '.join(own)}).{nearest(name, own)}"
+            )
     missing = [name for name in own if name not in parameters]
-    if missing: raise StageError(f"{where}: its parameters cell has {', '.join(map(repr, missing))}, which params.yaml does not give; add or remove it")
+    if missing:
+        raise StageError(
+            f"{where}: its parameters cell has {', '.join(map(repr, missing))}, which params.yaml does "
+            "not give; add or remove it"
+        )
 
-# %% ../../nbs/pipeline/73_stages.ipynb #e3e47c8c
+# %% ../../nbs/pipeline/73_stages.ipynb #19997065
 _PASSING = re.compile(r'\d+%\||^↻ ') # progress bars, and words about an earlier, killed run
 
 def plain_text(
@@ -109,76 +120,99 @@ def plain_text(
     names = {}
     return re.sub(r'T_[0-9a-f]{5}(?=_|")', lambda m: names.setdefault(m[0], f'T_{len(names)}'), text)
 
+# %% ../../nbs/pipeline/73_stages.ipynb #e3e47c8c
 def _stream_text(text):
     "A stream as a terminal would end up showing it, without what only this run has to say."
     lines = [line.rsplit('\r', 1)[-1] for line in text.replace('\r\n', '\n').split('\n')]
     return '\n'.join(l for l in lines if not _PASSING.search(l))
 
-# %% ../../nbs/pipeline/73_stages.ipynb #d261fcf6
+# %% ../../nbs/pipeline/73_stages.ipynb #ba9d5ae6
 def _plain_data(value, folders):
     "`plain_text` of every text in a MIME bundle, pictures left alone."
-    if isinstance(value, str): return plain_text(value, folders)
-    if isinstance(value, list): return [_plain_data(v, folders) for v in value]
-    if isinstance(value, dict): return {k: v if k.startswith('image/') and k != 'image/svg+xml' else _plain_data(v, folders) for k, v in value.items()}
+    if isinstance(value, str):
+        return plain_text(value, folders)
+    if isinstance(value, list):
+        return [_plain_data(v, folders) for v in value]
+    if isinstance(value, dict):
+        return {
+            k: v if k.startswith('image/') and k != 'image/svg+xml' else _plain_data(v, folders)
+            for k, v in value.items()
+        }
     return value
 
+# %% ../../nbs/pipeline/73_stages.ipynb #d261fcf6
 def _plain_outputs(outputs, folders):
     "Outputs in order; the text between two of them as one stdout and one stderr, however it was cut on its way."
-    done, streams = [], {}
+    done = []
+    streams = {}
     def flush():
         for name in ('stdout', 'stderr'):
             text = _stream_text(plain_text(streams.pop(name, ''), folders))
-            if text.strip(): done.append(nbformat.v4.new_output('stream', name=name, text=text))
+            if text.strip():
+                done.append(nbformat.v4.new_output('stream', name=name, text=text))
     for output in outputs:
-        if output.output_type == 'stream': streams[output.name] = streams.get(output.name, '') + output.text
+        if output.output_type == 'stream':
+            streams[output.name] = streams.get(output.name, '') + output.text
         else:
             flush()
             done.append(nbformat.from_dict(_plain_data(dict(output), folders)))
     flush()
     return done
 
-# %% ../../nbs/pipeline/73_stages.ipynb #06fca8fa
+# %% ../../nbs/pipeline/73_stages.ipynb #c933da64
 def canonical_notebook(
     nb:nbformat.NotebookNode, # as executed
     source:nbformat.NotebookNode, # as committed; its cell ids are kept
     folders:list[Path]=(), # working tree and root; paths below them become relative
 ) -> nbformat.NotebookNode: # a copy
     "Strip what changes from run to run, and what only says how it was run."
-    nb, own = copy.deepcopy(nb), {c.get('id') for c in source.cells}
+    nb = copy.deepcopy(nb)
+    own = {c.get('id') for c in source.cells}
     for i, cell in enumerate(nb.cells):
         tags = cell.metadata.get('tags', [])
         cell.metadata = nbformat.from_dict({'tags': tags} if tags else {})
-        if cell.get('id') not in own: cell['id'] = 'injected-parameters' if 'injected-parameters' in tags else f'cell-{i}'
-        if cell.cell_type == 'code': cell.outputs = _plain_outputs(cell.outputs, folders)
+        if cell.get('id') not in own:
+            cell['id'] = 'injected-parameters' if 'injected-parameters' in tags else f'cell-{i}'
+        if cell.cell_type == 'code':
+            cell.outputs = _plain_outputs(cell.outputs, folders)
     kernel = {'display_name': 'python3', 'language': 'python', 'name': 'python3'}
     nb.metadata = nbformat.from_dict({'kernelspec': kernel, 'language_info': {'name': 'python'}})
-    nb.nbformat, nb.nbformat_minor = 4, 5
+    nb.nbformat = 4
+    nb.nbformat_minor = 5
     return nb
 
+# %% ../../nbs/pipeline/73_stages.ipynb #06fca8fa
 def notebook_text(
     nb:nbformat.NotebookNode, # canonical
 ) -> str: # the file
     "A notebook as the text of its file: sorted keys, one line end."
     return nbformat.writes(nb, version=4).rstrip('\n') + '\n'
 
-# %% ../../nbs/pipeline/73_stages.ipynb #be0fa387
+# %% ../../nbs/pipeline/73_stages.ipynb #b22d3956
 _NOT_MIRRORED = {'.git', '.dvc', '.venv', '.work', '.ipynb_checkpoints'}
 
 def _texts(value):
     "Every text in a nested value."
-    if isinstance(value, str): return [value]
-    if isinstance(value, dict): value = value.values()
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
     return [t for v in value for t in _texts(v)] if isinstance(value, (list, tuple, type({}.values()))) else []
 
+# %% ../../nbs/pipeline/73_stages.ipynb #c526dc1b
 def _link_folder(root, tree, folder, outputs, parents):
     "Link the entries of one folder; walk into those that hold an output."
     (tree/folder).mkdir(parents=True, exist_ok=True)
     for entry in sorted(os.listdir(root/folder)) if (root/folder).is_dir() else []:
         path = folder/entry
-        if path in outputs or entry in _NOT_MIRRORED and len(path.parts) == 1: continue
-        if path in parents: _link_folder(root, tree, path, outputs, parents)
-        else: os.symlink(root/path, tree/path)
+        if path in outputs or entry in _NOT_MIRRORED and len(path.parts) == 1:
+            continue
+        if path in parents:
+            _link_folder(root, tree, path, outputs, parents)
+        else:
+            os.symlink(root/path, tree/path)
 
+# %% ../../nbs/pipeline/73_stages.ipynb #be0fa387
 def mirror_tree(
     root:Path, # of the repository, absolute
     scratch:Path, # an empty folder
@@ -191,7 +225,8 @@ def mirror_tree(
     paths = {PurePosixPath(p) for p in outputs}
     parents = {q for p in paths for q in p.parents}
     _link_folder(root, tree, PurePosixPath(), paths, parents)
-    for path in paths: (tree/path).parent.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        (tree/path).parent.mkdir(parents=True, exist_ok=True)
     for text in outside:
         place = Path(os.path.normpath(tree/text))
         if (root/text).exists() and not os.path.lexists(place):
@@ -199,20 +234,25 @@ def mirror_tree(
             os.symlink((root/text).resolve(), place)
     return tree
 
-# %% ../../nbs/pipeline/73_stages.ipynb #c473db06
+# %% ../../nbs/pipeline/73_stages.ipynb #9ff4f422
 def undo_swap(
     root:Path, # of the repository
     scratch:Path, # of a run that may have died while it swapped
 ) -> None:
     "Put every old output back, unless the swap was complete."
-    if not (scratch/'swap.json').is_file(): return
+    if not (scratch/'swap.json').is_file():
+        return
     note = read_json(scratch/'swap.json')
     for path in note['outputs']:
-        new, old = scratch/note['tree']/path, scratch/'old'/path
-        if not os.path.lexists(new) and os.path.lexists(root/path): os.rename(root/path, new)
-        if os.path.lexists(old): os.rename(old, root/path)
+        new = scratch/note['tree']/path
+        old = scratch/'old'/path
+        if not os.path.lexists(new) and os.path.lexists(root/path):
+            os.rename(root/path, new)
+        if os.path.lexists(old):
+            os.rename(old, root/path)
     (scratch/'swap.json').unlink()
 
+# %% ../../nbs/pipeline/73_stages.ipynb #c473db06
 def swap_outputs(
     root:Path, # of the repository
     scratch:Path, # on the same disk
@@ -223,36 +263,46 @@ def swap_outputs(
     for path in outputs:
         for file in [tree/path, *(tree/path).rglob('*')]:
             handle = os.open(file, os.O_RDONLY)
-            try: os.fsync(handle)
-            finally: os.close(handle)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     write_json(scratch/'swap.json', {'outputs': list(outputs), 'tree': str(tree.relative_to(scratch))})
     try:
         for path in outputs:
             (root/path).parent.mkdir(parents=True, exist_ok=True)
             (scratch/'old'/path).parent.mkdir(parents=True, exist_ok=True)
-            if os.path.lexists(root/path): os.rename(root/path, scratch/'old'/path)
+            if os.path.lexists(root/path):
+                os.rename(root/path, scratch/'old'/path)
             os.rename(tree/path, root/path)
     except BaseException:
         undo_swap(root, scratch)
         raise
     (scratch/'swap.json').unlink()
 
-# %% ../../nbs/pipeline/73_stages.ipynb #2643c911
+# %% ../../nbs/pipeline/73_stages.ipynb #7823e26f
 def _alive(pid):
     "Whether a process runs (a zombie does not)."
     try:
         os.kill(pid, 0)
         return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
-    except PermissionError: return True
-    except (ProcessLookupError, TypeError): return False
-    except OSError: return sys.platform != 'linux'
+    except PermissionError:
+        return True
+    except (ProcessLookupError, TypeError):
+        return False
+    except OSError:
+        return sys.platform != 'linux'
 
+# %% ../../nbs/pipeline/73_stages.ipynb #34664a0e
 def _holder(file):
     "Who wrote the lock file."
     file.seek(0)
-    try: return json.loads(file.read())
-    except ValueError: return {}
+    try:
+        return json.loads(file.read())
+    except ValueError:
+        return {}
 
+# %% ../../nbs/pipeline/73_stages.ipynb #2643c911
 @contextmanager
 def run_lock(
     root:Path, # of the repository
@@ -264,38 +314,59 @@ def run_lock(
     with open(root/'.work'/'run.lock', 'a+') as file:
         begun = time.monotonic()
         while True:
-            try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB); break
-            except BlockingIOError: holder = _holder(file)
-            if time.monotonic() - begun > (min(patience, 1) if _alive(holder.get('pid')) else patience): # a killed process takes a moment to go
-                raise StageError(f"{what}: the stage {holder.get('stage', '(unknown)')!r} is running here, pid {holder.get('pid', '(unknown)')}, "
-                                 f"since {holder.get('since', '(unknown)')}; nothing was touched. Wait until it ends, or end it (kill {holder.get('pid', 'PID')}), and run again")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                holder = _holder(file)
+            if time.monotonic() - begun > (
+                min(patience, 1) if _alive(holder.get('pid')) else patience
+            ): # a killed process takes a moment to go
+                raise StageError(
+                    f"{what}: the stage {holder.get('stage', '(unknown)')!r} is running here, pid "
+                    f"{holder.get('pid', '(unknown)')}, "
+                    f"since {holder.get('since', '(unknown)')}; nothing was touched. "
+                    f"Wait until it ends, or end it (kill {holder.get('pid', 'PID')}), "
+                    "and run again"
+                )
             time.sleep(.1)
         file.truncate(0)
-        file.write(json.dumps({'pid': os.getpid(), 'stage': what, 'since': datetime.now(timezone.utc).strftime('%F %T UTC')}))
+        file.write(
+            json.dumps({'pid': os.getpid(), 'stage': what, 'since': datetime.now(timezone.utc).strftime('%F %T UTC')})
+        )
         file.flush()
         yield file.fileno()
 
-# %% ../../nbs/pipeline/73_stages.ipynb #6392cabc
+# %% ../../nbs/pipeline/73_stages.ipynb #e6c5bf56
 def end_with_parent(
     signum:int, # sent to this process when its parent dies; 0 for none
 ) -> None:
     "Ask Linux to end this process with its parent; elsewhere nothing."
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, int(signum), 0, 0, 0)
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, int(signum), 0, 0, 0)
 
+# %% ../../nbs/pipeline/73_stages.ipynb #7a2d06ec
 def _tied_to_parent():
     "Whether this run should end with its parent: always below DVC, else unless it was detached by nohup."
     return 'DVC_STAGE' in os.environ or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
 
+# %% ../../nbs/pipeline/73_stages.ipynb #b379d62f
 def _parent(pid):
     "Parent of a process, or None where it is gone or the system does not say."
-    try: return int(Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[1])
-    except OSError: return None
+    try:
+        return int(Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[1])
+    except OSError:
+        return None
 
+# %% ../../nbs/pipeline/73_stages.ipynb #6392cabc
 def _watch_grandparent(ended):
     "Below DVC a shell may stand between: end this run when the shell loses its parent."
-    shell, dvc = os.getppid(), _parent(os.getppid())
-    try: name = Path(f'/proc/{shell}/comm').read_text().strip()
-    except OSError: return
+    shell = os.getppid()
+    dvc = _parent(os.getppid())
+    try:
+        name = Path(f'/proc/{shell}/comm').read_text().strip()
+    except OSError:
+        return
     while name in ('sh', 'ash', 'dash', 'bash', 'zsh', 'ksh', 'fish', 'busybox') and not ended.wait(.5):
         if _parent(shell) != dvc:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -307,7 +378,8 @@ def stop_signals():
     "Turn SIGINT, SIGTERM and SIGHUP into `Stopped`, once; yields a context in which they wait."
     state = {'held': False, 'pending': None}
     def stop(signum, frame):
-        if state['held']: state['pending'] = signum
+        if state['held']:
+            state['pending'] = signum
         else:
             state['held'] = True
             raise Stopped(signum)
@@ -321,13 +393,17 @@ def stop_signals():
     signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
     old = {s: signal.signal(s, stop) for s in signals}
     ended = threading.Event()
-    if _tied_to_parent(): end_with_parent(signal.SIGTERM)
-    if 'DVC_STAGE' in os.environ: threading.Thread(target=_watch_grandparent, args=(ended,), daemon=True).start()
-    try: yield hold
+    if _tied_to_parent():
+        end_with_parent(signal.SIGTERM)
+    if 'DVC_STAGE' in os.environ:
+        threading.Thread(target=_watch_grandparent, args=(ended,), daemon=True).start()
+    try:
+        yield hold
     finally:
         ended.set()
         end_with_parent(0)
-        for s, handler in old.items(): signal.signal(s, handler)
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 # %% ../../nbs/pipeline/73_stages.ipynb #600f3563
 _BOOT = '''import ctypes, os, sys
@@ -356,10 +432,18 @@ class StageKernel:
         lock:int|None=None, # file descriptor that the kernel keeps open
     ):
         self.km = AsyncKernelManager(kernel_name='python3', connection_file=str(scratch/'kernel.json'))
-        self.km._kernel_spec = KernelSpec(argv=[sys.executable, '-P', '-c', _BOOT, '-f', '{connection_file}', '--log-level=ERROR'],
-                                          display_name='python3', language='python')
-        env = os.environ | {'PYTHONPATH': str(root), 'PYTHONHASHSEED': '0', 'NO_ALBUMENTATIONS_UPDATE': '1', 'IPYTHONDIR': str(scratch/'ipython'),
-                            'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
+        self.km._kernel_spec = KernelSpec(
+            argv=[sys.executable, '-P', '-c', _BOOT, '-f', '{connection_file}', '--log-level=ERROR'],
+            display_name='python3',
+            language='python',
+        )
+        env = os.environ | {
+            'PYTHONPATH': str(root),
+            'PYTHONHASHSEED': '0',
+            'NO_ALBUMENTATIONS_UPDATE': '1',
+            'IPYTHONDIR': str(scratch / 'ipython'),
+            'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
+        }
         run_sync(self.km.start_kernel)(cwd=str(cwd), env=env, **({} if lock is None else {'pass_fds': (lock,)}))
         self.pid = self.km.provisioner.pid
         self.watcher = subprocess.Popen(['/bin/sh', '-c', 'read -r _; kill -s KILL -- "-$0"', str(self.pid)],
@@ -367,15 +451,21 @@ class StageKernel:
 
     def peak_memory(self) -> int|None: # bytes; None where the system does not say
         "The most memory the kernel has held so far."
-        try: return 1024 * int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{self.pid}/status').read_text())[1])
-        except (OSError, TypeError): return None
+        try:
+            return 1024 * int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{self.pid}/status').read_text())[1])
+        except (OSError, TypeError):
+            return None
 
     def close(self, gently:bool=False): # let the kernel say goodbye first
         "End the kernel and its process group."
-        if gently: run_sync(self.km.shutdown_kernel)()
-        try: os.killpg(self.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError): pass
-        if self.km.provisioner and self.km.provisioner.process: self.km.provisioner.process.wait(10)
+        if gently:
+            run_sync(self.km.shutdown_kernel)()
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        if self.km.provisioner and self.km.provisioner.process:
+            self.km.provisioner.process.wait(10)
         self.km.cleanup_connection_file()
         self.watcher.kill()
         self.watcher.communicate()
@@ -388,7 +478,8 @@ def cell_title(
     "Name a cell for a person."
     for cell in reversed(nb.cells[:index]):
         headings = re.findall(r'^#{1,6}\s+(.+)$', cell.source, re.M) if cell.cell_type == 'markdown' else []
-        if headings: return headings[-1].strip()
+        if headings:
+            return headings[-1].strip()
     return (nb.cells[index].source.strip().splitlines() or [''])[0][:60]
 
 # %% ../../nbs/pipeline/73_stages.ipynb #af638c69
@@ -398,7 +489,12 @@ class Progress:
         stage:str, # named on each line
         stream:TextIO, # a terminal, a pipe or a file
     ):
-        self.stage, self.stream, self.nb, self.current, self.seconds, self.said = stage, stream, None, None, {}, ''
+        self.stage = stage
+        self.stream = stream
+        self.nb = None
+        self.current = None
+        self.seconds = {}
+        self.said = ''
         self.terminal = bool(getattr(stream, 'isatty', lambda: False)())
         self.ended = threading.Event()
 
@@ -409,9 +505,14 @@ class Progress:
 
     def start(self, cell=None, cell_index:int=0, **_): # called before a cell runs
         "A cell begins; text cells are passed over."
-        if cell_index not in self.order: return
-        self.current, self.started, self.ended, self.said = cell_index, time.monotonic(), threading.Event(), ''
-        if self.terminal: threading.Thread(target=_tick, args=(self, self.started, self.ended), daemon=True).start()
+        if cell_index not in self.order:
+            return
+        self.current = cell_index
+        self.started = time.monotonic()
+        self.ended = threading.Event()
+        self.said = ''
+        if self.terminal:
+            threading.Thread(target=_tick, args=(self, self.started, self.ended), daemon=True).start()
 
     def done(self, cell=None, cell_index:int=0, **_): # called after a cell ran, well or not
         "A cell has ended."
@@ -428,51 +529,68 @@ class Progress:
 
     def stop(self):
         "Leave the last line as it is."
-        if self.terminal and self.current is not None and not self.ended.is_set(): self.stream.write('\n')
+        if self.terminal and self.current is not None and not self.ended.is_set():
+            self.stream.write('\n')
         self.ended.set()
 
-# %% ../../nbs/pipeline/73_stages.ipynb #822cacda
+# %% ../../nbs/pipeline/73_stages.ipynb #5201ccd3
 _CLEAR = '\r\x1b[K' # of a terminal's line
 
 def _hear_text(progress, text):
     "Keep the last line printed, for a terminal to show beside the cell; pass on what this run alone has to say."
     lines = [l.strip() for l in text.splitlines() if l.strip()]
-    for line in [l for l in lines if l.startswith('↻ ')]: progress.stream.write(f"{_CLEAR if progress.terminal else ''}{progress.stage}  {line}\n")
+    for line in [l for l in lines if l.startswith('↻ ')]:
+        progress.stream.write(f"{_CLEAR if progress.terminal else ''}{progress.stage}  {line}\n")
     progress.said = (lines or [progress.said])[-1]
 
+# %% ../../nbs/pipeline/73_stages.ipynb #991416b0
 def _show_line(progress, seconds, end):
     "Write the current line."
     said = f'  {progress.said}' if progress.said and not end else ''
-    n, title = progress.order.index(progress.current) + 1, cell_title(progress.nb, progress.current)
+    n = progress.order.index(progress.current) + 1
+    title = cell_title(progress.nb, progress.current)
     text = f'{progress.stage}  cell {n}/{len(progress.order)}  "{title}"  {seconds:.1f} s{said}'
-    if progress.terminal: text = _CLEAR + text[:shutil.get_terminal_size().columns - 1]
+    if progress.terminal:
+        text = _CLEAR + text[:shutil.get_terminal_size().columns - 1]
     progress.stream.write(text + end)
     progress.stream.flush()
 
+# %% ../../nbs/pipeline/73_stages.ipynb #822cacda
 def _tick(progress, started, ended):
     "Rewrite the line until the cell has ended."
     _show_line(progress, 0, '')
-    while not ended.wait(1): _show_line(progress, time.monotonic() - started, '')
+    while not ended.wait(1):
+        _show_line(progress, time.monotonic() - started, '')
 
-# %% ../../nbs/pipeline/73_stages.ipynb #22165d94
+# %% ../../nbs/pipeline/73_stages.ipynb #7a19e367
 class StageEngine(NBClientEngine):
     "papermill's own way of running cells, on a `StageKernel`."
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, kernel=None, progress=None, root=None, **kwargs):
         "Run every cell until one fails."
-        client = PapermillNotebookClient(nb_man, km=kernel.km, timeout=None, log=logging.getLogger('papermill'), stdout_file=progress)
+        client = PapermillNotebookClient(
+            nb_man, km=kernel.km, timeout=None, log=logging.getLogger('papermill'), stdout_file=progress
+        )
         progress.begin(nb_man.nb)
         async def check(notebook):
-            reply = await client.kc.execute(_CHECK % str(root), silent=True, store_history=False, reply=True, timeout=60)
-            if reply['content']['status'] == 'error': raise StageError(reply['content']['evalue'])
+            reply = await client.kc.execute(
+                _CHECK % str(root), silent=True, store_history=False, reply=True, timeout=60
+            )
+            if reply['content']['status'] == 'error':
+                raise StageError(reply['content']['evalue'])
         def done(**kw):
             progress.done(**kw)
             progress.memory = max(kernel.peak_memory() or 0, getattr(progress, 'memory', 0))
-        client.on_notebook_start, client.on_cell_start, client.on_cell_executed = check, progress.start, done
-        try: return client.execute()
+        client.on_notebook_start = check
+        client.on_cell_start = progress.start
+        client.on_cell_executed = done
+        try:
+            return client.execute()
         finally:
-            if client.kc is not None: client.kc.stop_channels()
+            if client.kc is not None:
+                client.kc.stop_channels()
 
+# %% ../../nbs/pipeline/73_stages.ipynb #22165d94
 papermill_engines.register('skinlesion', StageEngine)
 
 def execute_cells(
@@ -485,28 +603,47 @@ def execute_cells(
     "Execute a notebook; `papermill.PapermillExecutionError` where a cell fails."
     logging.getLogger('papermill').setLevel(logging.ERROR)
     try:
-        return papermill.execute_notebook(str(notebook), None, parameters=parameters, engine_name='skinlesion', kernel_name='python3',
-                                          language='python', progress_bar=False, kernel=kernel, progress=progress, root=root)
+        return papermill.execute_notebook(
+            str(notebook),
+            None,
+            parameters=parameters,
+            engine_name='skinlesion',
+            kernel_name='python3',
+            language='python',
+            progress_bar=False,
+            kernel=kernel,
+            progress=progress,
+            root=root,
+        )
     finally: # papermill marks a failure by cells of its own, which would shift the numbers of the others
-        if progress.nb is not None: progress.nb.cells = [c for c in progress.nb.cells if ERROR_MARKER_TAG not in c.metadata.get('tags', [])]
+        if progress.nb is not None:
+            progress.nb.cells = [c for c in progress.nb.cells if ERROR_MARKER_TAG not in c.metadata.get('tags', [])]
 
-# %% ../../nbs/pipeline/73_stages.ipynb #19d03e93
-_PACKAGES = ('torch torchvision timm lightning grad-cam albumentations numpy scipy pandas scikit-learn pillow opencv-python-headless '
-             'safetensors matplotlib seaborn').split()
+# %% ../../nbs/pipeline/73_stages.ipynb #9ef9dcb0
+_PACKAGES = (
+    'torch torchvision timm lightning grad-cam albumentations numpy scipy pandas scikit-learn pillow '
+    'opencv-python-headless '
+    'safetensors matplotlib seaborn'
+).split()
 
 def tree_sha256(
     path:Path, # a file or a folder
 ) -> str: # 64 hex digits
     "SHA-256 of a file, or of the names and sums of all files in a folder."
     path = Path(path)
-    if path.is_file(): return sha256_file(path)
+    if path.is_file():
+        return sha256_file(path)
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file())
     return sha256_bytes(''.join(f'{sha256_file(path/n)}  {n}\n' for n in names).encode())
 
+# %% ../../nbs/pipeline/73_stages.ipynb #5df092f2
 def _version(package):
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return 'not installed'
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return 'not installed'
 
+# %% ../../nbs/pipeline/73_stages.ipynb #19d03e93
 def stage_provenance(
     root:Path, # of the repository
     notebook:str, # relative to `root`
@@ -517,22 +654,38 @@ def stage_provenance(
     "Hash everything that decides what a stage writes; a parameter that names a file counts with the bytes of that file."
     sources = [c.source for c in nbformat.read(root/notebook, as_version=4).cells]
     for path in inputs:
-        if not (root/path).exists(): raise StageError(f"{notebook} reads {path}, which is not there; `dvc repro` makes it (for data: `dvc pull data.dvc`, or an import)")
+        if not (root/path).exists():
+            raise StageError(
+                f"{notebook} reads {path}, which is not there; `dvc repro` makes it (for data: `dvc "
+                "pull data.dvc`, or an import)"
+            )
     named = sorted({t for t in _texts(parameters) if t and len(t) < 4096 and '\0' not in t and (root/t).is_file()})
-    return {'inputs': {p: tree_sha256(root/p) for p in inputs}, **({'files': {p: sha256_file(root/p) for p in named}} if named else {}),
-            'parameters': sha256_bytes(json.dumps(parameters, sort_keys=True).encode()),
-            'code': {'notebook': sha256_bytes(json.dumps(sources).encode()),
-                     'library': sha256_bytes(''.join(f'{sha256_file(root/p)}  {p}\n' for p in sorted(map(str, code))).encode())},
-            'versions': {'python': platform.python_version(), **{p: _version(p) for p in _PACKAGES}}}
+    return {
+        'inputs': {p: tree_sha256(root / p) for p in inputs},
+        **({'files': {p: sha256_file(root / p) for p in named}} if named else {}),
+        'parameters': sha256_bytes(json.dumps(parameters, sort_keys=True).encode()),
+        'code': {
+            'notebook': sha256_bytes(json.dumps(sources).encode()),
+            'library': sha256_bytes(
+                ''.join(f'{sha256_file(root / p)}  {p}\n' for p in sorted(map(str, code))).encode()
+            ),
+        },
+        'versions': {'python': platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
+    }
 
-# %% ../../nbs/pipeline/73_stages.ipynb #b5c9c28b
+# %% ../../nbs/pipeline/73_stages.ipynb #4d01ed37
 def _git_revision(root):
     "Revision of the tree and whether it has changes, or None outside git."
-    def git(*args): return subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, timeout=20)
-    try: head, state = git('rev-parse', 'HEAD'), git('status', '--porcelain', '--untracked-files=no')
-    except (OSError, subprocess.TimeoutExpired): return None
+    def git(*args):
+        return subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, timeout=20)
+    try:
+        head = git('rev-parse', 'HEAD')
+        state = git('status', '--porcelain', '--untracked-files=no')
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return {'revision': head.stdout.strip(), 'changed': bool(state.stdout.strip())} if head.returncode == 0 else None
 
+# %% ../../nbs/pipeline/73_stages.ipynb #b5c9c28b
 def run_record(
     progress:Progress, # of a run that is over
     started:float, # seconds since 1970
@@ -540,12 +693,21 @@ def run_record(
     versions:dict, # of packages
 ) -> dict: # for run.json
     "What a run took: times, seconds per cell, peak memory of the kernel, revision."
-    stamp = lambda t: datetime.fromtimestamp(t, timezone.utc).strftime('%FT%TZ')
+    def stamp(t):
+        return datetime.fromtimestamp(t, timezone.utc).strftime('%FT%TZ')
     cells = [{'cell': n + 1, 'title': cell_title(progress.nb, i), 'seconds': round(progress.seconds[i], 3)}
              for n, i in enumerate(progress.order) if i in progress.seconds]
     now = time.time()
-    return {'stage': progress.stage, 'started': stamp(started), 'finished': stamp(now), 'seconds': round(now - started, 3), 'cells': cells,
-            'peak_memory_bytes': getattr(progress, 'memory', 0) or None, 'git': _git_revision(root), 'versions': versions}
+    return {
+        'stage': progress.stage,
+        'started': stamp(started),
+        'finished': stamp(now),
+        'seconds': round(now - started, 3),
+        'cells': cells,
+        'peak_memory_bytes': getattr(progress, 'memory', 0) or None,
+        'git': _git_revision(root),
+        'versions': versions,
+    }
 
 # %% ../../nbs/pipeline/73_stages.ipynb #e41c5626
 def failure_text(
@@ -556,52 +718,87 @@ def failure_text(
     folders:list[Path]=(), # shortened in messages
 ) -> str: # several lines
     "Say which cell failed, why, and what to do next."
-    nb, index = progress.nb, progress.current
-    outputs = [o for c in (nb.cells if nb else []) if c.cell_type == 'code' for o in c.get('outputs', []) if o.output_type == 'error']
+    nb = progress.nb
+    index = progress.current
+    outputs = [
+        o
+        for c in (nb.cells if nb else [])
+        if c.cell_type == 'code'
+        for o in c.get('outputs', [])
+        if o.output_type == 'error'
+    ]
     lines = []
     if index is not None and not isinstance(error, StageError):
         source = [l for l in nb.cells[index].source.splitlines() if l.strip() and not l.startswith('#|')][:3]
-        lines.append(f'{stage} failed in cell {progress.order.index(index) + 1} of {len(progress.order)}, "{cell_title(nb, index)}":')
+        lines.append(
+            f'{stage} failed in cell {progress.order.index(index) + 1} of {len(progress.order)}, '
+            f'"{cell_title(nb, index)}":'
+        )
         lines += [f'    {l}' for l in source]
-    else: lines.append(f'{stage} failed:')
-    if isinstance(error, Stopped): cause = [str(error)]
+    else:
+        lines.append(f'{stage} failed:')
+    if isinstance(error, Stopped):
+        cause = [str(error)]
     elif outputs:
-        frames = [f for f in map(strip_ansi, outputs[-1].traceback) if f.startswith('Cell In')] # the notebook's own; the rest is in failed.ipynb
-        cause = [l for f in frames[-1:] for l in f.splitlines() if '-->' in l] + [f'{outputs[-1].ename}: {outputs[-1].evalue}']
-    elif isinstance(error, StageError): cause = [str(error)]
-    else: cause = [l.rstrip() for l in traceback.format_exception_only(error)]
-    cause = plain_text('\n'.join(cause), folders).replace('.work/resume', getattr(progress, 'resume', '.work/resume')) # the link is gone by now
+        frames = [
+            f for f in map(strip_ansi, outputs[-1].traceback) if f.startswith('Cell In')
+        ]  # the notebook's own; the rest is in failed.ipynb
+        cause = [l for f in frames[-1:] for l in f.splitlines() if '-->' in l] + [
+            f'{outputs[-1].ename}: {outputs[-1].evalue}'
+        ]
+    elif isinstance(error, StageError):
+        cause = [str(error)]
+    else:
+        cause = [l.rstrip() for l in traceback.format_exception_only(error)]
+    cause = plain_text('\n'.join(cause), folders).replace(
+        '.work/resume', getattr(progress, 'resume', '.work/resume')
+    ) # the link is gone by now
     lines += [cause, 'The earlier outputs and reports of this stage stand as they were.']
-    if 'No space left' in lines[-2] or 'disk is full' in lines[-2]: lines.append('Free some space on the disk that holds this repository (df -h .).')
-    if failed: lines.append(f'Next: look at it (jupyter lab {failed}), mend the cause, then dvc repro')
-    else: lines.append('Next: mend the cause, then dvc repro')
+    if 'No space left' in lines[-2] or 'disk is full' in lines[-2]:
+        lines.append('Free some space on the disk that holds this repository (df -h .).')
+    if failed:
+        lines.append(f'Next: look at it (jupyter lab {failed}), mend the cause, then dvc repro')
+    else:
+        lines.append('Next: mend the cause, then dvc repro')
     return '\n'.join(lines)
 
-# %% ../../nbs/pipeline/73_stages.ipynb #aaf88b53
+# %% ../../nbs/pipeline/73_stages.ipynb #c24ab544
 def _keep_failed(root, report_dir, progress, source, folders):
     "Keep the notebook as far as it got; its path relative to `root`, or '' where the disk refuses."
-    if progress.nb is None or progress.current is None: return ''
+    if progress.nb is None or progress.current is None:
+        return ''
     path = f'{report_dir}/failed.ipynb'
-    try: atomic_write(root/path, notebook_text(canonical_notebook(progress.nb, source, folders)))
-    except OSError: return ''
+    try:
+        atomic_write(root/path, notebook_text(canonical_notebook(progress.nb, source, folders)))
+    except OSError:
+        return ''
     return path
 
+# %% ../../nbs/pipeline/73_stages.ipynb #1a5b4c1c
 def _check_outputs(tree, outputs, where):
     "Every output must be there, and nothing else below artifacts/ and reports/."
     for path in outputs:
         if not (tree/path).exists() or (tree/path).is_dir() and not any((tree/path).iterdir()):
-            raise StageError(f"{where} ran, but wrote nothing to its output {path}; write there, or take it from the stage's outputs")
+            raise StageError(
+                f"{where} ran, but wrote nothing to its output {path}; write there, or take it from the stage's outputs"
+            )
     own = {PurePosixPath(p) for p in outputs}
     for top in {p.parts[0] for p in own}:
         for file in sorted((tree/top).rglob('*')):
             path = PurePosixPath(file.relative_to(tree).as_posix())
             if file.is_file() and not file.is_symlink() and not own & {path, *path.parents}:
-                raise StageError(f"{where} wrote {path}, which is no output of its stage ({', '.join(outputs)}); write it below one of them")
+                raise StageError(
+                    f"{where} wrote {path}, which is no output of its stage ({', '.join(outputs)}); "
+                    "write it below one of them"
+                )
 
+# %% ../../nbs/pipeline/73_stages.ipynb #840e31a9
 def _remove_scratch(scratch):
     "Remove a scratch folder, unless old outputs that could not be put back lie in it."
-    if not (scratch/'swap.json').exists(): shutil.rmtree(scratch, ignore_errors=True)
+    if not (scratch/'swap.json').exists():
+        shutil.rmtree(scratch, ignore_errors=True)
 
+# %% ../../nbs/pipeline/73_stages.ipynb #aaf88b53
 def _fresh_scratch(root, stage, outputs):
     "An empty scratch folder; what killed runs left is put right and removed first."
     base = root/'.work'/'stages'
@@ -613,7 +810,10 @@ def _fresh_scratch(root, stage, outputs):
     for path in outputs:
         place = next(p for p in (root/path, *(root/path).parents) if p.exists())
         if place.stat().st_dev != scratch.stat().st_dev:
-            raise StageError(f"{path} and .work lie on different disks, so an output cannot be swapped in whole; make .work a link to a folder on the disk of {path}")
+            raise StageError(
+                f"{path} and .work lie on different disks, so an output cannot be swapped in whole; "
+                f"make .work a link to a folder on the disk of {path}"
+            )
     return scratch
 
 # %% ../../nbs/pipeline/73_stages.ipynb #b4722bb4
@@ -627,11 +827,12 @@ def link_cache(
     os.symlink(root/'.work'/'cache', tree/'.work'/'cache')
     return tree/'.work'/'cache'
 
-# %% ../../nbs/pipeline/73_stages.ipynb #3673f763
+# %% ../../nbs/pipeline/73_stages.ipynb #265938ed
 def _resume_name(stage):
     "Name of a stage and member as the start of a folder's name."
     return stage.replace('/', '-')
 
+# %% ../../nbs/pipeline/73_stages.ipynb #7faf6135
 def link_resume(
     root:Path, # of the repository, absolute
     tree:Path, # the mirror of a run
@@ -646,6 +847,7 @@ def link_resume(
     os.symlink(folder, tree/'.work'/'resume')
     return folder
 
+# %% ../../nbs/pipeline/73_stages.ipynb #3673f763
 def clear_resume(
     root:Path, # of the repository
     stage:str, # with its member, such as train/fused
@@ -655,27 +857,34 @@ def clear_resume(
     base = root/'.work'/'cache'/'resume'
     own = re.compile(re.escape(_resume_name(stage)) + '-[0-9a-f]{32}')
     for folder in base.iterdir() if base.is_dir() else []:
-        if own.fullmatch(folder.name) and not (empty and any(folder.iterdir())): shutil.rmtree(folder, ignore_errors=True)
+        if own.fullmatch(folder.name) and not (empty and any(folder.iterdir())):
+            shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/pipeline/73_stages.ipynb #0f3b2525
 def _build(root, scratch, stage, notebook, parameters, inputs, outputs, report_dir, code, progress, lock):
     "Run the notebook in a mirror and write its report there; the mirror."
-    started, nb_source = time.time(), nbformat.read(root/notebook, as_version=4)
+    started = time.time()
+    nb_source = nbformat.read(root/notebook, as_version=4)
     provenance = stage_provenance(root, notebook, parameters, inputs, code)
     tree = mirror_tree(root, scratch, outputs, parameters)
     link_cache(root, tree)
     progress.resume = link_resume(root, tree, stage, provenance).relative_to(root).as_posix()
-    for path in outputs: (tree/path).mkdir()
+    for path in outputs:
+        (tree/path).mkdir()
     progress.folders = [tree, root]
-    kernel, finished = StageKernel(root, scratch, tree, lock), False
+    kernel = StageKernel(root, scratch, tree, lock)
+    finished = False
     try:
         nb = execute_cells(root/notebook, parameters, kernel, progress, root)
         finished = True
-    finally: kernel.close(gently=finished)
+    finally:
+        kernel.close(gently=finished)
     progress.current = None
     nb = canonical_notebook(nb, nb_source, progress.folders)
     atomic_write(tree/report_dir/'executed.ipynb', notebook_text(nb))
-    title = next((t for c in nb.cells for t in re.findall(r'^#\s+(.+)$', c.source, re.M) if c.cell_type == 'markdown'), stage)
+    title = next(
+        (t for c in nb.cells for t in re.findall(r'^#\s+(.+)$', c.source, re.M) if c.cell_type == 'markdown'), stage
+    )
     member = stage.partition('/')[2]
     render_report(nb, tree/report_dir/'report.html', f'{title}: {member}' if member else title, parameters, provenance)
     write_json(tree/report_dir/'run.json', run_record(progress, started, root, provenance['versions']))
@@ -695,11 +904,14 @@ def run_notebook(
     stream:TextIO|None=None, # for progress and errors; stderr by default
 ) -> None:
     "Run a notebook in a mirror of the repository and swap its outputs in; `StageError` after the cause was printed."
-    root, stream, stage = Path(root).resolve(), stream or sys.stderr, stage or PurePosixPath(notebook).stem
+    root = Path(root).resolve()
+    stream = stream or sys.stderr
+    stage = stage or PurePosixPath(notebook).stem
     source = nbformat.read(root/notebook, as_version=4)
     check_parameters(source, parameters, notebook)
     with run_lock(root, stage) as lock, stop_signals() as hold:
-        progress, scratch = Progress(stage, stream), _fresh_scratch(root, stage, outputs)
+        progress = Progress(stage, stream)
+        scratch = _fresh_scratch(root, stage, outputs)
         progress.folders = [root]
         try:
             tree = _build(root, scratch, stage, notebook, parameters, inputs, outputs, report_dir, code, progress, lock)
@@ -707,8 +919,11 @@ def run_notebook(
                 swap_outputs(root, scratch, tree, outputs)
                 clear_resume(root, stage)
         except BaseException as error:
-            logging.getLogger('asyncio').setLevel(logging.CRITICAL) # a stopped loop complains of tasks that will never end
-            with hold(): progress.stop()
+            logging.getLogger('asyncio').setLevel(
+                logging.CRITICAL
+            ) # a stopped loop complains of tasks that will never end
+            with hold():
+                progress.stop()
             _remove_scratch(scratch) # on a full disk this is what makes room for the failed notebook
             clear_resume(root, stage, empty=True)
             failed = _keep_failed(root, report_dir, progress, source, progress.folders)
@@ -716,9 +931,10 @@ def run_notebook(
             wrapped = StageError(f"{stage} {error if isinstance(error, Stopped) else 'failed'}; see above")
             wrapped.exit_code = getattr(error, 'exit_code', 1)
             raise wrapped from error
-        finally: _remove_scratch(scratch)
+        finally:
+            _remove_scratch(scratch)
 
-# %% ../../nbs/pipeline/73_stages.ipynb #cdc95ef0
+# %% ../../nbs/pipeline/73_stages.ipynb #b8129dae
 def _check_library(root):
     "The library that runs must be the one of `root`."
     here = Path(skinlesion.__file__).resolve().parent.parent
@@ -726,11 +942,17 @@ def _check_library(root):
         raise StageError(f"skinlesion comes from {here}, but the repository is {root}; a tree runs its own code: "
                          f"call `python -m skinlesion.pipeline.cli run ...` from {root}")
 
+# %% ../../nbs/pipeline/73_stages.ipynb #a2c5f713
 def _stage_inputs(params, stage, member):
     "Inputs of a stage; of the models, the ones that params name."
     folders = list(stage_inputs(stage, member).values())
-    return [p for f in folders for p in ([f'{f}/{m}' for m in sorted(params.train.members)] if f.endswith('/models') else [f])]
+    return [
+        p
+        for f in folders
+        for p in ([f'{f}/{m}' for m in sorted(params.train.members)] if f.endswith('/models') else [f])
+    ]
 
+# %% ../../nbs/pipeline/73_stages.ipynb #cdc95ef0
 def run_stage(
     stage:str, # prepare, train, evaluate, explain or report
     member:str|None=None, # for `train` only
@@ -741,13 +963,27 @@ def run_stage(
     root = repo_root(root).resolve()
     _check_library(root)
     if stage not in (*STAGES, 'report'):
-        raise StageError(f"stage {stage!r} is unknown; allowed: {', '.join(STAGES)}, report.{nearest(stage, (*STAGES, 'report'))}")
+        raise StageError(
+            f"stage {stage!r} is unknown; allowed: {', '.join(STAGES)}, report.{nearest(stage, (*STAGES, 'report'))}"
+        )
     if stage == 'report':
-        with run_lock(root, stage): render_index(root)
+        with run_lock(root, stage):
+            render_index(root)
         return
     params = load_params(root/'params.yaml')
-    parameters, outputs = stage_parameters(params, stage, member), stage_outputs(stage, member)
+    parameters = stage_parameters(params, stage, member)
+    outputs = stage_outputs(stage, member)
     notebook = f'nbs/stages/{stage}.ipynb'
-    if not (root/notebook).is_file(): raise StageError(f"{notebook}: no such notebook in {root}")
-    run_notebook(notebook, parameters, _stage_inputs(params, stage, member), list(outputs.values()), outputs['report_dir'], root,
-                 stage=f'{stage}/{member}' if member else stage, code=[p.as_posix() for p in import_closure(notebook, root)], stream=stream)
+    if not (root/notebook).is_file():
+        raise StageError(f"{notebook}: no such notebook in {root}")
+    run_notebook(
+        notebook,
+        parameters,
+        _stage_inputs(params, stage, member),
+        list(outputs.values()),
+        outputs['report_dir'],
+        root,
+        stage=f'{stage}/{member}' if member else stage,
+        code=[p.as_posix() for p in import_closure(notebook, root)],
+        stream=stream,
+    )

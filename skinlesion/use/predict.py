@@ -30,15 +30,29 @@ class Prediction:
     probabilities:dict # code -> calibrated probability; they sum to 1
     predicted:str # the code with the largest probability
     confidence:float # that probability
-    malignancy:float|None # probability of a malignant class; None where nobody says what is malignant, or the class predicted may be either
-    disagreement:float # of the members, the fits of one being averaged: mean total variation distance from their mean, [0, 1)
+    malignancy: (
+        float | None
+    ) # probability of a malignant class; None where nobody says what is malignant, or the class predicted may be either
+    disagreement: (
+        float # of the members, the fits of one being averaged: mean total variation distance from their mean, [0, 1)
+    )
     bundle_id:str # which bundle said so
-    heads:dict=field(default_factory=dict) # what else the ensemble answers, uncalibrated: head -> level -> probability; empty where there is nothing else
-    prediction_set:tuple|None=None # codes that stay possible at `coverage`, in the order of the label set; may be empty; None where the bundle has no such sets
+    heads: dict = field(
+        default_factory=dict
+    ) # what else the ensemble answers, uncalibrated: head -> level -> probability; empty where there is nothing else
+    prediction_set: tuple | None = (
+        # codes that stay possible at `coverage`, in the order of the label set; may be empty; None where the bundle has
+        # no such sets
+        None
+    )
     coverage:float|None=None # share of lesions whose set was promised to hold the true class
     abstain:bool=False # whether the bundle gives no answer: the rest is then not to be acted on
     abstain_reason:str='' # why
-    flagged:bool|None=None # whether malignancy, among the classes of which it is known, reaches `threshold`; None without a threshold or a malignancy
+    flagged: bool | None = (
+        # whether malignancy, among the classes of which it is known, reaches `threshold`; None without a threshold or a
+        # malignancy
+        None
+    )
     threshold:float|None=None # locked on validation for a stated sensitivity
 
     def to_dict(self) -> dict: # plain JSON values, the disclaimer among them
@@ -56,17 +70,30 @@ def read_metadata(
     table, lines = read_table(path)
     for column in METADATA_COLUMNS:
         if column not in table:
-            raise ValueError(f"{path}: column '{column}' is missing; the table needs {', '.join(METADATA_COLUMNS)} (empty cells where unknown). "
-                             f"It has {', '.join(table.columns)}.{nearest(column, table.columns)}")
+            raise ValueError(
+                f"{path}: column '{column}' is missing; the table needs {', '.join(METADATA_COLUMNS)} "
+                "(empty cells where unknown). "
+                f"It has {', '.join(table.columns)}.{nearest(column, table.columns)}"
+            )
     rows = []
     for line, row in zip(lines, table.to_dict('records')):
         where = f'{path} row {line}'
-        if not row['image_id']: raise ValueError(f"{where}: image_id is empty; it is the file's name without suffix")
-        rows.append((row['image_id'], parse_age(row['age'], where), parse_sex(row['sex'], where), parse_site(row['site'], where)))
+        if not row['image_id']:
+            raise ValueError(f"{where}: image_id is empty; it is the file's name without suffix")
+        rows.append(
+            (
+                row['image_id'],
+                parse_age(row['age'], where),
+                parse_sex(row['sex'], where),
+                parse_site(row['site'], where),
+            )
+        )
     table = pd.DataFrame(rows, columns=METADATA_COLUMNS).astype(dict(age=float))
     table.attrs['name'] = str(path)
     for i in np.flatnonzero(table.image_id.duplicated())[:1]:
-        raise ValueError(f"{path} row {lines[i]}: image_id '{table.image_id[i]}' is there twice; keep one row for each image")
+        raise ValueError(
+            f"{path} row {lines[i]}: image_id '{table.image_id[i]}' is there twice; keep one row for each image"
+        )
     return table
 
 # %% ../../nbs/use/55_predict.ipynb #ce542f03
@@ -77,7 +104,10 @@ def image_ids(
     seen = {}
     for path in map(Path, paths):
         if path.stem in seen:
-            raise ValueError(f"{path} and {seen[path.stem]} have the same image_id '{path.stem}' (the name without suffix); rename one")
+            raise ValueError(
+                f"{path} and {seen[path.stem]} have the same image_id '{path.stem}' (the name without "
+                "suffix); rename one"
+            )
         seen[path.stem] = path
     return list(seen)
 
@@ -91,7 +121,9 @@ class Predictor:
         self.bundle = load_bundle(bundle_dir)
         self.policy = _policy(self.bundle, views, Path(bundle_dir)/'bundle.json')
         self.views = self.policy.views
-        self.label_set, self.bundle_id, self.members = self.bundle.label_set, self.bundle.bundle_id, self.bundle.members
+        self.label_set = self.bundle.label_set
+        self.bundle_id = self.bundle.bundle_id
+        self.members = self.bundle.members
         self._layers = {} # member -> names, found once
 
     @property
@@ -111,7 +143,8 @@ class Predictor:
         "Layers of a member that maps can be made at."
         from skinlesion.explain.cam import target_layers # with what it needs, seconds that only maps are worth
         found = self.member(member)
-        if found.name not in self._layers: self._layers[found.name] = list(target_layers(found.model))
+        if found.name not in self._layers:
+            self._layers[found.name] = list(target_layers(found.model))
         return self._layers[found.name]
 
     def default_layer(self,
@@ -125,37 +158,54 @@ class Predictor:
 def _policy(bundle, views, where):
     "The policy of a bundle; `BundleError` where it is not for these models."
     members = list(dict.fromkeys(map(member_of, bundle.names)))
-    if bundle.policy is None: return Policy.plain(members, bundle.label_set.num_classes, bundle.views if views is None else views)
+    if bundle.policy is None:
+        return Policy.plain(members, bundle.label_set.num_classes, bundle.views if views is None else views)
     try:
         policy = Policy.from_dict(bundle.policy)
         check_models(bundle.names, policy)
         if policy.combiner.num_classes != bundle.label_set.num_classes:
-            raise ValueError(f"the policy is for {policy.combiner.num_classes} classes, but label set '{bundle.label_set.name}' has {bundle.label_set.num_classes}")
-    except ValueError as e: raise BundleError(f"{where}: {e}; export the bundle anew") from e
+            raise ValueError(
+                f"the policy is for {policy.combiner.num_classes} classes, but label set "
+                f"'{bundle.label_set.name}' has {bundle.label_set.num_classes}"
+            )
+    except ValueError as e:
+        raise BundleError(f"{where}: {e}; export the bundle anew") from e
     if views not in (None, policy.views):
-        raise ValueError(f"views '{views}' is asked for, but this bundle was calibrated and its thresholds were locked with views '{policy.views}'; leave views out")
+        raise ValueError(
+            f"views '{views}' is asked for, but this bundle was calibrated and its thresholds were "
+            f"locked with views '{policy.views}'; leave views out"
+        )
     return policy
 
-# %% ../../nbs/use/55_predict.ipynb #30c95ca3
+# %% ../../nbs/use/55_predict.ipynb #9bca9653
 def as_image(
     image, # (H,W,3) uint8 RGB, or a path, or the bytes of a file
     name:str|None=None, # what errors call it
 ) -> np.ndarray: # (H,W,3) uint8 RGB
     "The picture, through the image gate unless it is an array already."
-    if not isinstance(image, np.ndarray): return read_image(image, name)
-    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size: return image
-    raise ImageError(f"{name or 'image'}: an array of {image.dtype} {image.shape} is no picture; give (H,W,3) uint8 RGB, a path or bytes")
+    if not isinstance(image, np.ndarray):
+        return read_image(image, name)
+    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+        return image
+    raise ImageError(
+        f"{name or 'image'}: an array of {image.dtype} {image.shape} is no picture; give (H,W,3) uint8 "
+        "RGB, a path or bytes"
+    )
 
+# %% ../../nbs/use/55_predict.ipynb #26653328
 def _inputs(self, image, age, sex, site):
     "What the members read: the picture (1,S,S,3) uint8 and the metadata (1,D) or None."
     encoder = self.bundle.encoder
     metadata = None if encoder is None else encoder.encode_one(age, sex, site)[None]
     return prepare_image(image, self.bundle.image_size, self.bundle.colour)[None], metadata
 
+# %% ../../nbs/use/55_predict.ipynb #30c95ca3
 def _answer(self, image, age, sex, site, image_id):
     "A `Prediction` for a picture that has been read."
     pixels, metadata = _inputs(self, image, age, sex, site)
-    said, specs, policy = ask(self.members, self.policy, pixels, metadata), self.bundle.head_specs, self.policy
+    said = ask(self.members, self.policy, pixels, metadata)
+    specs = self.bundle.head_specs
+    policy = self.policy
     row = policy.answer(said.members, self.label_set, said.strangeness).to_dict('records')[0]
     return Prediction(
         image_id, {code: row[f'p_{code}'] for code in self.label_set.codes}, row['predicted'], row['confidence'],
@@ -176,30 +226,60 @@ def predict(self:Predictor,
     image_id:str='', # what to call the picture; a file's own name by default
 ) -> Prediction: # the ensemble's answer
     "Answer for one picture; an unknown word, an impossible age or an unreadable picture is an error."
-    age, sex, site = parse_age(age), parse_sex(sex), parse_site(site)
-    if not image_id and isinstance(image, (str, Path)): image_id = Path(image).stem
-    return _answer(self, as_image(image, str(image) if isinstance(image, (str, Path)) else image_id or None), age, sex, site, image_id)
+    age = parse_age(age)
+    sex = parse_sex(sex)
+    site = parse_site(site)
+    if not image_id and isinstance(image, (str, Path)):
+        image_id = Path(image).stem
+    return _answer(
+        self,
+        as_image(image, str(image) if isinstance(image, (str, Path)) else image_id or None),
+        age,
+        sex,
+        site,
+        image_id,
+    )
 
-# %% ../../nbs/use/55_predict.ipynb #46dc5851
+# %% ../../nbs/use/55_predict.ipynb #23da5f9d
 def _people(ids, metadata):
     "Age, sex and site of each id; unknown where no table is given."
-    if metadata is None: return [(None, '', '')] * len(ids)
-    table, name = metadata.assign(image_id=metadata['image_id'].astype(str)).set_index('image_id'), metadata.attrs.get('name', 'the metadata')
-    if table.index.has_duplicates: raise ValueError(f"image_id '{table.index[table.index.duplicated()][0]}' stands twice in {name}; keep one row for each image")
+    if metadata is None:
+        return [(None, '', '')] * len(ids)
+    table = metadata.assign(image_id=metadata['image_id'].astype(str)).set_index('image_id')
+    name = metadata.attrs.get('name', 'the metadata')
+    if table.index.has_duplicates:
+        raise ValueError(
+            f"image_id '{table.index[table.index.duplicated()][0]}' stands twice in {name}; keep one row for each image"
+        )
     absent = [i for i in ids if i not in table.index]
     if absent:
         more = f' and {len(absent) - 1} more' if len(absent) > 1 else ''
-        raise ValueError(f"image '{absent[0]}'{more} has no row in {name}; add one (empty cells where unknown), or give no metadata at all.{nearest(absent[0], table.index)}")
+        raise ValueError(
+            f"image '{absent[0]}'{more} has no row in {name}; add one (empty cells where unknown), or "
+            f"give no metadata at all.{nearest(absent[0], table.index)}"
+        )
     return [tuple(table.loc[i, ['age', 'sex', 'site']]) for i in ids]
 
+# %% ../../nbs/use/55_predict.ipynb #46dc5851
 def _row(answer):
     "A prediction as a row of the predictions table."
     probs = {f'p_{code}': p for code, p in answer.probabilities.items()}
     heads = {f'{head}.{level}': p for head, levels in answer.heads.items() for level, p in levels.items()}
     words = None if answer.prediction_set is None else ' '.join(answer.prediction_set)
-    return dict(image_id=answer.image_id, **probs, predicted=answer.predicted, confidence=answer.confidence,
-                malignancy=answer.malignancy, disagreement=answer.disagreement, prediction_set=words, abstain=answer.abstain,
-                abstain_reason=answer.abstain_reason, flagged=answer.flagged, bundle_id=answer.bundle_id, **heads)
+    return dict(
+        image_id=answer.image_id,
+        **probs,
+        predicted=answer.predicted,
+        confidence=answer.confidence,
+        malignancy=answer.malignancy,
+        disagreement=answer.disagreement,
+        prediction_set=words,
+        abstain=answer.abstain,
+        abstain_reason=answer.abstain_reason,
+        flagged=answer.flagged,
+        bundle_id=answer.bundle_id,
+        **heads,
+    )
 
 # %% ../../nbs/use/55_predict.ipynb #852b43a8
 @patch
@@ -211,16 +291,23 @@ def predict_many(self:Predictor,
 ) -> pd.DataFrame: # the predictions table: image_id, p_<code>, predicted, confidence, malignancy, disagreement, prediction_set, abstain, abstain_reason, flagged, bundle_id, <head>.<level>
     "Answer for many pictures, exactly as `predict` answers for each."
     paths = [Path(p) for p in paths]
-    if not paths: raise ValueError("no images given; name at least one file")
-    ids, rows, skipped = image_ids(paths), [], []
+    if not paths:
+        raise ValueError("no images given; name at least one file")
+    ids = image_ids(paths)
+    rows = []
+    skipped = []
     people = _people(ids, metadata)
     for i, (path, image_id, person) in enumerate(zip(paths, ids, people)):
-        try: rows.append(_row(self.predict(path, *person, image_id=image_id)))
+        try:
+            rows.append(_row(self.predict(path, *person, image_id=image_id)))
         except ImageError as e:
-            if not skip_bad: raise
+            if not skip_bad:
+                raise
             skipped.append(str(e))
-        if progress: progress(i + 1, len(paths))
-    if not rows: raise ImageError(f"none of the {len(paths)} images can be read; the first: {skipped[0]}")
+        if progress:
+            progress(i + 1, len(paths))
+    if not rows:
+        raise ImageError(f"none of the {len(paths)} images can be read; the first: {skipped[0]}")
     table = pd.DataFrame(rows)
     table.attrs['skipped'] = skipped
     return table
@@ -244,9 +331,12 @@ def explain(self:Predictor,
     code = self.label_set.parse(target) if target else None
     layer = layer or self.default_layer(member)
     find_layer(model, layer)
-    age, sex, site = parse_age(age), parse_sex(sex), parse_site(site)
+    age = parse_age(age)
+    sex = parse_sex(sex)
+    site = parse_site(site)
     picture = as_image(image)
-    if code is None: code = _answer(self, picture, age, sex, site, '').predicted
+    if code is None:
+        code = _answer(self, picture, age, sex, site, '').predicted
     pixels, metadata = _inputs(self, picture, age, sex, site)
     metadata = None if metadata is None else torch.from_numpy(metadata)
     return compute_cam(model, normalise(pixels), metadata, method, layer, [self.label_set.index(code)])[0]
