@@ -15,8 +15,8 @@ import time
 import numpy as np
 import pandas as pd
 
-from skinlesion.evaluate.intervals import delong_interval, interval_leaf, lesion_weights, share_leaf, wilson_interval
-from skinlesion.evaluate.metrics import METRICS, malignancy_metrics, weighted_metrics
+from skinlesion.stats.intervals import delong_interval, interval_leaf, lesion_weights, share_leaf, wilson_interval
+from skinlesion.stats.metrics import METRICS, malignancy_metrics, weighted_metrics
 
 COMMON = np.array([.033, .051, .110, .011, .111, .670, .014])  # akiec bcc bkl df mel nv vasc
 MALIGNANT = np.array([True, True, False, False, True, False, False])

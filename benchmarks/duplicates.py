@@ -5,7 +5,7 @@
 Growth: made pictures (a blob on textured skin, some behind a round aperture, 96x72 pixels, about half a millisecond each), one in a hundred of them
 a copy of another, are fingerprinted as images are and searched from a memory map by a process of its own. Baseline, in the same run and up to 10^4:
 the neighbours among all hashes instead of those in the cells (`cells` and `all pairs` in the table, in seconds).
-Recall: copies of drawn lesions (skinlesion.data.synthetic, 200x150), each kind planted among 10^4 pictures; a false pair is a reported pair whose
+Recall: copies of drawn lesions (skinlesion.synthetic.draw, 200x150), each kind planted among 10^4 pictures; a false pair is a reported pair whose
 two images were not made from one original. Seed 1 served to set the thresholds and seed 2 to look for faults, so measure on another.
 Targets: 10^4 in 30 s on 2 cores, growth below n^1.2, recall 95 %, false pairs below 1 % of those reported.
 """
@@ -24,8 +24,8 @@ import pandas as pd
 
 from skinlesion.audit import duplicates
 from skinlesion.audit.duplicates import ORIENTATIONS, find_duplicates, fingerprint, invariant_hash, orient_image
-from skinlesion.data.synthetic import synthesise
-from skinlesion.evaluate.intervals import wilson_interval
+from skinlesion.synthetic.draw import synthesise
+from skinlesion.stats.intervals import wilson_interval
 
 Y, X = np.mgrid[-1:1:72j, -1.33:1.33:96j].astype(np.float32)
 

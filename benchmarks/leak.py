@@ -28,8 +28,8 @@ from sklearn.linear_model import LogisticRegression
 from skinlesion.data.schema import read_dataset
 from skinlesion.data.sources import import_ham10000
 from skinlesion.data.splits import inject_leak, split_groups
-from skinlesion.evaluate.intervals import format_leaf, interval_leaf, lesion_weights
-from skinlesion.evaluate.metrics import weighted_metrics
+from skinlesion.stats.intervals import format_leaf, interval_leaf, lesion_weights
+from skinlesion.stats.metrics import weighted_metrics
 from skinlesion.files import repo_root
 from skinlesion.images import normalise, read_image, resize_image
 from skinlesion.model.bundle import evaluating, predict_probs

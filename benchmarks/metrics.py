@@ -99,7 +99,7 @@ def by_sklearn(targets, probs):
 
 def loop(n, resamples, timed):
     "Seconds of the loop, from `timed` of its resamples."
-    from skinlesion.evaluate.intervals import lesion_weights
+    from skinlesion.stats.intervals import lesion_weights
     targets, probs, lesions = table(n)
     for k, weight in enumerate(lesion_weights(lesions, timed + 1)):
         if k == 1:

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.splits import read_splits
 from skinlesion.data.store import ImageStore
-from skinlesion.evaluate.intervals import format_leaf, interval_leaf, lesion_weights
-from skinlesion.evaluate.metrics import weighted_metrics
+from skinlesion.stats.intervals import format_leaf, interval_leaf, lesion_weights
+from skinlesion.stats.metrics import weighted_metrics
 from skinlesion.files import read_json, repo_root
 from skinlesion.images import normalise
 from skinlesion.model.bundle import evaluating

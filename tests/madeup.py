@@ -143,7 +143,7 @@ def good_files():
             '#| export\nclass Grower:\n    "Grows."\n    def up(self):\n        "Up."\n        return grow(1)',
         ),
         "nbs/use/51_predict.ipynb": library("use.predict", "#| export\nimport json", ADD.replace("add", "predict")),
-        "nbs/pipeline/72_reports.ipynb": library(
+        "nbs/pipeline/102_reports.ipynb": library(
             "pipeline.reports", "#| export\nfrom skinlesion.base import add", ADD.replace("add", "report")
         ),
         **{f"nbs/stages/{stage}.ipynb": stage_notebook(stage) for stage in STAGES},

@@ -1,5 +1,5 @@
 "How simulations tell what they counted."
-from skinlesion.evaluate.intervals import wilson_interval
+from skinlesion.stats.intervals import wilson_interval
 
 
 def report(words, hits, runs):

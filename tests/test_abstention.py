@@ -23,7 +23,7 @@ from skinlesion.evaluate.abstention import (
     ood_scorecard,
     risk_coverage,
 )
-from skinlesion.evaluate.intervals import expanded_level, lesion_weights
+from skinlesion.stats.intervals import expanded_level, lesion_weights
 
 
 def orders(confidence):

@@ -17,8 +17,8 @@ from skinlesion.audit.shortcuts import (
     pixel_features,
     shortcut_findings,
 )
-from skinlesion.data.synthetic import draw_lesion, take_view
-from skinlesion.data.truth import make_synthetic, read_truth
+from skinlesion.synthetic.draw import draw_lesion, take_view
+from skinlesion.synthetic.truth import make_synthetic, read_truth
 from skinlesion.images import read_image, read_mask
 from skinlesion.taxonomy import get_label_set
 

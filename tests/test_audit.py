@@ -15,7 +15,7 @@ from skinlesion.audit.audit import audit_dataset, audit_page, check_findings, op
 from skinlesion.audit.labels import label_findings
 from skinlesion.data.schema import read_dataset
 from skinlesion.data.splits import split_groups
-from skinlesion.data.truth import make_synthetic, read_truth
+from skinlesion.synthetic.truth import make_synthetic, read_truth
 from skinlesion.pipeline.params import load_params, stage_parameters
 from skinlesion.pipeline.stages import StageError, run_notebook
 

@@ -20,7 +20,7 @@ from skinlesion.evaluate.calibration import (
     image_log_losses,
     lesion_folds,
 )
-from skinlesion.evaluate.intervals import expanded_level, lesion_weights, wilson_interval
+from skinlesion.stats.intervals import expanded_level, lesion_weights, wilson_interval
 
 LEARNING = CALIBRATIONS[1:]
 

@@ -24,8 +24,8 @@ from skinlesion.evaluate.decisions import (
     read_costs,
     threshold_scorecard,
 )
-from skinlesion.evaluate.intervals import expanded_level, lesion_weights, wilson_interval
-from skinlesion.evaluate.metrics import malignancy_metrics
+from skinlesion.stats.intervals import expanded_level, lesion_weights, wilson_interval
+from skinlesion.stats.metrics import malignancy_metrics
 from skinlesion.evaluate.net_benefit import cost_threshold, decision_curve, net_benefit_samples
 from skinlesion.taxonomy import LABEL_SETS
 

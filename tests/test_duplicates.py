@@ -18,8 +18,8 @@ from skinlesion.audit.duplicates import (
     orient_image,
     pixel_digest,
 )
-from skinlesion.data.synthetic import synthesise
-from skinlesion.evaluate.intervals import wilson_interval
+from skinlesion.synthetic.draw import synthesise
+from skinlesion.stats.intervals import wilson_interval
 from skinlesion.files import repo_root
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -167,7 +167,7 @@ def test_a_shared_aperture_is_no_likeness():
 
 def test_two_photographs_of_a_lesion_are_not_the_same_photograph():
     "Another angle, light and scale: the lesion's id ties them, not the pixels."
-    from skinlesion.data.synthetic import draw_lesion, take_view
+    from skinlesion.synthetic.draw import draw_lesion, take_view
     views = []
     for i in range(8):
         lesion = draw_lesion(CODES[i % 7], np.random.default_rng([SEED, i]), (150, 200))

@@ -12,8 +12,8 @@ from scipy.stats import norm
 from sklearn import metrics as sk
 from torchmetrics.functional import classification as tm
 
-from skinlesion.evaluate.intervals import delong, lesion_weights
-from skinlesion.evaluate.metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, weighted_metrics
+from skinlesion.stats.intervals import delong, lesion_weights
+from skinlesion.stats.metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, weighted_metrics
 
 C = 5
 BAD = np.array([True, False, True, False, False])

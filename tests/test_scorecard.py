@@ -7,8 +7,8 @@ import pytest
 from sklearn import metrics as sk
 
 from skinlesion.evaluate.benchmarks import BenchmarkError, BenchmarkId, check_comparable, identify
-from skinlesion.evaluate.intervals import expanded_level, lesion_weights, wilson_interval
-from skinlesion.evaluate.metrics import BINARY, METRICS, PER_CLASS, WHOLE
+from skinlesion.stats.intervals import expanded_level, lesion_weights, wilson_interval
+from skinlesion.stats.metrics import BINARY, METRICS, PER_CLASS, WHOLE
 from skinlesion.evaluate.scorecard import (
     SHARES,
     align_tables,

@@ -16,7 +16,9 @@ from madeup import ADD, cell, check_tests, library, nbdev, notebook, plant, stag
 from skinlesion.pipeline.closure import library_imports, python_source, stage_problems
 from skinlesion.pipeline.params import STAGES, ParamsError, check_stage_parameters, stage_defaults
 
-FLOORS = ("", "data", "model", "evaluate", "explain", "audit", "use", "apps", "pipeline")
+FLOORS = (
+    "", "stats", "data", "synthetic", "audit", "model", "evaluate", "explain", "report", "use", "apps", "pipeline"
+)
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 HEAVY = r"(lightning|pytorch_lightning|dvc|dvclive|papermill|jupyter\w*|notebook|nbconvert|ipykernel|voila|fastapi|albumentations)"
 

@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from skinlesion.evaluate.intervals import lesion_weights, percentile_interval, wilson_interval
-from skinlesion.evaluate.metrics import weighted_auroc
+from skinlesion.stats.intervals import lesion_weights, percentile_interval, wilson_interval
+from skinlesion.stats.metrics import weighted_auroc
 from skinlesion.evaluate.subgroups import combined_limits, gap_metrics, leaf_at, subgroup_scorecard, subgroup_table
 from skinlesion.taxonomy import LabelSet, get_label_set
 from shares import report

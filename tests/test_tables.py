@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from skinlesion.data.schema import DatasetError, DatasetInfo, read_dataset, write_dataset
-from skinlesion.data.tables import About, Columns, import_csv, import_folder, import_hf, merge_datasets
+from skinlesion.data.importers import About, Columns, import_csv, import_folder, import_hf, merge_datasets
 from skinlesion.images import encode_png, read_image
 from skinlesion.pipeline.cli import app
 from skinlesion.taxonomy import LABEL_SETS

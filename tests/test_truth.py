@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import skinlesion.data.truth as made
+import skinlesion.synthetic.truth as made
 from skinlesion.data.schema import read_dataset
-from skinlesion.data.synthetic import LOOKALIKES, TONES
-from skinlesion.data.truth import (
+from skinlesion.synthetic.draw import LOOKALIKES, TONES
+from skinlesion.synthetic.truth import (
     NEAR_KINDS,
     READERS,
     Recipe,
@@ -25,7 +25,7 @@ from skinlesion.data.truth import (
     plan_synthetic,
     read_truth,
 )
-from skinlesion.evaluate.intervals import wilson_interval
+from skinlesion.stats.intervals import wilson_interval
 from skinlesion.images import read_image, read_mask
 
 LEVEL = .9999  # of intervals: about a hundred are looked at, so that a false alarm is rare
@@ -436,7 +436,7 @@ def test_bad_options_are_named(options, said, tmp_path):
 def test_memory_does_not_grow(tmp_path):
     "Ten times the images, and no more than a few rows more in memory."
     code = (
-        "import resource, sys; from skinlesion.data.truth import make_synthetic; "
+        "import resource, sys; from skinlesion.synthetic.truth import make_synthetic; "
         "make_synthetic(sys.argv[1], n_images=int(sys.argv[2]), size=(48, 48)); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
