@@ -93,11 +93,11 @@ def stage_notebook(stage, extra=()):
     params = parse_params(committed("params.yaml"))
     values = stage_parameters(params, stage, next(iter(params.train.members)) if stage == "train" else None)
     lines = "\n".join(f"{name} = {value!r}  # made up" for name, value in (values | stage_defaults(stage)).items())
-    use = f"print({', '.join(values)})"
+    use = "print(\n" + "".join(f"    {name},\n" for name in values) + ")"
     return notebook(
         cell(f"# {stage}", "markdown"),
         cell(lines, tags=["parameters"]),
-        "from skinlesion.model.grow import grow",
+        "from skinlesion.model.grow import grow  # noqa: F401",
         use,
         *extra,
     )
@@ -131,20 +131,20 @@ def good_files():
         "params.yaml": committed("params.yaml"),
         "dvc.yaml": (ROOT / "dvc.yaml").read_text(),
         "nbs/index.ipynb": notebook(cell("# made\n\n> Made up.", "markdown")),
-        "nbs/00_base.ipynb": library("base", "#| export\nfrom math import sqrt", ADD),
+        "nbs/00_base.ipynb": library("base", "#| export\nfrom math import sqrt  # noqa: F401", ADD),
         "nbs/data/10_part.ipynb": library(
-            "data.part", "#| export\nfrom skinlesion.base import add", ADD.replace("add", "part")
+            "data.part", "#| export\nfrom skinlesion.base import add  # noqa: F401", ADD.replace("add", "part")
         ),
         "nbs/data/11_other.ipynb": library("data.other", ADD.replace("add", "other")),
         "nbs/model/20_grow.ipynb": library(
             "model.grow",
-            "#| export\nfrom skinlesion.data.part import part",
+            "#| export\nfrom skinlesion.data.part import part  # noqa: F401",
             ADD.replace("add", "grow"),
             '#| export\nclass Grower:\n    "Grows."\n    def up(self):\n        "Up."\n        return grow(1)',
         ),
-        "nbs/use/51_predict.ipynb": library("use.predict", "#| export\nimport json", ADD.replace("add", "predict")),
+        "nbs/use/51_predict.ipynb": library("use.predict", "#| export\nimport json  # noqa: F401", ADD.replace("add", "predict")),
         "nbs/pipeline/102_reports.ipynb": library(
-            "pipeline.reports", "#| export\nfrom skinlesion.base import add", ADD.replace("add", "report")
+            "pipeline.reports", "#| export\nfrom skinlesion.base import add  # noqa: F401", ADD.replace("add", "report")
         ),
         **{f"nbs/stages/{stage}.ipynb": stage_notebook(stage) for stage in STAGES},
         **embedded_data(),

@@ -304,14 +304,55 @@ def check_foreign_pictures(root):
     return problems
 
 
-def check_lines(root):
-    "No line of the tests and benchmarks is longer than 150 characters."
-    return [
-        f"{path} line {n} has {len(line)} characters; 150 are allowed"
-        for path in tracked(root, "tests/*.py", "benchmarks/*.py")
-        for n, line in enumerate((root / path).read_text(encoding="utf-8").splitlines(), 1)
-        if len(line) > 150
-    ]
+def check_ruff(root):
+    "ruff, with the rules of pyproject.toml: 120 columns, one statement a line, no assigned lambdas, no unused names."
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "--quiet"]
+    config = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    places = [place for place in ("nbs", "tests", "benchmarks") if (root / place).is_dir()]
+    done = subprocess.run([*command, "--config", str(config), *places], cwd=root, capture_output=True, text=True)
+    return (done.stdout + done.stderr).splitlines()
+
+
+def packs_unrelated(node):
+    "Whether an assignment packs values into one tuple that could stand on a line each."
+    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)):
+        return False
+    targets = node.targets[0]
+    if not isinstance(targets, ast.Tuple) or len(targets.elts) != len(node.value.elts):
+        return False
+    if not all(isinstance(target, (ast.Name, ast.Attribute)) for target in targets.elts):
+        return False
+    assigned = {ast.unparse(target) for target in targets.elts}
+    read = {ast.unparse(part) for part in ast.walk(node.value) if isinstance(part, (ast.Name, ast.Attribute))}
+    return not assigned & read  # a swap needs its tuple
+
+
+def nests_ternaries(node):
+    "Whether a conditional expression holds another one."
+    inside = isinstance(node, ast.IfExp) and [part for part in ast.walk(node) if isinstance(part, ast.IfExp)]
+    return bool(inside) and len(inside) > 1
+
+
+def sources(root):
+    "Path, line before the source and source of every code cell, test and benchmark that is plain Python."
+    for path in tracked(root, "nbs/*.ipynb"):
+        for number, c in enumerate(cells(root, path)):
+            if not re.search(r"^\s*[%!]", c["source"], re.M):
+                yield f"{path} code cell {number}", c["source"]
+    for path in tracked(root, "tests/*.py", "benchmarks/*.py"):
+        yield str(path), (root / path).read_text(encoding="utf-8")
+
+
+def check_one_thing_a_line(root):
+    "No conditional expression within another; no tuple that packs assignments which have nothing to do with one another."
+    problems = []
+    for place, source in sources(root):
+        for node in ast.walk(ast.parse(source)):
+            if packs_unrelated(node):
+                problems.append(f"{place} line {node.lineno}: give each of these assignments a line: {ast.unparse(node)[:60]}")
+            if nests_ternaries(node):
+                problems.append(f"{place} line {node.lineno}: a conditional expression within another; use `if`")
+    return sorted(set(problems))
 
 
 def check_light_import(root):
@@ -466,11 +507,11 @@ FAULTS = [
         {NB: library("model.grow", "real = Path('../shared')", cell("table", outputs=[INLINE]))},
         "`table` keeps a picture",
     ),
-    (
-        check_lines,
-        {"benchmarks/wide.py": "x = 1\n#" + 150 * "-" + "\n"},
-        "benchmarks/wide.py line 2 has 151 characters",
-    ),
+    (check_ruff, {"benchmarks/wide.py": "x = 1\n#" + 120 * "-" + "\n"}, "benchmarks/wide.py:2:121: E501"),
+    (check_ruff, {NB: library("model.grow", "double = lambda x: 2 * x")}, "E731"),
+    (check_ruff, {NB: library("model.grow", "import json")}, "F401"),
+    (check_one_thing_a_line, {NB: library("model.grow", "x, y = 1, 2")}, "give each of these assignments a line: "),
+    (check_one_thing_a_line, {"tests/test_a.py": "x = 1 if True else (2 if False else 3)\n"}, "within another"),
     (check_light_import, {PREDICT: "import dvc\n"}, "loads dvc"),
     (check_light_import, {PREDICT: "import nothing_at_all\n"}, "No module named 'nothing_at_all'"),
 ]
