@@ -507,7 +507,7 @@ FAULTS = [
         {NB: library("model.grow", "real = Path('../shared')", cell("table", outputs=[INLINE]))},
         "`table` keeps a picture",
     ),
-    (check_ruff, {"benchmarks/wide.py": "x = 1\n#" + 120 * "-" + "\n"}, "benchmarks/wide.py:2:121: E501"),
+    (check_ruff, {"benchmarks/wide.py": "x = '" + 120 * "-" + "'\n"}, "benchmarks/wide.py:1:121: E501"),
     (check_ruff, {NB: library("model.grow", "double = lambda x: 2 * x")}, "E731"),
     (check_ruff, {NB: library("model.grow", "import json")}, "F401"),
     (check_one_thing_a_line, {NB: library("model.grow", "x, y = 1, 2")}, "give each of these assignments a line: "),
