@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'APART', 'tied_groups', 'check_split', 'split_groups', 'split_report', 'hash_deviation', 'split_changes',
-           'split_table', 'read_splits', 'make_folds', 'inject_leak']
+           'split_table', 'read_splits', 'make_folds', 'group_folds', 'inject_leak']
 
 # %% ../../nbs/data/25_splits.ipynb #70e788c1
+import warnings
 from hashlib import sha256
 from pathlib import Path
 
@@ -793,6 +794,60 @@ def make_folds(
             f"fewer than {k} folds, or add images of other lesions"
         )
     return pd.Series(fold, index=table.index, name='fold')
+
+# %% ../../nbs/data/25_splits.ipynb #31c384ed
+def _group_classes(targets, groups):
+    "The number of each row's group, and the class of each group (the lowest where its rows disagree)."
+    targets = np.asarray(targets, np.int64)
+    groups = np.asarray(groups)
+    if groups.shape != targets.shape:
+        raise ValueError(
+            f"targets has shape {targets.shape}, groups {groups.shape}; give (N,) and (N,), an entry per image"
+        )
+    if groups.dtype.kind not in 'iu':
+        groups = groups.astype(str)
+    names, number = np.unique(groups, return_inverse=True)
+    classes = np.full(len(names), np.iinfo(np.int64).max)
+    np.minimum.at(classes, number, targets)
+    return number, classes
+
+# %% ../../nbs/data/25_splits.ipynb #3340bcb2
+def _stratified_folds(targets, groups, n_folds, seed):
+    "Fold of each row, nearly equal numbers of images of each class in each fold."
+    from sklearn.model_selection import StratifiedGroupKFold  # slow to import, and most users of this module need none
+    fold = np.empty(len(targets), np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # a class of few images need not be in every fold
+        dealt = StratifiedGroupKFold(int(n_folds), shuffle=True, random_state=seed).split(targets, targets, groups)
+        for k, (_, held_out) in enumerate(dealt):
+            fold[held_out] = k
+    return fold
+
+# %% ../../nbs/data/25_splits.ipynb #b5e27b30
+def group_folds(
+    targets:np.ndarray, # (N,) int, true class
+    groups:np.ndarray, # (N,) int or str, such as lesion ids or what `tied_groups` gives
+    n_folds:int=5, # how many, at least 2
+    seed:int=0, # same seed, same folds
+    balance:str='groups', # what folds hold equally many of, class by class: 'groups' or 'images'
+) -> np.ndarray: # (N,) int in [0, n_folds); rows of one group share theirs
+    "Deal whole groups, such as lesions, to folds, class by class."
+    if not n_folds == int(n_folds) >= 2:
+        raise ValueError(f"n_folds is {n_folds}; give a whole number of folds, at least 2")
+    if balance not in ('groups', 'images'):
+        raise ValueError(f"balance is '{balance}'; choose 'groups' or 'images'")
+    number, classes = _group_classes(targets, groups)
+    if len(classes) < n_folds:
+        raise ValueError(
+            f"{len(classes)} lesion(s) cannot fill {n_folds} folds; ask for fewer folds, or give more lesions"
+        )
+    if balance == 'images':
+        return _stratified_folds(np.asarray(targets), np.asarray(groups), n_folds, seed)
+    order = np.random.default_rng(seed).permutation(len(classes))
+    order = order[np.argsort(classes[order], kind='stable')]  # class by class, shuffled within
+    fold = np.empty(len(classes), np.int64)
+    fold[order] = np.arange(len(classes)) % int(n_folds)
+    return fold[number]
 
 # %% ../../nbs/data/25_splits.ipynb #4a763efe
 def _stand_ins(
