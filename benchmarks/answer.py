@@ -26,7 +26,8 @@ def per_picture(answer, pictures):
 def candidates(predictor, views):
     "Name -> function of one picture (1,S,S,3); the baseline first."
     from skinlesion.evaluate.policy import Policy, ask
-    from skinlesion.model.bundle import member_of, predict_probs
+    from skinlesion.model.bundle import member_of
+    from skinlesion.model.inference import predict_probs
     bundle = predictor.bundle
     encoder = predictor.bundle.encoder
     unknown = None if encoder is None else encoder.encode_one(None, "", "")[None]

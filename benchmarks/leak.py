@@ -32,7 +32,7 @@ from skinlesion.stats.intervals import format_leaf, interval_leaf, lesion_weight
 from skinlesion.stats.metrics import weighted_metrics
 from skinlesion.files import repo_root
 from skinlesion.images import normalise, read_image, resize_image
-from skinlesion.model.bundle import evaluating, predict_probs
+from skinlesion.model.inference import evaluating, predict_probs
 from skinlesion.model.fusion import create_model
 
 BACKBONE = 'mobilenetv2_100'

@@ -26,7 +26,7 @@ from skinlesion.stats.intervals import format_leaf, interval_leaf, lesion_weight
 from skinlesion.stats.metrics import weighted_metrics
 from skinlesion.files import read_json, repo_root
 from skinlesion.images import normalise
-from skinlesion.model.bundle import evaluating
+from skinlesion.model.inference import evaluating
 from skinlesion.model.fusion import METADATA_WIDTHS, MetadataDropout, create_model, metadata_mlp
 from skinlesion.model.losses import class_weights, create_loss
 from skinlesion.taxonomy import LabelSet

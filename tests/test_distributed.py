@@ -16,7 +16,7 @@ import torch
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.store import build_store
 from skinlesion.images import save_png
-from skinlesion.model.bundle import predict_probs
+from skinlesion.model.inference import predict_probs
 from skinlesion.model.member import MemberSpec, TrainConfig, member_datasets, train_folds, train_member
 from skinlesion.taxonomy import LabelSet
 

@@ -13,18 +13,15 @@ from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.evaluate.policy import Answered, choose_policy, fit_ood
 from skinlesion.files import write_json
 from skinlesion.images import save_png
-from skinlesion.model.bundle import (
-    BundleError,
+from skinlesion.model.bundle import BundleError, load_fits, save_bundle, save_member
+from skinlesion.model.inference import (
     Outputs,
     fold_of,
-    load_fits,
     member_views,
     predict_heads,
     predict_member,
     predict_outputs,
     read_out_of_fold,
-    save_bundle,
-    save_member,
     views_table,
 )
 from skinlesion.model.member import member_spec, train_folds

@@ -32,7 +32,7 @@ from skinlesion.evaluate.robustness import (
     stress_metadata,
 )
 from skinlesion.images import read_image, resize_image
-from skinlesion.model.bundle import predict_probs
+from skinlesion.model.inference import predict_probs
 from skinlesion.model.fusion import create_model
 from skinlesion.taxonomy import get_label_set
 from shares import report

@@ -23,7 +23,8 @@ from skinlesion.data.datasets import LesionDataset
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.store import ImageStore, append_store, build_store
 from skinlesion.images import encode_png, normalise, read_image, read_mask, resize_mask
-from skinlesion.model.bundle import Member, predict_probs, save_bundle
+from skinlesion.model.bundle import Member, save_bundle
+from skinlesion.model.inference import predict_probs
 from skinlesion.model.fusion import create_model
 from skinlesion.taxonomy import get_label_set
 from skinlesion.use.predict import Predictor

@@ -43,7 +43,8 @@ from skinlesion.evaluate.ensemble import (
 )
 from ..stats.intervals import expanded_level, lesion_weights, percentile_interval
 from ..stats.metrics import malignancy_probability, weighted_metrics
-from ..model.bundle import Outputs, mean_fits, mean_heads, mean_views, member_of, predict_outputs
+from ..model.bundle import member_of
+from ..model.inference import Outputs, mean_fits, mean_heads, mean_views, predict_outputs
 from ..model.heads import PRIMARY
 from ..taxonomy import LabelSet, nearest
 from ..views import view_names
