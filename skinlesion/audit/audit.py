@@ -30,12 +30,11 @@ from .findings import SEVERITIES, Finding, findings_table, sort_findings, thumbn
 from .labels import label_findings, table_label_findings
 from .shortcuts import BACKGROUND_NAMES, metadata_findings, pixel_features, shortcut_findings
 from ..data.schema import Dataset
-from ..data.splits import APART, SPLITS
 from ..stats.intervals import format_leaf, wilson_interval
 from ..evaluate.scorecard import check_predictions, probability_columns
 from ..files import atomic_write, write_json
 from ..images import ImageError, encode_png, read_image, read_mask
-from ..taxonomy import DISCLAIMER, LabelSet, nearest
+from ..taxonomy import APART, DISCLAIMER, SPLITS, LabelSet, nearest, parse_split
 
 # %% ../../nbs/audit/45_audit.ipynb #4f2feff7
 def _small_mask(path, image, small):
@@ -271,8 +270,6 @@ def _model_findings(scan, table, label_set, predictions, seed):
     )
 
 # %% ../../nbs/audit/45_audit.ipynb #6b4f440d
-_WORDS = dict(training='train', val='valid', validation='valid', testing='test') # other people's words
-
 def _known_split(table, split):
     "The table with the split that counts: the one given, else its own column where that holds one."
     own = table.split.fillna('').astype(str) if 'split' in table else None
@@ -281,7 +278,7 @@ def _known_split(table, split):
     words = (own if mine else given)
     if words is None:
         return table
-    words = words.str.strip().str.lower().replace(_WORDS)
+    words = words.str.strip().map(parse_split)
     odd = words[~words.isin([*SPLITS, *APART])].tolist()
     if odd and mine:
         return table.drop(columns='split')  # folds, or some rows empty: no split that could be held against anything

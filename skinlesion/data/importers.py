@@ -24,7 +24,17 @@ from .schema import COLUMNS, DatasetError, DatasetInfo, check_target, file_key, 
 from .sources import Entry, Found, ImportReport, collect, describe_tables, open_table, write_import
 from ..files import sha256_file
 from ..images import ImageError, read_image
-from ..taxonomy import LABEL_SETS, LabelSet, comparable, comparable_map, get_label_set, is_missing, nearest
+from skinlesion.taxonomy import (
+    LABEL_SETS,
+    SPLITS,
+    LabelSet,
+    comparable,
+    comparable_map,
+    get_label_set,
+    is_missing,
+    nearest,
+    parse_split,
+)
 
 # %% ../../nbs/data/23_importers.ipynb #364631e5
 def _code(form, taken):
@@ -222,10 +232,6 @@ def _decide(about, name, words, word_map, source, unlabelled=False):
     ]
 
 # %% ../../nbs/data/23_importers.ipynb #c377bc22
-_SPLIT_WORDS = dict(
-    train='train', training='train', val='valid', valid='valid', validation='valid', test='test', testing='test'
-)
-
 def _folders(entry):
     "Names of the folders over a file; an archive counts as one."
     return tuple(_bare(p) for p in entry.parts[:-1])
@@ -233,12 +239,12 @@ def _folders(entry):
 # %% ../../nbs/data/23_importers.ipynb #a0b2d475
 def _class_places(folders):
     "folder -> (split, class) for all folders of one given path; None where there is no class."
-    at = {f: next((k for k, p in enumerate(f) if p.lower() in _SPLIT_WORDS), None) for f in folders}
+    at = {f: next((k for k, p in enumerate(f) if parse_split(p) in SPLITS), None) for f in folders}
     shared = os.path.commonprefix([f for f in folders if at[f] is None])
     deep = any(len(f) > len(shared) for f in folders if at[f] is None)
     def place(f):
         if at[f] is not None:
-            return (_SPLIT_WORDS[f[at[f]].lower()], f[at[f] + 1]) if len(f) > at[f] + 1 else None
+            return (parse_split(f[at[f]]), f[at[f] + 1]) if len(f) > at[f] + 1 else None
         if len(f) > len(shared):
             return '', f[len(shared)]
         return None if deep or not f else ('', f[-1])
@@ -433,14 +439,10 @@ def _whole(word, where):
 # %% ../../nbs/data/23_importers.ipynb #9f79e966
 def _split_word(word, where):
     "A canonical name of a split, or '' for none."
-    form = word.strip().lower()
-    if form in ('', 'external', 'unlabelled'):
-        return form
-    if form in _SPLIT_WORDS:
-        return _SPLIT_WORDS[form]
-    raise ValueError(
-        f"{where} '{word}' is not known; allowed are train, valid, test, external.{nearest(word, _SPLIT_WORDS)}"
-    )
+    split = parse_split(word)
+    if split.strip() in ('', *SPLITS, 'external', 'unlabelled'):
+        return split.strip()
+    raise ValueError(f"{where} '{word}' is not known; allowed are train, valid, test, external.{nearest(word, SPLITS)}")
 
 _PARSERS = dict(split=_split_word, severity=_whole, infectious=_flag, urgent=_flag)
 
@@ -723,7 +725,7 @@ def _first_line(error):
 def _parquet_split(path):
     "The split that a file name begins with, as the hub writes them: train-00000-of-00002.parquet."
     m = re.match(r'[a-z]+', path.name.lower())
-    return m[0] if m and m[0] in _SPLIT_WORDS else ''
+    return m[0] if m and parse_split(m[0]) in SPLITS else ''
 
 # %% ../../nbs/data/23_importers.ipynb #fff369ee
 def _load_local(library, path, cache):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUM_TOLERANCE', 'TEXT_COLUMNS', 'PROPER', 'SHARES', 'HEADLINES', 'MALIGNANT_HEADLINES', 'probability_columns',
-           'parse_split', 'check_predictions', 'write_predictions', 'read_predictions', 'check_labels', 'read_labels',
+           'check_predictions', 'write_predictions', 'read_predictions', 'check_labels', 'read_labels',
            'infer_label_set', 'Aligned', 'align_tables', 'effective_lesions', 'deciding_lesions', 'scorecard',
            'scorecard_table', 'class_table', 'compare_predictions']
 
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from ..taxonomy import LABEL_SETS, LabelSet, comparable, get_label_set, nearest
+from ..taxonomy import LABEL_SETS, LabelSet, comparable, get_label_set, nearest, parse_split
 from ..files import atomic_write, read_json
 from ..data.schema import read_table
-from ..data.splits import SPLITS
 from skinlesion.stats.metrics import (
     BINARY,
     METRICS,
@@ -131,16 +130,6 @@ def _check_probabilities(table, columns, where):
             f"({len(off)} such row(s)); "
             f"allowed is 1 within {SUM_TOLERANCE:g}. Give softmax outputs over exactly these classes"
         )
-
-# %% ../../nbs/evaluate/72_scorecard.ipynb #0be1f9ad
-_SPLIT_WORDS = dict(training='train', val='valid', validation='valid', testing='test')
-
-def parse_split(
-    word:str, # as a table has it
-) -> str: # train, valid or test where that is meant, else the word as it is
-    "The split that a word names."
-    plain = word.strip().casefold()
-    return _SPLIT_WORDS.get(plain, plain if plain in SPLITS else word)
 
 # %% ../../nbs/evaluate/72_scorecard.ipynb #793effc1
 def _known_splits(table):

@@ -920,7 +920,7 @@ def share_split(
 # %% ../../nbs/pipeline/105_cli.ipynb #a76858e2
 def _of_split(predictions, labels, split):
     "The rows of one split."
-    from skinlesion.evaluate.scorecard import parse_split
+    from skinlesion.taxonomy import parse_split
     from skinlesion.taxonomy import nearest
     known = sorted(set(labels.get('split', ())) - {''})
     split = parse_split(split)
