@@ -39,7 +39,8 @@ def table(n):
 
 def score(n, resamples):
     "The scorecard of n images."
-    from skinlesion.evaluate.scorecard import probability_columns, scorecard
+    from skinlesion.evaluate.scorecard import scorecard
+    from skinlesion.taxonomy import probability_columns
     targets, probs, lesions = table(n)
     ids = [f"i{i:07d}" for i in range(n)]
     predictions = pd.DataFrame(probs, columns=probability_columns(HAM)).assign(image_id=ids)

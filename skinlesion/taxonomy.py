@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISCLAIMER', 'LABEL_SETS', 'SITES', 'SEXES', 'AGE_BANDS', 'SPLITS', 'APART', 'CLASS_COLOURS', 'comparable', 'nearest',
-           'is_missing', 'comparable_map', 'LabelSet', 'get_label_set', 'parse_site', 'parse_sex', 'site_region',
-           'age_band', 'parse_split', 'class_colours']
+           'is_missing', 'comparable_map', 'LabelSet', 'get_label_set', 'probability_columns', 'parse_site',
+           'parse_sex', 'site_region', 'age_band', 'parse_split', 'class_colours']
 
 # %% ../nbs/00_taxonomy.ipynb #c4b1ce09
 import re
@@ -247,6 +247,13 @@ def get_label_set(
             f"label set '{name}' is not built in; choose one of {', '.join(LABEL_SETS)}.{nearest(name, LABEL_SETS)}"
         )
     return LABEL_SETS[name]
+
+# %% ../nbs/00_taxonomy.ipynb #b0eab6af
+def probability_columns(
+    label_set:LabelSet, # whose classes
+) -> list: # of str, in the order of the codes
+    "The columns of probabilities in a predictions table."
+    return [f'p_{code}' for code in label_set.codes]
 
 # %% ../nbs/00_taxonomy.ipynb #767e4a21
 SITES = (

@@ -17,7 +17,8 @@ from skinlesion.evaluate.abstention import LockedAbstention
 from skinlesion.evaluate.benchmarks import split_digest
 from skinlesion.evaluate.page import Picture
 from skinlesion.evaluate.policy import Policy
-from skinlesion.evaluate.scorecard import read_predictions, scorecard, write_predictions
+from skinlesion.data.tables import read_predictions, write_predictions
+from skinlesion.evaluate.scorecard import scorecard
 from skinlesion.images import encode_png, read_image
 from skinlesion.model.bundle import load_bundle, save_bundle
 from skinlesion.pipeline.cli import app

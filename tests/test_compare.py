@@ -13,7 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from madeup import PLAIN_GIT
-from skinlesion.evaluate.scorecard import compare_predictions, probability_columns, write_predictions
+from skinlesion.data.tables import write_predictions
+from skinlesion.evaluate.scorecard import compare_predictions
+from skinlesion.taxonomy import probability_columns
 from skinlesion.files import write_json
 from skinlesion.model.bundle import save_member
 from skinlesion.model.fusion import create_model

@@ -11,7 +11,7 @@ from PIL import Image
 from skinlesion.evaluate import page
 from skinlesion.evaluate.decisions import cost_matrix
 from skinlesion.evaluate.page import CHECKLIST, check_facts, evaluate_tables, find_leaf, find_limits, page_sections
-from skinlesion.evaluate.scorecard import probability_columns
+from skinlesion.taxonomy import probability_columns
 from skinlesion.pipeline.reports import folder_images, metric_leaves, write_evaluation
 from skinlesion.taxonomy import DISCLAIMER, LabelSet, get_label_set
 

@@ -10,7 +10,7 @@ from scipy.special import softmax
 from skinlesion.evaluate.calibration import CALIBRATIONS
 from skinlesion.evaluate.ensemble import COMBINATIONS
 from skinlesion.evaluate.policy import Answered, Policy, choose_policy
-from skinlesion.evaluate.scorecard import read_predictions, write_predictions
+from skinlesion.data.tables import read_predictions, write_predictions
 from skinlesion.files import read_json, write_json, write_sums
 from skinlesion.model.bundle import BundleError, load_bundle
 from skinlesion.taxonomy import LabelSet, get_label_set

@@ -9,19 +9,9 @@ from sklearn import metrics as sk
 from skinlesion.evaluate.benchmarks import BenchmarkError, BenchmarkId, check_comparable, identify
 from skinlesion.stats.intervals import expanded_level, lesion_weights, wilson_interval
 from skinlesion.stats.metrics import BINARY, METRICS, PER_CLASS, WHOLE
-from skinlesion.evaluate.scorecard import (
-    SHARES,
-    align_tables,
-    compare_predictions,
-    deciding_lesions,
-    infer_label_set,
-    probability_columns,
-    read_labels,
-    read_predictions,
-    scorecard,
-    scorecard_table,
-    write_predictions,
-)
+from skinlesion.data.tables import align_tables, infer_label_set, read_labels, read_predictions, write_predictions
+from skinlesion.evaluate.scorecard import SHARES, compare_predictions, deciding_lesions, scorecard, scorecard_table
+from skinlesion.taxonomy import probability_columns
 from skinlesion.taxonomy import LABEL_SETS, LabelSet, get_label_set
 
 HAM = get_label_set("ham10000")

@@ -31,10 +31,9 @@ from .labels import label_findings, table_label_findings
 from .shortcuts import BACKGROUND_NAMES, metadata_findings, pixel_features, shortcut_findings
 from ..data.schema import Dataset
 from ..stats.intervals import format_leaf, wilson_interval
-from ..evaluate.scorecard import check_predictions, probability_columns
 from ..files import atomic_write, write_json
 from ..images import ImageError, encode_png, read_image, read_mask
-from ..taxonomy import APART, DISCLAIMER, SPLITS, LabelSet, nearest, parse_split
+from ..taxonomy import APART, DISCLAIMER, SPLITS, LabelSet, nearest, parse_split, probability_columns
 
 # %% ../../nbs/audit/45_audit.ipynb #4f2feff7
 def _small_mask(path, image, small):
@@ -214,7 +213,7 @@ def _unreadable_findings(scan, n):
 # %% ../../nbs/audit/45_audit.ipynb #bd3be27d
 def _out_of_sample(predictions, table, label_set):
     "Labelled rows that have predictions, and their probabilities; ids that the table lacks are an error."
-    predictions = check_predictions(predictions, label_set, 'predictions').set_index('image_id')
+    predictions = predictions.set_index('image_id')
     stray = [i for i in predictions.index if i not in set(table.image_id)]
     if stray:
         raise ValueError(
@@ -302,7 +301,7 @@ class Audit:
 def audit_dataset(
     dataset:Dataset, # that is looked at
     split:Sequence|None=None, # (N,) part of each row; by default the column `split`, where the table has a valid one
-    # a predictions table, OUT OF SAMPLE for each image; by default a small model is fitted in folds
+    # as `read_predictions` gives it, OUT OF SAMPLE for each image; by default a small model is fitted in folds
     predictions:pd.DataFrame|None=None,
     seed:int=0, # of folds and bootstrap
     progress:Callable=None, # called as progress(done, total)

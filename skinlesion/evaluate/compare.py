@@ -18,7 +18,9 @@ from .benchmarks import check_comparable
 from .calibration import crossfit, fit_calibrator, lesion_folds
 from ..stats.intervals import delong, format_leaf, lesion_weights, paired_leaf, percentile_interval
 from ..stats.metrics import METRICS, malignancy_metrics, weighted_metrics
-from .scorecard import align_tables, deciding_lesions, malignancy_probability
+from ..data.tables import align_tables
+from .scorecard import deciding_lesions
+from ..stats.metrics import malignancy_probability
 from ..taxonomy import LabelSet, nearest
 
 # %% ../../nbs/evaluate/76_compare.ipynb #99666a50

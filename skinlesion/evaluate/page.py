@@ -57,14 +57,9 @@ from skinlesion.evaluate.figures import (
 from ..stats.intervals import format_leaf, interval_leaf, lesion_weights, paired_leaf
 from ..stats.metrics import METRICS, PER_CLASS, weighted_metrics
 from .net_benefit import decision_curve, net_benefit_scorecard
-from skinlesion.evaluate.scorecard import (
-    Aligned,
-    align_tables,
-    check_labels,
-    class_table,
-    malignancy_probability,
-    scorecard,
-)
+from ..data.tables import Aligned, align_tables, check_labels
+from .scorecard import class_table, scorecard
+from ..stats.metrics import malignancy_probability
 from .subgroups import gap_metrics, leaf_at, subgroup_scorecard, subgroup_table
 from ..taxonomy import LabelSet, nearest
 

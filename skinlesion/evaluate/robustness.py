@@ -16,7 +16,8 @@ from ..data.metadata import MetadataEncoder
 from ..synthetic.draw import hairs, ink
 from ..stats.intervals import format_leaf, interval_leaf, lesion_weights, newcombe_interval
 from ..stats.metrics import weighted_auroc, weighted_metrics
-from .scorecard import effective_lesions, malignancy_probability
+from .scorecard import effective_lesions
+from ..stats.metrics import malignancy_probability
 from ..taxonomy import LabelSet, nearest
 
 # %% ../../nbs/evaluate/77_robustness.ipynb #6024d052

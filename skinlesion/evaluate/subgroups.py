@@ -21,7 +21,8 @@ from skinlesion.stats.intervals import (
     wilson_interval,
 )
 from ..stats.metrics import group_sums, weighted_auroc
-from .scorecard import align_tables, malignancy_probability
+from ..data.tables import align_tables
+from ..stats.metrics import malignancy_probability
 from skinlesion.taxonomy import (
     AGE_BANDS,
     SEXES,

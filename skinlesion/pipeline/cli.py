@@ -595,7 +595,7 @@ def audit(
         raise ValueError(f"{out}: this is a file; choose a folder for audit.json and report.html")
     dataset = read_dataset(path)
     parts = None if split is None else read_split_table(split, dataset)
-    from skinlesion.evaluate.scorecard import read_predictions
+    from skinlesion.data.tables import read_predictions
     said = None if predictions is None else read_predictions(predictions, dataset.label_set)
     from skinlesion.audit.audit import audit_dataset, write_audit
     made = audit_dataset(dataset, split=parts, predictions=said, seed=seed, progress=_progress('images'))
@@ -791,7 +791,7 @@ def predict(
       skinlesion predict photo.jpg --bundle artifacts/ensemble --csv out.csv
       skinlesion predict data/images --bundle artifacts/ensemble --metadata data/metadata.csv --csv out.csv
     """
-    from skinlesion.evaluate.scorecard import write_predictions
+    from skinlesion.data.tables import write_predictions
     from skinlesion.taxonomy import DISCLAIMER
     from skinlesion.use.predict import Predictor, read_metadata
     check_place(csv)
@@ -920,8 +920,7 @@ def share_split(
 # %% ../../nbs/pipeline/105_cli.ipynb #a76858e2
 def _of_split(predictions, labels, split):
     "The rows of one split."
-    from skinlesion.taxonomy import parse_split
-    from skinlesion.taxonomy import nearest
+    from skinlesion.taxonomy import nearest, parse_split
     known = sorted(set(labels.get('split', ())) - {''})
     split = parse_split(split)
     if split not in known:
@@ -1116,7 +1115,7 @@ def _evaluated(
     from skinlesion.evaluate.benchmarks import BenchmarkId, identify, parse_benchmark
     from skinlesion.evaluate.decisions import cost_matrix
     from skinlesion.evaluate.page import evaluate_tables
-    from skinlesion.evaluate.scorecard import infer_label_set, read_labels, read_predictions
+    from skinlesion.data.tables import infer_label_set, read_labels, read_predictions
     from skinlesion.files import read_json, sha256_file
     named = None if label_set is None else infer_label_set(None, label_set)
     identity = parse_benchmark(benchmark) if benchmark else BenchmarkId()

@@ -16,7 +16,9 @@ import pandas as pd
 from ..data.schema import read_table
 from ..evaluate.benchmarks import RESOLUTIONS, BenchmarkId, benchmark_of, check_comparable, identify
 from ..stats.intervals import format_leaf
-from ..evaluate.scorecard import compare_predictions, probability_columns, read_predictions
+from ..data.tables import read_predictions
+from ..evaluate.scorecard import compare_predictions
+from ..taxonomy import probability_columns
 from ..taxonomy import LabelSet, nearest
 
 # %% ../../nbs/pipeline/104_revisions.ipynb #ebf21f02
