@@ -15,6 +15,8 @@ BASE = $(shell export PATH='$(HOST_PATH)'; for p in $(or $(PYTHON),python3 pytho
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export NO_ALBUMENTATIONS_UPDATE := 1
+# torch's threads wait without spinning: with a busy neighbour on the same cores a step took 40 times as long.
+export OMP_WAIT_POLICY ?= PASSIVE
 unexport PYTHONHOME
 unexport PYTHONPATH
 

@@ -76,7 +76,7 @@ def processor():
 
 def loaded(cwd, note):
     "The packages that the runner and the notebook load, of those listed above."
-    code = 'import sys, skinlesion.pipeline.cli, skinlesion.pipeline.stages; print(*sys.modules)'
+    code = 'import sys, skinlesion.pipeline.cli, skinlesion.pipeline.runner; print(*sys.modules)'
     runner = call(cwd, '-c', code).split()
     notebook = note.read_text().split()[1:]
     return [n for n in RUNNER if n in runner], [n for n in NOTEBOOK if n in notebook]

@@ -17,7 +17,7 @@ from skinlesion.data.schema import read_dataset
 from skinlesion.data.splits import split_groups
 from skinlesion.synthetic.truth import make_synthetic, read_truth
 from skinlesion.pipeline.params import load_params, stage_parameters
-from skinlesion.pipeline.stages import StageError, run_notebook
+from skinlesion.pipeline.runner import StageError, run_notebook
 
 SMALL = dict(n_images=120, size=(72, 96), seed=3, skin_tones="light")
 

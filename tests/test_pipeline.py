@@ -145,12 +145,12 @@ def test_a_stage_runs_the_code_of_the_tree_it_is_called_in(repo, tmp_path):
     "From a folder below, through the command that is installed for another checkout: both the runner and the notebook are the copy's."
     copy = tmp_path / "copy"
     shutil.copytree(repo, copy, symlinks=True)
-    for module in ("pipeline/stages.py", "data/splits.py"):
+    for module in ("pipeline/runner.py", "data/splits.py"):
         with open(copy / "skinlesion" / module, "a") as f:
             f.write(f"\nprint('this is {module} of the copy')\n")
     shown = run(copy / "nbs/data", Path(sys.executable).with_name("skinlesion"), "run", "prepare").stdout
     executed = (copy / "reports/prepare/executed.ipynb").read_text()
-    assert "this is pipeline/stages.py of the copy" in shown, shown
+    assert "this is pipeline/runner.py of the copy" in shown, shown
     assert "this is data/splits.py of the copy" in executed
 
 

@@ -17,7 +17,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from skinlesion.pipeline.stages import StageError, run_lock, run_notebook, run_stage
+from skinlesion.pipeline.runner import StageError, run_lock, run_notebook, run_stage
 
 REPO = Path(__file__).resolve().parent.parent
 PARAMETERS = dict(seed=3, data_dir='data', out_dir='artifacts/toy', report_dir='reports/toy')
@@ -226,7 +226,7 @@ def test_full_disk_keeps_the_old(tmp_path):
 def test_full_disk_while_the_report_is_written(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('skinlesion.pipeline.stages.render_report', full)
+    monkeypatch.setattr('skinlesion.pipeline.runner.render_report', full)
     log = fails(make_tree(tmp_path))
     assert 'No space left on device' in log and 'Free some space' in log
 
@@ -353,7 +353,7 @@ RUNNER = '''
 import sys
 sys.path.insert(0, {tests!r})
 from test_stages import run
-from skinlesion.pipeline.stages import StageError
+from skinlesion.pipeline.runner import StageError
 try: run({root!r}, sys.stderr)
 except StageError as error: sys.exit(error.exit_code)
 '''
