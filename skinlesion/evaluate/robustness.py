@@ -14,10 +14,8 @@ import numpy as np
 import pandas as pd
 from ..data.metadata import MetadataEncoder
 from ..synthetic.draw import hairs, ink
-from ..stats.intervals import format_leaf, interval_leaf, lesion_weights, newcombe_interval
-from ..stats.metrics import weighted_auroc, weighted_metrics
-from .scorecard import effective_lesions
-from ..stats.metrics import malignancy_probability
+from ..stats.intervals import effective_lesions, format_leaf, interval_leaf, lesion_weights, newcombe_interval
+from ..stats.metrics import malignancy_probability, weighted_auroc, weighted_metrics
 from ..taxonomy import LabelSet, nearest
 
 # %% ../../nbs/evaluate/77_robustness.ipynb #6024d052

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'ECE_BINS', 'LOG_FLOOR', 'WHOLE', 'PER_CLASS', 'METRICS', 'BINARY', 'weight_blocks', 'row_chunks',
-           'group_sums', 'confusion_counts', 'class_rates', 'agreement', 'RankCounts', 'rank_counter', 'weighted_auroc',
-           'weighted_average_precision', 'confidence_bins', 'weighted_ece', 'Metric', 'weighted_metrics',
-           'malignancy_probability', 'malignancy_metrics']
+           'group_sums', 'confusion_counts', 'ratio', 'class_rates', 'agreement', 'RankCounts', 'rank_counter',
+           'weighted_auroc', 'weighted_average_precision', 'confidence_bins', 'weighted_ece', 'Metric',
+           'weighted_metrics', 'malignancy_masks', 'malignancy_probability', 'Malignancy', 'malignancy_of',
+           'malignancy_metrics']
 
 # %% ../../nbs/stats/10_metrics.ipynb #bad8fd21
 from dataclasses import dataclass
@@ -74,7 +75,10 @@ def confusion_counts(
     return group_sums(weights, targets * num_classes + predicted, num_classes**2).reshape(-1, num_classes, num_classes)
 
 # %% ../../nbs/stats/10_metrics.ipynb #c0d3a854
-def _ratio(top, bottom):
+def ratio(
+    top:np.ndarray, # numerator, any shape that broadcasts
+    bottom:np.ndarray, # denominator, at least 0
+) -> np.ndarray: # float64
     "`top / bottom`, NaN where `bottom` is 0."
     top, bottom = np.broadcast_arrays(np.asarray(top, np.float64), np.asarray(bottom, np.float64))
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 0)
@@ -90,9 +94,9 @@ def class_rates(
     total = actual.sum(1, keepdims=True)
     spared = total - actual - called + hits
     return dict(
-        sensitivity=_ratio(hits, actual), specificity=_ratio(spared, total - actual),
-        ppv=_ratio(hits, called), npv=_ratio(spared, total - called),
-        f1=np.where(actual > 0, _ratio(2 * hits, actual + called), np.nan))
+        sensitivity=ratio(hits, actual), specificity=ratio(spared, total - actual),
+        ppv=ratio(hits, called), npv=ratio(spared, total - called),
+        f1=np.where(actual > 0, ratio(2 * hits, actual + called), np.nan))
 
 # %% ../../nbs/stats/10_metrics.ipynb #153a5f83
 def _class_means(
@@ -105,7 +109,7 @@ def _class_means(
     hidden = ((actual > 0) & np.isnan(values)).any(1) # a class has images but no value
     return {
         f'{name}_macro': values.mean(1),
-        f'{name}_weighted': np.where(hidden, np.nan, _ratio(weighed, actual.sum(1))),
+        f'{name}_weighted': np.where(hidden, np.nan, ratio(weighed, actual.sum(1))),
     }
 
 # %% ../../nbs/stats/10_metrics.ipynb #4a43f30f
@@ -121,11 +125,11 @@ def agreement(
     chance = (actual * called).sum(1)
     spread = (total**2 - (actual**2).sum(1)) * (total**2 - (called**2).sum(1))
     return dict(
-        accuracy=_ratio(right, total),
+        accuracy=ratio(right, total),
         balanced_accuracy=rates['sensitivity'].mean(1),
         **_class_means('f1', rates['f1'], actual),
-        mcc=_ratio(right * total - chance, np.sqrt(spread)),
-        kappa=np.where((actual > 0).sum(1) > 1, _ratio(right * total - chance, total**2 - chance), np.nan),
+        mcc=ratio(right * total - chance, np.sqrt(spread)),
+        kappa=np.where((actual > 0).sum(1) > 1, ratio(right * total - chance, total**2 - chance), np.nan),
     ) # one true class: nothing to agree on
 
 # %% ../../nbs/stats/10_metrics.ipynb #180bcc23
@@ -204,13 +208,13 @@ def rank_counter(
 def _auroc(counts):
     "Area under the ROC curve from its counts, (S,)."
     beaten = counts.negatives - counts.wrong + counts.ties / 2 # negatives below each step, ties by half
-    return _ratio((counts.hits * beaten).sum(0), counts.positives * counts.negatives)
+    return ratio((counts.hits * beaten).sum(0), counts.positives * counts.negatives)
 
 def _average_precision(counts):
     "Mean PPV over the positives, each at its own threshold, (S,); NaN without positives or without negatives."
     called = counts.found + counts.wrong
     ppv = np.divide(counts.found, called, out=np.zeros_like(called), where=called > 0)
-    return np.where(counts.negatives > 0, _ratio((counts.hits * ppv).sum(0), counts.positives), np.nan)
+    return np.where(counts.negatives > 0, ratio((counts.hits * ppv).sum(0), counts.positives), np.nan)
 
 # %% ../../nbs/stats/10_metrics.ipynb #2e62fd22
 def _over_blocks(measure, positive, score, weights):
@@ -253,8 +257,8 @@ def _partial_areas(counts, level=.8):
     cut = counts.wrong - (1 - skip) * counts.ties # negatives above where the step crosses the line
     above = ((1 - skip) * counts.hits * (N - (cut + counts.wrong) / 2)).sum(0)
     crosses = (counts.hits > 0) & (need > 0) & (need <= counts.hits)
-    area = _ratio(above, P * N)
-    spare = _ratio(N - (crosses * cut).sum(0), N)
+    area = ratio(above, P * N)
+    spare = ratio(N - (crosses * cut).sum(0), N)
     return dict(pauc80_isic2019=area + level * spare, pauc80_isic2024=area)
 
 # %% ../../nbs/stats/10_metrics.ipynb #9cccd3b1
@@ -264,14 +268,14 @@ def _sensitivity_at(counts, specificity):
     "Best sensitivity of a threshold that keeps `specificity`, (S,)."
     allowed = (1 - specificity) * counts.negatives + _EPS
     best = (counts.hits * (counts.wrong <= allowed)).sum(0)
-    return np.where(counts.negatives > 0, _ratio(best, counts.positives), np.nan)
+    return np.where(counts.negatives > 0, ratio(best, counts.positives), np.nan)
 
 # %% ../../nbs/stats/10_metrics.ipynb #dee8c229
 def _specificity_at(counts, sensitivity):
     "Best specificity of a threshold that keeps `sensitivity`, (S,)."
     short = counts.found - counts.hits < sensitivity * counts.positives - _EPS # steps that must be taken
     wrong = np.diff(counts.wrong, axis=0, prepend=0)
-    return np.where(counts.positives > 0, _ratio(counts.negatives - (wrong * short).sum(0), counts.negatives), np.nan)
+    return np.where(counts.positives > 0, ratio(counts.negatives - (wrong * short).sum(0), counts.negatives), np.nan)
 
 # %% ../../nbs/stats/10_metrics.ipynb #5b590be1
 ECE_BINS = 15
@@ -295,7 +299,7 @@ def weighted_ece(
     weights = _once(len(correct)) if weights is None else weights
     gap = np.asarray(correct, np.float64) - confidence
     gaps = group_sums(weights, confidence_bins(confidence, n_bins), n_bins, gap)
-    return _ratio(np.abs(gaps).sum(1), weights.sum(1))
+    return ratio(np.abs(gaps).sum(1), weights.sum(1))
 
 # %% ../../nbs/stats/10_metrics.ipynb #251d6f58
 def _adaptive_plan(correct, confidence, n_bins=ECE_BINS):
@@ -313,7 +317,7 @@ def _adaptive_plan(correct, confidence, n_bins=ECE_BINS):
         cuts = np.stack([m.searchsorted(edge) for m, edge in zip(mass, edges)])
         below = np.take_along_axis(gaps, last[cuts] - 1, axis=1)
         steps = np.diff(np.column_stack([np.zeros(len(gaps)), below, gaps[:, -1]]), axis=1)
-        return _ratio(np.abs(steps).sum(1), mass[:, -1])
+        return ratio(np.abs(steps).sum(1), mass[:, -1])
     return measure
 
 # %% ../../nbs/stats/10_metrics.ipynb #7c7fe031
@@ -338,7 +342,7 @@ def _debiased_plan(correct, confidence, lesion_ids=None, n_bins=ECE_BINS):
         (_, squares), (inside, pairs) = sums(gap_of @ block), sums(count_of @ block)
         told = pairs > _EPS # a bin of one lesion has no pair
         mean = np.divide(squares, pairs, out=np.zeros_like(pairs), where=told)
-        return np.sqrt(np.maximum(0, _ratio((inside * mean).sum(0), (inside * told).sum(0))))
+        return np.sqrt(np.maximum(0, ratio((inside * mean).sum(0), (inside * told).sum(0))))
     return measure
 
 # %% ../../nbs/stats/10_metrics.ipynb #01706be6
@@ -353,7 +357,7 @@ def _binned_plan(correct, confidence, n_bins=ECE_BINS):
         counts = count_of @ block
         largest = np.divide(gaps, counts, out=np.zeros_like(gaps), where=counts > 0).max(0)
         total = counts.sum(0)
-        return dict(ece=_ratio(gaps.sum(0), total), mce=np.where(total > 0, largest, np.nan))
+        return dict(ece=ratio(gaps.sum(0), total), mce=np.where(total > 0, largest, np.nan))
     return measure
 
 # %% ../../nbs/stats/10_metrics.ipynb #da16cc1d
@@ -367,7 +371,7 @@ def _classwise_plan(targets, probs, n_bins=ECE_BINS):
 
     def measure(block):
         gaps = np.abs(gap_of @ block).reshape(C, n_bins, -1).sum(1).T
-        class_ece = _ratio(gaps, block.sum(0)[:, None])
+        class_ece = ratio(gaps, block.sum(0)[:, None])
         return dict(class_ece=class_ece, ece_classwise=class_ece.mean(1))
     return measure
 
@@ -384,7 +388,7 @@ def _score_plan(targets, probs):
     values = np.column_stack([ahead < 2, -np.log(own.clip(LOG_FLOOR, 1 - LOG_FLOOR)), squares.sum(1), squares]).T.copy()
 
     def measure(block):
-        top2, loss, brier, *classes = _ratio(values @ block, block.sum(0))
+        top2, loss, brier, *classes = ratio(values @ block, block.sum(0))
         return dict(top2_accuracy=top2, log_loss=loss, brier=brier, class_brier=np.stack(classes, 1))
     return measure
 
@@ -666,18 +670,52 @@ def weighted_metrics(
         return {name: np.full((len(weights), *probs.shape[1:] * (name in _CLASS)), np.nan) for name in names}
     return _run_plans(_plans(targets, probs, lesion_ids, names), weights, names)
 
+# %% ../../nbs/stats/10_metrics.ipynb #5d1906d1
+def malignancy_masks(
+    label_set:LabelSet, # C classes and their malignancy
+) -> tuple: # malignant (C,) bool, benign (C,) bool; a class that may be either, or is not said to be one, is in neither
+    "Which classes are malignant, and which are benign."
+    malignant = [label_set.is_malignant(code) for code in label_set.codes]
+    return np.array([m is True for m in malignant], bool), np.array([m is False for m in malignant], bool)
+
 # %% ../../nbs/stats/10_metrics.ipynb #51906de9
 def malignancy_probability(
     probs:np.ndarray, # (N,C) probabilities in the order of the codes
     label_set:LabelSet, # classes and their malignancy
-) -> np.ndarray: # (N,) float64 in [0, 1]; NaN where nothing is said about any class that has mass
+) -> np.ndarray: # (N,) float64 in [0, 1]; NaN where no class of known malignancy has any probability
     "Probability that an image shows a malignant class."
-    said = [label_set.is_malignant(code) for code in label_set.codes]
+    malignant, benign = malignancy_masks(label_set)
     probs = np.asarray(probs, np.float64)
-    known = np.array([s is not None for s in said])
-    mass = probs[:, known].sum(1)
-    bad = probs[:, [s is True for s in said]].sum(1)
-    return np.divide(bad, mass, out=np.full(len(probs), np.nan), where=mass > 0).clip(max=1)
+    known = probs[:, malignant | benign].sum(1)
+    return np.divide(probs[:, malignant].sum(1), known, out=np.full(len(probs), np.nan), where=known > 0).clip(max=1)
+
+# %% ../../nbs/stats/10_metrics.ipynb #e8e954a7
+@dataclass(frozen=True)
+class Malignancy:
+    "Malignant against benign, image by image."
+    known:np.ndarray # (N,) bool, whether the true class is malignant or benign and not undecided
+    malignant:np.ndarray # (N,) bool, whether it is malignant; False where it is not known
+    score:np.ndarray # (N,) float64 in [0, 1], malignancy probability; 0.5 where there is none
+
+    @property
+    def benign(self): # (N,) bool
+        return self.known & ~self.malignant
+
+    @property
+    def both(self): # bool, whether there are images of both kinds, so that they can be ranked
+        return bool(self.malignant.any() and self.benign.any())
+
+# %% ../../nbs/stats/10_metrics.ipynb #31bd436f
+def malignancy_of(
+    targets:np.ndarray, # (N,) int, true class
+    probs:np.ndarray, # (N,C) probabilities
+    label_set:LabelSet, # C classes and their malignancy
+) -> Malignancy:
+    "Whether each image is malignant, and how probable that is."
+    malignant, benign = malignancy_masks(label_set)
+    targets = np.asarray(targets, np.int64)
+    score = np.nan_to_num(malignancy_probability(probs, label_set), nan=.5)
+    return Malignancy((malignant | benign)[targets], malignant[targets], score)
 
 # %% ../../nbs/stats/10_metrics.ipynb #c7d9d47e
 def _check_binary(malignant, score):
@@ -721,7 +759,7 @@ def _probability_plan(malignant, score):
     values = np.stack([(malignant - score)**2, -np.log(own)])
     binned = _binned_plan(malignant.astype(np.float64), score)
     def measure(block):
-        brier, loss = _ratio(values @ block, block.sum(0))
+        brier, loss = ratio(values @ block, block.sum(0))
         return dict(brier=brier, log_loss=loss, ece=binned(block)['ece'])
     return measure
 
