@@ -19,17 +19,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from skinlesion.data.metadata import MetadataEncoder
-from skinlesion.data.splits import read_splits
-from skinlesion.data.store import ImageStore
+from skinlesion.data.prepared import Prepared
 from skinlesion.stats.intervals import format_leaf, interval_leaf, lesion_weights
 from skinlesion.stats.metrics import weighted_metrics
-from skinlesion.files import read_json, repo_root
+from skinlesion.files import repo_root
 from skinlesion.images import normalise
 from skinlesion.model.inference import evaluating
 from skinlesion.model.fusion import METADATA_WIDTHS, MetadataDropout, create_model, metadata_mlp
 from skinlesion.model.losses import class_weights, create_loss
-from skinlesion.taxonomy import LabelSet
 
 BACKBONE = 'mobilenetv2_100'
 METRICS = ('auroc_macro', 'balanced_accuracy')
@@ -126,10 +123,11 @@ def main():
     if absent:
         print(f'{absent[0]} is absent: nothing is measured')
         return
-    store = ImageStore(args.prepared/'store')
-    label_set = LabelSet.from_dict(read_json(args.prepared/'labels.json'))
-    encoder = MetadataEncoder.from_dict(read_json(args.prepared/'encoder.json'))
-    parts = {part: read_splits(args.prepared/'splits.csv', part) for part in ('train', 'valid')}
+    prepared = Prepared.open(args.prepared)
+    store = prepared.store
+    label_set = prepared.label_set
+    encoder = prepared.encoder
+    parts = {part: prepared.rows(part) for part in ('train', 'valid')}
     features = {
         part: pooled_features(store, table.image_id.tolist(), str(args.weights)) for part, table in parts.items()
     }

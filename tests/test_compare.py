@@ -22,6 +22,7 @@ from skinlesion.model.fusion import create_model
 from skinlesion.pipeline.cli import app
 from skinlesion.pipeline.revisions import read_evaluation
 from skinlesion.taxonomy import get_label_set
+from tiny import build_prepared
 
 HAM = get_label_set("ham10000")
 DVC_YAML = """stages:
@@ -68,9 +69,7 @@ def predictions(folder, skill):
 def make_run(root):
     "A tree that looks like one after `dvc repro`, with two untrained members."
     shutil.copy(Path(__file__).parents[1] / "settings.ini", root)
-    (root / "artifacts/prepared").mkdir(parents=True)
-    lesions().to_csv(root / "artifacts/prepared/splits.csv", index=False)
-    write_json(root / "artifacts/prepared/labels.json", HAM.to_dict())
+    build_prepared(root / "artifacts/prepared", lesions(), HAM)
     write_json(root / "artifacts/ensemble/bundle.json", dict(image_size=32))
     for name in ("fused", "image"):
         save_member(root / "artifacts/models" / name, create_model("small_cnn_3", 7, seed=1))
@@ -174,7 +173,7 @@ def test_finished_experiments_stand_beside_the_members(tmp_path, notebook):
     assert [pick.run for pick in done["picks"]] == ["better/image", "better/ensemble"]
     # An experiment on another split is named and left out.
     table = lesions().assign(split=["test", "valid"] * 60)
-    table.to_csv(tmp_path / "artifacts/prepared/splits.csv", index=False)
+    build_prepared(tmp_path / "artifacts/prepared", table, HAM)
     assert "better/image (its split is another one)" in notebook(tmp_path)["said"]
 
 
@@ -191,11 +190,8 @@ def revisions(tmp_path_factory):
         }
         done = subprocess.run(args, cwd=tree, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 0, done.stdout[-3000:]
-    (tree / "artifacts/prepared").mkdir(parents=True)
     shutil.copy(Path(__file__).parents[1] / "settings.ini", tree)
-    lesions().to_csv(tree / "artifacts/prepared/splits.csv", index=False)
-    for name, content in {"prepared/labels.json": HAM.to_dict(), "prepared/dataset.json": dict(name="Made up")}.items():
-        write_json(tree / "artifacts" / name, content)
+    build_prepared(tree / "artifacts/prepared", lesions(), HAM)
     write_json(tree / "reports/evaluate/metrics.json", dict(test={}))
     for skill, share in dict(low=1, high=4).items():
         predictions(tree / "made" / skill, dict(fused=2, image=share))
@@ -213,7 +209,7 @@ def revisions(tmp_path_factory):
     for tool in ("git", "dvc"):
         run(tool, "checkout", "-q", *(["."] if tool == "git" else []))
     table = lesions().assign(split=["test", "valid"] * 60)
-    table.to_csv(tree / "artifacts/prepared/splits.csv", index=False)
+    build_prepared(tree / "artifacts/prepared", table, HAM)
     run("dvc", "add", "-q", "artifacts/prepared")
     run("git", "commit", "-qam", "other")
     run("git", "tag", "other")

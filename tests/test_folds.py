@@ -10,8 +10,8 @@ import torch
 
 from skinlesion.data.datasets import LesionDataset
 from skinlesion.data.metadata import MetadataEncoder
+from skinlesion.data.store import ImageStore
 from skinlesion.evaluate.policy import Answered, choose_policy, fit_ood
-from skinlesion.files import write_json
 from skinlesion.images import save_png
 from skinlesion.model.bundle import BundleError, load_fits, save_bundle, save_member
 from skinlesion.model.inference import (
@@ -27,7 +27,7 @@ from skinlesion.model.inference import (
 from skinlesion.model.member import member_spec, train_folds
 from skinlesion.taxonomy import LabelSet
 from skinlesion.use.predict import Predictor
-from tiny import copy_repository, edit_params, make_tiny, run
+from tiny import build_prepared, copy_repository, edit_params, make_tiny, run
 
 LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
 ENCODER = MetadataEncoder(50.0, 20.0)
@@ -224,20 +224,20 @@ class Taken(Exception):
 def test_the_stage_hands_no_answer_of_the_test_to_training(tmp_path, root, monkeypatch, folds):
     "The tables of `prepare` name every image; of the test lesions neither rows nor further answers nor images are taken."
     rows = make_rows()
-    prepared = tmp_path / "prepared"
     test = rows.image_id[rows.split == "test"]
-    write_json(prepared / "labels.json", LABELS.to_dict())
-    write_json(prepared / "encoder.json", ENCODER.to_dict())
-    rows.drop(columns="grade").to_csv(prepared / "splits.csv", index=False)
-    rows[["image_id", "grade"]].assign(grade=rows.grade.mask(rows.split == "test", "told")).to_csv(
-        prepared / "targets.csv", index=False
+    build_prepared(
+        tmp_path / "prepared", rows.assign(grade=rows.grade.mask(rows.split == "test", "told")), LABELS, size=32
     )
-    (prepared / "duplicates.csv").write_text("image_id_a,image_id_b,kind\n")
+    read = []
+    image = ImageStore.image
+    def watched(store, image_id):
+        read.append(image_id)
+        return image(store, image_id)
     def take(store, rows, *args, **kwargs):
         raise Taken(rows)
     for name in ("train_member", "train_folds"):
         monkeypatch.setattr(f"skinlesion.model.member.{name}", take)
-    monkeypatch.setattr("skinlesion.data.store.ImageStore", lambda folder: Store(rows[rows.split != "test"]))
+    monkeypatch.setattr(ImageStore, "image", watched)
     monkeypatch.chdir(tmp_path)
     own = dict(
         prepared_dir="prepared",
@@ -259,6 +259,7 @@ def test_the_stage_hands_no_answer_of_the_test_to_training(tmp_path, root, monke
     handed = taken.value.args[0]
     assert sorted(handed.image_id) == sorted(set(rows.image_id) - set(test)) and {"low", "high"} <= set(handed.grade)
     assert "told" not in handed.to_csv() and not set(test) & {*names["train_ds"].ids, *names["valid_ds"].ids}
+    assert read and not set(test) & set(read)
 
 
 @pytest.mark.slow

@@ -355,6 +355,22 @@ def check_one_thing_a_line(root):
     return sorted(set(problems))
 
 
+def check_prepared_files(root):
+    "The tables of a prepared folder are opened by `skinlesion.data.prepared` alone."
+    name = r"(/|\S*artifacts/prepared/)?((splits|targets|traits|duplicates)\.csv|(encoder|labels)\.json)"
+    problems = []
+    for place, source in sources(root):
+        if place.startswith(("tests/", "nbs/data/31_prepared.ipynb")):
+            continue
+        texts = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+        problems += [
+            f"{place} line {node.lineno}: '{node.value}' by its path; use skinlesion.data.prepared.Prepared"
+            for node in texts
+            if isinstance(node.value, str) and re.fullmatch(name, node.value)
+        ]
+    return problems
+
+
 def check_light_import(root):
     "A prediction needs none of the heavy tools."
     code = (
@@ -512,6 +528,12 @@ FAULTS = [
     (check_ruff, {NB: library("model.grow", "import json")}, "F401"),
     (check_one_thing_a_line, {NB: library("model.grow", "x, y = 1, 2")}, "give each of these assignments a line: "),
     (check_one_thing_a_line, {"tests/test_a.py": "x = 1 if True else (2 if False else 3)\n"}, "within another"),
+    (
+        check_prepared_files,
+        {"benchmarks/a.py": "rows = open(f'{prepared}/splits.csv')\n"},
+        "benchmarks/a.py line 1: '/splits.csv' by its path; use skinlesion.data.prepared.Prepared",
+    ),
+    (check_prepared_files, {TRAIN: stage_notebook("train", ["x = prepared/'encoder.json'"])}, "'encoder.json' by its"),
     (check_light_import, {PREDICT: "import dvc\n"}, "loads dvc"),
     (check_light_import, {PREDICT: "import nothing_at_all\n"}, "No module named 'nothing_at_all'"),
 ]

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,8 @@ import yaml
 
 from madeup import PLAIN_GIT, ROOT, committed
 from skinlesion.data.metadata import MetadataEncoder
+from skinlesion.data.prepared import write_prepared
+from skinlesion.data.schema import DatasetInfo
 from skinlesion.images import save_png
 from skinlesion.model.bundle import Member, save_bundle
 from skinlesion.model.fusion import create_model
@@ -36,6 +39,21 @@ def build_bundle(folder, label_set=None, size=64):
               "fused": create_model("resnet10t", label_set.num_classes, encoder.dim, "concat", seed=2)}
     members = [Member(name, model.eval(), model.config) for name, model in models.items()]
     return save_bundle(folder, members, label_set, encoder, size, {"note": "untrained"})
+
+
+def build_prepared(folder, rows, label_set, size=8):
+    "A prepared folder of grey squares: `rows` as in splits.csv, further columns are targets."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    grey = save_png(np.full((size, size, 3), 128, np.uint8), folder.parent / "grey.png")
+    dataset = SimpleNamespace(
+        table=rows,
+        label_set=label_set,
+        info=DatasetInfo("Made up", label_set.to_dict()),
+        image_path=lambda image_id: grey,
+        mask_path=lambda image_id: None,
+    )
+    pairs = pd.DataFrame(columns=["image_id_a", "image_id_b", "kind"])
+    return write_prepared(folder, dataset, rows.split, pairs, rows[["image_id"]], size)
 
 
 def wait_for_address(process, log, pattern, seconds=120):

@@ -18,6 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 from traitlets import Any, Bool, Float, HasTraits, Unicode, link
 
+from ..data.prepared import Prepared
 from ..data.schema import read_dataset
 from ..explain.cam import CAM_METHODS, CAM_NAMES, is_flat, overlay
 from ..images import IMAGE_TYPES, MAX_BYTES, encode_png
@@ -497,17 +498,16 @@ def view(self:CamExplorer) -> W.Widget: # to be displayed
 
 # %% ../../nbs/apps/95_panels.ipynb #4809c7a7
 def example_images(
-    root:Path|str, # of the project: holds data/ and, after `prepare`, artifacts/prepared/splits.csv
+    root:Path|str, # of the project: holds data/ and, after `prepare`, artifacts/prepared/
     per_class:int=6, # pictures of each class
 ) -> tuple: # name -> path, and the table of people
     "Pictures of the test split, or of all data where there is no split yet."
     root = Path(root)
     dataset = read_dataset(root / 'data')
     table = dataset.table
-    splits = root / 'artifacts' / 'prepared' / 'splits.csv'
-    if splits.is_file():
-        split = pd.read_csv(splits, dtype=str, keep_default_na=False)
-        table = table[table.image_id.isin(split.image_id[split.split == 'test'])]
+    prepared = root / 'artifacts' / 'prepared'
+    if prepared.is_dir():
+        table = table[table.image_id.isin(Prepared.open(prepared).rows('test').image_id)]
     table = table.groupby('diagnosis', sort=True).head(per_class).sort_values(['diagnosis', 'image_id'])
     return {i: dataset.image_path(i) for i in table.image_id}, table[['image_id', 'age', 'sex', 'site', 'diagnosis']]
 

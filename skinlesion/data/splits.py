@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tied_groups', 'check_split', 'split_groups', 'split_report', 'hash_deviation', 'split_changes', 'split_table',
-           'read_splits', 'make_folds', 'group_folds', 'inject_leak']
+           'make_folds', 'group_folds', 'inject_leak']
 
 # %% ../../nbs/data/25_splits.ipynb #70e788c1
 import warnings
@@ -740,27 +740,6 @@ def split_table(
     "The columns of splits.csv."
     columns = [c for c in _COLUMNS if c in table]
     return table[columns].assign(split=split.loc[table.index]).reset_index(drop=True)
-
-# %% ../../nbs/data/25_splits.ipynb #c9031dfe
-def read_splits(
-    path:Path|str, # of a splits.csv
-    *parts:str, # which of `SPLITS` and `APART`; the labelled three by default
-) -> pd.DataFrame: # its rows of these parts, ids as text, age NaN where unknown
-    "Read a splits.csv; an unknown part, asked for or in a row, is an error."
-    for part in parts:
-        if part not in _SIDES:
-            raise ValueError(f"split '{part}' is not one of {', '.join(_SIDES)}.{nearest(part, _SIDES)}")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such table; run the stage prepare")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for row in np.flatnonzero(~table['split'].isin(_SIDES))[:1]:
-        raise ValueError(
-            f"{path} row {row + 2}: split '{table['split'][row]}' is not one of {', '.join(_SIDES)}; "
-            "run the stage prepare anew"
-        )
-    if 'age' in table:
-        table['age'] = pd.to_numeric(table['age'].replace('', None))
-    return table[table['split'].isin(parts or SPLITS)].reset_index(drop=True)
 
 # %% ../../nbs/data/25_splits.ipynb #08942213
 def make_folds(

@@ -144,7 +144,7 @@ def _check_rows(
     "Rows in a form that does not depend on where they come from."
     for column in ('image_id', 'diagnosis', 'split'):
         if column not in rows:
-            raise ValueError(f"the rows have no column '{column}'; pass those of splits.csv, as read_splits gives them")
+            raise ValueError(f"the rows have no column '{column}'; pass those of splits.csv, as Prepared.rows gives them")
     text = {c: rows[c].astype(object).where(rows[c].notna(), '').map(str) for c in rows if c != 'age'}
     age = {'age': pd.to_numeric(rows['age'])} if 'age' in rows else {}
     rows = pd.DataFrame(text | age)[list(rows)].sort_values('image_id', ignore_index=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.schema import read_table
+from ..data.prepared import read_split
 from ..evaluate.benchmarks import RESOLUTIONS, BenchmarkId, benchmark_of, check_comparable, identify
 from ..stats.intervals import format_leaf
 from ..data.tables import read_predictions
@@ -174,14 +174,15 @@ def read_evaluation(
 ) -> RevisionData:
     "The predictions, labels, metrics and identity of a revision."
     tree = Tree(rev, root)
-    label_set = LabelSet.from_dict(_json(tree, f'{PREPARED}/labels.json'))
-    splits = read_table(tree.read(f'{PREPARED}/splits.csv'), f"revision '{rev}': splits.csv")[0]
+    def read(name):
+        return tree.read(f'{PREPARED}/{name}')
+    splits, label_set, info = read_split(read, f"revision '{rev}': {PREPARED}")
     tables = {
         name: read_predictions(tree.read(f'{PREDICTIONS}/{name}.csv'), label_set, f"revision '{rev}': {name}.csv")
         for name in tree.tables()
     }
     metrics = _json(tree, METRICS)
-    identity = _identity(metrics, _json(tree, f'{PREPARED}/dataset.json')['name'], splits)
+    identity = _identity(metrics, info['name'], splits)
     try:
         data = tree.read('data.dvc')
     except RevisionError:
