@@ -15,7 +15,7 @@ from skinlesion.audit.findings import Finding
 from skinlesion.data.schema import DatasetInfo, write_dataset
 from skinlesion.evaluate.abstention import LockedAbstention
 from skinlesion.evaluate.benchmarks import split_digest
-from skinlesion.evaluate.page import Picture
+from skinlesion.report.clinical import Picture
 from skinlesion.evaluate.policy import Policy
 from skinlesion.data.tables import read_predictions, write_predictions
 from skinlesion.evaluate.scorecard import scorecard
@@ -398,16 +398,16 @@ def test_evaluate_knows_the_usual_words_for_splits(tables, tmp_path, monkeypatch
     for more in ((), ("--split", "Test")):
         assert evaluate(tmp_path, "--out", tmp_path / "out", *more).exit_code == 0
     assert (
-        kept[0].part == "test" and {*kept[0].metrics["splits"]} == {"valid", "test"} and "decisions" in kept[0].metrics
+        kept[0].part == "test" and {*kept[0].cards} == {"", "valid", "test"} and "decisions" in kept[0].blocks
     )
     n = int((said.split == "test").sum())
-    assert kept[1].metrics["all"]["accuracy"]["n"] == n
+    assert kept[1].cards[""]["accuracy"]["n"] == n
     # Whether the rows of valid are there or not, the split that was tested on is the same one.
-    assert kept[0].metrics["benchmark"] == kept[1].metrics["benchmark"]
+    assert kept[0].blocks["benchmark"] == kept[1].blocks["benchmark"]
 
 
 def test_evaluate_leaves_out_only_when_asked_and_says_so(tables, tmp_path, monkeypatch):
-    monkeypatch.setattr("skinlesion.evaluate.page.picture", lambda draw, alt: Picture(b"", alt, 100))
+    monkeypatch.setattr("skinlesion.report.clinical.picture", lambda draw, alt: Picture(b"", alt, 100))
     folder, _, _ = tables
     ended = evaluate(folder, "--out", tmp_path / "out")
     assert ended.exit_code == 1
@@ -452,7 +452,7 @@ def test_evaluate_gives_the_same_bytes_in_another_process(tables, tmp_path):
 def test_evaluate_says_that_nobody_knows_what_is_malignant(tables, tmp_path, monkeypatch):
     folder, said, truth = tables
     monkeypatch.setattr(
-        "skinlesion.pipeline.reports.write_evaluation", lambda result, *_, **__: kept.update(result.metrics)
+        "skinlesion.pipeline.reports.write_evaluation", lambda result, *_, **__: kept.update(result.metrics())
     )
     kept = {}
     write_predictions(said[["image_id"]].assign(p_mole=said.p_benign, p_wart=said.p_mel), tmp_path / "p.csv")

@@ -8,11 +8,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from skinlesion.evaluate import page
 from skinlesion.evaluate.decisions import cost_matrix
-from skinlesion.evaluate.page import CHECKLIST, check_facts, evaluate_tables, find_leaf, find_limits, page_sections
+from skinlesion.evaluate.evaluation import evaluate_tables
+from skinlesion.evaluate.measures import calibration_card, find_leaf, top_losses
 from skinlesion.taxonomy import probability_columns
 from skinlesion.pipeline.reports import folder_images, metric_leaves, write_evaluation
+from skinlesion.report import clinical
+from skinlesion.report.clinical import CHECKLIST, check_facts, find_limits, page_sections
 from skinlesion.taxonomy import DISCLAIMER, LabelSet, get_label_set
 
 HAM = get_label_set("ham10000")
@@ -58,7 +60,7 @@ def text_of(section):
 @pytest.fixture
 def undrawn(monkeypatch):
     "Pictures without drawing: where only words are looked at."
-    monkeypatch.setattr(page, "picture", lambda draw, alt: page.Picture(b"", alt, 100))
+    monkeypatch.setattr(clinical, "picture", lambda draw, alt: clinical.Picture(b"", alt, 100))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def result():
 def written(result, tmp_path_factory):
     "The folder of an evaluation with one image that can be read."
     root = tmp_path_factory.mktemp("page")
-    worst = page.top_losses(result.data, HAM)["image_id"].iloc[0]
+    worst = top_losses(result.data, HAM)["image_id"].iloc[0]
     (root / "images").mkdir()
     Image.new("RGB", (60, 45), (200, 150, 140)).save(root / f"images/{worst}.png")
     return write_evaluation(result, root / "out", folder_images(root / "images"), provenance=dict(predictions="ab12"))
@@ -130,7 +132,7 @@ def test_the_page_runs_nothing_and_loads_nothing(html):
 
 
 def test_the_summary_stands_first_and_every_section_has_its_place(html, result, undrawn):
-    titles = [section.title for section in result.sections().values()]
+    titles = [section.title for section in page_sections(result).values()]
     places = [html.index(f'<h2 id="{re.sub("[^a-z]+", "-", title.lower())}">') for title in titles]
     assert titles[0] == "Summary" and places == sorted(places) and places[0] < html.index("<nav")
     assert "called wrongly and surely" in html  # the one picture that could be read
@@ -138,7 +140,7 @@ def test_the_summary_stands_first_and_every_section_has_its_place(html, result, 
 
 def test_what_is_not_covered_is_said_to_be_not_reported(result, undrawn):
     sections = page_sections(result)
-    table = page.checklist_table(list(sections.values()))
+    table = clinical.checklist_table(list(sections.values()))
     assert len(table) == len(CHECKLIST)
     missing = set(
         table.loc[table["where"] == "not reported", "guideline"]
@@ -164,16 +166,16 @@ def test_nothing_that_is_locked_has_seen_the_test_split():
     first = evaluated(predictions, labels)
     second = evaluated(predictions, wrong)
     assert (
-        first.metrics["splits"]["test"]["accuracy"]["value"]
+        first.cards["test"]["accuracy"]["value"]
         > 0.5
-        > second.metrics["splits"]["test"]["accuracy"]["value"]
+        > second.cards["test"]["accuracy"]["value"]
     )
     same = (
         "decisions.threshold decisions.validation_sensitivity splits.valid.accuracy "
         "abstention.answered conformal.mean_set_size"
     )
     for path in same.split():
-        assert find_leaf(first.metrics, path) == find_leaf(second.metrics, path), path
+        assert find_leaf(first.metrics(), path) == find_leaf(second.metrics(), path), path
     assert first.calibration == second.calibration and first.curves["calibration_choice"].equals(
         second.curves["calibration_choice"]
     )
@@ -184,12 +186,12 @@ def test_without_splits_nothing_is_locked_and_the_page_says_so():
     result = evaluated(predictions, labels.drop(columns="split"))
     assert (
         result.part == ""
-        and "splits" not in result.metrics
-        and "decisions" not in result.metrics
+        and list(result.cards) == [""]
+        and "decisions" not in result.blocks
         and result.calibration == ""
     )
     assert "nothing here shows that these were new to it" in find_limits(result)[0]
-    sections = {name: getattr(page, f"{name}_section")(result) for name in ("summary", "data", "decisions")}
+    sections = {name: getattr(clinical, f"{name}_section")(result) for name in ("summary", "data", "decisions")}
     assert "none was locked" in text_of(sections["decisions"]) and "no split" in text_of(sections["data"])
     assert not {"CLAIM 20", "TRIPOD+AI 15"} & answered(sections)
 
@@ -197,7 +199,7 @@ def test_without_splits_nothing_is_locked_and_the_page_says_so():
 def test_a_lesion_in_two_parts_is_told():
     predictions, labels = tables()
     crossing = labels.assign(lesion_id=labels["lesion_id"].where(labels.index > 20, "same"))
-    assert "the parts are not disjoint" in page.data_section(evaluated(predictions, crossing, n_resamples=20)).text
+    assert "the parts are not disjoint" in clinical.data_section(evaluated(predictions, crossing, n_resamples=20)).text
 
 
 @pytest.mark.parametrize("codes", [("nv",), ("mel",)])
@@ -211,7 +213,7 @@ def test_one_class_in_the_test_split_is_null_with_a_reason(codes, request):
     assert leaf["value"] is None and leaf["reason"]
     made = page_sections(result)
     assert "undefined" in text_of(made["performance"]) and len(made) == 15
-    assert all(leaf["value"] is not None or leaf.get("reason") for _, leaf in metric_leaves(result.metrics))
+    assert all(leaf["value"] is not None or leaf.get("reason") for _, leaf in metric_leaves(result.metrics()))
 
 
 def test_classes_of_unknown_malignancy_get_a_page_without_a_threshold(undrawn):
@@ -221,12 +223,12 @@ def test_classes_of_unknown_malignancy_get_a_page_without_a_threshold(undrawn):
     assert "which of them are malignant nobody said" in made["summary"].text and "none was locked" in text_of(
         made["decisions"]
     )
-    assert not len(result.curves["decision_curve"]) and "decisions" not in result.metrics
+    assert not len(result.curves["decision_curve"]) and "decisions" not in result.blocks
 
 
 def test_a_number_has_one_interval_on_the_whole_page(result):
     data = result.data
-    card = page.calibration_card(
+    card = calibration_card(
         data.probs,
         data.probs**2 / (data.probs**2).sum(1, keepdims=True),
         data.targets,
@@ -261,7 +263,7 @@ def test_ids_that_only_one_table_holds_stop_it():
     with pytest.raises(ValueError, match="not in the labels"):
         evaluated(predictions, labels[1:])
     with pytest.raises(ValueError, match="Did you mean 'funding'"):
-        evaluated(predictions, labels, facts=dict(fundings="x"))
+        page_sections(evaluated(predictions, labels, facts=dict(fundings="x"), n_resamples=0))
 
 
 def test_an_error_leaves_the_earlier_evaluation_alone(result, undrawn, tmp_path):
@@ -274,12 +276,12 @@ def test_an_error_leaves_the_earlier_evaluation_alone(result, undrawn, tmp_path)
 
 
 def test_the_model_card_tells_the_same_numbers(result):
-    card = page.model_card(result)
-    for row in page.headline_table(result)["answer (95 % interval)"]:
+    card = clinical.model_card(result)
+    for row in clinical.headline_table(result)["answer (95 % interval)"]:
         assert row in card
     for sentence in find_limits(result):
         assert sentence in card
-    assert page.threshold_words(result) in card
+    assert clinical.threshold_words(result) in card
 
 
 def stress(kind, **more):
@@ -315,14 +317,14 @@ def test_what_only_a_stage_knows_is_shown_too(result, undrawn):
     blocks = dict(
         ood=dict(noise=dict(auroc=leaf)),
         disagreement=dict(n_members=dict(value=2, n=2), error_auroc=leaf),
-        members=dict(a=result.card, b=result.card),
-        splits=result.metrics["splits"] | dict(external=result.card),
     )
     curves = dict(stress_images=stress("images", grade=3), stress_metadata=stress("metadata", change="missing"),
                   choices=pd.DataFrame(dict(step=["views"], candidate=["none"], validation_log_loss=[.5])))
     whole = replace(
         result,
-        metrics=result.metrics | blocks,
+        cards=result.cards | dict(external=result.card),
+        member_cards=dict(test=dict(a=result.card, b=result.card)),
+        blocks=result.blocks | blocks,
         curves=result.curves | curves,
         calibration="temperature",
         calibrated=True,

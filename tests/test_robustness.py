@@ -18,7 +18,7 @@ from skinlesion.audit.artefacts import measure_image
 from skinlesion.audit.findings import working_image
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.synthetic.draw import synthesise
-from skinlesion.evaluate.figures import plot_stress
+from skinlesion.report.figures import plot_stress
 from skinlesion.stats.intervals import lesion_weights, percentile_interval
 from skinlesion.stats.metrics import weighted_auroc, weighted_ece, weighted_metrics
 from skinlesion.evaluate.robustness import (

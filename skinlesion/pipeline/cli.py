@@ -1118,12 +1118,13 @@ def _evaluated(
     "The evaluation of two files, the hashes of what was read, and what was left out."
     from skinlesion.evaluate.benchmarks import BenchmarkId, identify, parse_benchmark
     from skinlesion.evaluate.decisions import cost_matrix
-    from skinlesion.evaluate.page import evaluate_tables
+    from skinlesion.evaluate.evaluation import evaluate_tables
     from skinlesion.data.tables import infer_label_set, read_labels, read_predictions
     from skinlesion.files import read_json, sha256_file
+    from skinlesion.report.clinical import check_facts
     named = None if label_set is None else infer_label_set(None, label_set)
     identity = parse_benchmark(benchmark) if benchmark else BenchmarkId()
-    said = {} if facts is None else read_json(facts)
+    said = {} if facts is None else check_facts(read_json(facts))
     table = read_predictions(predictions, named)
     codes = named or infer_label_set(table)
     table, truth, left = narrow_tables(table, read_labels(labels, codes), split, partial)

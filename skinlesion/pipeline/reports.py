@@ -377,7 +377,7 @@ def render_report(
 
 # %% ../../nbs/pipeline/102_reports.ipynb #804e2a5f
 def write_page(
-    sections, # of `evaluate.page.Section`: a list, or a dict whose values they are; in the order of the page
+    sections, # of `report.clinical.Section`: a list, or a dict whose values they are; in the order of the page
     path:Path|str, # HTML file that is written
     title:str, # of the page
     subtitle:str='', # one sentence, plain text
@@ -392,17 +392,18 @@ def write_page(
 
 # %% ../../nbs/pipeline/102_reports.ipynb #e4e0e24d
 def write_evaluation(
-    result, # `evaluate.page.Evaluation`: what was measured
+    result, # `evaluate.evaluation.Evaluation`: what was measured
     out:Path|str, # folder; one that is there is replaced whole
     images=None, # callable image_id -> (H,W,3) uint8 or None, for the failures
     title:str='', # of the page; '' for "Evaluation of" the data's name
     provenance:dict|None=None, # nested: hashes of what was read, versions
 ) -> Path: # `out`
     "Write metrics.json, report.html and the curves; the same evaluation gives the same bytes."
-    sections = result.sections(images)
+    from skinlesion.report.clinical import page_sections
+    sections = page_sections(result, images)
     title = title or f"Evaluation{f' of {result.name}' if result.name else ''}"
     with scratch_folder(out) as scratch:
-        write_json(scratch/'metrics.json', result.metrics)
+        write_json(scratch/'metrics.json', result.metrics())
         for name, table in result.curves.items():
             atomic_write(scratch/f'{name}.csv', table.to_csv(index=False, float_format='%.8g', lineterminator='\n'))
         write_page(sections, scratch/'report.html', title, provenance=provenance)
