@@ -129,7 +129,7 @@ def kill_a_run(squares, work, writes, seconds=180):
     "Start a run of two processes, kill its caller after so many writes of its state, and see its processes end."
     code = RUN.format(tests=str(Path(__file__).parent), store=str(squares[0].root), work=str(work))
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    state = work / "fit" / "unfinished.pt"
+    state = work / "fit" / "state.pt"
     seen = set()
     end = time.monotonic() + seconds
     while len(seen) < writes:

@@ -44,13 +44,8 @@ class Reached:
         self.goal = (epoch, step)
 
     def __call__(self, log):
-        if any(self.folder.rglob("finished.json")):
-            return True
-        for path in self.folder.rglob("unfinished.pt"):
-            try:
-                state = torch.load(path, weights_only=True)
-            except FileNotFoundError:
-                continue  # just finished
+        for path in self.folder.rglob("state.pt"):
+            state = torch.load(path, weights_only=True)
             if (state["epoch"], state["done"]) >= self.goal:
                 return True
         return False

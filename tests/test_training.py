@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from madeup import PLAIN_GIT
-from skinlesion.data.datasets import LesionDataset
+from skinlesion.data.datasets import LesionDataset, make_loader
 from skinlesion.data.metadata import MetadataEncoder
-from skinlesion.model import training
+from skinlesion.model import batches, logs, training
 from skinlesion.model.fusion import create_model
 from skinlesion.model.heads import HeadSpec
+from skinlesion.model.logs import make_logger
 from skinlesion.model.optim import suggest_rate
-from skinlesion.model.training import TrainConfig, find_learning_rate, fit, make_logger
+from skinlesion.model.training import TrainConfig, find_learning_rate, fit
 from skinlesion.taxonomy import LabelSet
 
 LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
@@ -136,7 +137,7 @@ def kill_series(tmp_path, steps, workers=0, **changes):
         killed = killed + 1
         said = []
         same += result_bytes(fit(*make_run(**changes, workers=workers), progress=said.append, work_dir=folder)) == whole
-        assert said[0].startswith("↻ going on") and said[1:] == lines and not list(folder.iterdir()), said
+        assert said[0].startswith("↻ going on") and said[1:] == lines and [p.name for p in folder.iterdir()] == ["state.pt"], said
     return killed, same
 
 
@@ -352,13 +353,12 @@ def test_the_average_is_what_is_kept():
     model, train, valid, config = make_run(ema_decay=.99, epochs=2, metric="loss", patience=9)
     result = fit(model, train, valid, config)
     raw = fit(*make_run(ema_decay=0., epochs=2, metric="loss", patience=9))
-    batch = next(iter(training.make_loader(valid, 12)))
+    batch = next(iter(make_loader(valid, 12)))
     with torch.no_grad():
         outputs = result.model.forward_heads(batch["image"], batch["metadata"])
-    objective = training._Objective(model.head_specs, config, train.targets, 3, LABELS.codes)
-    assert objective.mean(objective.parts(outputs, batch["target"], batch["heads"])) == pytest.approx(
-        result.best_value, rel=1e-4
-    )
+    objective = training.Objective(model.head_specs, config, train.targets, 3, LABELS.codes)
+    sums = objective.parts(outputs, batch["target"], batch["heads"])
+    assert training._mean_loss(objective, sums) == pytest.approx(result.best_value, rel=1e-4)
     assert result.best_value == result.history.valid_loss.min() and result_bytes(result) != result_bytes(raw)
 
 
@@ -374,7 +374,7 @@ def test_history_names_every_head():
 
 @pytest.mark.parametrize("change, said", [
     (lambda m, t, v, c: v.targets_extra.pop("urgent"), "head 'urgent' has no targets in the validation set (severe)"),
-    (lambda m, t, v, c: t.targets_extra["urgent"].fill_(-1), "head 'urgent' has no answer at all in the training set"),
+    (lambda m, t, v, c: t.targets_extra["urgent"].fill_(-1), "head 'urgent' has no known target in the training set"),
 ])
 def test_heads_without_answers(change, said):
     "A head that nothing can be learned for stops the run before it begins."
@@ -393,7 +393,7 @@ def test_no_number_names_images_and_the_last_good_state(tmp_path):
     ) as caught:
         fit(model, train, valid, config, work_dir=tmp_path)
     named = str(caught.value).split("images ")[1].split(";")[0].split(", ")
-    path = tmp_path / "unfinished.pt"
+    path = tmp_path / "state.pt"
     assert len(named) == 5 and str(caught.value).endswith(f"the state before it lies in '{path}'") == path.exists()
     state = torch.load(path, weights_only=True)["model"] if path.exists() else {}
     assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
@@ -405,9 +405,9 @@ def test_no_number_in_a_late_epoch_keeps_the_state_before(tmp_path):
     def spoil(done):
         if done == 5:
             next(model.parameters()).data.fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match="in epoch 2 .*; the state before it lies in '.*unfinished.pt'"):
+    with pytest.raises(FloatingPointError, match="in epoch 2 .*; the state before it lies in '.*state.pt'"):
         fit(model, train, valid, config, work_dir=tmp_path, on_step=spoil)
-    state = torch.load(tmp_path / "unfinished.pt", weights_only=True)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert (state["epoch"], state["done"]) == (1, 2) and all(
         torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point()
     )
@@ -434,7 +434,7 @@ def test_rare_classes_count_once():
     "Drawn as often as the others they are not weighed besides; the class weights are there with the plain order."
     targets = torch.tensor([0] * 8 + [1] * 2 + [2] * 2)
     def weights(**more):
-        return training._Objective((), TrainConfig(**more), targets, 3, "abc").loss.weights
+        return training.Objective((), TrainConfig(**more), targets, 3, "abc").loss.weights
     assert weights(sampler="balanced") is None and weights(sampler="balanced", loss="focal") is None
     assert weights().tolist() == weights(loss="focal").tolist() == pytest.approx([.75, 1.5, 1.5])
 
@@ -459,7 +459,7 @@ def test_metadata_alone_ask_for_no_image(monkeypatch, mix):
     model, train, valid, config = run()
     train.store.image = valid.store.image = unreadable
     blind = result_bytes(fit(model, train, valid, config))
-    monkeypatch.setattr(training, "_without_images", lambda dataset: dataset)
+    monkeypatch.setattr(batches, "without_images", lambda dataset: dataset)
     assert result_bytes(fit(*run())) == blind
 
 
@@ -489,7 +489,7 @@ def test_out_of_memory_says_what_fits(monkeypatch):
     monkeypatch.setattr(model, "forward_heads", small)
     with pytest.raises(
         MemoryError,
-        match=r"batch_size 20 on cpu .*; what fits is batch_size 2: with accumulate 10 a step still sees 20 " r"images",
+        match=r"batch_size 20 on cpu .*; what fits is batch_size 2: with accumulate 10 a step still takes 20 " r"images",
     ):
         fit(model, train, valid, config)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -511,9 +511,9 @@ def test_the_log_of_a_killed_run_is_that_of_a_whole_one(tmp_path):
             return make_logger(tmp_path / name, params=dict(epochs=5, heads=("severe", "urgent")))
         if kill:
             with pytest.raises(Killed):
-                fit(*make_run(), work_dir=tmp_path / "work", logger=log(), on_step=kill_at(kill))
+                fit(*make_run(), work_dir=tmp_path / "work" / name, logger=log(), on_step=kill_at(kill))
         logger = log()
-        history = fit(*make_run(), work_dir=tmp_path / "work", logger=logger).history
+        history = fit(*make_run(), work_dir=tmp_path / "work" / name, logger=logger).history
         logger.done([result])
     files = read_folder(tmp_path / "whole")
     assert files == read_folder(tmp_path / "killed") and not any(
@@ -603,7 +603,7 @@ def test_other_logs(tmp_path, monkeypatch):
     assert FakeWriter.calls[-2:] == [("train_loss", .5, 1), "close"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.delitem(sys.modules, "wandb")
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'skinlesion\[wandb\]'"):
         make_logger(tmp_path, ("wandb",))
     with pytest.raises(ValueError, match="log 'dvcliv' is not known .* Did you mean 'dvclive'"):
@@ -620,7 +620,7 @@ def test_a_line_is_written_over_on_a_terminal_alone(monkeypatch):
     "Step, speed and time left, wiped before each line of an epoch; elsewhere nothing but whole lines."
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", stream)
-        monkeypatch.setattr(training, "_EVERY", 0.)
+        monkeypatch.setattr(logs, "REFRESH_SECONDS", 0.)
         lines = []
         fit(*make_run(epochs=2), progress=lines.append)
         assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
