@@ -179,7 +179,8 @@ def _problem(error, rows):
     if kind == 'missing':
         return f"key {key!r} is missing; add it: {row.get('allowed', 'a value')} ({row.get('meaning', '')})"
     if kind == 'value_error':
-        return f"{key}: {error['ctx']['error']}" if key else str(error['ctx']['error'])
+        text = str(error['ctx']['error'])
+        return f'{key}: {text}' if key and not text.startswith(f'{key}.') else text
     if '[key]' in loc:
         return f"{_dotted(loc[:-2])} holds the name {loc[-2]!r}, which is no text; write it in quotes"
     if kind == 'too_short':

@@ -17,7 +17,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from ..files import atomic_write, repo_root, sha256_file
-from .params import STAGES, Train, stage_inputs, stage_outputs
+from .params import STAGES, TrainParams, stage_inputs, stage_outputs
 
 # %% ../../nbs/pipeline/101_closure.ipynb #0d26ecc4
 def python_source(
@@ -130,7 +130,7 @@ def expected_params(
 ) -> list[str]: # dotted keys of params.yaml, or the name of the file where all of it counts
     "What a stage's `params` have to be: the keys its parameters are made from, and no more."
     if stage == 'train':
-        return ['base', *(f'train.{k}' for k in Train.model_fields if k != 'members'), 'train.members.${key}']
+        return ['base', *(f'train.{k}' for k in TrainParams.model_fields if k != 'members'), 'train.members.${key}']
     if stage == 'report':
         return ['params.yaml']
     return ['base', *(['train.members'] if stage in ('evaluate', 'explain') else []), stage]
