@@ -339,7 +339,7 @@ def fit_options(
     others = {*ModelOptions.model_fields, 'folds', 'workers', 'devices', 'checkpoint_minutes', 'log'}
     return {name: value for name, value in recipe.to_dict().items() if name not in others}
 
-# %% ../../nbs/model/49_recipe.ipynb #cb921773
+# %% ../../nbs/model/49_recipe.ipynb #969c5560
 def recipe_lines() -> list: # of str, such as "epochs = 10  # most passes over the training images"
     "Every option as a line of a parameters cell: its default and its meaning."
     values = Recipe().to_dict()
@@ -350,6 +350,6 @@ def recipe_lines() -> list: # of str, such as "epochs = 10  # most passes over t
         words = choices(Recipe, row['key'])
         line = f"{row['key']} = {values[row['key']]!r}"
         text = row['meaning'] + (f": {', '.join(words)}" if words else '')
-        one = f'{line:<28}# {text}'
+        one = f'{line:<26}  # {text}'
         lines += [one] if len(one) <= 120 else [f'# {text}', line]
     return lines

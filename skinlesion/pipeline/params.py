@@ -7,10 +7,11 @@ __all__ = ['WRITTEN', 'STAGES', 'ParamsError', 'BaseParams', 'ExternalParams', '
            'MemberParams', 'TrainParams', 'member_recipe', 'EvaluateParams', 'ExplainParams', 'Params',
            'explained_member', 'parse_params', 'load_params', 'PrepareStage', 'TrainStage', 'EvaluateStage',
            'ExplainStage', 'stage_inputs', 'stage_outputs', 'stage_defaults', 'check_stage_parameters',
-           'stage_parameters']
+           'stage_parameters', 'train_parameters', 'write_train_parameters']
 
 # %% ../../nbs/pipeline/100_params.ipynb #6d14f92c
 import io
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +20,7 @@ from pydantic import AfterValidator, Field, Strict, field_validator, model_valid
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
+from ..files import atomic_write
 from skinlesion.model.recipe import (
     ImageOptions,
     LossOptions,
@@ -27,6 +29,7 @@ from skinlesion.model.recipe import (
     RunOptions,
     ScheduleOptions,
     check_recipe,
+    recipe_lines,
 )
 from ..options import OptionError, Options, check_options, check_unique, describe_options, repeat_options
 from ..taxonomy import nearest
@@ -461,3 +464,29 @@ def stage_parameters(
     if stage == 'explain':
         own = params.explain.model_dump() | dict(member=explained_member(params), seed=seed)
     return check_stage_parameters(stage, own | folders)
+
+# %% ../../nbs/pipeline/100_params.ipynb #14599288
+def train_parameters() -> list: # of str, the lines of the cell
+    "The parameters cell of `nbs/stages/train.ipynb`: the folders of a member, then every option of a recipe."
+    values = dict(member='image', **stage_inputs('train', 'image'), **stage_outputs('train', 'image'), image_size=64)
+    lines = []
+    for name, value in values.items():
+        line = f'{name} = {value!r}'
+        lines.append(f'{line:<26}  # {TrainStage.model_fields[name].description}')
+    return lines + recipe_lines()
+
+# %% ../../nbs/pipeline/100_params.ipynb #93c6284a
+def write_train_parameters(
+    path:Path|str='nbs/stages/train.ipynb', # the notebook; its cell tagged `parameters` is replaced
+) -> bool: # whether the notebook changed
+    "Write the parameters cell of the stage `train` anew, after a change of the recipe."
+    path = Path(path)
+    text = path.read_text(encoding='utf-8')
+    notebook = json.loads(text)
+    for cell in notebook['cells']:
+        if 'parameters' in cell['metadata'].get('tags', []):
+            cell['source'] = '\n'.join(train_parameters()).splitlines(True)
+    written = json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + '\n'
+    if written != text:
+        atomic_write(path, written)
+    return written != text
