@@ -39,8 +39,9 @@ def decode(root):
 
 def audit(root, out):
     "The whole audit, and how long its parts take."
-    from skinlesion.audit.audit import audit_dataset, scan_images, write_audit
+    from skinlesion.audit.audit import audit_dataset, scan_images
     from skinlesion.data.schema import read_dataset
+    from skinlesion.report.audit_page import write_audit
     start = time.perf_counter()
     cpu = processor()
     laps = {}

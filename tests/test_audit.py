@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 
 from madeup import ROOT
-from skinlesion.audit.audit import audit_dataset, audit_page, check_findings, open_stops, scan_images, write_audit
+from skinlesion.audit.audit import audit_dataset, check_findings, open_stops, scan_images
 from skinlesion.audit.labels import label_findings
 from skinlesion.data.schema import read_dataset
 from skinlesion.data.splits import split_groups
+from skinlesion.report.audit_page import audit_report, write_audit
 from skinlesion.synthetic.truth import make_synthetic, read_truth
 from skinlesion.pipeline.params import load_params, stage_parameters
 from skinlesion.pipeline.runner import StageError, run_notebook
@@ -194,7 +195,7 @@ def test_files_are_the_same_bytes_and_carry_no_place(clean, tmp_path):
 def test_markup_in_names_is_escaped(clean):
     dataset = clean[0]
     odd = replace(dataset, info=replace(dataset.info, name="<script>alert(1)</script>", licence="<b>"))
-    page = audit_page(clean[2], odd)
+    page = audit_report(clean[2], odd).html()
     assert "<script" not in page and "&lt;script&gt;" in page
 
 

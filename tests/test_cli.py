@@ -221,9 +221,8 @@ def test_an_audit_ends_with_3_where_it_stops_the_pipeline(dataset, tmp_path, mon
     def write_audit(audit, dataset, out):
         out.mkdir()
         (out / "audit.json").write_text("{}")
-    monkeypatch.setitem(
-        sys.modules, "skinlesion.audit.audit", SimpleNamespace(audit_dataset=audit_dataset, write_audit=write_audit)
-    )
+    monkeypatch.setitem(sys.modules, "skinlesion.audit.audit", SimpleNamespace(audit_dataset=audit_dataset))
+    monkeypatch.setitem(sys.modules, "skinlesion.report.audit_page", SimpleNamespace(write_audit=write_audit))
     (tmp_path / "splits.csv").write_text("image_id,split\nd,test\nc,valid\nb,train\na,train\n")
     words = ["audit", dataset, "--split", tmp_path / "splits.csv", "--seed", 7, "--out", tmp_path / "out"]
     ended = CliRunner().invoke(app, [str(w) for w in words])

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['NEVER_ACCEPTED', 'CHARTED', 'Scan', 'scan_images', 'crossing_findings', 'Audit', 'audit_dataset', 'open_stops',
-           'check_findings', 'audit_record', 'class_chart', 'audit_page', 'write_audit']
+           'check_findings', 'audit_record', 'class_chart']
 
 # %% ../../nbs/audit/45_audit.ipynb #b72bf8ce
-import base64
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 
 import cv2
@@ -26,14 +24,13 @@ from threadpoolctl import threadpool_limits
 
 from .artefacts import pixel_findings
 from .duplicates import duplicate_findings, find_duplicates, fingerprint, pixel_digest
-from .findings import SEVERITIES, Finding, findings_table, sort_findings, thumbnail, working_image
+from .findings import SEVERITIES, Finding, findings_table, sort_findings, working_image
 from .labels import label_findings, table_label_findings
 from .shortcuts import BACKGROUND_NAMES, metadata_findings, pixel_features, shortcut_findings
 from ..data.schema import Dataset
-from ..stats.intervals import format_leaf, wilson_interval
-from ..files import atomic_write, write_json
-from ..images import ImageError, encode_png, read_image, read_mask
-from ..taxonomy import APART, DISCLAIMER, SPLITS, LabelSet, nearest, parse_split, probability_columns
+from ..stats.intervals import wilson_interval
+from ..images import ImageError, read_image, read_mask
+from ..taxonomy import APART, SPLITS, LabelSet, nearest, parse_split, probability_columns
 
 # %% ../../nbs/audit/45_audit.ipynb #4f2feff7
 def _small_mask(path, image, small):
@@ -430,120 +427,6 @@ def audit_record(
         findings=[_digits(f.to_dict()) for f in audit.findings],
     )
 
-# %% ../../nbs/audit/45_audit.ipynb #354999fc
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2329; --soft: #56606b; --paper: #fff; --line: #d8dde3; --wash: #f4f6f8; --link: #0b5cad;
-  --stop: #a1160a; --warning: #7a4b00; --note: #2c5272; --warn-wash: #fff6e0 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #a3adb8; --paper: #15191d; --line: #363e47; --wash: #1e242a;
-  --link: #7cb8ff; --stop: #ff9a8f; --warning: #ffd58a; --note: #a8d1f2; --warn-wash: #33280f } img.png { background: #fff } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 66rem; color: var(--ink); background: var(--paper);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 2rem; line-height: 1.2; margin: 1.2rem 0 .4rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; padding-top: .7rem; border-top: 1px solid var(--line) }
-p { max-width: 50rem; margin: .4rem 0 } a { color: var(--link) } .soft { color: var(--soft) }
-.notice { max-width: none; padding: .55rem .9rem; color: var(--warning); background: var(--warn-wash); border-left: 4px solid currentColor; font-weight: 600 }
-.stop, .warning, .note { font-weight: 700 } .stop { color: var(--stop) } .warning { color: var(--warning) } .note { color: var(--note) }
-.scroll { overflow-x: auto; margin: .7rem 0 } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) } thead th { color: var(--soft) }
-td.number, th.number { text-align: right; white-space: nowrap } td.kind, td.leaf, td.stop, td.warning, td.note { white-space: nowrap; overflow-wrap: normal } th { overflow-wrap: normal }
-.items { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1rem; margin: .8rem 0 }
-figure { margin: 0; padding: .6rem; background: var(--wash); border-radius: 6px } figcaption { font-size: .82rem; line-height: 1.4; margin-top: .3rem }
-figcaption b { display: block } .thumbs { display: flex; flex-wrap: wrap; gap: .35rem } .thumbs img { max-height: 6.2rem; width: auto; border-radius: 3px }
-p.chart { max-width: none } img.png { max-width: 100%; height: auto } footer { margin-top: 3rem; color: var(--soft); font-size: .86rem; border-top: 1px solid var(--line) }
-@media print { body { max-width: none; padding: 0; font-size: 10pt } figure, tr { break-inside: avoid } }
-"""
-
-# %% ../../nbs/audit/45_audit.ipynb #2d84ce0d
-def _image_tag(data, kind, alt):
-    "An image that stands in the page itself."
-    return f'<img class="{kind}" alt="{escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
-
-# %% ../../nbs/audit/45_audit.ipynb #08310cc6
-def _chart_html(chart):
-    "The classes side by side."
-    if chart is None:
-        return ''
-    tag = _image_tag(encode_png(np.asarray(chart)), 'png', 'Measures of each class as boxes')
-    return (
-        f'<section><h2 id="classes">The classes side by side</h2><p class="chart">{tag}</p>'
-        '<p class="soft">Line: median; box: quartiles; whiskers: 5th and 95th percentile; n: '
-        'images.</p></section>\n'
-    )
-
-# %% ../../nbs/audit/45_audit.ipynb #76b624c8
-def _item_html(item, read, per_item):
-    "An item with its first images."
-    shown = ''.join(_image_tag(thumbnail(read(i), 140), 'jpeg', i) for i in item['images'][:per_item])
-    rest = len(item['images']) - per_item
-    ids = ', '.join(item['images'][:per_item]) + (f' and {rest} more' if rest > 0 else '')
-    ids = (
-        f'<span class="soft">{escape(ids)}</span><br>'
-        if ids and item['name'] not in (ids, '+'.join(item['images']))
-        else ''
-    )
-    return (
-        '<figure><div '
-        f'class="thumbs">{shown}</div><figcaption><b>{escape(item["name"])}</b>{ids}{escape(item["note"])}</figcaption></figure>'
-    )
-
-# %% ../../nbs/audit/45_audit.ipynb #58544db1
-def _leaf_rows(metrics, prefix=''):
-    "The leaves of a finding, nested or not, as table rows."
-    for name, leaf in metrics.items():
-        if isinstance(leaf, dict) and 'value' not in leaf:
-            yield from _leaf_rows(leaf, f'{prefix}{name}.')
-        elif isinstance(leaf, dict):
-            whole = isinstance(leaf['value'], int) # a count
-            text = f"{leaf['value']:,}" if whole else format_leaf({'low': None, 'high': None, **leaf}, 3)
-            yield (
-                f'<tr><td>{escape(prefix + name)}</td><td class="leaf">{escape(text)}</td><td '
-                f'class="number">{leaf.get("n", "")}</td>'
-                f'<td class="number">{leaf.get("n_lesions", "")}</td><td '
-                f'class="soft">{escape(leaf.get("reason") or leaf.get("method", "count" if whole else ""))}</td></tr>'
-            )
-
-# %% ../../nbs/audit/45_audit.ipynb #c95fc383
-def _metrics_html(metrics, limit=24):
-    "The numbers of a finding with their intervals; the rest are counted."
-    rows = list(_leaf_rows(metrics))
-    if not rows:
-        return ''
-    more = f'<p class="soft">{len(rows) - limit} more in audit.json.</p>' if len(rows) > limit else ''
-    head = (
-        '<tr><th>number</th><th>value (95 % interval)</th><th class="number">n</th><th '
-        'class="number">lesions</th><th>method</th></tr>'
-    )
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows[:limit])}</tbody></table></div>{more}'
-
-# %% ../../nbs/audit/45_audit.ipynb #e8200f86
-def _finding_html(f, read, items, per_item):
-    "One finding: what, how much, what to do, what it looks like."
-    figures = ''.join(_item_html(i, read, per_item) for i in f.items[:items])
-    rest = f'<p class="soft">{len(f.items) - items} more in audit.json.</p>' if len(f.items) > items else ''
-    remedy = f'<p><b>What to do:</b> {escape(f.remedy.rstrip("."))}.</p>' if f.remedy else ''
-    return (
-        f'<section><h2 id="{f.kind}"><span class="{f.severity}">{f.severity}</span> '
-        f'{escape(f.kind)}</h2>\n<p>{escape(f.summary)}</p>{remedy}\n'
-        f'{_metrics_html(f.metrics)}<div class="items">{figures}</div>{rest}</section>\n'
-    )
-
-# %% ../../nbs/audit/45_audit.ipynb #86ae66c2
-def _table_html(findings):
-    "All findings, a line each."
-    rows = ''.join(
-        f'<tr><td class="{f.severity}">{f.severity}</td><td class="kind"><a '
-        f'href="#{f.kind}">{escape(f.kind)}</a></td>'
-        f'<td class="number">{f.count:,} of {f.n:,}</td><td>{escape(f.summary)}</td></tr>'
-        for f in findings
-    )
-    if not findings:
-        return '<p>Nothing was found.</p>'
-    return (
-        '<div class="scroll"><table><thead><tr><th>severity</th><th>kind</th><th '
-        'class="number">affected</th><th>finding</th></tr></thead>'
-        f'<tbody>{rows}</tbody></table></div>'
-    )
-
 # %% ../../nbs/audit/45_audit.ipynb #5e3fd9a5
 CHARTED = {
     'skin_l': 'skin L* (0 black - 100 white)',
@@ -582,44 +465,3 @@ def class_chart(
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-
-# %% ../../nbs/audit/45_audit.ipynb #b1fe61d7
-def audit_page(
-    audit:Audit, # of the dataset
-    dataset:Dataset, # whose images are the evidence
-    items:int=6, # of a finding that are shown
-    per_item:int=4, # images of an item that are shown
-) -> str: # a whole HTML document
-    "The audit as a page that loads nothing and runs no script."
-    def read(i):
-        return read_image(dataset.image_path(i))
-    about = audit_record(audit, dataset)['dataset']
-    drawn = _chart_html(class_chart(audit.measures, audit.table, dataset.label_set))
-    parts = f", split {', '.join(f'{k} {v:,}' for k, v in about['split'].items())}" if 'split' in about else ''
-    sizes = (
-        f"{about['n_images']:,} images, {about['n_lesions']:,} lesions, {about['n_patients']:,} known patients{parts}."
-    )
-    title = escape(f'Audit of {dataset.info.name}')
-    return f'''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>{_STYLE}</style></head><body><p class="notice" role="note">{escape(DISCLAIMER)}</p>
-<header><h1>{title}</h1><p>{escape(sizes)}</p></header><main>
-{_table_html(audit.findings)}
-{drawn}{''.join(_finding_html(f, read, items, per_item) for f in audit.findings)}</main>
-<footer><p>Licence of the data: {escape(dataset.info.licence or 'not stated')}. Seed {audit.seed}. An interval says what another draw of lesions from the same source
-would change, and nothing of other sources. All items are in audit.json.</p></footer></body></html>
-'''
-
-# %% ../../nbs/audit/45_audit.ipynb #511fe6f3
-def write_audit(
-    audit:Audit, # of the dataset
-    dataset:Dataset, # whose images are the evidence
-    out:Path|str, # folder that receives audit.json and report.html
-) -> Path: # the folder
-    "Write an audit as data and as a page."
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out/'audit.json', audit_record(audit, dataset))
-    atomic_write(out/'report.html', audit_page(audit, dataset))
-    return out

@@ -601,9 +601,10 @@ def audit(
     parts = None if split is None else read_split_table(split, dataset)
     from skinlesion.data.tables import read_predictions
     said = None if predictions is None else read_predictions(predictions, dataset.label_set)
-    from skinlesion.audit.audit import audit_dataset, write_audit
+    from skinlesion.audit.audit import audit_dataset
     made = audit_dataset(dataset, split=parts, predictions=said, seed=seed, progress=_progress('images'))
     if out is not None:
+        from skinlesion.report.audit_page import write_audit
         write_audit(made, dataset, out)
     _say(findings_text(made.findings) + (f'\n{out}: audit.json, report.html' if out is not None else ''))
     if any(f.severity == 'stop' for f in made.findings):
