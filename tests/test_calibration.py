@@ -1,4 +1,4 @@
-"Calibration: optima against other implementations, planted miscalibration over many tables, and what the choice must not do."
+"Calibration: optima against other implementations, planted miscalibration, and what the choice must not do."
 import json
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import log_loss
 
+from skinlesion.data.splits import group_folds
 from skinlesion.evaluate.calibration import (
     CALIBRATIONS,
     PRIOR_WIDTHS,
@@ -18,9 +19,9 @@ from skinlesion.evaluate.calibration import (
     crossfit,
     fit_calibrator,
     image_log_losses,
-    lesion_folds,
 )
-from skinlesion.stats.intervals import expanded_level, lesion_weights, wilson_interval
+from skinlesion.stats.intervals import expanded_level, wilson_interval
+from skinlesion.stats.resamples import Resamples
 
 LEARNING = CALIBRATIONS[1:]
 
@@ -32,7 +33,7 @@ def softmax(z):
 
 
 def lesions(n, seed, num_classes=4, scale=1.):
-    "What a model says whose log-probabilities are `scale` times the true ones; one to three images of each lesion, alike but not the same."
+    "A model whose log-probabilities are `scale` times the true ones; one to three similar images of each lesion."
     rng = np.random.default_rng(seed)
     ids = np.repeat(np.arange(n), rng.integers(1, 4, n))
     z = rng.normal(size=(n, num_classes)) * 1.5 + np.log(np.geomspace(8, 1, num_classes))
@@ -40,7 +41,7 @@ def lesions(n, seed, num_classes=4, scale=1.):
     return softmax(scale * (z[ids] + .05 * rng.normal(size=(len(ids), num_classes)))), targets[ids], ids
 
 
-NASTY = {
+HARD_CASES = {
     "plain": lesions(200, 0)[:2],
     "zeros and ones": (np.eye(4)[np.r_[lesions(200, 0)[1][:-40], np.zeros(40, int)]], lesions(200, 0)[1]),
     "an absent class": (lesions(200, 1)[0], np.minimum(lesions(200, 1)[1], 2)),
@@ -53,27 +54,28 @@ NASTY = {
 
 
 @pytest.mark.parametrize("kind", CALIBRATIONS)
-@pytest.mark.parametrize("name", NASTY)
+@pytest.mark.parametrize("name", HARD_CASES)
 def test_every_map_gives_probabilities(kind, name):
-    "Whatever it was fitted on, and also for images it has not seen; a file gives the same bits back."
-    probs, targets = NASTY[name]
+    "Whatever it was fitted on, also for new images; a file gives the same bits back."
+    probs, targets = HARD_CASES[name]
     fitted = fit_calibrator(kind, probs, targets)
     new = np.concatenate([np.asarray(probs, float), np.eye(4), np.full((1, 4), .25), lesions(30, 9, scale=20)[0]])
-    answers = fitted(new)
-    assert np.isfinite(answers).all() and (answers >= 0).all() and np.allclose(answers.sum(1), 1, atol=1e-6)
+    calibrated = fitted(new)
+    assert np.isfinite(calibrated).all() and (calibrated >= 0).all()
+    assert np.allclose(calibrated.sum(1), 1, atol=1e-6)
     again = Calibrator.from_dict(json.loads(json.dumps(fitted.to_dict())))
-    assert again == fitted and again(new).tobytes() == answers.tobytes()
-    assert np.concatenate([fitted(row[None]) for row in new]).tobytes() == answers.tobytes()
+    assert again == fitted and again(new).tobytes() == calibrated.tobytes()
+    assert np.concatenate([fitted(row[None]) for row in new]).tobytes() == calibrated.tobytes()
 
 
 @pytest.mark.parametrize("kind", ["temperature", "vector", "dirichlet"])
 @pytest.mark.parametrize("name", ["plain", "an absent class", "four images", "from float32"])
 def test_order_of_rows_and_repeats_do_not_matter(kind, name):
     "The fit is of the images, not of their order."
-    probs, targets = NASTY[name]
+    probs, targets = HARD_CASES[name]
     order = np.random.default_rng(0).permutation(len(targets))
     one, other = (fit_calibrator(kind, probs[o], targets[o]) for o in (np.arange(len(targets)), order))
-    np.testing.assert_allclose(one(NASTY["plain"][0]), other(NASTY["plain"][0]), atol=1e-6)
+    np.testing.assert_allclose(one(HARD_CASES["plain"][0]), other(HARD_CASES["plain"][0]), atol=1e-6)
 
 
 def posterior(kind, probs, targets, beta):
@@ -134,25 +136,11 @@ def test_parity():
         assert difference < 2e-5, (kind, difference)
 
 
-def test_folds_hold_lesions_whatever_the_ids():
-    "Words, numbers, any order; classes are spread as evenly as lesions allow."
-    _, targets, ids = lesions(157, 5)
-    folds = lesion_folds(targets, ids, 5)
-    words = np.char.add("lesion ", ids.astype(str).astype(object).astype("U9"))
-    for own in (ids, words):
-        fold = lesion_folds(targets, own, 5)
-        assert all(len(set(fold[own == one])) == 1 for one in np.unique(own))
-        one = np.unique(own, return_index=True)[1]
-        table = np.array([[((fold == k) & (targets == c))[one].sum() for c in range(4)] for k in range(5)])
-        assert (np.ptp(table, axis=0) <= 1).all() and np.ptp(table.sum(1)) <= 1
-    assert len(np.unique(folds)) == 5
-
-
 @pytest.mark.parametrize("kind", LEARNING)
-def test_no_answer_knows_its_own_lesion(kind):
+def test_no_prediction_depends_on_its_own_lesion(kind):
     "Whatever the diagnosis of one lesion, its own cross-fitted rows stay as they are, and others move."
     probs, targets, ids = lesions(60, 6)
-    folds = lesion_folds(targets, ids)
+    folds = group_folds(targets, ids)
     own = ids == ids[0]
     answers = [
         crossfit(lambda v, y: fit_calibrator(kind, v, y), probs, t, folds)
@@ -177,11 +165,11 @@ def false_alarms(n, rivals=6):
 
 @pytest.mark.parametrize("n", [5, 12, 40, 300])
 def test_few_lesions_have_to_be_clearer(n):
-    "The interval of one rival by hand: as many of the resamples inside as so few lesions ask for, on either side of the mean alike."
+    "The interval of one rival by hand: symmetric, with a larger share of the resamples inside where lesions are few."
     probs, targets, ids = lesions(n, 1)
     table = choose_candidate(dict(a=probs, b=softmax(np.log(probs) / 1.5)), targets, ids, n_resamples=2000).table
     difference = image_log_losses(targets, softmax(np.log(probs) / 1.5)) - image_log_losses(targets, probs)
-    weights = lesion_weights(ids, 2000, 0)
+    weights = Resamples(ids, 2000, 0).weights[1:]
     away = np.abs(weights @ difference / weights.sum(1) - difference.mean())
     half = np.quantile(away, expanded_level(n))
     np.testing.assert_allclose(
@@ -223,7 +211,7 @@ def test_what_is_calibrated_is_left_alone(n):
 
 @pytest.mark.parametrize("n", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_planted_temperature_comes_back(n):
-    "Twice too sure of itself: a temperature of two, by name and by size."
+    "Logits twice too large: a temperature of two, by name and by size."
     count, temperatures = mended(n)
     print(
         f"\n{count} of {n} tables given a temperature, mean {np.mean(temperatures):.3f}, from "

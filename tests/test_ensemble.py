@@ -20,8 +20,8 @@ from skinlesion.evaluate.ensemble import (
     fit_combiner,
     mean_ensemble,
     member_disagreement,
-    weighted_spearman,
 )
+from skinlesion.stats.metrics import weighted_spearman
 
 NAMES = ("a", "b", "c")
 
@@ -32,7 +32,7 @@ def drawn(probs, rng):
 
 
 def table(n=200, C=3, M=3, seed=0, spread=1.):
-    "Members that see the same logits through noise of their own, and classes drawn from those logits."
+    "Members with the same logits and noise of their own, and classes drawn from those logits."
     rng = np.random.default_rng(seed)
     logits = 2 * rng.normal(size=(n, C))
     members = {name: softmax(logits + spread * rng.normal(size=(n, C)), axis=1) for name in "abcdefghijklmno"[:M]}
@@ -46,14 +46,14 @@ def loss(targets, probs, weights=None):
 
 @pytest.fixture(scope="module")
 def fitted():
-    "Every kind fitted on one table, and fresh pictures."
+    "Every kind fitted on one table, and fresh images."
     targets, members = table()
     return {kind: fit_combiner(kind, members, targets) for kind in COMBINATIONS}, table(n=300, seed=1)[1]
 
 
 @pytest.mark.parametrize("kind", COMBINATIONS)
 def test_answers(fitted, kind):
-    "One picture as many, members by name in any order, rows in any order, plain numbers that bring back the same."
+    "One image as many, members by name in any order, rows in any order, the same after a file."
     one = fitted[0][kind]
     fresh = fitted[1]
     many = one(fresh)
@@ -287,7 +287,7 @@ def test_choice_of_many_members():
 
 
 def test_views():
-    "Clearer answers earn their passes; noise does not."
+    "Views that lower the log loss are taken; noise is not."
     targets, members = table(n=500, M=2, spread=1.5)
     both = mean_ensemble(members)
     lesions = np.arange(500) // 2
@@ -317,7 +317,7 @@ def test_disagreement():
         for k in ("mean", "error_auroc", "error_spearman")
     )
     other = disagreement_scorecard(members, targets, np.arange(300), probs=members["a"], n_resamples=20)
-    assert other["error_auroc"]["value"] != card["error_auroc"]["value"]  # of what the ensemble answers
+    assert other["error_auroc"]["value"] != card["error_auroc"]["value"]  # of what the ensemble predicts
 
 
 def test_spearman_in_resamples():

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from scipy.special import digamma, logsumexp
-from .calibration import check_keys, lesion_folds
+from ..checks import check_keys
+from ..data.splits import group_folds
 from ..stats.intervals import interval_leaf, lesion_weights, newcombe_interval, share_leaf, wilson_interval
 from ..stats.metrics import weight_blocks, weighted_auroc
 from ..taxonomy import nearest
@@ -434,7 +435,7 @@ def crossfit_mahalanobis(
     "Score each picture by a detector fitted without its lesion."
     features = np.asarray(features, np.float64)
     targets = np.asarray(targets)
-    dealt = lesion_folds(targets, lesion_ids, folds, seed)
+    dealt = group_folds(targets, lesion_ids, folds, seed)
     scores = np.empty(len(targets))
     for fold in range(folds):
         scores[dealt == fold] = fit_mahalanobis(features[dealt != fold], targets[dealt != fold], dims).score(

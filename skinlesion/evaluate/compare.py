@@ -15,7 +15,8 @@ import pandas as pd
 from scipy.special import ndtri
 
 from .benchmarks import check_comparable
-from .calibration import crossfit, fit_calibrator, lesion_folds
+from ..data.splits import group_folds
+from .calibration import crossfit, fit_calibrator
 from ..stats.intervals import delong, format_leaf, lesion_weights, paired_leaf, percentile_interval
 from ..stats.metrics import METRICS, malignancy_metrics, weighted_metrics
 from ..data.tables import align_tables
@@ -46,7 +47,7 @@ def tempered(
     lesions = len(np.unique(data.lesion_ids))
     if lesions < 2 or len(np.unique(data.targets)) < 2:
         return data.probs
-    fold = lesion_folds(data.targets, data.lesion_ids, min(folds, lesions), seed)
+    fold = group_folds(data.targets, data.lesion_ids, min(folds, lesions), seed)
     fit = lambda probs, targets: fit_calibrator('temperature', probs, targets)
     if any(len(np.unique(data.targets[fold != f])) < 2 for f in np.unique(fold)):
         return data.probs

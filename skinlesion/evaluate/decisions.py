@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from .calibration import check_keys, check_probs
+from ..checks import check_keys
+from .calibration import check_probs
 from ..stats.intervals import interval_leaf, lesion_weights, wilson_interval
 from ..stats.metrics import weight_blocks
 from ..taxonomy import LabelSet, nearest

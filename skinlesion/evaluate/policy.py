@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from ..checks import check_keys
 from skinlesion.evaluate.abstention import (
     LockedAbstention,
     LockedOod,
@@ -27,7 +28,6 @@ from skinlesion.evaluate.calibration import (
     CALIBRATIONS,
     CalibrationChoice,
     Calibrator,
-    check_keys,
     choose_calibration,
     fit_calibrator,
 )

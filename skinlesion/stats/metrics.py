@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK', 'ECE_BINS', 'LOG_FLOOR', 'WHOLE', 'PER_CLASS', 'METRICS', 'BINARY', 'weight_blocks', 'row_chunks',
            'group_sums', 'confusion_counts', 'ratio', 'class_rates', 'agreement', 'RankCounts', 'rank_counter',
-           'weighted_auroc', 'weighted_average_precision', 'confidence_bins', 'weighted_ece', 'Metric',
-           'weighted_metrics', 'malignancy_masks', 'malignancy_probability', 'Malignancy', 'malignancy_of',
+           'weighted_auroc', 'weighted_average_precision', 'weighted_spearman', 'confidence_bins', 'weighted_ece',
+           'Metric', 'weighted_metrics', 'malignancy_masks', 'malignancy_probability', 'Malignancy', 'malignancy_of',
            'malignancy_metrics']
 
 # %% ../../nbs/stats/10_metrics.ipynb #bad8fd21
@@ -276,6 +276,31 @@ def _specificity_at(counts, sensitivity):
     short = counts.found - counts.hits < sensitivity * counts.positives - _EPS # steps that must be taken
     wrong = np.diff(counts.wrong, axis=0, prepend=0)
     return np.where(counts.positives > 0, ratio(counts.negatives - (wrong * short).sum(0), counts.negatives), np.nan)
+
+# %% ../../nbs/stats/10_metrics.ipynb #5ed5e165
+def _mid_ranks(values, block):
+    "Mid-ranks of `values` (N,) in resamples with the multiplicities `block` (N,S)."
+    _, group = np.unique(values, return_inverse=True)
+    order = np.argsort(group, kind='stable')
+    counts = np.add.reduceat(block[order], np.flatnonzero(np.diff(group[order], prepend=-1)), axis=0)
+    return (np.cumsum(counts, axis=0) - counts / 2)[group]
+
+# %% ../../nbs/stats/10_metrics.ipynb #98e9f615
+def weighted_spearman(
+    x:np.ndarray, # (N,) float
+    y:np.ndarray, # (N,) float
+    weights:np.ndarray=None, # (R,N) multiplicities, at least 0; None takes each row once
+) -> np.ndarray: # (R,) in [-1, 1]; NaN in a resample where x or y is all alike
+    "Spearman's rank correlation in each resample, ties by mid-ranks."
+    weights = _once(len(x)) if weights is None else weights
+    correlation = np.empty(len(weights))
+    for rows, block in weight_blocks(weights):
+        a, b = (_mid_ranks(values, block) for values in (x, y))
+        a -= (block * a).sum(0) / block.sum(0)
+        b -= (block * b).sum(0) / block.sum(0)
+        spread = np.sqrt((block * a**2).sum(0) * (block * b**2).sum(0))
+        correlation[rows] = ratio((block * a * b).sum(0), np.where(spread > 1e-9, spread, 0))
+    return correlation
 
 # %% ../../nbs/stats/10_metrics.ipynb #5b590be1
 ECE_BINS = 15

@@ -88,7 +88,7 @@ def ratios(self:Resamples,
     for rows, block in weight_blocks(self.weights):
         sums[rows] = block.T @ columns
     half = columns.shape[1] // 2
-    return ratio(sums[:, :half], sums[:, half:]).reshape(-1, *shape)
+    return ratio(sums[:, :half], sums[:, half:]).reshape(len(self.weights), *shape)
 
 # %% ../../nbs/stats/12_resamples.ipynb #ad7440c5
 @patch
