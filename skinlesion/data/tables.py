@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUM_TOLERANCE', 'TEXT_COLUMNS', 'check_predictions', 'write_predictions', 'read_predictions', 'check_labels',
-           'read_labels', 'infer_label_set', 'Aligned', 'align_tables']
+           'read_labels', 'infer_label_set', 'Aligned', 'align_tables', 'share_split', 'narrow_tables',
+           'read_split_table']
 
 # %% ../../nbs/data/30_tables.ipynb #30a1a5b1
 from pathlib import Path
@@ -21,7 +22,8 @@ from skinlesion.taxonomy import (
     probability_columns,
 )
 from ..files import atomic_write, read_json
-from .schema import read_table
+from .schema import Dataset, DatasetError, read_table
+from .splits import APART, SPLITS
 
 # %% ../../nbs/data/30_tables.ipynb #710c2a02
 SUM_TOLERANCE = 1e-3 # how far the probabilities of a row may be from summing to 1
@@ -342,3 +344,114 @@ def align_tables(
     probs = predictions[probability_columns(label_set)].to_numpy(np.float64)[row]
     ordered = labels.iloc[order].reset_index(drop=True)
     return Aligned(ids[order], targets[order], probs[order], lesions[order], int(unknown.sum()), ordered)
+
+# %% ../../nbs/data/30_tables.ipynb #4794cb84
+def share_split(
+    predictions:pd.DataFrame, # image_id, optional split
+    labels:pd.DataFrame, # image_id, optional split
+) -> pd.DataFrame: # the labels, with `split` where either table has it; '' for an image of which neither tells it
+    "One column `split` of two."
+    own = labels['split'].fillna('').astype(str) if 'split' in labels else None
+    if 'split' not in predictions:
+        return labels if own is None else labels.assign(split=own)
+    predicted = labels['image_id'].map(predictions.set_index('image_id')['split'].fillna('').astype(str)).fillna('')
+    if own is None:
+        return labels.assign(split=predicted)
+    differ = (predicted.ne('') & own.ne('') & predicted.ne(own)).to_numpy().nonzero()[0]
+    if len(differ):
+        i = differ[0]
+        raise ValueError(
+            f"image '{labels['image_id'].iloc[i]}' is in split '{predicted.iloc[i]}' in the predictions and "
+            f"'{own.iloc[i]}' in the labels ({len(differ)} such image(s)); correct one, or drop the column split there"
+        )
+    return labels.assign(split=predicted.where(predicted.ne(''), own))
+
+# %% ../../nbs/data/30_tables.ipynb #a76858e2
+def _of_split(predictions, labels, split):
+    "The rows of one split."
+    known = sorted(set(labels.get('split', ())) - {''})
+    split = parse_split(split)
+    if split not in known:
+        there = f"there are {', '.join(known)}" if known else 'neither table has a column split'
+        raise ValueError(f"--split '{split}': {there}.{nearest(split, known)}")
+    labels = labels[labels['split'] == split]
+    if 'split' in predictions:
+        return predictions[predictions['split'] == split], labels
+    return predictions[predictions['image_id'].isin(labels['image_id'])], labels
+
+# %% ../../nbs/data/30_tables.ipynb #8155df5b
+def _unmatched_text(labels, predictions):
+    "How many images only one of two tables holds; '' for none."
+    if not labels and not predictions:
+        return ''
+    return f"{labels} image(s) of the labels have no prediction, {predictions} prediction(s) have no label"
+
+# %% ../../nbs/data/30_tables.ipynb #4d1de8fe
+def narrow_tables(
+    predictions:pd.DataFrame, # as `read_predictions` gives it
+    labels:pd.DataFrame, # as `read_labels` gives it
+    split:str|None=None, # keep only this split
+    partial:bool=False, # leave out images that only one table holds
+) -> tuple: # predictions, labels of the same images, a sentence on what was left out or ''
+    "Two tables over the same images; `ValueError` with the remedy where they do not fit together."
+    labels = share_split(predictions, labels)
+    if split:
+        predictions, labels = _of_split(predictions, labels, split)
+    with_label = predictions['image_id'].isin(labels['image_id'])
+    with_prediction = labels['image_id'].isin(predictions['image_id'])
+    left_out = _unmatched_text((~with_prediction).sum(), (~with_label).sum())
+    if left_out and not partial:
+        shown = [*labels.loc[~with_prediction, 'image_id'][:2], *predictions.loc[~with_label, 'image_id'][:2]]
+        raise ValueError(
+            f"{left_out}, such as {', '.join(map(repr, shown))}; give both tables the same images, name one "
+            "split with --split, or leave these out with --partial"
+        )
+    if not with_label.any():
+        raise ValueError(
+            "no image stands in both tables; check that both name images in the same way (the file's "
+            "name without suffix)"
+        )
+    predictions = predictions[with_label].reset_index(drop=True)
+    labels = labels[with_prediction].reset_index(drop=True)
+    return predictions, labels, left_out and f'{left_out}; they were left out'
+
+# %% ../../nbs/data/30_tables.ipynb #e8e3430b
+def _split_faults(path, table, lines, dataset):
+    "A sentence for each row with a word that is no split, an image that is not there, or one that stood before."
+    allowed = (*SPLITS, *APART)
+    known = set(dataset.table.image_id)
+    words = []
+    foreign = []
+    twice = []
+    for image_id, split, line, repeated in zip(table.image_id, table.split, lines, table.image_id.duplicated()):
+        where = f'{path} row {line}'
+        if split not in allowed:
+            words.append(f"{where}: split '{split}' is not one of {', '.join(allowed)}.{nearest(split, allowed)}")
+        if image_id not in known:
+            foreign.append(f"{where}: image '{image_id}' is not in {dataset.root}; give the splits of this dataset")
+        if repeated:
+            twice.append(f"{where}: image '{image_id}' is there twice; keep one row")
+    return words + foreign + twice
+
+# %% ../../nbs/data/30_tables.ipynb #032f4c99
+def read_split_table(
+    path:Path, # CSV with image_id and split, such as artifacts/prepared/splits.csv
+    dataset:Dataset, # whose images it deals
+) -> pd.Series: # str, indexed like the dataset's table
+    "The split of every image of a dataset."
+    table, lines = read_table(path)
+    missing = [name for name in ('image_id', 'split') if name not in table]
+    where = f'{path} row 1'
+    faults = [
+        f"{where}: the column '{name}' is missing; the table needs image_id and split.{nearest(name, table.columns)}"
+        for name in missing
+    ]
+    faults = faults or _split_faults(path, table, lines, dataset)
+    if faults:
+        raise DatasetError(path, faults)
+    split_of = dict(zip(table.image_id, table.split))
+    absent = [image_id for image_id in dataset.table.image_id if image_id not in split_of]
+    if absent:
+        faults = [f"{path}: image '{i}' of {dataset.root} has no row; make the splits anew" for i in absent]
+        raise DatasetError(path, faults)
+    return dataset.table.image_id.map(split_of).rename('split')
