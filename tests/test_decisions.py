@@ -1,4 +1,4 @@
-"Decisions: promises kept on average over many validation tables, costs that cannot be beaten, and curves against a reference written out."
+"Decisions: promises kept on average, costs that cannot be beaten, and curves against a reference written out."
 import json
 
 import numpy as np
@@ -8,25 +8,25 @@ import pytest
 from skinlesion.evaluate.decisions import (
     CONFORMAL,
     DECISIONS,
-    STRANGENESS,
+    NONCONFORMITY,
     ConformalSets,
     LockedThreshold,
     conformal_quantile,
     conformal_scorecard,
-    cost_answers,
+    cost_decisions,
     cost_matrix,
     cost_scorecard,
-    expected_cost,
     fit_conformal,
+    image_costs,
     lesions_to_cover,
     lock_threshold,
-    mean_leaves,
     read_costs,
     threshold_scorecard,
 )
-from skinlesion.stats.intervals import expanded_level, lesion_weights, wilson_interval
-from skinlesion.stats.metrics import malignancy_metrics
 from skinlesion.evaluate.net_benefit import cost_threshold, decision_curve, net_benefit_samples
+from skinlesion.stats.intervals import expanded_level, wilson_interval
+from skinlesion.stats.metrics import malignancy_masks, malignancy_metrics
+from skinlesion.stats.resamples import Resamples
 from skinlesion.taxonomy import LABEL_SETS
 
 HAM = LABEL_SETS["ham10000"]
@@ -39,7 +39,7 @@ def softmax(z):
 
 
 def lesions(n, seed, prior=(6, 3, 1), hard=True):
-    "Probabilities that are wrong in scale, diagnoses, lesions; a lesion photographed often (six times) is a hard one, where `hard`."
+    "Probabilities that are wrong in scale, diagnoses, lesions; where `hard`, a lesion of six images is a hard one."
     rng = np.random.default_rng(seed)
     often = rng.random(n) < .3
     ids = np.repeat(np.arange(n), np.where(often, 6, 1))
@@ -50,7 +50,7 @@ def lesions(n, seed, prior=(6, 3, 1), hard=True):
 
 
 def one_of_each(table, seed=0):
-    "A picture of each lesion, drawn at random: what a promise about a lesion to come is about."
+    "An image of each lesion, drawn at random: a promise is about a new lesion."
     order = np.random.default_rng(seed).permutation(len(table[2]))
     rows = order[np.unique(table[2][order], return_index=True)[1]]
     return tuple(part[rows] for part in table)
@@ -66,12 +66,12 @@ def scores(n, seed, share=.2):
 
 
 def ends(samples, n_lesions):
-    "Of the 95 % percentile interval over resamples, as wide as so few lesions ask for."
+    "Of the 95 % percentile interval over resamples, expanded for so few lesions."
     return np.quantile(samples, [(1 + sign * expanded_level(n_lesions)) / 2 for sign in (-1, 1)])
 
 
 def coverages(kind, score, n, size=40, coverage=.85):
-    "Coverage on lesions without end, (tables, 1 + classes), of sets locked on `n` tables of `size` lesions: of all, then of each class."
+    "Coverage of all and of each class, (tables, 1 + classes), on many lesions, of sets locked on `n` tables of `size`."
     fresh = one_of_each(lesions(20_000, 10**6))
     found = np.empty((n, 4))
     for k in range(n):
@@ -82,10 +82,10 @@ def coverages(kind, score, n, size=40, coverage=.85):
 
 
 @pytest.mark.parametrize("n", [100, pytest.param(2000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("score", STRANGENESS)
+@pytest.mark.parametrize("score", NONCONFORMITY)
 @pytest.mark.parametrize("kind", CONFORMAL)
 def test_sets_cover_as_often_as_promised(kind, score, n):
-    "On average over validation tables, for a lesion to come: at least the promise, and for scores without ties hardly more."
+    "On average over validation tables, for a new lesion: at least the promise, and without ties hardly more."
     found = coverages(kind, score, n)
     means = found.mean(0)
     errors = found.std(0) / np.sqrt(n)
@@ -97,16 +97,16 @@ def test_sets_cover_as_often_as_promised(kind, score, n):
 
 
 def test_votes_by_image_would_break_the_promise():
-    "Where lesions photographed often are the hard ones, a quantile over images promises a mixture that no new lesion comes from."
+    "Where lesions of many images are the hard ones, a quantile over images is one of another mixture of lesions."
     fresh = one_of_each(lesions(20_000, 10**6))
     by_image = []
     by_lesion = []
     own = 1 - fresh[0][np.arange(len(fresh[1])), fresh[1]]
     for k in range(100):
         probs, targets, ids = lesions(200, k)
-        strange = 1 - probs[np.arange(len(targets)), targets]
-        by_image.append((own <= conformal_quantile(strange, np.arange(len(ids)), .85)).mean())
-        by_lesion.append((own <= conformal_quantile(strange, ids, .85)).mean())
+        scores = 1 - probs[np.arange(len(targets)), targets]
+        by_image.append((own <= conformal_quantile(scores, np.arange(len(ids)), .85)).mean())
+        by_lesion.append((own <= conformal_quantile(scores, ids, .85)).mean())
     assert abs(np.mean(by_lesion) - .85) < .015 < .04 < np.mean(by_image) - .85
 
 
@@ -123,13 +123,13 @@ def test_quantile_is_the_ordinary_one_where_each_lesion_counts_once():
 
 
 def test_what_is_locked_survives_a_file():
-    "Threshold and sets, through JSON, answer as before."
+    "Threshold and sets, through JSON, decide as before."
     probs, targets, ids = lesions(120, 0)
     threshold = lock_threshold(targets == 2, probs[:, 2], ids)
     again = LockedThreshold.from_dict(json.loads(json.dumps(threshold.to_dict())))
     assert again == threshold and (again.flags(probs[:, 2]) == threshold.flags(probs[:, 2])).all()
     for kind in CONFORMAL:
-        for score in STRANGENESS:
+        for score in NONCONFORMITY:
             sets = fit_conformal(kind, probs, targets, ids, score=score)
             assert ConformalSets.from_dict(json.loads(json.dumps(sets.to_dict()))) == sets
             # Rounded to the eight digits of a predictions table, a probability stays on its side but for ties with the
@@ -139,7 +139,7 @@ def test_what_is_locked_survives_a_file():
 
 
 def reached(n, lesions_each=100, target=.95):
-    "Sensitivities on lesions without end of thresholds locked on `n` tables."
+    "Sensitivities on many lesions of thresholds locked on `n` tables."
     malignant, score, _ = scores(100_000, 10**6)
     return np.array(
         [
@@ -166,7 +166,7 @@ def test_threshold_scorecard_is_that_of_the_metrics():
     "The same shares by another way, on the data and in the same resamples."
     malignant, score, ids = scores(150, 0)
     card = threshold_scorecard(.4, malignant, score, ids, 300, 5)
-    weights = np.concatenate([np.ones((1, len(ids)), int), lesion_weights(ids, 300, 5)])
+    weights = Resamples(ids, 300, 5).weights
     for name, counted in (("sensitivity", malignant), ("specificity", ~malignant)):
         samples = malignancy_metrics(malignant, score, weights, threshold=.4)[name]
         expected = [samples[0], *ends(samples[1:], len(np.unique(ids[counted])))]
@@ -178,32 +178,32 @@ def test_a_mean_has_the_interval_of_its_lesions():
     held = 0
     for seed in range(150):
         malignant, _, ids = scores(200, seed, .3)
-        leaf = mean_leaves(dict(share=(malignant, np.ones(len(ids)), "")), ids, 300)["share"]
+        leaf = Resamples(ids, 300).mean(malignant)
         held += leaf["low"] <= .3 <= leaf["high"]
     assert wilson_interval(held / 150, 150, .99)[1] > .95 and held / 150 > .88
 
 
-def test_no_rule_is_cheaper_than_the_cheapest_answer():
+def test_no_rule_is_cheaper_than_the_cheapest_decision():
     "Of true probabilities, in expectation, for any costs."
     rng = np.random.default_rng(0)
     for _ in range(20):
         costs = rng.random((4, 4)) * (1 - np.eye(4)) * 10
         probs = softmax(rng.normal(size=(500, 4)) * 2)
         expected = probs @ costs
-        answers = cost_answers(probs, costs)
-        np.testing.assert_allclose(expected[np.arange(500), answers], expected.min(1), atol=1e-8)
-        assert expected[np.arange(500), cost_answers(probs, costs, "argmax")].mean() >= expected.min(1).mean()
+        decisions = cost_decisions(probs, costs)
+        np.testing.assert_allclose(expected[np.arange(500), decisions], expected.min(1), atol=1e-8)
+        assert expected[np.arange(500), cost_decisions(probs, costs, "argmax")].mean() >= expected.min(1).mean()
 
 
-def test_cheapest_answer_flags_from_the_threshold_of_its_costs():
-    "By malignancy alone it answers malignant exactly where the malignancy probability passes alarm / (alarm + missed)."
+def test_cheapest_decision_flags_from_the_threshold_of_its_costs():
+    "By malignancy alone it is malignant exactly where the malignancy probability passes alarm / (alarm + missed)."
     probs = softmax(np.random.default_rng(0).normal(size=(2000, 7)) * 2)
-    malignant = np.array([HAM.is_malignant(code) for code in HAM.codes])
-    answers = cost_answers(probs, cost_matrix(HAM, missed=10, alarm=1))
-    assert (malignant[answers] == (probs[:, malignant].sum(1) > cost_threshold(10, 1))).all()
+    malignant, _ = malignancy_masks(HAM)
+    decisions = cost_decisions(probs, cost_matrix(HAM, missed=10, alarm=1))
+    assert (malignant[decisions] == (probs[:, malignant].sum(1) > cost_threshold(10, 1))).all()
     # Net benefit there and cost are one thing in two units: cost = alarm and miss, against treating no one.
     truth = (np.random.default_rng(1).random(2000)[:, None] > probs.cumsum(1)).sum(1)
-    paid = expected_cost(truth, probs, cost_matrix(HAM), decide="cheapest")[0]
+    paid = image_costs(truth, probs, cost_matrix(HAM), "cheapest").mean()
     benefit = net_benefit_samples(malignant[truth], probs[:, malignant].sum(1).clip(max=1), [cost_threshold(10)])[0, 0]
     np.testing.assert_allclose(paid, 10 * malignant[truth].mean() - 10 * benefit)
 
@@ -213,14 +213,14 @@ def test_costs_in_resamples_are_those_of_the_scorecard():
     probs, targets, ids = lesions(100, 0)
     costs = 1 - np.eye(3)
     card = cost_scorecard(targets, probs, costs, ids, 200, 3)
-    weights = lesion_weights(ids, 200, 3)
+    weights = Resamples(ids, 200, 3).weights[1:]
     for decide in DECISIONS:
-        samples = expected_cost(targets, probs, costs, weights, decide)
+        samples = weights @ image_costs(targets, probs, costs, decide) / weights.sum(1)
         np.testing.assert_allclose([card[decide][k] for k in ("low", "high")], ends(samples, 100))
 
 
 def test_a_cost_that_did_not_occur_is_no_share_of_none():
-    "Where no image cost anything, or no set held but one class, how far that may change is not a matter of counting lesions."
+    "Where no image cost anything, or each set holds one class, there is no interval: costs and sizes are no shares."
     probs = np.array([[.99, .01], [.2, .8]]).repeat(10, axis=0)
     ids = np.arange(20)
     targets = probs.argmax(1)
@@ -273,7 +273,7 @@ def test_conformal_scorecard_counts_by_hand():
 
 
 def reference_curve(truth, score, thresholds):
-    "Net benefit as the source writes it, counting people one by one: true positives / n - false positives / n * t / (1 - t)."
+    "Net benefit as the source writes it, counted one by one: true / n - false positives / n * t / (1 - t)."
     rows = []
     for t in thresholds:
         tp = sum(1 for y, p in zip(truth, score) if p >= t and y)

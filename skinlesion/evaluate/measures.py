@@ -17,13 +17,13 @@ from skinlesion.evaluate.decisions import (
     LockedThreshold,
     conformal_scorecard,
     cost_scorecard,
-    mean_leaves,
     threshold_scorecard,
 )
 from .net_benefit import decision_curve, net_benefit_scorecard
 from ..data.tables import Aligned
 from ..stats.intervals import interval_leaf, lesion_weights, paired_leaf
 from ..stats.metrics import METRICS, malignancy_probability, weighted_metrics
+from ..stats.resamples import Resamples
 from ..taxonomy import LabelSet
 
 # %% ../../nbs/evaluate/78_measures.ipynb #cd10d0fb
@@ -53,7 +53,7 @@ def confidence_card(
         right=(correct, all_images, ''),
         excess=(confidence - correct, all_images, ''),
     )
-    return mean_leaves(values, data.lesion_ids, n_resamples, seed)
+    return Resamples(data.lesion_ids, n_resamples, seed).means(values)
 
 # %% ../../nbs/evaluate/78_measures.ipynb #624e8773
 CALIBRATION_METRICS = ('log_loss', 'brier', 'ece', 'ece_debiased', 'ece_classwise')
