@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from mpl_toolkits.axes_grid1 import make_axes_locatable
 
-from skinlesion.evaluate.curves import (
+from skinlesion.stats.curves import (
     class_reliability_points,
     confusion_points,
     pr_points,
