@@ -25,7 +25,7 @@ def per_picture(answer, pictures):
 
 def candidates(predictor, views):
     "Name -> function of one picture (1,S,S,3); the baseline first."
-    from skinlesion.evaluate.policy import Policy, ask
+    from skinlesion.evaluate.policy import Policy, predict_members
     from skinlesion.model.bundle import member_of
     from skinlesion.model.inference import predict_probs
     bundle = predictor.bundle
@@ -41,12 +41,13 @@ def candidates(predictor, views):
     found |= {f"{m.name}, once": alone(m.model) for m in bundle.members if m is not looking[0]}
     for name in views:
         policy = replace(plain, views=name)
-        found[f"all {len(bundle.members)}, views {name}"] = lambda picture, policy=policy: ask(
+        found[f"all {len(bundle.members)}, views {name}"] = lambda picture, policy=policy: predict_members(
             bundle.members, policy, picture, unknown
         )
-    said = ask(bundle.members, predictor.policy, np.zeros((1, *[bundle.image_size] * 2, 3), np.uint8), unknown)
-    found["its policy, on answers that are there"] = lambda picture: predictor.policy.answer(
-        said.members, bundle.label_set, said.strangeness
+    blank = np.zeros((1, *[bundle.image_size] * 2, 3), np.uint8)
+    outputs = predict_members(bundle.members, predictor.policy, blank, unknown)
+    found["its policy, on given outputs"] = lambda picture: predictor.policy.predict(
+        outputs.members, bundle.label_set, outputs.ood_score
     )
     return found
 

@@ -11,7 +11,7 @@ import torch
 from skinlesion.data.datasets import LesionDataset
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.store import ImageStore
-from skinlesion.evaluate.policy import Answered, choose_policy, fit_ood
+from skinlesion.evaluate.policy import MemberOutputs, choose_policy, fit_ood
 from skinlesion.images import save_png
 from skinlesion.model.bundle import BundleError, load_fits, save_bundle, save_member
 from skinlesion.model.inference import (
@@ -172,10 +172,11 @@ def test_a_policy_serves_what_evaluation_measured(trained, tmp_path):
     dataset = LesionDataset(store, rows, LABELS, ENCODER)
     columns = ["p_a", "p_b", "p_c"]
     by_view = member_views(fits, dataset, learnt, outside, views="flips")
-    said = Answered({view: {"squares": t.loc[learnt, columns].to_numpy()} for view, t in by_view.items()},
-                    rows.diagnosis[learnt].map(LABELS.index).to_numpy(), rows.lesion_id[learnt].to_numpy())
+    probs = np.stack([table.loc[learnt, columns].to_numpy() for table in by_view.values()])[None]
+    targets = rows.diagnosis[learnt].map(LABELS.index).to_numpy()
+    outside_probs = MemberOutputs(("squares",), tuple(by_view), probs, targets, rows.lesion_id[learnt].to_numpy())
     policy = choose_policy(
-        said, LABELS, views=("flips",), calibration="temperature", target_sensitivity=0.8, n_resamples=20
+        outside_probs, LABELS, views=("flips",), calibration="temperature", target_sensitivity=0.8, n_resamples=20
     ).policy
     fold = fold_of(outside, rows.image_id, "squares")
     outputs = predict_outputs(fits[0].model, dataset)
@@ -187,7 +188,7 @@ def test_a_policy_serves_what_evaluation_measured(trained, tmp_path):
     ood = fit_ood("mahalanobis", "squares.fold_0", part(seen), seen_targets, part(fresh), rows.lesion_id[fresh], .8)
     policy = replace(policy, ood=ood)
     new = ~learnt
-    evaluated = policy.answer(
+    evaluated = policy.predict(
         {"squares": views_table(by_view, "flips").loc[new, columns].to_numpy()}, LABELS, ood.score(part(new))
     )
     save_bundle(tmp_path / "bundle", fits, LABELS, ENCODER, 32, {}, views=policy.views, policy=policy.to_dict())

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .abstention import LockedAbstention, abstention_scorecard, risk_coverage
-from .curves import confusion_points, pr_points, reliability_points, roc_points
+from ..stats.curves import confusion_points, pr_points, reliability_points, roc_points
 from skinlesion.evaluate.decisions import (
     ConformalSets,
     LockedThreshold,
@@ -21,7 +21,6 @@ from skinlesion.evaluate.decisions import (
 )
 from .net_benefit import decision_curve, net_benefit_scorecard
 from ..data.tables import Aligned
-from ..stats.intervals import interval_leaf, lesion_weights, paired_leaf
 from ..stats.metrics import METRICS, malignancy_probability, weighted_metrics
 from ..stats.resamples import Resamples
 from ..taxonomy import LabelSet
@@ -67,20 +66,16 @@ def calibration_card(
     seed:int=0, # of the resamples
 ) -> dict: # before, after, difference: name -> leaf; a difference has a verdict on the calibrated probabilities
     "How calibration changed loss and calibration, in the same resamples."
-    n = len(targets)
-    lesions = len(np.unique(lesion_ids))
-    weights = np.concatenate([np.ones((1, n), np.int16), lesion_weights(lesion_ids, n_resamples, seed)])
-    old, new = (weighted_metrics(targets, probs, weights, CALIBRATION_METRICS, lesion_ids) for probs in (before, after))
-    def leaf(name, column):
-        return interval_leaf(column[0], column[1:], n, lesions, kind=METRICS[name].interval)
-    def change(name):
-        return paired_leaf(
-            (new[name][0], old[name][0]), (new[name][1:], old[name][1:]), n, lesions, higher_is_better=False
-        )
+    resamples = Resamples(lesion_ids, n_resamples, seed)
+    old, new = (
+        weighted_metrics(targets, probs, resamples.weights, CALIBRATION_METRICS, lesion_ids)
+        for probs in (before, after)
+    )
     return dict(
-        before={name: leaf(name, old[name]) for name in CALIBRATION_METRICS},
-        after={name: leaf(name, new[name]) for name in CALIBRATION_METRICS},
-        difference={name: change(name) for name in CALIBRATION_METRICS},
+        before={name: resamples.leaf(old[name], kind=METRICS[name].interval) for name in CALIBRATION_METRICS},
+        after={name: resamples.leaf(new[name], kind=METRICS[name].interval) for name in CALIBRATION_METRICS},
+        difference={name: resamples.paired(new[name], old[name], higher_is_better=False)
+                    for name in CALIBRATION_METRICS},
     )
 
 # %% ../../nbs/evaluate/78_measures.ipynb #2f01f765

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..colour import prepare_image
 from ..data.metadata import parse_age
 from ..data.schema import read_table
-from ..evaluate.policy import Policy, ask, check_models
+from ..evaluate.policy import Policy, check_models, predict_members
 from ..images import ImageError, normalise, read_image
 from ..model.bundle import BundleError, load_bundle, member_of
 from ..taxonomy import DISCLAIMER, nearest, parse_sex, parse_site
@@ -203,10 +203,10 @@ def _inputs(self, image, age, sex, site):
 def _answer(self, image, age, sex, site, image_id):
     "A `Prediction` for a picture that has been read."
     pixels, metadata = _inputs(self, image, age, sex, site)
-    said = ask(self.members, self.policy, pixels, metadata)
+    said = predict_members(self.members, self.policy, pixels, metadata)
     specs = self.bundle.head_specs
     policy = self.policy
-    row = policy.answer(said.members, self.label_set, said.strangeness).to_dict('records')[0]
+    row = policy.predict(said.members, self.label_set, said.ood_score).to_dict('records')[0]
     return Prediction(
         image_id, {code: row[f'p_{code}'] for code in self.label_set.codes}, row['predicted'], row['confidence'],
         None if np.isnan(row['malignancy']) else row['malignancy'], row['disagreement'], self.bundle_id,
