@@ -75,7 +75,7 @@ def apart(*args):
 
 def compare(folder, scratch):
     "Both, one after the other, and the ratio."
-    from skinlesion.data.sources import import_ham10000
+    from skinlesion.data.collections import import_ham10000
     import_ham10000(folder, scratch/'data')
     plain = apart('--decode', scratch/'data')
     full = apart('--audit', scratch/'data', scratch/'audit')

@@ -2,10 +2,11 @@
 
     python benchmarks/import_ham10000.py [FOLDER]
 
-FOLDER, or else the environment variable HAM10000, names the folder that holds HAM10000 as its publisher lays it out; without either it is
-../shared/data/ham10000, and where that is absent nothing is timed. Baseline, in the same run: every image and mask is unzipped with `zipfile`,
-decoded with Pillow, and written as it is. The import also checks the table, cleans and measures every file, reads the folder back, flushes the
-disk and swaps the folder in. Target: 7,064 images with masks in 60 s on 2 cores.
+FOLDER, or else the environment variable HAM10000, names the folder that holds HAM10000 as its publisher lays it out;
+without either it is ../shared/data/ham10000, and where that is absent nothing is timed. Baseline, in the same run:
+every image and mask is unzipped with `zipfile`, decoded with Pillow, and written as it is. The import also checks the
+table, cleans and measures every file, reads the folder back, flushes the disk and swaps the folder in.
+Target: 7,064 images with masks in 60 s on 2 cores.
 """
 import io
 import os
@@ -15,7 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 from PIL import Image
-from skinlesion.data.sources import import_ham10000
+from skinlesion.data.collections import import_ham10000
 from skinlesion.files import repo_root
 
 def plain(archives, out):

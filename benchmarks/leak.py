@@ -26,7 +26,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from skinlesion.data.schema import read_dataset
-from skinlesion.data.sources import import_ham10000
+from skinlesion.data.collections import import_ham10000
 from skinlesion.data.splits import inject_leak, split_groups
 from skinlesion.stats.intervals import format_leaf, interval_leaf, lesion_weights
 from skinlesion.stats.metrics import weighted_metrics

@@ -2,14 +2,16 @@
 
     python benchmarks/store.py [--images 512] [--size 224] [--workers 2] [--rounds 5] [--rows 1000 10000 100000]
 
-build   images per second of `build_store` from 600x450 JPEGs with masks, against decoding and resizing the same files by the same functions on
-        one core, times the workers. A round measures both, one after the other, and the ratio is the median over the rounds, so that other work on
-        the machine hits both alike. Everything is in the build: hashing, masks, writing, syncing to the disk, the index. The verdict is that of the
-        wall clock. On a machine that is busy with other work a second thread gets no second core; so the processor time, what the build spends
-        beyond the decoding, stands beside it and decides nothing. A verdict counts only where `quiet` is true (a load of at most 1 before).
+build   images per second of `build_store` from 600x450 JPEGs with masks, against decoding and resizing the same files
+        by the same functions on one core, times the workers. A round measures both, one after the other, and the ratio
+        is the median over the rounds, so that other work on the machine affects both alike. Everything is in the
+        build: hashing, masks, writing, syncing to the disk, the index. The wall clock decides. On a busy machine a
+        second thread gets no second core; so the processor time, what the build spends beyond the decoding, is shown
+        beside it and decides nothing. A verdict counts only where `quiet` is true (a load of at most 1 before).
 read    images per second of `ImageStore.image` in random order, against decoding and resizing.
-memory  a process of its own opens a store of 10^3, 10^4, 10^5 rows and reads 2,000 of its images: memory that is its own (RssAnon: all but mapped
-        files), seconds to open it, and the same for building it (pictures of 16x16 pixels from 64 files).
+memory  a process of its own opens a store of 10^3, 10^4, 10^5 rows and reads 2,000 of its images: memory that is its
+        own (RssAnon: all but mapped files), seconds to open it, and the same for building it (pictures of 16x16 pixels
+        from 64 files).
 The pictures are made up: smooth noise with detail, saved as JPEG of quality 90 (about 50 kB each).
 """
 import argparse
@@ -161,7 +163,8 @@ else:
 took = time.perf_counter() - start
 if what == 'open':
     for k in np.random.default_rng(0).integers(0, n, 2000): store.image(f'ISIC_{k:07}')
-print(json.dumps(dict(rows=n, what=what, seconds=round(took, 4), own_mib=round(own(), 1), grew_mib=round(own() - before, 2))))
+memory = dict(own_mib=round(own(), 1), grew_mib=round(own() - before, 2))
+print(json.dumps(dict(rows=n, what=what, seconds=round(took, 4)) | memory))
 """
 
 

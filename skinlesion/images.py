@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_TYPES', 'IMAGE_SUFFIXES', 'MAX_BYTES', 'MAX_PIXELS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'ImageError',
            'sniff_type', 'read_image', 'encode_png', 'save_png', 'clean_image', 'read_mask', 'image_size', 'clean_mask',
-           'resize_image', 'resize_mask', 'normalise', 'to_tensor']
+           'resize_image', 'resize_mask', 'normalise']
 
 # %% ../nbs/02_images.ipynb #ebe23076
 import io
@@ -75,12 +75,14 @@ def _check_pixels(size, name, max_pixels):
 
 # %% ../nbs/02_images.ipynb #b97d234f
 def _check_type(data, name):
-    "The type, or an error that says what it is instead."
+    "The type, or an error that names what the file is instead."
     kind = sniff_type(data)
-    if kind not in IMAGE_TYPES:
-        what = f"it is {kind}" if kind else "it is empty" if not data else "its content is no known image"
-        raise ImageError(f"{name}: {what}; allowed are {', '.join(IMAGE_TYPES)}. Export the image as JPEG or PNG")
-    return kind
+    if kind in IMAGE_TYPES:
+        return kind
+    what = 'its content is no known image' if data else 'it is empty'
+    if kind:
+        what = f'it is {kind}'
+    raise ImageError(f"{name}: {what}; allowed are {', '.join(IMAGE_TYPES)}. Export the image as JPEG or PNG")
 
 # %% ../nbs/02_images.ipynb #3dad7e4f
 def _open(data, name, max_bytes, max_pixels):
@@ -143,17 +145,15 @@ def _source(source, name, max_bytes):
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source), name or 'image'
     path = Path(source)
+    name = name or str(path)
+    if path.is_dir():
+        raise ImageError(f"{name}: this is a folder; name one image file in it")
     if not path.is_file():
-        raise ImageError(
-            f"{name or path}: "
-            f"{'this is a folder; name one image file in it' if path.is_dir() else 'no such image file; check the path'}"
-        )
-    if path.stat().st_size > max_bytes:
-        raise ImageError(
-            f"{name or path}: {path.stat().st_size:,} bytes, more than the {max_bytes:,} allowed; "
-            "export a smaller image"
-        )
-    return path.read_bytes(), name or str(path)
+        raise ImageError(f"{name}: no such image file; check the path")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ImageError(f"{name}: {size:,} bytes, more than the {max_bytes:,} allowed; export a smaller image")
+    return path.read_bytes(), name
 
 # %% ../nbs/02_images.ipynb #9a75a19e
 def read_image(
@@ -315,13 +315,14 @@ def clean_mask(
         return _clean_png(data)
     mask = _binary(image, name)
     if shape is not None and mask.shape != tuple(shape):
-        (h, w), (H, W) = mask.shape, shape
-        if abs(h * W / (w * H) - 1) > .02:
+        mask_height, mask_width = mask.shape
+        height, width = shape
+        if abs(mask_height * width / (mask_width * height) - 1) > .02:
             raise ImageError(
-                f"{name}: the mask is {w}x{h} and its image {W}x{H}, so it cannot lie over it; find the "
-                "mask of this image"
+                f"{name}: the mask is {mask_width}x{mask_height} and its image {width}x{height}, so it cannot lie "
+                "over it; find the mask of this image"
             )
-        mask = cv2.resize(mask.astype(np.uint8), (W, H), interpolation=cv2.INTER_NEAREST) > 0
+        mask = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
     return encode_png(mask)
 
 # %% ../nbs/02_images.ipynb #8763af4e
@@ -360,10 +361,3 @@ def normalise(
     rows = torch.from_numpy(np.array(images, order='C')).flatten(-2).float()
     pixels = rows.sub_(mean).div_(std).view(images.shape).movedim(-1, -3)
     return pixels if channels_last else pixels.contiguous()
-
-# %% ../nbs/02_images.ipynb #f336a364
-def to_tensor(
-    image:np.ndarray, # (H,W,3) uint8 RGB
-): # torch.Tensor (3,H,W) float32
-    "One image as a model takes it."
-    return normalise(image)

@@ -1,4 +1,4 @@
-"""Odd and broken pictures, tables and archives, made here byte by byte: what the gate and the importers must read right or refuse by name."""
+"Odd and broken pictures, tables and archives, made byte by byte: to be read right, or refused by name."
 import io
 import struct
 import tarfile
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-GOSSIP = "patient 4711 at 48.2 N"  # stands in every kind of metadata; no output may hold it
+PRIVATE_TEXT = "patient 4711 at 48.2 N"  # stands in every kind of metadata; no output may hold it
 
 
 def pixels(height=24, width=32):
@@ -50,31 +50,31 @@ def big_png(width, height):
 def exif_bytes(orientation=None):
     "EXIF with a name, a place and, if given, an orientation."
     exif = Image.Exif()
-    exif[0x010E] = exif[0x013B] = GOSSIP
+    exif[0x010E] = exif[0x013B] = PRIVATE_TEXT
     if orientation:
         exif[0x0112] = orientation
     exif.get_ifd(0x8825)[1] = "N"
     return exif
 
 
-def talkative():
-    "Pictures of every allowed type that carry GOSSIP wherever a picture can."
+def with_metadata():
+    "Pictures of every allowed type that carry PRIVATE_TEXT wherever a picture can."
     image = pixels()
-    xmp = f"<x:xmpmeta xmlns:x='adobe:ns:meta/'>{GOSSIP}</x:xmpmeta>".encode()
-    jpeg = encoded(image, "JPEG", quality=95, exif=exif_bytes(), comment=GOSSIP.encode())
+    xmp = f"<x:xmpmeta xmlns:x='adobe:ns:meta/'>{PRIVATE_TEXT}</x:xmpmeta>".encode()
+    jpeg = encoded(image, "JPEG", quality=95, exif=exif_bytes(), comment=PRIVATE_TEXT.encode())
     extra = jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp) + jpeg_segment(
-        0xED, b"Photoshop 3.0\0" + GOSSIP.encode()
+        0xED, b"Photoshop 3.0\0" + PRIVATE_TEXT.encode()
     )
     text = PngInfo()
-    text.add_text("Author", GOSSIP)
-    text.add_text("Comment", GOSSIP, zip=True)
+    text.add_text("Author", PRIVATE_TEXT)
+    text.add_text("Comment", PRIVATE_TEXT, zip=True)
     text.add_itxt("XML:com.adobe.xmp", xmp.decode())
     tiff = Image.fromarray(image)
     return {
-        "a.jpg": jpeg[:2] + extra + jpeg[2:] + GOSSIP.encode(),
-        "a.png": encoded(image, "PNG", pnginfo=text, exif=exif_bytes()) + GOSSIP.encode(),
+        "a.jpg": jpeg[:2] + extra + jpeg[2:] + PRIVATE_TEXT.encode(),
+        "a.png": encoded(image, "PNG", pnginfo=text, exif=exif_bytes()) + PRIVATE_TEXT.encode(),
         "a.webp": encoded(image, "WEBP", lossless=True, exif=exif_bytes().tobytes(), xmp=xmp),
-        "a.tif": encoded(tiff, "TIFF", tiffinfo={270: GOSSIP, 315: GOSSIP}),
+        "a.tif": encoded(tiff, "TIFF", tiffinfo={270: PRIVATE_TEXT, 315: PRIVATE_TEXT}),
         "turned.jpg": encoded(image, "JPEG", quality=95, exif=exif_bytes(6)),
         "turned.png": encoded(image, "PNG", pnginfo=text, exif=exif_bytes(3))}
 
@@ -171,31 +171,23 @@ def bad_pictures():
     }
 
 
-def zipped(files, links=()):
-    "A zip of name -> bytes; `links` are entries that are symbolic links."
+def zipped(files):
+    "A zip of name -> bytes."
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
-            entry = zipfile.ZipInfo(name)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            if name in links:
-                entry.external_attr = 0o120777 << 16
-            archive.writestr(entry, data)
+            archive.writestr(name, data)
     return out.getvalue()
 
 
-def tarred(files, links=(), mode="w:gz"):
-    "A tar of name -> bytes; for names in `links` the bytes are where the link points."
+def tarred(files, mode="w:gz"):
+    "A tar of name -> bytes."
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode) as archive:
         for name, data in files.items():
             entry = tarfile.TarInfo(name)
-            if name in links:
-                entry.type = tarfile.SYMTYPE
-                entry.linkname = data.decode()
-            else:
-                entry.size = len(data)
-            archive.addfile(entry, None if name in links else io.BytesIO(data))
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
     return out.getvalue()
 
 
@@ -216,7 +208,7 @@ def second(row):
 
 
 def good_tables():
-    "Tables in the layout of HAM10000 that are odd and mean what ROWS say."
+    "Tables in the layout of HAM10000 that are written oddly and hold what ROWS hold."
     plain = table(*ROWS)
     return {
         "byte order mark": b"\xef\xbb\xbf" + plain,
@@ -242,7 +234,10 @@ def good_tables():
 
 
 def bad_tables():
-    "name -> (table, what the error must say); the row is the line of the file."
+    """name -> (table, what the error must hold); the row is the line of the file.
+
+    What cells may hold is tested with the schema; here are tables that are broken as files, and ids that are paths.
+    """
     row = "HAM_2,{},mel,histo,60,male,scalp"
     outside = "' cannot be the name of a file"
     return {
@@ -250,49 +245,11 @@ def bad_tables():
         "another encoding": (table(*ROWS).decode().encode("utf-16"), "UTF-8"),
         "a picture for a table": (encoded(pixels(), "PNG"), "no metadata table"),
         "empty": (b"", "no metadata table"),
-        "only a head": (table(), "no row below the header"),
-        "missing column": (
-            table(*(r.rsplit(",", 1)[0] for r in ROWS), head=HEAD.rsplit(",", 1)[0]),
-            "row 1: the column 'localization' is missing",
-        ),
-        "doubled column": (
-            table(*(r + ",45" for r in ROWS), head=HEAD + ",age"),
-            "row 1: the column 'age' is there twice",
-        ),
-        "ragged row": (second(row.format("ISIC_2") + ",more"), "row 3: 8 cells where the header has 7"),
-        "open quote": (second('"' + row.format("ISIC_2")), "close every quote"),
         "zero byte": (second(row.format("ISIC_2\0")), "row 3: image_id 'ISIC_2\0' cannot"),
         "endless cell": (second(row.format("x" * 200_000)), "not readable as CSV (field larger than field limit"),
-        "no id": (second(row.format("")), "row 3: image_id ''"),
-        "NaN for an id": (second(row.format("NaN")), "row 3: image_id 'NaN' names no image"),
-        "an id twice": (table(*ROWS, ROWS[1]), "row 5: image_id 'ISIC_2' is already in row 3"),
         "no image": (second(row.format("ISIC_4")), "row 3: there is no image 'ISIC_4'"),
-        "out of the folder": (second(row.format("../ISIC_2")), "row 3: image_id '../ISIC_2" + outside),
         "absolute": (second(row.format("/etc/passwd")), "'/etc/passwd" + outside),
         "a drive": (second(row.format("C:\\ISIC_2")), "row 3: image_id 'C:\\ISIC_2" + outside),
-        "a folder": (second(row.format("a/ISIC_2")), "'a/ISIC_2" + outside),
-        "hidden": (second(row.format(".ISIC_2")), "'.ISIC_2" + outside),
-        "age of 850": (second(ROWS[1].replace("60", "850")), "row 3: age '850' is not a number of years from 0 to 120"),
-        "age in words": (
-            second(ROWS[1].replace("60", "50 years")),
-            "row 3: age '50 years' is not a number of years from 0 to 120",
-        ),
-        "age below zero": (
-            second(ROWS[1].replace("60", "-1")),
-            "row 3: age '-1' is not a number of years from 0 to 120",
-        ),
-        "age without end": (
-            second(ROWS[1].replace("60", "inf")),
-            "row 3: age 'inf' is not a number of years from 0 to 120",
-        ),
-        "unknown class": (second(ROWS[1].replace("mel", "mela")), "Did you mean 'mel'?"),
-        "no class": (second(ROWS[1].replace("mel", "")), "row 3: the diagnosis is empty"),
-        "unknown site": (second(ROWS[1].replace("scalp", "scalb")), "row 3: site 'scalb' is not known"),
-        "unknown sex": (second(ROWS[1].replace("male", "mail")), "row 3: sex 'mail' is not known"),
-        "one class": (
-            table(*(r.replace(",mel,", ",nv,").replace(",bkl,", ",nv,") for r in ROWS)),
-            "one class cannot be told from itself",
-        ),
     }
 
 
@@ -311,19 +268,12 @@ def publisher(folder, files=None):
 
 
 def bad_archives():
-    "name of the archive -> (bytes, what the error must say)."
-    data = encoded(pixels(22, 30), "JPEG")
-    long = bytes(60 << 20)
+    "name of the archive -> (bytes, what the error must hold); hostile names and links are tested with the archives."
+    image = encoded(pixels(22, 30), "JPEG")
+    bomb = bytes(60 << 20)
     return {
-        "up.zip": (zipped({"../../ISIC_2.jpg": data}), "'../../ISIC_2.jpg' points outside"),
-        "up.tar": (tarred({"../ISIC_2.jpg": data}, mode="w"), "'../ISIC_2.jpg' points outside"),
-        "root.zip": (zipped({"/tmp/ISIC_2.jpg": data}), "outside"),
-        "root.tar.gz": (tarred({"/tmp/ISIC_2.jpg": data}), "outside"),
-        "link.zip": (zipped({"ISIC_2.jpg": b"/etc/passwd"}, links=["ISIC_2.jpg"]), "is a link or a device"),
-        "link.tar.gz": (tarred({"ISIC_2.jpg": b"/etc/passwd"}, links=["ISIC_2.jpg"]), "is a link or a device"),
-        "bomb.zip": (zipped({"ISIC_2.jpg": long}), "52,428,800 bytes allowed"),
-        "bomb.tar.gz": (tarred({"ISIC_2.jpg": long}), "52,428,800 bytes allowed"),
-        "nested.zip": (zipped({"inner.zip": zipped({"../ISIC_2.jpg": data})}), "outside"),
-        "text.zip": (b"hello", "text.zip"),
+        "nested.zip": (zipped({"inner.zip": zipped({"../ISIC_2.jpg": image})}), "outside"),
+        "bomb.zip": (zipped({"ISIC_2.jpg": bomb}), "52,428,800 bytes allowed"),
+        "bomb.tar.gz": (tarred({"ISIC_2.jpg": bomb}), "52,428,800 bytes allowed"),
         "empty.tar.gz": (b"", "empty.tar.gz"),
     }

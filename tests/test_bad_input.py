@@ -1,8 +1,12 @@
-"""Bad input, as a user meets it: one sentence that names value, place and remedy, no traceback, and every earlier byte in place."""
+"""Bad input to the commands: one sentence that names value, place and remedy, no traceback, earlier bytes in place.
+
+What each function refuses is tested with it; here are a few of each kind, as a command reports them.
+"""
 import errno
 import hashlib
 import io
 import os
+import re
 import shutil
 import socket
 import struct
@@ -65,13 +69,13 @@ def sums(*folders):
     }
 
 
-def refused(keep, said, *words, code=1):
-    "Run a command that must fail with a sentence holding `said`, and leave everything below `keep` as it was."
+def refused(keep, expected, *words, code=1):
+    "Run a command that must fail with a sentence holding `expected`, and leave everything below `keep` as it was."
     before = sums(keep)
     ended = CliRunner().invoke(app, [str(w) for w in words])
     assert isinstance(ended.exception, SystemExit), ended.exception  # anything else would have shown a traceback
     assert ended.exit_code == code and sums(keep) == before, ended.output
-    assert said in ended.stderr and "Traceback" not in ended.output and "Errno" not in ended.stderr, ended.stderr
+    assert expected in ended.stderr and "Traceback" not in ended.output and "Errno" not in ended.stderr, ended.stderr
     if code == 1:
         assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
     return ended.stderr
@@ -119,41 +123,21 @@ def damaged(data, at=60):
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
 
 
-@pytest.mark.parametrize("broken, said", [
-    (dict(files={"ISIC_2.jpg": None}), "HAM10000_metadata.csv row 3: there is no image 'ISIC_2' in what was given; give its archive"),
+@pytest.mark.parametrize("broken, expected", [
+    (dict(files={"ISIC_2.jpg": None}),
+     "HAM10000_metadata.csv row 3: there is no image 'ISIC_2' in what was given; give its archive"),
     (second("HAM_2,ISIC_2,mela,histo,60,female,scalp"),
      "row 3: diagnosis 'mela' is not in label set ham10000 (akiec, bcc, bkl, df, mel, nv, vasc). Did you mean 'mel'?"),
-    (second("HAM_2,ISIC_2,,histo,60,female,scalp"), "row 3: the diagnosis is empty; it must be in label set ham10000"),
-    (dict(rows=(*ROWS, ROWS[0])), "row 5: image_id 'ISIC_1' is already in row 2"),
-    (second("HAM_2,../up,mel,histo,60,female,scalp"), "row 3: image_id '../up' cannot be the name of a file"),
-    (dict(files={"ISIC_2.jpg": CUT}), "row 3: HAM/ISIC_2.jpg: truncated or damaged JPEG"),
-    (dict(files={"ISIC_2.jpg": b""}), "HAM/ISIC_2.jpg: it is empty; allowed are jpeg, png"),
-    (dict(files={"ISIC_2.jpg": GIF}), "HAM/ISIC_2.jpg: it is gif; allowed are jpeg, png, webp, bmp, tiff. Export"),
-    (dict(files={"ISIC_2.jpg": b"hello"}), "HAM/ISIC_2.jpg: its content is no known image; allowed are"),
-    (dict(files={"ISIC_2.jpg": None, "ISIC_2.png": bomb()}),
-     "ISIC_2.png: 2,500,000,000 pixels, more than the 64,000,000 pixels allowed; scale the image down"),
-    (dict(rows=[r.replace("mel", "nv").replace("bkl", "nv") for r in ROWS]),
-     "all 3 rows have the diagnosis 'nv'; one class cannot be told from itself"),
-    (second("HAM_2,ISIC_2,mel,histo,-3,female,scalp"), "row 3: age '-3' is not a number of years from 0 to 120; correct it, or leave it empty"),
-    (second("HAM_2,ISIC_2,mel,histo,inf,female,scalp"), "row 3: age 'inf' is not a number of years from 0 to 120"),
-    (second("HAM_2,ISIC_2,mel,histo,60,female,bakc"), "row 3: site 'bakc' is not known; allowed are abdomen, acral, back"),
-    (second("HAM_2,ISIC_2,mel,histo,60,femal,scalp"),
-     "sex 'femal' is not known; allowed are female, male, or empty for unknown. Did you mean 'female'?"),
     (second("HAM_2,ISIC_2,mel"), "row 3: 3 cells where the header has 7"),
-    (second('"HAM_2,ISIC_2,mel,histo,60,female,scalp'), "not readable as CSV (unexpected end of data); close every quote"),
     (dict(rows=[]), "there is no row below the header; add the images"),
-    (dict(head=HEAD.replace("localization", "place")), "row 1: the column 'localization' is missing"),
-    (dict(head=HEAD.replace("dx_type", "dx")), "row 1: the column 'dx' is there twice; rename one"),
     (dict(files={"HAM10000_metadata.csv": None}), "no metadata table"),
-    (dict(files={"more.csv": "\n".join([HEAD, *ROWS]).encode()}), "2 metadata tables: HAM/HAM10000_metadata.csv, HAM/more.csv; give only the one"),
-    (dict(files={"HAM10000_metadata.csv": b"image_id,dx\n\xe4,nv\n"}), "not UTF-8 at byte 12; save the table as UTF-8"),
+    (dict(files={"ISIC_2.jpg": CUT}), "row 3: HAM/ISIC_2.jpg: truncated or damaged JPEG"),
     (dict(files={"part.zip": b"PK\x03\x04 cut"}), "part.zip: no zip archive, or cut short; fetch it again"),
     (dict(files={"part.zip": archive("../../up.jpg")}), "the entry '../../up.jpg' points outside the archive"),
-    (dict(files={"ISIC_2.jpg": None, "part.zip": damaged(archive("ISIC_2.jpg"))}), "part.zip/ISIC_2.jpg: not readable (Bad CRC-32"),
     (dict(files={"ISIC_1_segmentation.png": picture(0, "PNG", (50, 10))}), "the mask is 50x10 and its image 20x16")])
-def test_a_bad_download_leaves_the_dataset_as_it_was(imported, tmp_path, broken, said):
+def test_a_bad_download_leaves_the_dataset_as_it_was(imported, tmp_path, broken, expected):
     source = publisher(tmp_path / "HAM", **broken)
-    refused(imported / "keep", said, "import", "ham10000", source, "--out", imported / "keep" / "data")
+    refused(imported / "keep", expected, "import", "ham10000", source, "--out", imported / "keep" / "data")
 
 
 def test_what_an_import_may_leave_out_is_listed(imported, tmp_path):
@@ -207,9 +191,9 @@ def test_a_place_that_cannot_be_written(imported, tmp_path):
     )
     refused(keep, "Did you mean 'ham10000'?", "import", "ham1000", source, "--out", keep / "data", code=2)
     with mock.patch("skinlesion.data.schema._put", side_effect=OSError(errno.ENOSPC, "No space left on device")):
-        said = refused(keep, f"the disk is full while writing {keep / 'data'}; what stood there before is unchanged.",
-                       "import", "ham10000", source, "--out", keep / "data")
-        assert "Free some space, or choose a folder on another disk" in said
+        full = f"the disk is full while writing {keep / 'data'}; what stood there before is unchanged."
+        message = refused(keep, full, "import", "ham10000", source, "--out", keep / "data")
+        assert "Free some space, or choose a folder on another disk" in message
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +201,7 @@ def made(tmp_path_factory):
     "Pictures, a bundle, and results of an earlier run in `keep`."
     folder = tmp_path_factory.mktemp("bad")
     pictures = build_pictures(folder)
-    bundle = build_bundle(folder / "bundle")
+    build_bundle(folder / "bundle")
     (folder / "keep").mkdir()
     for name in ("out.csv", "map.png"):
         (folder / "keep" / name).write_text("of an earlier run")
@@ -235,23 +219,26 @@ def made(tmp_path_factory):
     return folder
 
 
-def predict(made, said, *words, bundle="bundle", csv="keep/out.csv", code=1):
+def predict(made, expected, *words, bundle="bundle", csv="keep/out.csv", code=1):
     "A `predict` that must fail."
-    return refused(made / "keep", said, "predict", *words, "--bundle", made / bundle, "--csv", made / csv, code=code)
+    command = ("predict", *words, "--bundle", made / bundle, "--csv", made / csv)
+    return refused(made / "keep", expected, *command, code=code)
 
 
-def explain(made, said, image, *words, bundle="bundle", out="keep/map.png"):
+def explain(made, expected, image, *words, bundle="bundle", out="keep/map.png"):
     "An `explain` that must fail."
-    return refused(made / "keep", said, "explain", made / image, *words, "--bundle", made / bundle, "--out", made / out)
+    command = ("explain", made / image, *words, "--bundle", made / bundle, "--out", made / out)
+    return refused(made / "keep", expected, *command)
 
 
-@pytest.mark.parametrize("name, said", [
-    ("gone.jpg", "gone.jpg: no such image file; check the path"), ("cut.jpg", "cut.jpg: truncated or damaged JPEG"),
-    ("gif.jpg", "gif.jpg: it is gif; allowed are jpeg, png"), ("text.jpg", "text.jpg: its content is no known image"),
-    ("empty.jpg", "empty.jpg: it is empty"), ("bomb.png", "bomb.png: 2,500,000,000 pixels, more than the 64,000,000 pixels allowed")])
-def test_a_picture_that_cannot_be_read(made, name, said):
-    predict(made, said, made / name)
-    explain(made, said, name)
+@pytest.mark.parametrize("name, expected", [
+    ("gone.jpg", "gone.jpg: no such image file; check the path"),
+    ("cut.jpg", "cut.jpg: truncated or damaged JPEG"),
+    ("gif.jpg", "gif.jpg: it is gif; allowed are jpeg, png"),
+    ("bomb.png", "bomb.png: 2,500,000,000 pixels, more than the 64,000,000 pixels allowed")])
+def test_a_picture_that_cannot_be_read(made, name, expected):
+    predict(made, expected, made / name)
+    explain(made, expected, name)
 
 
 def test_pictures_that_are_none_or_two(made):
@@ -267,27 +254,31 @@ def test_pictures_that_are_none_or_two(made):
     explain(made, "empty: this is a folder; name one image file in it", "empty")
 
 
-@pytest.mark.parametrize("text, said", [
-    ("b,1,f,back\n", "image 'a' has no row in "), ("a,1,f,back\na,2,f,back\n", "people.csv row 3: image_id 'a' is there twice; keep one row"),
-    ("a,abc,f,back\n", "people.csv row 2: age 'abc' is not a number of years from 0 to 120"), ("a,200,f,back\n", "row 2: age '200' is not"),
-    ("a,3,f,bakc\n", "row 2: site 'bakc' is not known; allowed are abdomen"), ("a,3,femal,back\n", "Did you mean 'female'?"),
-    (",3,f,back\n", "people.csv row 2: image_id is empty"), ("a,3\n", "row 2: 2 cells where the header has 4")])
-def test_metadata_that_cannot_be_used(made, text, said):
+@pytest.mark.parametrize("text, expected", [
+    ("b,1,f,back\n", "image 'a' has no row in "),
+    ("a,1,f,back\na,2,f,back\n", "people.csv row 3: image_id 'a' is there twice; keep one row"),
+    ("a,abc,f,back\n", "people.csv row 2: age 'abc' is not a number of years from 0 to 120"),
+    ("a,200,f,back\n", "row 2: age '200' is not"),
+    ("a,3,f,bakc\n", "row 2: site 'bakc' is not known; allowed are abdomen"),
+    ("a,3,femal,back\n", "Did you mean 'female'?"),
+    (",3,f,back\n", "people.csv row 2: image_id is empty"),
+    ("a,3\n", "row 2: 2 cells where the header has 4")])
+def test_metadata_that_cannot_be_used(made, text, expected):
     (made / "people.csv").write_text("image_id,age,sex,site\n" + text)
-    assert "people.csv" in predict(made, said, made / "a.png", "--metadata", made / "people.csv")
+    assert "people.csv" in predict(made, expected, made / "a.png", "--metadata", made / "people.csv")
 
 
 def test_metadata_that_is_no_table(made):
     (made / "short.csv").write_text("image_id,age,sex,localization\na,1,f,back\n")
     (made / "blank.csv").write_text("")
-    for name, said in {
+    for name, expected in {
         "short.csv": "column 'site' is missing; the table needs image_id, age, sex, site",
         "none.csv": "none.csv: no such table; check the path",
         "empty": "empty: this is a folder; name the CSV file",
         "blank.csv": "the table is empty; its first row",
         "a.png": "not UTF-8 at byte 0",
     }.items():
-        predict(made, said, made / "a.png", "--metadata", made / name)
+        predict(made, expected, made / "a.png", "--metadata", made / name)
     (made / "unknown.csv").write_text(
         "image_id,age,sex,site\na,nan,unknown,\n"
     ) # NaN is how tables say that an age is unknown
@@ -304,14 +295,17 @@ def test_metadata_that_is_no_table(made):
     assert CliRunner().invoke(app, [str(w) for w in words]).exit_code == 0
 
 
-@pytest.mark.parametrize("words, said", [
-    (("--method", "gradcm"), "method 'gradcm' is not known; choose one of gradcam, eigencam, scorecam. Did you mean " "'gradcam'?"),
-    (("--layer", "layer9"), "layer 'layer9' is not in this model; choose one of act1, layer1, layer2, layer3, layer4."),
+@pytest.mark.parametrize("words, expected", [
+    (("--method", "gradcm"),
+     "method 'gradcm' is not known; choose one of gradcam, eigencam, scorecam. Did you mean 'gradcam'?"),
+    (("--layer", "layer9"),
+     "layer 'layer9' is not in this model; choose one of act1, layer1, layer2, layer3, layer4."),
     (("--class", "mela"), "--class: diagnosis 'mela' is not in label set ham10000"),
     (("--member", "imag"), "choose one of image, fused. Did you mean 'image'?"),
-    (("--opacity", "2"), "opacity is 2.0; choose a number from 0"), (("--opacity", "nan"), "opacity is nan; choose")])
-def test_a_map_that_cannot_be_made(made, words, said):
-    explain(made, said, "a.png", *words)
+    (("--opacity", "2"), "opacity is 2.0; choose a number from 0"),
+    (("--opacity", "nan"), "opacity is nan; choose")])
+def test_a_map_that_cannot_be_made(made, words, expected):
+    explain(made, expected, "a.png", *words)
 
 
 def test_results_that_cannot_be_written(made):
@@ -356,47 +350,48 @@ def rewritten(old, new):
     return change
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda f: flip(f / "fused.safetensors", 99_999), "1 file(s) differ from SHA256SUMS: 'fused.safetensors' has changed. Restore"),
+@pytest.mark.parametrize("change, expected", [
+    (lambda f: flip(f / "fused.safetensors", 99_999),
+     "1 file(s) differ from SHA256SUMS: 'fused.safetensors' has changed. Restore"),
     (lambda f: flip(f / "bundle.json", 9), "'bundle.json' has changed"),
     (lambda f: flip(f / "SHA256SUMS", 3), "SHA256SUMS"),
     (lambda f: (f / "SHA256SUMS").write_bytes(b"\xff\xfe\0"), "SHA256SUMS row 1: "),
     (lambda f: (f / "SHA256SUMS").unlink(), "SHA256SUMS: no such file, so nothing in the folder can be verified"),
     (lambda f: (f / "fused.safetensors").unlink(), "'fused.safetensors' is missing"),
     (lambda f: (f / "run.py").touch(), "'run.py' is not in SHA256SUMS"),
-    (rewritten('"schema_version": 1', '"schema_version": 9'), "schema_version is 9, but this version of skinlesion reads 1"),
+    (rewritten('"schema_version": 1', '"schema_version": 9'),
+     "schema_version is 9, but this version of skinlesion reads 1"),
     (rewritten("resnet10t", "resnet10x"), "backbone 'resnet10x' is no timm model. Did you mean 'resnet10t'"),
     (rewritten("{", ""), "bundle.json: not readable as JSON")])
-def test_a_bundle_with_one_thing_wrong(made, tmp_path, change, said):
+def test_a_bundle_with_one_thing_wrong(made, tmp_path, change, expected):
     folder = Path(shutil.copytree(made / "bundle", tmp_path / "bundle"))
     change(folder)
-    refused(folder, said, "verify", folder)
-    predict(made, said, made / "a.png", bundle=folder)
+    refused(folder, expected, "verify", folder)
+    predict(made, expected, made / "a.png", bundle=folder)
 
 
 def test_a_folder_that_is_no_bundle(made):
-    for name, said in {
+    for name, expected in {
         "gone": "gone: no such folder",
         "empty": "no model bundle is in this folder",
         "a.png": "a.png: this is a file",
     }.items():
-        assert "name a bundle, such as artifacts/ensemble" in predict(made, said, made / "a.png", bundle=name)
-        explain(made, said, "a.png", bundle=name)
+        assert "name a bundle, such as artifacts/ensemble" in predict(made, expected, made / "a.png", bundle=name)
+        explain(made, expected, "a.png", bundle=name)
         refused(made / "keep", "nothing to verify here; name a folder with bundle.json", "verify", made / name)
 
 
 def test_a_dataset_with_one_thing_wrong(imported, tmp_path):
     good = imported / "keep" / "data"
-    changes = [(lambda d: (d / "images" / "ISIC_2.jpg").write_bytes(CUT), "ISIC_2.jpg: truncated or damaged JPEG"),
-               (lambda d: (d / "images" / "ISIC_2.jpg").unlink(),
-                "metadata.csv row 3: there is no images/ISIC_2.jpg or .png; add the file or remove the row"),
-               (lambda d: (d / "images" / "new.jpg").write_bytes(CUT),
-                "images/new.jpg: no row of metadata.csv has the image_id 'new'; add the row or remove the file"),
-               (lambda d: (d / "dataset.json").write_text("{"), "dataset.json: not readable as JSON")]
-    for i, (change, said) in enumerate(changes):
+    changes = [
+        (lambda d: (d / "images" / "ISIC_2.jpg").write_bytes(CUT), "ISIC_2.jpg: truncated or damaged JPEG"),
+        (lambda d: (d / "images" / "ISIC_2.jpg").unlink(),
+         "metadata.csv row 3: there is no images/ISIC_2.jpg or .png; add the file or remove the row"),
+        (lambda d: (d / "dataset.json").write_text("{"), "dataset.json: not readable as JSON")]
+    for i, (change, expected) in enumerate(changes):
         folder = Path(shutil.copytree(good, tmp_path / f"data{i}"))
         change(folder)
-        refused(folder, said, "verify", folder)
+        refused(folder, expected, "verify", folder)
 
 
 def test_a_port_that_is_taken(made):
@@ -461,27 +456,24 @@ def stage(repo, *words):
 
 
 def test_prepare_stops_at_a_lesion_that_crosses(repo):
-    "A stage says the cell, its line, the cause and what next."
+    "A stage reports the cell, its line, the cause and the remedy."
     table = repo / "data" / "metadata.csv"
     old = (repo / "data" / "metadata.csv").read_text()
     table.write_text(old.replace("L_mel1", "L_mel0"))
     try:
-        said = stage(repo, "prepare")
+        output = stage(repo, "prepare")
     finally:
         table.write_text(old)
         (repo / "reports" / "prepare" / "failed.ipynb").unlink(missing_ok=True)
     assert (
         "ValueError: 1 lesion(s) cross splits: lesion 'L_mel0' in train, valid. Put all images of a "
-        "lesion into one split" in said
+        "lesion into one split" in output
     )
-    assert (
-        '"The split":' in said
-        and "--> 4 parts = split_groups(" in said
-        and "jupyter lab reports/prepare/failed.ipynb" in said
-    )
+    assert '"The split":' in output and re.search(r"--> \d+ parts = split_groups\(", output), output
+    assert "jupyter lab reports/prepare/failed.ipynb" in output
 
 
-def run_here(repo, said, words=("prepare",), params=None):
+def run_here(repo, expected, words=("prepare",), params=None):
     "A run in this process that must stop before its kernel starts."
     from skinlesion.pipeline import stages
     path = repo / "params.yaml"
@@ -497,12 +489,13 @@ def run_here(repo, said, words=("prepare",), params=None):
                 stages.run_stage(*words, root=repo, stream=out)
     finally:
         path.write_bytes(old)
-    assert said in f"{caught.value}\n{out.getvalue()}" and sums(repo / "artifacts", repo / "reports") == before
+    assert expected in f"{caught.value}\n{out.getvalue()}" and sums(repo / "artifacts", repo / "reports") == before
     return str(caught.value)
 
 
-@pytest.mark.parametrize("old, new, said", [
-    ("image_size:", "image_sise:", "params.yaml: key 'base.image_sise' is unknown; allowed in base: seed, image_size. Did you " "mean 'image_size'?"),
+@pytest.mark.parametrize("old, new, expected", [
+    ("image_size:", "image_sise:",
+     "params.yaml: key 'base.image_sise' is unknown; allowed in base: seed, image_size. Did you mean 'image_size'?"),
     ("image_size: 64", "image_size: big", "base.image_size is 'big'; allowed: whole number from 32 to 1024"),
     ("image_size: 64", "image_size: 64.5", "base.image_size is 64.5; allowed: whole number"),
     ("image_size: 64", "image_size:", "base.image_size is null; allowed"),
@@ -512,14 +505,16 @@ def run_here(repo, said, words=("prepare",), params=None):
     ("    fused:", "    ensemble:", "'ensemble' cannot be a member's name"),
     ("    fused:", "    7:", "train.members holds the name 7, which is no text; write it in quotes"),
     ("policy: column", "policy: colum",
-     "policy is 'colum'; allowed: stratified, hash, column (stratified by class, by the hash of " "seed and group alone (stable "
-     "without memory), or as the column `split` of metadata.csv says). Did you mean 'column'?"),
-    ("[gradcam, eigencam, scorecam]", "[gradcm]", "explain.methods[0] is 'gradcm'; allowed: list of gradcam, eigencam, scorecam"),
-    ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.2]", "[0.7, 0.2, 0.2] sums to 1.1; give three shares"), ("base:", "base: [", "params.yaml line 5, column 3")])
-def test_a_parameter_that_cannot_be_used(repo, old, new, said):
+     "policy is 'colum'; allowed: stratified, hash, column (stratified by class, by the hash of seed and group "
+     "alone (stable without memory), or as the column `split` of metadata.csv says). Did you mean 'column'?"),
+    ("[gradcam, eigencam, scorecam]", "[gradcm]",
+     "explain.methods[0] is 'gradcm'; allowed: list of gradcam, eigencam, scorecam"),
+    ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.2]", "[0.7, 0.2, 0.2] sums to 1.1; give three shares"),
+    ("base:", "base: [", "params.yaml line 5, column 3")])
+def test_a_parameter_that_cannot_be_used(repo, old, new, expected):
     text = (repo / "params.yaml").read_text()
     assert old in text
-    assert "\n" not in run_here(repo, said, params=text.replace(old, new, 1).encode())
+    assert "\n" not in run_here(repo, expected, params=text.replace(old, new, 1).encode())
 
 
 def test_a_stage_that_cannot_start(repo):
@@ -542,44 +537,17 @@ def test_a_stage_that_cannot_start(repo):
         (repo / "away").rename(repo / "data")
 
 
-def test_a_split_that_cannot_be_made():
-    from skinlesion.data.splits import split_groups
-    table = small_table()
-    for change, policy, said in [
-        (
-            dict(lesion_id=table.lesion_id.replace("L_mel1", "L_mel0")),
-            "stratified",
-            "class 'mel' has 2 lesion(s): fewer lesions than splits (train, valid, test). Add images of other lesions",
-        ),
-        (
-            dict(split=table.split.replace("valid", "vald")),
-            "column",
-            "metadata.csv row 3 (image 'I_akiec1'): split 'vald' is not one of train, valid, "
-            "test. Did you mean 'valid'?",
-        ),
-        (
-            dict(split=table.split.where(table.image_id != "I_mel2", "train")),
-            "column",
-            "class 'mel' has no image in split 'test' (train 2, valid 1, test 0). Move a lesion",
-        ),
-    ]:
-        with pytest.raises(ValueError) as caught:
-            split_groups(table.assign(**change), policy)
-        assert said in str(caught.value)
-    with pytest.raises(ValueError, match="column 'split' is missing; add it"):
-        split_groups(table.drop(columns="split"), "column")
-
-
-@pytest.mark.parametrize("backbone, pretrained, said", [
+@pytest.mark.parametrize("backbone, pretrained, expected", [
     ("resnet10x", "none", "backbone 'resnet10x' is no timm model. Did you mean 'resnet10t'"),
     ("resnet10t", "gone.safetensors",
-     "pretrained weights 'gone.safetensors' not found for backbone 'resnet10t'; give the path of a " "safetensors file, 'timm' or 'none'"),
+     "pretrained weights 'gone.safetensors' not found for backbone 'resnet10t'; give the path of a safetensors "
+     "file, 'timm' or 'none'"),
     ("resnet10t", __file__, "is not a readable safetensors file")])
-def test_a_model_that_cannot_be_made(backbone, pretrained, said):
+def test_a_model_that_cannot_be_made(backbone, pretrained, expected):
     from skinlesion.model.fusion import create_model
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         create_model(backbone, 7, pretrained=pretrained)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 CLINIC = [
@@ -608,40 +576,58 @@ def rescored(rows, old, new):
     return text.replace(old, new, 1)
 
 
-@pytest.mark.parametrize("name, old, new, said", [
-    ("p.csv", "i3,.4,.6", "i3,.4,.7", "p.csv row 5 (image_id 'i3'): the probabilities sum to 1.1 (1 such row(s)); allowed is 1 " "within 0.001."),
-    ("p.csv", "i3,.4,.6", "i3,nan,.6", "p.csv row 5 (image_id 'i3'): p_benign is NaN"), ("p.csv", "i3,.4,.6", "i3,,.6", "p_benign is NaN"),
-    ("p.csv", "i3,.4,.6", "i3,-.4,1.4", "p_benign is -0.4 (1 such row(s)); give a probability in [0, 1] (softmax outputs, not logits)"),
-    ("p.csv", "i3,.4,.6", "i3,40,60", "p_benign is 40 (1 such row(s)); give a probability in [0, 1] (divide percent by 100)"),
+@pytest.mark.parametrize("name, old, new, expected", [
+    ("p.csv", "i3,.4,.6", "i3,.4,.7",
+     "p.csv row 5 (image_id 'i3'): the probabilities sum to 1.1 (1 such row(s)); allowed is 1 within 0.001."),
+    ("p.csv", "i3,.4,.6", "i3,nan,.6", "p.csv row 5 (image_id 'i3'): p_benign is NaN"),
+    ("p.csv", "i3,.4,.6", "i3,,.6", "p_benign is NaN"),
+    ("p.csv", "i3,.4,.6", "i3,-.4,1.4",
+     "p_benign is -0.4 (1 such row(s)); give a probability in [0, 1] (softmax outputs, not logits)"),
+    ("p.csv", "i3,.4,.6", "i3,40,60",
+     "p_benign is 40 (1 such row(s)); give a probability in [0, 1] (divide percent by 100)"),
     ("p.csv", "i3,.4,.6", "i3,40%,60%", "p_benign is '40%'; give a probability in [0, 1] (divide percent by 100)"),
-    ("p.csv", "i3,.4,.6", 'i3,"0,4","0,6"', "p_benign is '0,4'; give a probability in [0, 1] (write a decimal point, not a comma)"),
-    ("p.csv", "i3,.4", "i2,.4", "p.csv row 5 (image_id 'i2'): the id stands in row 4 already (1 repeated in all); keep one row " "per image"),
-    ("p.csv", "i3,.4", ",.4", "p.csv row 5: image_id is empty"), ("p.csv", "i3,.4,.6,valid", "i3,.4,.6", "row 5: 3 cells where the header has 4"),
-    ("p.csv", "p_mel", "p_melanoma", "row 5 (image_id 'i3'): diagnosis"), ("p.csv", "p_benign,p_mel", "benign,mel", "no p_<code> column among"),
-    ("p.csv", "image_id", "image", "p.csv: no column image_id; found image, p_benign"), ("p.csv", "i3,.4", '"i3,.4', "close every quote"),
-    ("l.csv", "i3,l3,benign", "i3,l3,bening", "l.csv row 5 (image_id 'i3'): diagnosis 'bening' is not in label set melanoma (benign, mel). " "Did you"),
-    ("l.csv", "i3,l3,benign", "i3,l3,", "l.csv row 5 (image_id 'i3'): the diagnosis is empty"), ("l.csv", "diagnosis", "dx", "no column diagnosis"),
+    ("p.csv", "i3,.4,.6", 'i3,"0,4","0,6"',
+     "p_benign is '0,4'; give a probability in [0, 1] (write a decimal point, not a comma)"),
+    ("p.csv", "i3,.4", "i2,.4",
+     "p.csv row 5 (image_id 'i2'): the id stands in row 4 already (1 repeated in all); keep one row per image"),
+    ("p.csv", "i3,.4", ",.4", "p.csv row 5: image_id is empty"),
+    ("p.csv", "i3,.4,.6,valid", "i3,.4,.6", "row 5: 3 cells where the header has 4"),
+    ("p.csv", "p_mel", "p_melanoma", "row 5 (image_id 'i3'): diagnosis"),
+    ("p.csv", "p_benign,p_mel", "benign,mel", "no p_<code> column among"),
+    ("p.csv", "image_id", "image", "p.csv: no column image_id; found image, p_benign"),
+    ("p.csv", "i3,.4", '"i3,.4', "close every quote"),
+    ("l.csv", "i3,l3,benign", "i3,l3,bening",
+     "l.csv row 5 (image_id 'i3'): diagnosis 'bening' is not in label set melanoma (benign, mel). Did you"),
+    ("l.csv", "i3,l3,benign", "i3,l3,", "l.csv row 5 (image_id 'i3'): the diagnosis is empty"),
+    ("l.csv", "diagnosis", "dx", "no column diagnosis"),
     ("l.csv", "i3,l3", "i2,l3", "l.csv row 5 (image_id 'i2'): the id stands in row 4 already"),
-    ("l.csv", "i3,l3", "j3,l3", "1 image(s) of the labels have no prediction, 1 prediction(s) have no label, such as 'j3', " "'i3'; give both")])
-def test_tables_that_cannot_be_scored(evaluated, tmp_path, name, old, new, said):
+    ("l.csv", "i3,l3", "j3,l3",
+     "1 image(s) of the labels have no prediction, 1 prediction(s) have no label, such as 'j3', 'i3'; give both")])
+def test_tables_that_cannot_be_scored(evaluated, tmp_path, name, old, new, expected):
     for other, rows in {"p.csv": CLINIC, "l.csv": TRUTH}.items():
         (tmp_path / other).write_text(rescored(rows, old, new) if other == name else "\n".join([*rows, ""]))
     if new == "p_melanoma":
-        said = "diagnosis 'mel' is not in label set columns (benign, melanoma)"
-    refused(evaluated / "keep", said, "evaluate", tmp_path / "p.csv", tmp_path / "l.csv", "--out", evaluated / "keep")
+        expected = "diagnosis 'mel' is not in label set columns (benign, melanoma)"
+    tables = (tmp_path / "p.csv", tmp_path / "l.csv")
+    refused(evaluated / "keep", expected, "evaluate", *tables, "--out", evaluated / "keep")
 
 
-@pytest.mark.parametrize("words, said", [
+@pytest.mark.parametrize("words, expected", [
     (("--split", "tset"), "--split 'tset': there are test, valid. Did you mean 'test'?"),
-    (("--label-set", "melanom"), "label set 'melanom' is not built in; choose one of ham10000, isic2019, melanoma. Did you mean " "'melanoma'?"),
-    (("--label-set", "ham10000"), "column 'p_benign' belongs to no class of label set ham10000"), (("--label-set", "gone.json"), "gone.json"),
-    (("--benchmark", "dermamnist@224"), "dermamnist: resolution '224' is none of '', '28', '224-upsampled-from-28', '224-true'"),
-    (("--target-sensitivity", "1.5"), "1.5"), (("--coverage", "0"), "coverage"), (("--facts", "gone.json"), "gone.json"),
+    (("--label-set", "melanom"),
+     "label set 'melanom' is not built in; choose one of ham10000, isic2019, melanoma. Did you mean 'melanoma'?"),
+    (("--label-set", "ham10000"), "column 'p_benign' belongs to no class of label set ham10000"),
+    (("--label-set", "gone.json"), "gone.json"),
+    (("--benchmark", "dermamnist@224"),
+     "dermamnist: resolution '224' is none of '', '28', '224-upsampled-from-28', '224-true'"),
+    (("--target-sensitivity", "1.5"), "1.5"),
+    (("--coverage", "0"), "coverage"),
+    (("--facts", "gone.json"), "gone.json"),
     (("--images", "gone"), "gone")])
-def test_an_evaluation_that_cannot_be_asked_for(evaluated, words, said):
+def test_an_evaluation_that_cannot_be_asked_for(evaluated, words, expected):
     refused(
         evaluated / "keep",
-        said,
+        expected,
         "evaluate",
         evaluated / "p.csv",
         evaluated / "l.csv",

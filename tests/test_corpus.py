@@ -1,4 +1,4 @@
-"The corpus of odd and broken input: every picture is read right or refused by name, every table too, and a failure leaves nothing behind."
+"Odd and broken input: every picture and table is read right or refused by name, and a failure leaves nothing behind."
 import io
 import shutil
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from broken import (
-    GOSSIP,
+    PRIVATE_TEXT,
     STORED,
     bad_archives,
     bad_pictures,
@@ -15,7 +15,7 @@ from broken import (
     encoded,
     exif_bytes,
     good_tables,
-    talkative,
+    with_metadata,
     modes,
     pixels,
     publisher,
@@ -23,7 +23,7 @@ from broken import (
     zipped,
 )
 from skinlesion.data.schema import read_dataset
-from skinlesion.data.sources import import_ham10000
+from skinlesion.data.collections import import_ham10000
 from skinlesion.images import ImageError, clean_image, read_image
 
 
@@ -47,27 +47,27 @@ def test_every_orientation_comes_out_upright(orientation, kind, off):
     assert not Image.open(io.BytesIO(cleaned)).getexif()
 
 
-@pytest.mark.parametrize("name", talkative())
+@pytest.mark.parametrize("name", with_metadata())
 def test_no_metadata_reaches_an_output(name):
-    data = talkative()[name]
-    assert GOSSIP.encode() in data or name.endswith("png")  # PNG may hold it compressed
+    data = with_metadata()[name]
+    assert PRIVATE_TEXT.encode() in data or name.endswith("png")  # PNG may hold it compressed
     cleaned, suffix = clean_image(data, name)
     with Image.open(io.BytesIO(cleaned)) as image:
         image.load()
         harmless = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi", "progressive", "progression"}
         assert not image.getexif() and not set(image.info) - harmless
-    assert GOSSIP.encode() not in cleaned and b"xmpmeta" not in cleaned and b"Exif" not in cleaned
+    assert PRIVATE_TEXT.encode() not in cleaned and b"xmpmeta" not in cleaned and b"Exif" not in cleaned
     assert np.array_equal(read_image(cleaned), read_image(data)) and suffix in (".jpg", ".png")
 
 
 @pytest.mark.parametrize("name", bad_pictures())
 def test_what_is_no_picture_is_refused_by_name(name, tmp_path):
-    data, said = bad_pictures()[name]
+    data, expected = bad_pictures()[name]
     (tmp_path / name).write_bytes(data)
     for refused in (lambda: read_image(tmp_path / name), lambda: clean_image(data, name)):
         with pytest.raises(ImageError) as e:
             refused()
-        assert name in str(e.value) and said in str(e.value)
+        assert name in str(e.value) and expected in str(e.value)
 
 
 def test_the_size_is_checked_before_a_pixel_is_decoded(monkeypatch):
@@ -80,22 +80,17 @@ def test_the_size_is_checked_before_a_pixel_is_decoded(monkeypatch):
         read_image(bytes(101), "long", max_bytes=100)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
-def test_a_file_cut_anywhere_is_whole_or_refused(kind):
+@pytest.mark.parametrize("kind, options", [
+    ("JPEG", {}), ("JPEG", dict(progressive=True)), ("PNG", {}), ("WEBP", {}), ("BMP", {}), ("TIFF", {})])
+def test_a_file_cut_anywhere_is_refused(kind, options):
+    "Noise does not compress, so each twentieth of a file holds pixels, and none may be missing."
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    for how in (dict(), dict(progressive=True)) if kind == "JPEG" else (dict(),):
-        data = encoded(noise, kind, **how)
-        whole = read_image(data)
-        refused = 0
-        for percent in range(0, 100, 5):
-            cut = data[:len(data) * percent // 100]
-            for gate in (lambda: read_image(cut, "cut"), lambda: read_image(clean_image(cut, "cut")[0])):
-                try:
-                    assert np.array_equal(gate(), whole), f"{kind} cut at {percent} % gives other pixels"
-                except ImageError as e:
-                    assert str(e).startswith("cut: ") and ";" in str(e)
-                    refused += 1
-        assert refused >= 36, f"{kind}: only {refused} of 40 cuts were noticed"
+    data = encoded(noise, kind, **options)
+    for percent in range(0, 100, 5):
+        cut = data[:len(data) * percent // 100]
+        for gate in (read_image, clean_image):
+            with pytest.raises(ImageError, match="^cut: .*;"):
+                gate(cut, "cut")
 
 
 @pytest.mark.parametrize("name", good_tables())
@@ -110,44 +105,46 @@ def test_an_odd_table_is_read_right(name, tmp_path):
 
 @pytest.mark.parametrize("name", bad_tables())
 def test_a_bad_table_is_refused_with_its_row(name, tmp_path):
-    words, said = bad_tables()[name]
+    words, expected = bad_tables()[name]
     source = publisher(tmp_path / "HAM", {"HAM10000_metadata.csv": words})
     with pytest.raises(ValueError) as e:
         import_ham10000(source, tmp_path / "data")
-    assert said in str(e.value)
+    assert expected in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["HAM"]
 
 
 @pytest.mark.parametrize("name", bad_archives())
 def test_a_bad_archive_is_refused_by_name(name, tmp_path):
-    data, said = bad_archives()[name]
+    data, expected = bad_archives()[name]
     source = publisher(tmp_path / "HAM", {"ISIC_2.jpg": None, name: data})
     with pytest.raises(ValueError) as e:
         import_ham10000(source, tmp_path / "data")
-    assert said in str(e.value) and name in str(e.value)
+    assert expected in str(e.value) and name in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["HAM"]
 
 
-@pytest.mark.parametrize("make, name", [(zipped, "part.zip"), (tarred, "part.tar.gz"), (lambda files: tarred(files, mode="w"), "part.tar")])
+@pytest.mark.parametrize("make, name", [
+    (zipped, "part.zip"), (tarred, "part.tar.gz"), (lambda files: tarred(files, mode="w"), "part.tar")])
 def test_an_archive_cut_anywhere_is_whole_or_refused(make, name, tmp_path):
     rng = np.random.default_rng(0)
     source = publisher(tmp_path / "HAM", {f"ISIC_{i}.jpg": None for i in (1, 2, 3)})
     noise = {f"ISIC_{i}.jpg": encoded(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8), "JPEG") for i in (1, 2, 3)}
     data = make(noise)
-    refused = 0
+    whole = len(data)
+    if name.endswith(".tar"):  # one block of zeros ends it, what follows is padding
+        whole = -(-len(data.rstrip(b"\0")) // 512) * 512 + 512
     for percent in range(0, 105, 5):
-        (source / name).write_bytes(data[:len(data) * percent // 100])
-        try:
-            import_ham10000(source, tmp_path / "data")
-        except ValueError as e:
-            assert name in str(e) or "there is no image 'ISIC_" in str(e)
+        cut = data[:len(data) * percent // 100]
+        (source / name).write_bytes(cut)
+        if len(cut) < whole:
+            with pytest.raises(ValueError, match=f"{name}|there is no image 'ISIC_"):
+                import_ham10000(source, tmp_path / "data")
             assert [p.name for p in tmp_path.iterdir()] == ["HAM"]
-            refused += 1
-        else:
-            for i in noise:
-                assert np.array_equal(read_image(tmp_path / "data" / "images" / i), read_image(noise[i]))
-            shutil.rmtree(tmp_path / "data")
-    assert 17 <= refused <= 20
+            continue
+        import_ham10000(source, tmp_path / "data")
+        for i in noise:
+            assert np.array_equal(read_image(tmp_path / "data" / "images" / i), read_image(noise[i]))
+        shutil.rmtree(tmp_path / "data")
 
 
 def test_links_are_read_as_what_they_point_to_and_dangling_ones_named(tmp_path):

@@ -1,5 +1,8 @@
-"""A member of several folds, from its training to the answer for a picture: no lesion is judged by a fit that has learnt from it, and what is
-new to all fits is judged by their mean, the same in evaluation and in use."""
+"""A member of several folds, from its training to the prediction for a picture.
+
+No lesion is predicted by a fit that was trained on it; an image that is new to all fits gets their mean, in evaluation
+and in use alike.
+"""
 import json
 from dataclasses import replace
 
@@ -64,7 +67,10 @@ def make_rows(n=60):
             grade=[["low", "", "high"][i % 3] for i in range(n)],
         )
     )
-    return rows.assign(split=["test" if i >= n - 12 else "valid" if i % 8 > 5 else "train" for i in range(n)])
+    number = np.arange(n)
+    split = np.where(number % 8 > 5, "valid", "train").astype(object)
+    split[number >= n - 12] = "test"
+    return rows.assign(split=split)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +170,7 @@ def test_use_answers_as_evaluation_does(trained, tmp_path):
 
 
 def test_a_policy_serves_what_evaluation_measured(trained, tmp_path):
-    "From the folder of a member to the answer for a file: chosen out of fold, one way to every number, decisions the same."
+    "From the folder of a member to the prediction of a file: chosen out of fold, decisions the same."
     rows, store, _, folder = trained
     fits = load_fits(folder)
     outside = read_out_of_fold(folder)
@@ -223,7 +229,7 @@ class Taken(Exception):
 
 @pytest.mark.parametrize("folds", [0, FOLDS])
 def test_the_stage_hands_no_answer_of_the_test_to_training(tmp_path, root, monkeypatch, folds):
-    "The tables of `prepare` name every image; of the test lesions neither rows nor further answers nor images are taken."
+    "The tables of `prepare` name every image; of test lesions neither rows nor targets nor images are used."
     rows = make_rows()
     test = rows.image_id[rows.split == "test"]
     build_prepared(
@@ -265,7 +271,7 @@ def test_the_stage_hands_no_answer_of_the_test_to_training(tmp_path, root, monke
 
 @pytest.mark.slow
 def test_the_pipeline_in_folds_with_heads(tmp_path):
-    "From params.yaml to the bundle: out-of-fold figures over all lesions of training and validation, heads with intervals, one file per fit."
+    "From params.yaml to the bundle: out-of-fold metrics over all inner lesions, heads with intervals, a file per fit."
     repo = tmp_path / "repo"
     repo.mkdir()
     copy_repository(repo)

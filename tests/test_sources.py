@@ -1,4 +1,4 @@
-"""Published collections, made up in their publishers' own layouts: every packing gives the same dataset, every fault leaves nothing."""
+"Published collections in their publishers' layouts: every packing gives the same dataset, a fault leaves nothing."
 import hashlib
 import http.server
 import io
@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skinlesion.data import sources
+from skinlesion.data import collections
 from skinlesion.data.schema import read_dataset
-from skinlesion.data.sources import COLLECTIONS, SOURCES, DownloadError, RemoteFile, download_source, fetch_file
+from skinlesion.data.collections import COLLECTIONS, SOURCES, DownloadError, RemoteFile, download_source, fetch_file
 from skinlesion.files import repo_root
 
 REAL = repo_root(Path(__file__).parent).parent / "shared" / "data"
@@ -59,8 +59,9 @@ HAM = {
     "HAM10000_images_part_1.zip/I_2.jpg": picture(2),
     "HAM10000_images_part_2.zip/I_3.jpg": picture(3),
 }
+TRUTH2018 = "ISIC2018_Task3_Training_GroundTruth"
 ISIC2018 = {
-    "ISIC2018_Task3_Training_GroundTruth.zip/ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv": one_hot(
+    f"{TRUTH2018}.zip/{TRUTH2018}/{TRUTH2018}.csv": one_hot(
         SEVEN, dict(I_1="NV", I_2="MEL", I_3="MEL")
     ),
     "ISIC2018_Task3_Validation_GroundTruth.zip/ISIC2018_Task3_Validation_GroundTruth.csv": one_hot(
@@ -381,12 +382,12 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("name, edits, said", BAD)
-def test_a_fault_is_named_and_leaves_no_folder(tmp_path, name, edits, said):
+@pytest.mark.parametrize("name, edits, message", BAD)
+def test_a_fault_is_named_and_leaves_no_folder(tmp_path, name, edits, message):
     source = lay(tmp_path / "in", {n.replace(".zip/", "/"): d for n, d in changed(LAYOUTS[name], **edits).items()})
     with pytest.raises(ValueError) as caught:
         SOURCES[name](source, tmp_path / "data")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
@@ -398,14 +399,15 @@ def test_all_faults_of_a_table_come_at_once(tmp_path):
     assert len(caught.value.problems) == 5 + 3 + 1 and "ISIC 2019: 9 problems" in str(caught.value)
 
 
-@pytest.mark.parametrize("name, given, said", [
+@pytest.mark.parametrize("name, given, message", [
     ("isic2018", "isic2019", "What was given is of isic2019: skinlesion import isic2019"),
     ("isic2020", "ham10000", "What was given is of ham10000: skinlesion import ham10000"),
-    ("ham10000", "isic2020", "no metadata table (a table with the columns image_id and dx, such as HAM10000_metadata.csv) " "was given")])
-def test_a_collection_under_another_name(tmp_path, name, given, said):
+    ("ham10000", "isic2020",
+     "no metadata table (a table with the columns image_id and dx, such as HAM10000_metadata.csv) was given")])
+def test_a_collection_under_another_name(tmp_path, name, given, message):
     with pytest.raises(ValueError) as caught:
         SOURCES[name](lay(tmp_path / "in", LAYOUTS[given]), tmp_path / "data")
-    assert said in str(caught.value) and not (tmp_path / "data").exists()
+    assert message in str(caught.value) and not (tmp_path / "data").exists()
 
 
 def test_a_table_whose_part_nobody_knows(tmp_path):
@@ -427,7 +429,7 @@ def test_words_that_are_mapped(tmp_path):
         report
     )
     assert read_dataset(tmp_path / "data").table.sex.tolist() == ["male", "male", ""]
-    for wrong, said in (
+    for wrong, message in (
         (
             words | {"melanon": "mel"},
             "the word 'melanon' stands nowhere in diagnosis, site or sex. Did you mean 'Melanom'?",
@@ -436,7 +438,7 @@ def test_words_that_are_mapped(tmp_path):
     ):
         with pytest.raises(ValueError) as caught:
             SOURCES["ham10000"](source, tmp_path / "other", word_map=wrong)
-        assert said in str(caught.value) and not (tmp_path / "other").exists()
+        assert message in str(caught.value) and not (tmp_path / "other").exists()
 
 
 def test_skip_bad_says_what_it_left_out(tmp_path):
@@ -496,15 +498,21 @@ def flips(data, step):
 IMAGES = {n.split("/")[-1]: d for n, d in HAM.items() if n.endswith(".jpg")}
 
 
-@pytest.mark.parametrize("name, data", [("x.zip", in_zip(IMAGES)), ("x.tar", in_tar(IMAGES)), ("x.tgz", in_tar(IMAGES, "w:gz")),
-                                        ("y.zip", in_zip({"x.tar.xz": in_tar(IMAGES, "w:xz")}))])
+@pytest.mark.parametrize("name, data", [
+    ("x.zip", in_zip(IMAGES)),
+    ("x.tar", in_tar(IMAGES)),
+    ("x.tgz", in_tar(IMAGES, "w:gz")),
+    ("y.zip", in_zip({"x.tar.xz": in_tar(IMAGES, "w:xz")}))])
 def test_damaged_archives(tmp_path, name, data):
     "A few of the bytes; `slow` does the rest."
     fuzz(tmp_path, data, name, flips(data, len(data) // 5) + [(k, data[:len(data) * k // 4]) for k in range(4)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, data", [("x.zip", in_zip(IMAGES)), ("x.tar", in_tar(IMAGES)), ("x.tgz", in_tar(IMAGES, "w:gz"))])
+@pytest.mark.parametrize("name, data", [
+    ("x.zip", in_zip(IMAGES)),
+    ("x.tar", in_tar(IMAGES)),
+    ("x.tgz", in_tar(IMAGES, "w:gz"))])
 def test_every_kind_of_damage(tmp_path, name, data):
     fuzz(tmp_path, data, name, flips(data, len(data) // 50) + [(k, data[:len(data) * k // 20]) for k in range(20)])
 
@@ -630,24 +638,24 @@ def test_a_part_that_is_whole_already(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["part.zip"]
 
 
-@pytest.mark.parametrize("known, said", [
+@pytest.mark.parametrize("known, message", [
     (dict(md5="0" * 32), f"its MD5 sum is {MD5} where the publisher's is 000"),
     (dict(size=9), "offers 300,000 bytes where 9 are known; the file has")])
-def test_a_download_that_is_not_the_file(tmp_path, known, said):
+def test_a_download_that_is_not_the_file(tmp_path, known, message):
     with server(send) as (url, asked), pytest.raises(DownloadError) as caught:
         fetch_file(remote(url, **known), tmp_path)
-    assert said in str(caught.value) and not [*tmp_path.iterdir()]
+    assert message in str(caught.value) and not [*tmp_path.iterdir()]
 
 
 def test_answers_that_are_no_file(tmp_path):
-    for code, said in (
+    for code, message in (
         (404, "answers 404 (it is not there any more)"),
         (403, "answers 403 (the publisher does not give it out)"),
     ):
         with server(lambda h, start: h.send_error(code)) as (url, asked), pytest.raises(DownloadError) as caught:
             fetch_file(remote(url), tmp_path)
         assert (
-            said in str(caught.value)
+            message in str(caught.value)
             and "fetch it by hand and give it to the import" in str(caught.value)
             and asked == [0]
         )
@@ -669,7 +677,7 @@ def test_no_connection_and_no_room(tmp_path):
     ):
         fetch_file(remote(url), tmp_path, tries=2)
     free = shutil._ntuple_diskusage(10, 5, 5)
-    with server(send) as (url, _), mock.patch.object(sources.shutil, "disk_usage", return_value=free):
+    with server(send) as (url, _), mock.patch.object(collections.shutil, "disk_usage", return_value=free):
         with pytest.raises(
             DownloadError, match="300,000 bytes are needed for part.zip and 5 are free; free some space"
         ):
@@ -681,9 +689,9 @@ def test_a_download_that_never_began_leaves_no_folder(tmp_path):
     with server(send) as (url, _):
         pass
     c = replace(COLLECTIONS["isic2020"], files=(remote(url),))
-    with mock.patch.dict(COLLECTIONS, isic2020=c), mock.patch.object(sources.time, "sleep"):
-        said = r"part.zip: the publisher's server cannot be reached \(Connection refused\)\. Run it again, it goes on"
-        with pytest.raises(DownloadError, match=said):
+    with mock.patch.dict(COLLECTIONS, isic2020=c), mock.patch.object(collections.time, "sleep"):
+        message = r"the publisher's server cannot be reached \(Connection refused\)\. Run it again, it goes on"
+        with pytest.raises(DownloadError, match=message):
             download_source("isic2020", tmp_path / "new")
         assert not (tmp_path / "new").exists()
         lay(tmp_path / "old", {"notes.txt": b"mine"})

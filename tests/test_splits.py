@@ -33,7 +33,7 @@ AWAY = dict(column="source", values=["clinic"], tied="aside")
 
 
 def random_table(seed, patients=True, unlabelled=True, twins=True):
-    "Rows in random order and pairs of duplicates: lesions of a few images, people with several lesions, four classes; ids missing here and there."
+    "Rows in random order and pairs of duplicates: several images a lesion, several lesions a patient, missing ids."
     rng = np.random.default_rng([seed, 7])
     n = int(rng.integers(60, 260))
     lesions = rng.integers(0, n * 2 // 3, n)
@@ -105,7 +105,7 @@ def test_groups(seed):
 @pytest.mark.parametrize("policy", ["stratified", "hash", "column", "folds"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_group_crosses(seed, policy):
-    "No group has images on two sides; an unlabelled image stands in no held-out group; external images are external and nothing else is."
+    "No group is on two sides, no unlabelled image in a held-out group; only external images are external."
     table, pairs = random_table(seed)
     if policy == "folds":
         table = table[table.diagnosis != ""]
@@ -218,7 +218,7 @@ def test_a_new_link_between_old_groups(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_duplicates_of_old_images_join_them(seed):
-    "A new image that is a duplicate of an old one, directly or through other new ones, takes its part; all that is old stays; nothing crosses."
+    "A duplicate of an old image, directly or through others, takes its part; what is old stays; nothing crosses."
     table, _ = random_table(seed, unlabelled=False, twins=False)
     split = cut(table, None, "stratified")
     if split is None:
@@ -262,7 +262,7 @@ def test_hash_never_changes():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_hash_needs_no_memory(seed):
-    "Images stay when others come and go, when their lesion or patient gets more images, when a diagnosis is added; another seed moves them."
+    "Images stay when others come and go or a diagnosis is added; another seed moves them."
     table, pairs = random_table(seed)
     full = cut(table, pairs, "hash")
     if full is None:
@@ -286,7 +286,7 @@ def test_hash_needs_no_memory(seed):
 
 
 def test_hash_thresholds():
-    "10,000 lesions fall into their parts as the fractions say, to within four standard deviations; larger fractions of train take nobody out."
+    "10,000 lesions follow the fractions to within four standard deviations; a larger train keeps its lesions."
     table = pd.DataFrame(
         dict(
             image_id=[f"i{k}" for k in range(10_000)],
@@ -326,7 +326,7 @@ def test_one_of_each_class_in_each_part(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sites_and_ages_never_harm_the_classes(seed):
-    "The second step of `stratified` changes who goes where, and no class count; the class shares are off by at most the largest lesion."
+    "The second step of `stratified` changes no class count; the class shares are off by at most the largest lesion."
     table, pairs = random_table(seed)
     full = cut(table, pairs, "stratified")
     if full is None:
@@ -384,7 +384,7 @@ def test_words_of_other_people():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_leak_is_all_that_differs(seed):
-    "Same test and validation, same class counts in training, no lesion crosses in one, exactly the marked ones in the other."
+    "Same test, validation and class counts in training; no lesion crosses in one, the marked ones in the other."
     table, _ = random_table(seed, patients=False, unlabelled=False, twins=False)
     split = cut(table, None, "stratified", fractions=(.6, .1, .3))
     if split is None:

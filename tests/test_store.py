@@ -1,6 +1,6 @@
-"""The image store under kill -9: whatever moment it struck, the old store or the new one stands, and the next build ends in the same bytes.
+"""The image store under kill -9: the old store or the new one stands, and the next build ends in the same bytes.
 
-And what is read from it: the pictures of their files, after additions and changes, and so what was evaluated is what a prediction gives.
+And its content: the pictures of their files, after additions and changes, so evaluation and prediction agree.
 """
 import os
 import signal
@@ -122,7 +122,7 @@ def check_images(store, dataset, colour="none"):
 
 
 def build_killed(eleven, folder, at):
-    "A build over an older store, killed at write `at`, then a second one killed a little later, then a third; False once no kill came."
+    "A build over an older store, killed at write `at`, a second killed later, then a third; False once no kill came."
     out = folder / "out"
     work = folder / "work"
     build_store(known(eleven.folder, IDS[:2]), out, 8)
@@ -140,7 +140,7 @@ def build_killed(eleven, folder, at):
 
 
 def append_killed(eleven, folder, at):
-    "An addition killed at write `at`: the old store or the new one is there at once, and the next addition ends in the new one."
+    "An addition killed at write `at`: the old store or the new one is there, and the next addition ends in the new."
     out = folder / "out"
     build_store(known(eleven.folder, IDS[:7]), out, 8, shard_images=3)
     struck = killed(lambda: append_store(out, eleven.dataset, shard_images=3), at)
@@ -313,7 +313,7 @@ def test_many_rows(tmp_path, monkeypatch):
 @pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("steps", [(1, 2, 11), (4, 11), (3, 6, 9, 11)])
 def test_every_image_after_additions(tmp_path, steps, colour):
-    "However a store grew, in whatever shards and threads, every image and mask is that of its file, and of a store built in one go."
+    "However a store grew, every image and mask is that of its file, and of a store built in one go."
     dataset = made(tmp_path, IDS)
     out = tmp_path / "out"
     rng = np.random.default_rng(len(steps))
@@ -332,7 +332,7 @@ def test_every_image_after_additions(tmp_path, steps, colour):
 
 @pytest.mark.parametrize("changed", ["image", "mask", "mask gone", "mask new", "swapped", "Pillow", "OpenCV", "code"])
 def test_a_stale_shard_is_never_used(tmp_path, monkeypatch, changed):
-    "Whatever changed since a shard was kept, the store is that of a build without kept shards, and what is stale was decoded again."
+    "Whatever changed since a shard was kept, the store is that of a build without them; stale images are decoded."
     dataset = made(tmp_path, IDS)
     work = tmp_path / "work"
     decoded = []
@@ -391,7 +391,7 @@ def photographs(folder):
 @pytest.mark.parametrize("views", VIEW_SETS)
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_prediction_is_what_evaluation_measured(tmp_path, colour, views):
-    "A file through `Predictor` gets the probabilities that evaluation gets from the store; and views are averaged as by hand."
+    "A file through `Predictor` gets the probabilities that evaluation gets from the store; views are averaged."
     dataset = photographs(tmp_path)
     labels = get_label_set("ham10000")
     encoder = MetadataEncoder.fit(dataset.table)

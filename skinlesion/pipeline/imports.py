@@ -156,7 +156,7 @@ def _show_megabytes(name, done, total):
 # %% ../../nbs/pipeline/111_imports.ipynb #d872fd91
 def _fetch(name, paths, out):
     "The files of a collection, fetched into the one path."
-    from skinlesion.data.sources import COLLECTIONS, download_source
+    from skinlesion.data.collections import COLLECTIONS, download_source
     from skinlesion.data.schema import check_target
     check_target(out, COLLECTIONS[name].info.name) # gigabytes are fetched only for a place that can be written
     if len(paths) != 1:
@@ -170,7 +170,7 @@ def _add_collection(name, title, files):
     "Add the command that imports a published collection."
     @with_options(_WORDS)
     def command(paths:_Paths, out:_Out, download:_Download=False, **options):
-        from skinlesion.data.sources import SOURCES
+        from skinlesion.data.collections import SOURCES
         arguments = _importer_arguments(options)
         if download:
             paths = _fetch(name, paths, out)
@@ -226,7 +226,8 @@ def folder(paths:_Paths, out:_Out, path_ids:_PathIds=False, **options):
       skinlesion import folder photos --out data --labels classes.csv
     """
     from skinlesion.data.importers import import_folder
-    say(str(import_folder(paths, out, _about(options), path_ids, **_importer_arguments(options))))
+    arguments = _importer_arguments(options)
+    say(str(import_folder(paths, out, about=_about(options), path_ids=path_ids, **arguments)))
 
 # %% ../../nbs/pipeline/111_imports.ipynb #0de7f167
 @imports.command('csv')
@@ -242,8 +243,8 @@ def csv(paths:_Paths, out:_Out, **options):
         --labels classes.csv --out data
     """
     from skinlesion.data.importers import import_csv
-    arguments = _importer_arguments(options)
-    say(str(import_csv(paths, out, _columns(options), _about(options), options['unlabelled'], **arguments)))
+    arguments = _importer_arguments(options) | dict(unlabelled=options['unlabelled'])
+    say(str(import_csv(paths, out, columns=_columns(options), about=_about(options), **arguments)))
 
 # %% ../../nbs/pipeline/111_imports.ipynb #eca129ab
 _Source = Annotated[str, typer.Argument(help='Name on the hub, a Parquet file, a folder of them, or a saved dataset.')]
@@ -260,8 +261,8 @@ def hf(source:_Source, out:_Out, revision:_Revision=None, **options):
       skinlesion import hf somebody/skin --revision v1 --label-column dx --out data
     """
     from skinlesion.data.importers import import_hf
-    arguments = _importer_arguments(options)
-    say(str(import_hf(source, out, _columns(options), _about(options), revision, options['unlabelled'], **arguments)))
+    arguments = _importer_arguments(options) | dict(unlabelled=options['unlabelled'], revision=revision)
+    say(str(import_hf(source, out, columns=_columns(options), about=_about(options), **arguments)))
 
 # %% ../../nbs/pipeline/111_imports.ipynb #04651fd4
 _Datasets = Annotated[
@@ -285,7 +286,8 @@ def merge(paths:_Datasets, out:_Out, prefix_on_collision:_Prefix=False, **option
       skinlesion import merge ham isic2019 --label-set isic2019 --skip-bad --out data
     """
     from skinlesion.data.importers import merge_datasets
-    say(str(merge_datasets(paths, out, _about(options), prefix_on_collision, **_importer_arguments(options))))
+    arguments = _importer_arguments(options) | dict(prefix_on_collision=prefix_on_collision)
+    say(str(merge_datasets(paths, out, about=_about(options), **arguments)))
 
 # %% ../../nbs/pipeline/111_imports.ipynb #567ff03b
 def image_shape(
