@@ -10,7 +10,8 @@ from skinlesion.evaluate.benchmarks import BenchmarkError, BenchmarkId, check_co
 from skinlesion.stats.intervals import expanded_level, lesion_weights, wilson_interval
 from skinlesion.stats.metrics import BINARY, METRICS, PER_CLASS, WHOLE
 from skinlesion.data.tables import align_tables, infer_label_set, read_labels, read_predictions, write_predictions
-from skinlesion.evaluate.scorecard import SHARES, compare_predictions, deciding_lesions, scorecard, scorecard_table
+from skinlesion.evaluate.scorecard import compare_predictions, scorecard
+from skinlesion.stats.cards import SHARES, card_table, deciding_lesions, image_resamples
 from skinlesion.taxonomy import probability_columns
 from skinlesion.taxonomy import LABEL_SETS, LabelSet, get_label_set
 
@@ -119,10 +120,11 @@ def test_intervals_are_those_of_a_plain_loop():
     )
     lesions = labels.lesion_id.nunique()
     data = align_tables(predictions, labels, HAM)
+    resamples = image_resamples(data.image_ids, data.lesion_ids, 0)
     def ends(values, hangs_on):
         return np.quantile(values, [(1 + sign * expanded_level(min(hangs_on, lesions))) / 2 for sign in (-1, 1)])
     for name, measure in slow.items():
-        low, high = ends([measure(r) for r in rows], deciding_lesions(name, data, HAM) or lesions)
+        low, high = ends([measure(r) for r in rows], deciding_lesions(name, data.targets, HAM, resamples) or lesions)
         np.testing.assert_allclose(
             [card[name][k] for k in ("value", "low", "high")],
             [measure(np.arange(150)), low, high],
@@ -232,7 +234,7 @@ def test_without_malignancy_only_that_is_missing():
 
 def test_the_table_of_a_card_has_a_row_per_leaf():
     card = scorecard(*made(), HAM, 20)
-    table = scorecard_table(card)
+    table = card_table(card)
     assert (
         len(table) == len(list(leaves(card)))
         and table[(table.metric == "mcc") & (table["class"] == "")].value.item() == card["mcc"]["value"]

@@ -24,6 +24,7 @@ from skinlesion.taxonomy import (
 from ..files import atomic_write, read_json
 from .schema import Dataset, DatasetError, read_table
 from .splits import APART, SPLITS
+from ..stats.cards import fill_lesions
 
 # %% ../../nbs/data/30_tables.ipynb #710c2a02
 SUM_TOLERANCE = 1e-3 # how far the probabilities of a row may be from summing to 1
@@ -337,13 +338,11 @@ def align_tables(
     _missing_ids(ids[row < 0], theirs, 'labels', 'predictions')
     _missing_ids(np.delete(theirs, row), ids, 'predictions', 'labels')
     order = np.argsort(ids, kind='stable')
-    lesions = labels['lesion_id'].to_numpy(object, copy=True)
-    unknown = lesions == ''
-    lesions[unknown] = 'image ' + ids[unknown]
+    lesions, unknown = fill_lesions(ids, labels['lesion_id'])
     targets = labels['diagnosis'].map({code: c for c, code in enumerate(label_set.codes)}).to_numpy(np.int64)
     probs = predictions[probability_columns(label_set)].to_numpy(np.float64)[row]
     ordered = labels.iloc[order].reset_index(drop=True)
-    return Aligned(ids[order], targets[order], probs[order], lesions[order], int(unknown.sum()), ordered)
+    return Aligned(ids[order], targets[order], probs[order], lesions[order], unknown, ordered)
 
 # %% ../../nbs/data/30_tables.ipynb #4794cb84
 def share_split(

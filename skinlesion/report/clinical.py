@@ -25,7 +25,7 @@ from IPython.display import display
 from ..evaluate.benchmarks import shared_lesions
 from ..evaluate.evaluation import Evaluation
 from ..evaluate.measures import confidence_card, confused_pairs, find_leaf, malignancy_of, top_losses
-from ..evaluate.scorecard import class_table
+from ..stats.cards import class_table
 from ..evaluate.subgroups import gap_metrics, leaf_at, subgroup_table
 from skinlesion.report.figures import (
     class_titles,
