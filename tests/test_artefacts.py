@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from madeup import ROOT
-from skinlesion.audit.artefacts import FLAGS, estimate_mask, measure_image, pixel_findings, skin_tone
+from skinlesion.audit.artefacts import FLAGS, estimate_mask, measure_image, pixel_findings
+from skinlesion.colour import skin_tone
 from skinlesion.audit.findings import working_image
 from skinlesion.audit.shortcuts import (
     BACKGROUND_NAMES,

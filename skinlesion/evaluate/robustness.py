@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from ..data.metadata import MetadataEncoder
-from ..synthetic.draw import hairs, ink
+from ..data.overlays import hairs, ink
 from ..stats.intervals import effective_lesions, format_leaf, interval_leaf, lesion_weights, newcombe_interval
 from ..stats.metrics import malignancy_probability, weighted_auroc, weighted_metrics
 from ..taxonomy import LabelSet, nearest

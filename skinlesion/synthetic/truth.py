@@ -20,16 +20,15 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtr
 
+from ..colour import skin_tone, typology_angle
 from ..data.schema import Dataset, DatasetInfo, dataset_writer
 from skinlesion.synthetic.draw import (
     LOOKALIKES,
     RATES,
     TONES,
     draw_lesion,
-    skin_tone,
+    draw_skin_tone,
     take_view,
-    tone_group,
-    typology_angle,
 )
 from ..files import atomic_write, read_json, write_json
 from ..images import read_image
@@ -609,7 +608,7 @@ def _draw_lesion_files(task):
     size, seed, rates, rows = task
     first = rows[0]
     out = []
-    tone = skin_tone(np.random.default_rng([seed, 0x70E, first.patient]), first.tone)
+    tone = draw_skin_tone(np.random.default_rng([seed, 0x70E, first.patient]), first.tone)
     lesion = draw_lesion(first.appearance, np.random.default_rng([seed, 1 + first.lesion]), size, tone)
     for row in (r for r in rows if r.copy_of < 0):
         s = take_view(
@@ -617,14 +616,14 @@ def _draw_lesion_files(task):
         )
         masks = dict(masks=s.lesion, evidence=s.evidence, artefacts=s.artefact)
         files = dict(images=_jpeg(s.image)) | {name: _png(mask) for name, mask in masks.items()}
-        angle = float(typology_angle(tone))
+        angle = float(typology_angle(tone.astype(np.float64)))
         facts = dict(
             structures='; '.join(s.structures),
             artefacts='; '.join(s.artefacts),
             blend=s.blend,
-            tone=tone_group(angle),
+            tone=skin_tone(angle),
             ita=angle,
-            ita_shown=float(typology_angle(shown_tone(s.image, s.lesion, s.artefact))),
+            ita_shown=float(typology_angle(shown_tone(s.image, s.lesion, s.artefact).astype(np.float64))),
             area=lesion.area,
             severity=sum(lesion.area >= t for t in SEVERITY),
         )
