@@ -289,7 +289,7 @@ def test_artefacts_are_listed_and_in_the_pictures(faulty):
     for row in true.table.itertuples():
         names = set(row.artefacts.split("; ")) - {""}
         assert names == {name for name, images in listed.items() if row.image_id in images}
-        assert read_mask(data.artefact_path(row.image_id)).any() == bool(names - {"cast"})
+        assert read_mask(data.layer_path("artefacts", row.image_id)).any() == bool(names - {"cast"})
 
 
 @pytest.mark.parametrize("name", ["ruler", "ink", "cast"])

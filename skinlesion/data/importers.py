@@ -1208,7 +1208,7 @@ def _files_of(parts, whole, same):
     given = GivenFiles()
     for kind in ('images', 'masks', 'evidence', 'artefacts'):
         for image_id, k, file in zip(whole.image_id, whole.part, whole.file):
-            path = next((p for p in (parts[j]._path(kind, file) for j in (k, *others[k, file])) if p), None)
+            path = next((p for p in (parts[j].layer_path(kind, file) for j in (k, *others[k, file])) if p), None)
             if path:
                 getattr(given, kind)[image_id] = [Entry('/'.join(path.parts[-3:]), partial(open, path, 'rb'))]
     return given
