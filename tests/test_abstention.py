@@ -1,4 +1,4 @@
-"Risk, coverage and strangeness, against brute force, planted truth and what the locks promise."
+"Risk, coverage and out-of-distribution scores, against brute force, planted truth and what the locks promise."
 import json
 from itertools import permutations
 
@@ -23,7 +23,8 @@ from skinlesion.evaluate.abstention import (
     ood_scorecard,
     risk_coverage,
 )
-from skinlesion.stats.intervals import expanded_level, lesion_weights
+from skinlesion.stats.intervals import expanded_level
+from skinlesion.stats.resamples import Resamples
 
 
 def orders(confidence):
@@ -52,7 +53,7 @@ def test_intervals_against_a_loop():
     lesions = np.arange(150) // 3
     confidence = rng.integers(0, 30, 150) / 30
     correct = rng.random(150) < .5 + confidence / 2
-    weights = lesion_weights(lesions, 100, 0)
+    weights = Resamples(lesions, 100, 0).weights[1:]
     curve = risk_coverage(confidence, correct, lesions, n_resamples=100, points=10)
     card = abstention_scorecard(confidence, correct, lesions, n_resamples=100)
     loop = [(np.repeat(confidence, w), np.repeat(correct, w)) for w in weights]
@@ -60,8 +61,8 @@ def test_intervals_against_a_loop():
     risks = np.array(
         [np.interp(shares * len(c), range(len(c) + 1), _errors(c, r)) / (shares * len(c)) for c, r in loop]
     )
-    surest = np.argsort(-confidence, kind="stable")
-    levels = [expanded_level(len({*lesions[surest[:n]]})) for n in range(15, 151, 15)]
+    ranked = np.argsort(-confidence, kind="stable")
+    levels = [expanded_level(len({*lesions[ranked[:n]]})) for n in range(15, 151, 15)]
     limits = [np.quantile(own, [(1 - level) / 2, (1 + level) / 2]) for own, level in zip(risks.T, levels)]
     np.testing.assert_allclose(curve[["low", "high"]], limits)
     tails = (1 - expanded_level(50)) / 2, (1 + expanded_level(50)) / 2
@@ -79,7 +80,7 @@ def _errors(confidence, correct):
 
 
 def held(seed):
-    "Whether the intervals of a table hold the truth: confidence even in [1/2, 1] and true, pictures of a lesion alike."
+    "Whether the intervals of a table hold the truth: uniform, calibrated confidence, images of a lesion alike."
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 4, 150)
     lesions = np.repeat(np.arange(150), sizes)
@@ -124,7 +125,7 @@ def test_abstained():
     assert card["abstained_risk"]["value"] == pytest.approx(2/3) and card["abstained_risk"]["n_lesions"] == 2
     everyone = abstention_scorecard([.9, .8], [1, 0], abstained=np.array([True, True]), n_resamples=20)
     assert (
-        everyone["answered_risk"]["value"] is None and everyone["answered_risk"]["reason"] == "no picture was answered"
+        everyone["answered_risk"]["value"] is None and everyone["answered_risk"]["reason"] == "no image was answered"
     )
 
 
@@ -146,16 +147,17 @@ def test_locked_abstention_keeps_its_share(seed):
     assert LockedAbstention.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
 
 
-def test_locked_strangeness_keeps_its_promise():
-    "One more lesion with pictures of its own, over 1,500 draws: a picture of it is called strange in at most 5 %."
+def test_locked_ood_score_keeps_its_promise():
+    "One more lesion with images of its own, over 1,500 draws: an image of it is flagged in at most 5 %."
     rng = np.random.default_rng(0)
-    told = []
+    flagged = []
     for _ in range(1500):
         sizes = rng.integers(1, 4, 60)
         lesions = np.repeat(np.arange(60), sizes)
         scores = rng.normal(size=60)[lesions] + .5 * rng.normal(size=len(lesions))
-        told.append(lock_ood(scores[lesions < 59], lesions[lesions < 59]).strange(scores[lesions == 59]).mean())
-    assert .03 < np.mean(told) < .065, np.mean(told)
+        locked = lock_ood(scores[lesions < 59], lesions[lesions < 59])
+        flagged.append(locked.flags(scores[lesions == 59]).mean())
+    assert .03 < np.mean(flagged) < .065, np.mean(flagged)
 
 
 @pytest.mark.parametrize("kind", [LockedAbstention, LockedOod])
@@ -189,7 +191,7 @@ def clouds(n=300, D=5, C=3, seed=0):
 
 
 def test_mahalanobis_against_scipy():
-    "With every direction kept: the distance of scipy under scikit-learn's shrunk covariance of the standardised features."
+    "With every direction kept: the distance of scipy under scikit-learn's shrunk covariance."
     features, targets = clouds()
     fitted = fit_mahalanobis(features, targets, dims=5, normalise=False)
     steps = (features - features.mean(0)) / features.std(0)
@@ -231,8 +233,8 @@ def test_mahalanobis_stored():
     )
 
 
-def test_mahalanobis_tells_what_is_planted():
-    "Fresh pictures of the classes are at home, others are strange; a locked, cross-fitted threshold flags few of the one and most of the other."
+def test_mahalanobis_finds_what_is_planted():
+    "A locked, cross-fitted threshold flags few new images of the classes, and most others."
     rng = np.random.default_rng(0)
     base = np.abs(rng.normal(size=(3, 200))) + 1
     mix = rng.normal(size=(200, 200)) / 12
@@ -250,8 +252,8 @@ def test_mahalanobis_tells_what_is_planted():
         and card["away"]["flagged"]["value"] > 0.9
         and card["away"]["auroc"]["value"] > 0.95
     )
-    learnt = lock_ood(detector.score(known), lesions).strange(detector.score(make(300))).mean()
-    assert learnt > 2 * card["inside"]["flagged"]["value"] + .05  # what locking on the fitted pictures would have done
+    fitted_on = lock_ood(detector.score(known), lesions).flags(detector.score(make(300))).mean()
+    assert fitted_on > 2 * card["inside"]["flagged"]["value"] + .05  # what locking on the fitted images would have done
 
 
 def test_ood_leaves():
@@ -269,8 +271,8 @@ def test_ood_leaves():
 
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("size", [16, 65])
-def test_foreign_pictures(kind, size):
-    "Any size, pictures apart from one another, the same again, and the first ones whatever the number."
+def test_foreign_images(kind, size):
+    "Any size, images that differ, the same again, and the first ones whatever the number."
     pictures = foreign_images(kind, 4, size)
     assert pictures.shape == (4, size, size, 3) and pictures.dtype == np.uint8
     np.testing.assert_array_equal(foreign_images(kind, 2, size), pictures[:2])

@@ -223,7 +223,7 @@ def _reasons(policy, confidence, ood_score):
     "Why each image gets no prediction; '' where it gets one."
     reasons = [[] for _ in confidence]
     if policy.ood is not None and len(confidence):
-        for i in np.flatnonzero(policy.ood.threshold.strange(ood_score)):
+        for i in np.flatnonzero(policy.ood.threshold.flags(ood_score)):
             reasons[i].append(_ood_reason(policy.ood, ood_score[i]))
     if policy.abstention is not None and len(confidence):
         for i in np.flatnonzero(policy.abstention.abstains(confidence)):

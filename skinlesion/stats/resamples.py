@@ -75,6 +75,14 @@ def class_lesions(self:Resamples,
     "Lesions of each class."
     return np.array([self.count(np.asarray(targets) == c) for c in range(num_classes)])
 
+# %% ../../nbs/stats/12_resamples.ipynb #b829ee06
+@patch
+def samples(self:Resamples,
+    measure, # weights (N,S) float64 -> (S,) or (S,K) values
+) -> np.ndarray: # (1+R,) or (1+R,K) float64
+    "A measure of the data and of each resample."
+    return np.concatenate([measure(block) for _, block in weight_blocks(self.weights)])
+
 # %% ../../nbs/stats/12_resamples.ipynb #ffdc5dc6
 @patch
 def ratios(self:Resamples,
@@ -84,9 +92,7 @@ def ratios(self:Resamples,
     "A sum over a sum, on the data and in each resample."
     shape = np.shape(tops)[1:]
     columns = np.concatenate([np.reshape(part, (len(self), -1)).astype(np.float64) for part in (tops, bottoms)], axis=1)
-    sums = np.empty((len(self.weights), columns.shape[1]))
-    for rows, block in weight_blocks(self.weights):
-        sums[rows] = block.T @ columns
+    sums = self.samples(lambda block: block.T @ columns)
     half = columns.shape[1] // 2
     return ratio(sums[:, :half], sums[:, half:]).reshape(len(self.weights), *shape)
 
