@@ -106,8 +106,9 @@ class FineTune:
 
     def __call__(self, _, targets, train, test, seed, valid):
         from skinlesion.data.datasets import LesionDataset  # wanted by nothing else here, and slow to import
-        from skinlesion.model.training import TrainConfig, fit
-        config = TrainConfig(epochs=self.epochs, batch_size=32, learning_rate=5e-4, patience=self.epochs, seed=seed)
+        from skinlesion.model.recipe import Recipe
+        from skinlesion.model.training import fit
+        config = Recipe(epochs=self.epochs, batch_size=32, learning_rate=5e-4, patience=self.epochs, seed=seed)
         def data(rows, augment=None):
             return LesionDataset(self.store, self.table[rows], self.labels, augment=augment, seed=seed)
         model = create_model(BACKBONE, self.labels.num_classes, pretrained=self.weights, seed=seed).to(

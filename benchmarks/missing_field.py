@@ -27,6 +27,7 @@ from skinlesion.images import normalise
 from skinlesion.model.inference import evaluating
 from skinlesion.model.fusion import METADATA_WIDTHS, MetadataDropout, create_model, metadata_mlp
 from skinlesion.model.losses import class_weights, create_loss
+from skinlesion.model.recipe import Recipe
 
 BACKBONE = 'mobilenetv2_100'
 METRICS = ('auroc_macro', 'balanced_accuracy')
@@ -61,7 +62,7 @@ def pooled_features(store, ids, weights):
 
 def train(head, features, metadata, targets, epochs, seed):
     "AdamW, cross entropy, class weights by the root of the frequency."
-    loss = create_loss('cross_entropy', weights=class_weights(targets, head.head.out_features, .5))
+    loss = create_loss(Recipe(), class_weights(targets, head.head.out_features, .5))
     optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=.05)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):

@@ -31,7 +31,8 @@ from skinlesion.data.datasets import LesionDataset, make_loader
 from skinlesion.images import normalise
 from skinlesion.model.fusion import create_model
 from skinlesion.model.optim import param_groups
-from skinlesion.model.training import TrainConfig, fit
+from skinlesion.model.recipe import Recipe
+from skinlesion.model.training import fit
 from skinlesion.taxonomy import get_label_set
 
 GPU = torch.cuda.is_available()
@@ -105,7 +106,7 @@ def time_epoch(case):
 
 def config(case, epochs):
     "The recipe of the run that is timed."
-    return TrainConfig(
+    return Recipe(
         epochs=epochs, batch_size=case['batch'], warmup_epochs=0, patience=9, workers=case['workers'], weight_power=0.0
     )
 

@@ -17,7 +17,8 @@ from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.store import build_store
 from skinlesion.images import save_png
 from skinlesion.model.inference import predict_probs
-from skinlesion.model.member import MemberSpec, TrainConfig, member_datasets, train_folds, train_member
+from skinlesion.model.member import member_datasets, train_folds, train_member
+from skinlesion.model.recipe import Recipe
 from skinlesion.taxonomy import LabelSet
 
 LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
@@ -25,11 +26,16 @@ ENCODER = MetadataEncoder(50.0, 20.0)
 # LayerNorm, no dropout, no metadata branch (it has batch norm), 44 training images in batches of 11, 11 of validation:
 # shares of 6 and 5.
 # Sharing changes nothing but the order in which numbers are added.
-SPEC = MemberSpec(
-    "test_convnext",
+SPEC = Recipe(
+    backbone="test_convnext",
     drop_rate=0.0,
     augment="light",
-    train=TrainConfig(epochs=3, batch_size=11, learning_rate=2e-3, warmup_epochs=0.5, seed=3, checkpoint_seconds=0.0),
+    epochs=3,
+    batch_size=11,
+    learning_rate=2e-3,
+    warmup_epochs=0.5,
+    seed=3,
+    checkpoint_minutes=0.0,
 )
 
 
@@ -178,12 +184,12 @@ def test_same_bytes_twice(squares, undisturbed):
 @pytest.mark.slow
 def test_errors_of_the_processes_reach_the_caller(squares):
     "A loss that is no number names its images; no process is left."
-    spec = MemberSpec(
-        "test_convnext", drop_rate=0.0, train=TrainConfig(epochs=2, batch_size=11, learning_rate=1e30, seed=3)
-    )
+    # a step multiplies the weights by -99, so that they soon exceed every number
+    explodes = dict(learning_rate=10.0, weight_decay=10.0, warmup_epochs=0.0, patience=40)
+    spec = Recipe(backbone="test_convnext", drop_rate=0.0, augment="none", epochs=40, batch_size=11, seed=3, **explodes)
     with pytest.raises(FloatingPointError, match="on the batch of images ISIC_"):
         train(squares, 2, spec)
-    few = MemberSpec("test_convnext", train=TrainConfig(epochs=2, batch_size=3))
+    few = Recipe(backbone="test_convnext", epochs=2, batch_size=3)
     with pytest.raises(ValueError, match="batch_size is 3; it must be at least 4"):
         train(squares, 2, few)
 
@@ -192,8 +198,18 @@ def test_errors_of_the_processes_reach_the_caller(squares):
 def test_steps_heads_and_folds_in_two_processes(squares):
     "Metadata on top of a frozen backbone, a further head with missing answers, two folds; the step without batch norm within 1e-4."
     heads = dict(severity=dict(kind="ordinal", levels=["mild", "severe"]))
-    spec = MemberSpec("test_convnext", fusion="concat", drop_rate=0.0, heads=heads, head_epochs=2,
-                      train=TrainConfig(epochs=2, batch_size=11, learning_rate=2e-3, seed=3))
+    spec = Recipe(
+        backbone="test_convnext",
+        fusion="concat",
+        drop_rate=0.0,
+        heads=heads,
+        head_epochs=2,
+        augment="none",
+        epochs=2,
+        batch_size=11,
+        learning_rate=2e-3,
+        seed=3,
+    )
     one, two = (train_folds(*squares, LABELS, ENCODER, spec, 2, processes=n) for n in (1, 2))
     assert one.folds.equals(two.folds)
     for a, b in zip(one.fits, two.fits):

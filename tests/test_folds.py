@@ -27,7 +27,8 @@ from skinlesion.model.inference import (
     read_out_of_fold,
     views_table,
 )
-from skinlesion.model.member import member_spec, train_folds
+from skinlesion.model.member import train_folds
+from skinlesion.model.recipe import Recipe
 from skinlesion.taxonomy import LabelSet
 from skinlesion.use.predict import Predictor
 from tiny import build_prepared, copy_repository, edit_params, make_tiny, run
@@ -80,20 +81,18 @@ def trained(tmp_path_factory):
     torch.set_num_threads(1)
     rows = make_rows()
     folder = tmp_path_factory.mktemp("folds") / "squares"
-    spec = member_spec(
-        dict(
-            backbone="small_cnn_3",
-            fusion="concat",
-            heads=HEADS,
-            epochs=2,
-            warmup_epochs=1,
-            batch_size=8,
-            learning_rate=1e-2,
-        )
+    recipe = Recipe(
+        backbone="small_cnn_3",
+        fusion="concat",
+        heads=HEADS,
+        augment="none",
+        epochs=2,
+        batch_size=8,
+        learning_rate=1e-2,
     )
     store = Store(rows)
     twins = pd.DataFrame(dict(image_id_a=["I000"], image_id_b=["I007"]))
-    found = train_folds(store, rows[rows.split != "test"], LABELS, ENCODER, spec, FOLDS, pairs=twins)
+    found = train_folds(store, rows[rows.split != "test"], LABELS, ENCODER, recipe, FOLDS, pairs=twins)
     for i, fit in enumerate(found.fits):
         save_member(folder / f"fold_{i}", fit.model, dict(best_epoch=fit.best_epoch))
     found.predictions.to_csv(folder / "out_of_fold.csv", index=False)

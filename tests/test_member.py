@@ -1,6 +1,5 @@
 "A member in steps and folds: what was asked reaches the model, a kill at any line changes nothing, and nothing of another run is taken over."
 import json
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,17 +8,24 @@ import torch
 
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.model import member
-from skinlesion.model.member import SPEC_KEYS, MemberSpec, member_datasets, member_spec, train_folds, train_member
-from skinlesion.model.training import TrainConfig
-from skinlesion.pipeline.params import TrainStage
+from skinlesion.model.member import member_datasets, train_folds, train_member
+from skinlesion.model.recipe import Recipe
 from skinlesion.taxonomy import LabelSet
 
 LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
 ENCODER = MetadataEncoder(50.0, 20.0)
 HEADS = dict(severity=dict(kind="ordinal", levels=["mild", "moderate", "severe"]), malignant=dict(kind="binary"))
-SPEC = MemberSpec("test_resnet", fusion="concat", drop_rate=0.2, augment="light",
-                  train=TrainConfig(epochs=2, batch_size=16, learning_rate=3e-3, seed=1))
-STEPS = replace(SPEC, pretrain_epochs=2, head_epochs=2)
+SPEC = Recipe(
+    backbone="test_resnet",
+    fusion="concat",
+    drop_rate=0.2,
+    augment="light",
+    epochs=2,
+    batch_size=16,
+    learning_rate=3e-3,
+    seed=1,
+)
+STEPS = SPEC.replace(pretrain_epochs=2, head_epochs=2)
 
 
 class Store:
@@ -87,19 +93,9 @@ def killed_at(n, lines):
     return progress
 
 
-def test_parameters_of_the_stage_are_the_keys():
-    "Each parameter of the train stage is a key of the specification, or one that only the stage reads."
-    stage_alone = {"member", "image_size", "folds", "devices", "log", "prepared_dir", "out_dir", "report_dir"}
-    assert set(SPEC_KEYS) == set(TrainStage.model_fields) - stage_alone
-
-
-def test_minutes_become_seconds():
-    assert member_spec(dict(checkpoint_minutes=0.5)).train.checkpoint_seconds == 30.0
-
-
 def test_what_is_asked_reaches_the_model():
     "Cosine head for LDAM, dropout and groups of the metadata, further heads with their targets, the size of the images."
-    spec = replace(SPEC, metadata_dropout=0.3, heads=HEADS, train=replace(SPEC.train, epochs=2, loss="ldam"))
+    spec = SPEC.replace(metadata_dropout=0.3, heads=HEADS, epochs=2, loss="ldam")
     result = train(spec)
     config = result.model.config
     assert (config["head"], config["metadata_dropout"], config["image_size"], config["metadata_dim"]) == (
@@ -119,7 +115,7 @@ def test_what_is_asked_reaches_the_model():
 
 def test_metadata_alone():
     "No backbone, no image: the age tells `c` from the rest."
-    result = train(replace(SPEC, backbone=None, fusion="metadata", train=replace(SPEC.train, epochs=3)))
+    result = train(SPEC.replace(backbone=None, fusion="metadata", epochs=3))
     assert result.best_value > 0.7 and result.model.backbone is None
 
 
@@ -135,9 +131,9 @@ def test_nothing_of_another_run_is_taken_over(change, tmp_path):
     if change == "row":
         more["rows"] = ROWS.assign(age=ROWS.age.where(ROWS.image_id != "ISIC_000", 61.0))
     if change == "recipe":
-        more["spec"] = replace(SPEC, train=replace(SPEC.train, weight_decay=0.1))
+        more["spec"] = SPEC.replace(weight_decay=0.1)
     if change == "start":
-        more["spec"] = replace(SPEC, train=replace(SPEC.train, seed=2))
+        more["spec"] = SPEC.replace(seed=2)
     if change == "threads":
         torch.set_num_threads(2)
     if change == "label set":
@@ -168,7 +164,7 @@ def test_loader_processes_and_checkpoints_change_nothing(tmp_path):
     whole = train(work_dir=tmp_path)
     lines = []
     again = train(
-        replace(SPEC, train=replace(SPEC.train, workers=2, checkpoint_seconds=0.0)),
+        SPEC.replace(workers=2, checkpoint_minutes=0.0),
         work_dir=tmp_path,
         progress=lines.append,
     )
@@ -187,7 +183,7 @@ def test_each_fit_has_a_log_of_all_its_epochs(tmp_path):
     "By name, in folds of two steps; the same again where all was finished before."
     for _ in range(2):
         book = {}
-        spec = replace(STEPS, pretrain_epochs=0)
+        spec = STEPS.replace(pretrain_epochs=0)
         found = train_folds(
             STORE, ROWS, LABELS, ENCODER, spec, 2, work_dir=tmp_path, logger=lambda name: Log(book, name)
         )
@@ -215,16 +211,16 @@ def check_kills(spec, lines_of_kills, tmp_path):
 
 
 def test_killed_in_two_steps(tmp_path):
-    check_kills(replace(STEPS, pretrain_epochs=1), (2, 4, 6), tmp_path)
+    check_kills(STEPS.replace(pretrain_epochs=1), (2, 4, 6), tmp_path)
 
 
-AVERAGED = replace(SPEC.train, ema_decay=0.9, accumulate=2, epochs=3)
+AVERAGED = dict(ema_decay=0.9, accumulate=2, epochs=3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, dict(heads=HEADS), dict(train=AVERAGED)], ids=["plain", "heads", "ema"])
+@pytest.mark.parametrize("changes", [{}, dict(heads=HEADS), AVERAGED], ids=["plain", "heads", "ema"])
 def test_killed_at_every_line(changes, tmp_path):
-    check_kills(replace(STEPS, **changes), None, tmp_path)
+    check_kills(STEPS.replace(**changes), None, tmp_path)
 
 
 @pytest.mark.slow
@@ -232,7 +228,7 @@ def test_folds_killed_at_every_line(tmp_path):
     "Also where one folder sees all the kills one after another."
     said = []
     def folds(**more):
-        return train_folds(STORE, ROWS, LABELS, ENCODER, replace(SPEC, pretrain_epochs=1), 3, **more)
+        return train_folds(STORE, ROWS, LABELS, ENCODER, SPEC.replace(pretrain_epochs=1), 3, **more)
     whole = folds(progress=said.append)
     for n in range(1, len(said) + 1):
         with pytest.raises(Killed):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import types
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,8 @@ from skinlesion.model.fusion import create_model
 from skinlesion.model.heads import HeadSpec
 from skinlesion.model.logs import make_logger
 from skinlesion.model.optim import suggest_rate
-from skinlesion.model.training import TrainConfig, find_learning_rate, fit
+from skinlesion.model.recipe import Recipe
+from skinlesion.model.training import find_learning_rate, fit
 from skinlesion.taxonomy import LabelSet
 
 LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
@@ -47,7 +47,7 @@ EVERYTHING = dict(
     loss="focal",
     sampler="balanced",
     metric="balanced_accuracy",
-    checkpoint_seconds=0,
+    checkpoint_minutes=0,
 )
 
 
@@ -105,7 +105,7 @@ def make_run(heads=True, backbone="test_resnet", fusion="concat", drop_rate=.3, 
         seed=0,
         head=head,
     )
-    return model, train, valid, TrainConfig(**EVERYTHING | changes)
+    return model, train, valid, Recipe(**EVERYTHING | changes)
 
 
 def result_bytes(result):
@@ -190,7 +190,7 @@ from skinlesion.model.training import fit
 kill, folder = int(sys.argv[1]), sys.argv[2]
 def on_step(done):
     if done == kill: os.kill(os.getpid(), signal.SIGKILL)
-run = fit(*make_run(workers=2, checkpoint_seconds={seconds}), work_dir=folder, on_step=on_step, progress=print)
+run = fit(*make_run(workers=2, checkpoint_minutes={seconds} / 60), work_dir=folder, on_step=on_step, progress=print)
 open(sys.argv[3], 'wb').write(result_bytes(run))
 """
 
@@ -202,7 +202,7 @@ def test_killed_by_signal(tmp_path):
         def stop(done):
             return done == 7 and os.kill(os.getpid(), signal.SIGKILL)
         try:
-            fit(*make_run(workers=2, checkpoint_seconds=.05), work_dir=tmp_path, on_step=stop)
+            fit(*make_run(workers=2, checkpoint_minutes=.001), work_dir=tmp_path, on_step=stop)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -267,7 +267,7 @@ def test_another_run_is_never_gone_on_with(tmp_path):
         return model, squares(augment="medium", heads=True), valid, config
     def recipe(model, train, valid, config):
         "anew"
-        return model, train, valid, replace(config, clip_norm=2.)
+        return model, train, valid, config.replace(clip_norm=2.)
     def start(model, train, valid, config):
         "anew"
         with torch.no_grad():
@@ -279,7 +279,7 @@ def test_another_run_is_never_gone_on_with(tmp_path):
         return model, train, valid, config
     def nothing(model, train, valid, config):
         "the same"
-        return model, train, valid, replace(config, workers=1, checkpoint_seconds=3.)
+        return model, train, valid, config.replace(workers=1, checkpoint_minutes=.05)
     for change in (pixels, head, augment, recipe, start, threads):
         assert again(change)[0].endswith("starting anew"), change
     assert again(nothing)[0] == "↻ going on in epoch 2 after step 1 of 3 of an unfinished run"
@@ -311,7 +311,7 @@ def test_accumulated_gradients_are_those_of_the_whole(monkeypatch):
         mix="none",
         freeze_epochs=0,
         warmup_epochs=0,
-        clip_norm=1e9,
+        clip_norm=1e6,
         learning_rate=1.0,
         sampler="shuffle",
         ema_decay=0.0,
@@ -434,7 +434,7 @@ def test_rare_classes_count_once():
     "Drawn as often as the others they are not weighed besides; the class weights are there with the plain order."
     targets = torch.tensor([0] * 8 + [1] * 2 + [2] * 2)
     def weights(**more):
-        return training.Objective((), TrainConfig(**more), targets, 3, "abc").loss.weights
+        return training.Objective((), Recipe(**more), targets, 3, "abc").loss.weights
     assert weights(sampler="balanced") is None and weights(sampler="balanced", loss="focal") is None
     assert weights().tolist() == weights(loss="focal").tolist() == pytest.approx([.75, 1.5, 1.5])
 

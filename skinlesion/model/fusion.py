@@ -26,10 +26,12 @@ from skinlesion.model.backbones import (
     to_cells,
 )
 from .heads import PRIMARY, further_head, primary_head, read_heads
+from .recipe import Recipe
+from ..options import choices
 from ..taxonomy import nearest
 
 # %% ../../nbs/model/53_fusion.ipynb #51105c86
-FUSIONS = ('none', 'metadata', 'concat', 'film', 'metablock', 'gated', 'cross_attention')
+FUSIONS = choices(Recipe, 'fusion')
 METADATA_WIDTHS = (128, 64)
 
 def metadata_mlp(
@@ -257,7 +259,7 @@ def _fusion_parts(backbone, config):
     if fusion == 'cross_attention':
         return (
             dropout,
-            MetadataTokens([g['columns'] for g in groups], ATTENTION_WIDTH),
+            MetadataTokens(_fields(groups, dim), ATTENTION_WIDTH),
             CrossAttention(backbone.num_features),
             pooled + ATTENTION_WIDTH,
         )
@@ -268,11 +270,16 @@ def _fusion_parts(backbone, config):
         return dropout, branch, GatedUnit(read, pooled), GATED_WIDTH
     return dropout, branch, None, pooled + read
 
+# %% ../../nbs/model/53_fusion.ipynb #238297e2
+def _fields(groups, metadata_dim):
+    "The columns of each field of the metadata; without groups each column is a field of its own."
+    return [group['columns'] for group in groups] if groups else [[column] for column in range(metadata_dim)]
+
 # %% ../../nbs/model/53_fusion.ipynb #2c8a06c9
 def _joined_features(model, image, metadata):
     "What the heads read, (B, width)."
     fusion = model.config['fusion']
-    pool = lambda spatial: model.backbone.forward_head(spatial, pre_logits=True)
+    pool = partial(model.backbone.forward_head, pre_logits=True) if model.backbone else None
     spatial = None if fusion == 'metadata' else model.forward_features(image)
     if fusion == 'none':
         return pool(spatial)
@@ -358,7 +365,8 @@ def create_model(
     heads=None, # further heads, as `heads.read_heads` takes them; the primary is always 'diagnosis'
     drop_rate:float=.2, # dropout before the heads and in the metadata branch, [0, 1)
     metadata_dropout:float=0., # probability that a field of a row is forgotten in training, [0, 1)
-    metadata_groups:list|None=None, # `MetadataEncoder.groups()`; needed for metadata_dropout and for 'cross_attention'
+    # `MetadataEncoder.groups()`; needed for metadata_dropout; without it each column is a token of 'cross_attention'
+    metadata_groups:list|None=None,
     image_size:int|None=None, # pixels a side, for backbones that are built for a size; None is the backbone's own
     head:str='linear', # layer of the primary head: 'linear' or 'cosine'
     # whether images are brought to the backbone's own mean and deviation; False only for models older than this option
@@ -432,11 +440,6 @@ def _check_groups(config):
         )
     if rate and not groups:
         raise ValueError(f"metadata_dropout is {rate}, but metadata_groups is not given; pass MetadataEncoder.groups()")
-    if config['fusion'] == 'cross_attention' and not groups:
-        raise ValueError(
-            "fusion 'cross_attention' makes a token of each field, but metadata_groups is not given; "
-            "pass MetadataEncoder.groups()"
-        )
     if not groups or config['fusion'] == 'none':
         return
     columns = sorted(c for g in groups for c in g['columns'])
