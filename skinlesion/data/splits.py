@@ -60,10 +60,9 @@ def tied_groups(
     nodes = pd.factorize(np.concatenate([lesion, patient, a, image, image, b]))[0]
     ends = nodes.reshape(2, -1)
     size = int(nodes.max(initial=-1)) + 1
-    parts = connected_components(coo_array((np.ones(ends.shape[1]), tuple(ends)), shape=(size, size)), directed=False)[
-        1
-    ]
-    return pd.factorize(parts[ends[1, :len(table)]])[0]
+    links = coo_array((np.ones(ends.shape[1]), tuple(ends)), shape=(size, size))
+    _, component = connected_components(links, directed=False)
+    return pd.factorize(component[ends[1, :len(table)]])[0]
 
 # %% ../../nbs/data/25_splits.ipynb #90422dff
 def _check_values(
@@ -75,14 +74,13 @@ def _check_values(
             "metadata.csv: column 'split' is missing; add it (train, valid or test in each row) or "
             "choose the split policy 'stratified'"
         )
-    words = table['split'].fillna('').astype(str)
-    for row in np.flatnonzero(~words.isin(_SIDES))[:1]:
-        word = words.iloc[row]
+    values = table['split'].fillna('').astype(str)
+    for row in np.flatnonzero(~values.isin(_SIDES))[:1]:
+        value = values.iloc[row]
         raise ValueError(
-            f"metadata.csv row {row + 2} (image '{table['image_id'].iloc[row]}'): split '{word}' is not "
-            f"one of {', '.join(SPLITS)}.{nearest(word, SPLITS)}"
-            f" Give every row a split ({', '.join(APART)} keep an image out of these "
-            "three), or choose the split policy 'stratified'"
+            f"metadata.csv row {row + 2} (image '{table['image_id'].iloc[row]}'): split '{value}' is not "
+            f"one of {', '.join(SPLITS)}.{nearest(value, SPLITS)} Give every row a split ({', '.join(APART)} "
+            "keep an image out of these three), or choose the split policy 'stratified'"
         )
 
 # %% ../../nbs/data/25_splits.ipynb #8efb34ea
@@ -229,16 +227,16 @@ def _deal(
     totals = counts.sum(0)
     left = (counts[todo] > 0).sum(0)
     for g in todo[_order(counts[todo], rng)]:
-        mine = np.flatnonzero(counts[g])
-        images = counts[g, mine]
+        classes = np.flatnonzero(counts[g])
+        images = counts[g, classes]
         # How full each part would be of these classes, rare classes weighing most; then of anything.
-        full = ((have[:, mine] + images / 2) / (fractions[:, None] * totals[mine])) @ (images / totals[mine])
-        lacks = have[:, mine] == 0
-        urgent = (lacks & (left[mine] <= lacks.sum(0))).sum(1)
+        full = ((have[:, classes] + images / 2) / (fractions[:, None] * totals[classes])) @ (images / totals[classes])
+        lacks = have[:, classes] == 0
+        urgent = (lacks & (left[classes] <= lacks.sum(0))).sum(1)
         best = np.lexsort((have.sum(1) / fractions, np.round(full, 9), -urgent))[0]
         part[g] = best
-        have[best, mine] += images
-        left[mine] -= 1
+        have[best, classes] += images
+        left[classes] -= 1
     return part
 
 # %% ../../nbs/data/25_splits.ipynb #2bd9768a
@@ -263,7 +261,8 @@ def _cell_counts(
 ): # a (G, K) sparse array
     "Images of each group in each cell."
     rows = np.repeat(groups, cells.shape[1])
-    return coo_array((np.ones(cells.size), (rows, cells.ravel())), shape=(size, int(cells.max(initial=-1)) + 1)).tocsr()
+    shape = (size, int(cells.max(initial=-1)) + 1)
+    return coo_array((np.ones(cells.size), (rows, cells.ravel())), shape=shape).tocsr()
 
 # %% ../../nbs/data/25_splits.ipynb #4f70a05c
 def _room(
@@ -278,6 +277,15 @@ def _room(
     return kind, room.tolist()
 
 # %% ../../nbs/data/25_splits.ipynb #d8c27043
+def _cells_by_group(
+    inside, # (G, K) sparse, images of each group in each cell
+) -> list: # G lists of (cell, images)
+    "The cells that the images of each group stand in."
+    cells = np.split(inside.indices, inside.indptr[1:-1])
+    images = np.split(inside.data, inside.indptr[1:-1])
+    return [list(zip(*pair)) for pair in zip(cells, images)]
+
+# %% ../../nbs/data/25_splits.ipynb #335f0963
 def _spread(
     part:np.ndarray, # (G,) int part of each group, as `_deal` has it
     todo:np.ndarray, # (T,) int groups that may change places with others of their kind
@@ -287,25 +295,26 @@ def _spread(
     rng:np.random.Generator, # draws the order among equals
 ) -> np.ndarray: # (G,) int part of each group; the same class counts in each part
     "Let groups of one kind change places, so that the cells are shared out too."
-    parts, part, fixed = range(len(fractions)), part.copy(), np.setdiff1d(np.flatnonzero(part >= 0), todo)
+    parts = range(len(fractions))
+    part = part.copy()
+    fixed = np.setdiff1d(np.flatnonzero(part >= 0), todo)
     kind, room = _room(part[todo], counts[todo], len(fractions))
     totals = np.asarray(inside.sum(0)).ravel()
     have = [np.asarray(inside[fixed[part[fixed] == s]].sum(0)).ravel().tolist() for s in parts]
-    weigh = [(1 / (f * np.maximum(totals, 1))).tolist() for f in fractions]
-    mine = [
-        list(zip(*pair)) for pair in zip(*(np.split(a, inside.indptr[1:-1]) for a in (inside.indices, inside.data)))
-    ]
-    rarest = np.array([min((totals[c] for c, _ in mine[g]), default=0) for g in todo])
+    weights = [(1 / (f * np.maximum(totals, 1))).tolist() for f in fractions]
+    cells_of = _cells_by_group(inside)
+    rarest = np.array([min((totals[c] for c, _ in cells_of[g]), default=0) for g in todo])
     for t in np.lexsort((rng.random(len(todo)), rarest)).tolist():
         free = room[kind[t]]
-        cells = mine[todo[t]]
-        def full(s):
-            return (round(sum((have[s][c] + m / 2) * weigh[s][c] for c, m in cells), 9), -free[s] / fractions[s])
-        best = min((s for s in parts if free[s]), key=full)
+        cells = cells_of[todo[t]]
+        def fullness(s):
+            share = sum((have[s][c] + images / 2) * weights[s][c] for c, images in cells)
+            return round(share, 9), -free[s] / fractions[s]
+        best = min((s for s in parts if free[s]), key=fullness)
         part[todo[t]] = best
         free[best] -= 1
-        for c, m in cells:
-            have[best][c] += m
+        for c, images in cells:
+            have[best][c] += images
     return part
 
 # %% ../../nbs/data/25_splits.ipynb #60cf91c5
@@ -395,7 +404,9 @@ def _read_previous(
     name = 'previous' if isinstance(previous, pd.DataFrame) else str(previous)
     if name != 'previous' and not Path(previous).is_file():
         raise FileNotFoundError(f"{name}: no such table; name the splits.csv of an earlier run, or leave previous out")
-    rows = previous if isinstance(previous, pd.DataFrame) else pd.read_csv(previous, dtype=str, keep_default_na=False)
+    rows = previous
+    if not isinstance(previous, pd.DataFrame):
+        rows = pd.read_csv(previous, dtype=str, keep_default_na=False)
     for column in ('image_id', 'split'):
         if column not in rows:
             raise ValueError(
@@ -418,21 +429,20 @@ _PARTS = (*SPLITS, 'external') # the sides that a group can be on, by number
 
 def _fixed_parts(
     image_ids:np.ndarray, # (N,) str, of rows that are on a side already
-    said:list, # (N,) str, why, such as 'train in previous'
+    origins:list, # (N,) str, why, such as 'train in previous'
     sides:np.ndarray, # (N,) str of _PARTS
     groups:np.ndarray, # (N,) int group of each
     size:int, # G, number of groups
 ) -> np.ndarray: # (G,) int part, -1 where none is known
     "The part of each group; one that is on two sides already is an error."
-    rows = pd.DataFrame(dict(image=image_ids, said=said, side=sides, group=groups)).drop_duplicates(['group', 'side'])
+    rows = pd.DataFrame(dict(image=image_ids, origin=origins, side=sides, group=groups)).drop_duplicates(['group', 'side'])
     torn = rows[rows.group.duplicated(keep=False)]
     if len(torn):
-        named = [' and '.join(f"'{r.image}' ({r.said})" for r in g.itertuples()) for _, g in torn.groupby('group')]
+        named = [' and '.join(f"'{r.image}' ({r.origin})" for r in g.itertuples()) for _, g in torn.groupby('group')]
         raise ValueError(
             f"{len(named)} group(s) stand on two sides, joined by a lesion, a patient or a duplicate: "
-            f"{_listed(named)}. Nothing that was assigned is moved. "
-            "Correct the link in metadata.csv if it is wrong, or remove the images of "
-            "one side, or split anew without `previous` and compare with no older "
+            f"{_listed(named)}. Nothing that was assigned is moved. Correct the link in metadata.csv if it is "
+            "wrong, or remove the images of one side, or split anew without `previous` and compare with no older "
             "result"
         )
     fixed = np.full(size, -1)
@@ -455,10 +465,14 @@ def _decided(
     was = dict(zip(before.image_id, before.split))
     outside = outside | (table['image_id'].astype(str).map(was) == 'external').to_numpy()
     side = np.concatenate([np.where(outside, 'external', ''), [_SIDES[s] for s in before.split]]).astype(str)
-    said = ['external'] * len(table) + [f'{s} in previous' for s in before.split]
-    on = np.flatnonzero(side != '')
+    origins = ['external'] * len(table) + [f'{s} in previous' for s in before.split]
+    on_side = np.flatnonzero(side != '')
     fixed = _fixed_parts(
-        both.image_id.to_numpy()[on], [said[i] for i in on], side[on], groups[on], int(groups.max()) + 1
+        both.image_id.to_numpy()[on_side],
+        [origins[i] for i in on_side],
+        side[on_side],
+        groups[on_side],
+        int(groups.max()) + 1,
     )
     return groups[:len(table)], fixed, outside
 
@@ -532,7 +546,7 @@ def _column(
     held = np.isin(word, ('valid', 'test', 'external'))
     value = word.copy()
     value[~labelled] = np.where(np.isin(groups, groups[held]) | (word == 'aside'), 'aside', 'unlabelled')[~labelled]
-    value[labelled & ~outside & np.isin(groups, groups[outside])] = 'aside' # tied='error' was asked before
+    value[labelled & ~outside & np.isin(groups, groups[outside])] = 'aside' # tied='error' was checked before
     return value
 
 # %% ../../nbs/data/25_splits.ipynb #b50dbe12
@@ -571,19 +585,13 @@ def _check_arguments(
         raise ValueError(f"image_id '{twice.iloc[0]}' stands in more than one row; give each image one row")
     if not len(table):
         raise ValueError("the table has no rows to split; check metadata.csv")
-    known = set(table['image_id'].astype(str)) if pairs is not None else set()
-    strange = [
-        i
-        for c in ('image_id_a', 'image_id_b')
-        if pairs is not None and c in pairs
-        for i in pairs[c].astype(str)
-        if i.strip() not in known
-    ]
-    if strange:
+    known = set(table['image_id'].astype(str))
+    ends = [] if pairs is None else [pairs[c].astype(str) for c in ('image_id_a', 'image_id_b') if c in pairs]
+    unknown = [i for ids in ends for i in ids if i.strip() not in known]
+    if unknown:
         raise ValueError(
-            "pairs: no row of the table has the image_id "
-            f"'{strange[0]}'.{nearest(strange[0], sorted(known))} Find the duplicates of this table "
-            "anew"
+            f"pairs: no row of the table has the image_id '{unknown[0]}'.{nearest(unknown[0], sorted(known))} "
+            "Find the duplicates of this table anew"
         )
 
 # %% ../../nbs/data/25_splits.ipynb #52580a8e
@@ -608,8 +616,7 @@ def _check_tied(
 # %% ../../nbs/data/25_splits.ipynb #b076f99d
 def split_groups(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, diagnosis, and patient_id, age, site where known
-    # 'stratified' deals; 'hash' needs no memory; 'column' takes the column `split` as it stands
-    policy:str='stratified',
+    policy:str='stratified', # 'stratified' deals; 'hash' needs no memory; 'column' takes the column `split` as it is
     fractions:tuple=(.7, .15, .15), # shares of train, valid, test; positive, sum to 1
     seed:int=0, # same seed, same split, whatever the order of the rows
     codes:tuple=(), # classes that must occur, such as all of the label set; () asks for none
@@ -619,11 +626,9 @@ def split_groups(
 ) -> pd.Series: # one of SPLITS or APART per row, indexed like `table`
     "Assign whole lesions, patients and duplicates to train, valid or test, or keep them apart."
     _check_arguments(table, policy, fractions, pairs, previous)
-    order = (
-        np.arange(len(table))
-        if policy == 'column'
-        else np.argsort(table['image_id'].astype(str).to_numpy(str), kind='stable')
-    )
+    order = np.arange(len(table))
+    if policy != 'column':
+        order = np.argsort(table['image_id'].astype(str).to_numpy(str), kind='stable')
     rows = table.iloc[order]
     known = _decided(rows, pairs, previous, external)
     if (external or {}).get('tied', 'error') == 'error':
@@ -650,16 +655,15 @@ def _check_codes(
         )
     if absent:
         raise ValueError(
-            f"no image of class {', '.join(map(repr, absent))}: a model cannot learn a class it never "
-            "sees. "
-            "Import images of it, or give the dataset a label set without it"
+            f"no image of class {', '.join(map(repr, absent))}: no model can be trained for a class without "
+            "images. Import images of it, or give the dataset a label set without it"
         )
 
 # %% ../../nbs/data/25_splits.ipynb #5a079072
 def split_report(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, diagnosis
     split:pd.Series, # split of each row, indexed like `table`
-) -> pd.DataFrame: # one row per class and 'all'; columns (split, images), (split, lesions); values of APART where they occur
+) -> pd.DataFrame: # one row per class and 'all'; columns (split, images), (split, lesions)
     "Count images and lesions by class and split."
     code = np.where(_labelled(table), table['diagnosis'], 'no diagnosis')
     rows = pd.DataFrame(dict(diagnosis=code, split=split.loc[table.index].to_numpy(), lesion=_ties(table, 'lesion_id')))
@@ -679,7 +683,7 @@ def hash_deviation(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, diagnosis, patient_id where known
     split:pd.Series, # of `split_groups`, of whatever policy, indexed like `table`
     fractions:tuple=(.7, .15, .15), # wanted shares of train, valid, test
-    by:str='diagnosis', # column whose values are looked at one by one
+    by:str='diagnosis', # column whose values are compared one by one
     pairs:pd.DataFrame|None=None, # verified duplicates, as given to `split_groups`
 ) -> pd.DataFrame: # one row per value of `by` (and 'all') and split: wanted, got, difference, sd, images, groups
     "Wanted and realised share of each split, class by class; `images` and `groups` are those of the class."
@@ -693,16 +697,16 @@ def hash_deviation(
     )
     rows = rows[rows.split.isin(SPLITS)]
     rows = pd.concat([rows, rows.assign(value='all')])
-    found = []
+    deviations = []
     for value, part in rows.groupby('value', sort=False):
         sizes = part.groupby('group').size().to_numpy()
         for name, wanted in zip(SPLITS, fractions):
             got = (part.split == name).mean()
             sd = np.sqrt(wanted * (1 - wanted) * (sizes**2).sum()) / len(part)
-            found.append((value, name, wanted, got, got - wanted, sd, len(part), len(sizes)))
+            deviations.append((value, name, wanted, got, got - wanted, sd, len(part), len(sizes)))
     columns = [by, 'split', 'wanted', 'got', 'difference', 'sd', 'images', 'groups']
     order = {value: (value == 'all', value) for value in rows.value.unique()}
-    return pd.DataFrame(sorted(found, key=lambda row: order[row[0]]), columns=columns).set_index([by, 'split'])
+    return pd.DataFrame(sorted(deviations, key=lambda row: order[row[0]]), columns=columns).set_index([by, 'split'])
 
 # %% ../../nbs/data/25_splits.ipynb #3bb29f47
 def split_changes(
@@ -746,8 +750,7 @@ def make_folds(
     table:pd.DataFrame, # labelled rows: image_id, lesion_id, diagnosis, and patient_id, age, site where known
     k:int=5, # folds, at least 2
     seed:int=0, # same seed, same folds, whatever the order of the rows
-    # verified duplicates, which stay together; images that are not in the table tie through
-    pairs:pd.DataFrame|None=None,
+    pairs:pd.DataFrame|None=None, # verified duplicates, which stay together, also through images outside the table
 ) -> pd.Series: # int fold of each row, 0 to k-1, indexed like `table`
     "Assign whole lesions, patients and duplicates to k folds, every class to every fold."
     if not k == int(k) >= 2:
@@ -763,11 +766,12 @@ def make_folds(
     _check_classes(rows, groups, int(k), f'folds ({k})')
     fold[order] = _share_out(rows, groups, np.full(int(k), 1 / k), seed, np.full(groups.max() + 1, -1))[groups]
     counts = pd.crosstab(table['diagnosis'].to_numpy(), fold)
-    for code, absent in ((code, int((row == 0).argmax())) for code, row in counts.iterrows() if (row == 0).any()):
-        raise ValueError(
-            f"class '{code}' has no image in fold {absent}, its groups being tied to others; choose "
-            f"fewer than {k} folds, or add images of other lesions"
-        )
+    for code, row in counts.iterrows():
+        if (row == 0).any():
+            raise ValueError(
+                f"class '{code}' has no image in fold {int((row == 0).argmax())}, its groups being tied to others; "
+                f"choose fewer than {k} folds, or add images of other lesions"
+            )
     return pd.Series(fold, index=table.index, name='fold')
 
 # %% ../../nbs/data/25_splits.ipynb #31c384ed
@@ -829,16 +833,18 @@ def _stand_ins(
     lesions:dict, # lesion -> positions of its images in training, all of one class
     wanted:list, # how many images are needed, lesion by lesion, largest first
     rng:np.random.Generator, # draws among equals
-) -> list: # of (positions that stand in, positions to set aside), one per wanted number; empty where no lesion is left for it
+) -> list: # of (positions that stand in, positions to set aside), one per number; empty where no lesion is left
     "For each number the smallest lesion that has more images, each lesion once."
     free = {k: rng.permutation(v) for k, v in sorted(lesions.items())}
-    found = []
+    chosen = []
     for n in wanted:
         sizes = {k: len(v) for k, v in free.items() if len(v) > n}
         least = min(sizes.values(), default=0)
-        mine = free.pop(rng.choice([k for k, size in sizes.items() if size == least])) if sizes else np.array([], int)
-        found.append((mine[:n], mine[n:]))
-    return found
+        images = np.array([], int)
+        if sizes:
+            images = free.pop(rng.choice([k for k, size in sizes.items() if size == least]))
+        chosen.append((images[:n], images[n:]))
+    return chosen
 
 # %% ../../nbs/data/25_splits.ipynb #dacc11f5
 def _free_siblings(
@@ -848,13 +854,13 @@ def _free_siblings(
 ) -> list: # of (position that stays, positions of its siblings)
     "One image of each test lesion with several, and the others."
     rows = pd.Series(nodes)[split == 'test']
-    found = [rng.permutation(mine.index.to_numpy()) for _, mine in rows.groupby(rows) if len(mine) > 1]
-    if not found:
+    several = [rng.permutation(images.index.to_numpy()) for _, images in rows.groupby(rows) if len(images) > 1]
+    if not several:
         raise ValueError(
             "no lesion has more than one image in test, so nothing can be leaked; choose another "
             "split, or a table with repeated lesions"
         )
-    return [(rows[0], rows[1:]) for rows in found]
+    return [(images[0], images[1:]) for images in several]
 
 # %% ../../nbs/data/25_splits.ipynb #c08f347b
 def _swaps(
@@ -865,23 +871,20 @@ def _swaps(
     rng:np.random.Generator, # draws among equals
 ) -> list: # of (number in `kept`, positions of siblings, of their stand-ins, to set aside)
     "What can change places, class by class."
-    found = []
+    swaps = []
     for c in sorted(set(code[train])):
-        mine = [(k, siblings[code[siblings] == c]) for k, (_, siblings) in enumerate(kept)]
-        mine = sorted(((k, s) for k, s in mine if len(s)), key=lambda pair: -len(pair[1]))
+        siblings = [(k, images[code[images] == c]) for k, (_, images) in enumerate(kept)]
+        siblings = sorted(((k, s) for k, s in siblings if len(s)), key=lambda pair: -len(pair[1]))
         here = np.flatnonzero(train & (code == c))
         lesions = {lesion: here[at] for lesion, at in pd.Series(nodes[here]).groupby(nodes[here]).indices.items()}
-        found += [
-            (k, s, *out)
-            for (k, s), out in zip(mine, _stand_ins(lesions, [len(s) for _, s in mine], rng))
-            if len(out[0])
-        ]
-    if not found:
+        stand_ins = _stand_ins(lesions, [len(s) for _, s in siblings], rng)
+        swaps += [(k, s, *images) for (k, s), images in zip(siblings, stand_ins) if len(images[0])]
+    if not swaps:
         raise ValueError(
             "no training lesion has as many images as a test lesion of its class, so none can stand "
             "in; choose larger fractions of train, or a table with more repeated lesions"
         )
-    return found
+    return swaps
 
 # %% ../../nbs/data/25_splits.ipynb #26331148
 def inject_leak(
@@ -889,7 +892,7 @@ def inject_leak(
     split:pd.Series, # a clean split of it, indexed like `table`
     share:float=1., # of the test lesions that can leak, how many do; in (0, 1]
     seed:int=0, # same seed, same leak; the clean split does not depend on `share`
-) -> pd.DataFrame: # indexed like `table`: clean, leaked (str of SPLITS and APART), sibling (bool: a test image whose lesion is in leaked training)
+) -> pd.DataFrame: # indexed like `table`: clean, leaked (str), sibling (bool: a test image with its lesion in training)
     "Two splits that differ in a leak alone; images that neither uses are `aside`."
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; give a number above 0 and at most 1")
@@ -902,14 +905,16 @@ def inject_leak(
     nodes = _ties(rows, 'lesion_id')
     kept = _free_siblings(nodes, clean, rng)
     swaps = _swaps(kept, nodes, code, clean == 'train', rng)
-    for idle in (*(siblings for _, siblings in kept), *(spare for *_, spare in swaps)):
-        clean[idle] = 'aside'
-    able = sorted({k for k, *_ in swaps})
-    chosen = set(rng.permutation(able)[:max(1, round(share * len(able)))])
+    for unused in (*(siblings for _, siblings in kept), *(spare for *_, spare in swaps)):
+        clean[unused] = 'aside'
+    possible = sorted({k for k, *_ in swaps})
+    chosen = set(rng.permutation(possible)[:max(1, round(share * len(possible)))])
     leaked = clean.copy()
     sibling = np.zeros(len(rows), bool)
     for k, siblings, out, _ in swaps:
         if k not in chosen:
             continue
-        leaked[out], leaked[siblings], sibling[kept[k][0]] = 'aside', 'train', True
+        leaked[out] = 'aside'
+        leaked[siblings] = 'train'
+        sibling[kept[k][0]] = True
     return pd.DataFrame(dict(clean=clean, leaked=leaked, sibling=sibling), index=rows.index).loc[table.index]

@@ -40,7 +40,7 @@ from ..taxonomy import nearest
 
 # %% ../../nbs/data/26_store.ipynb #99598d62
 @dataclass(frozen=True)
-class _Recipe:
+class _Settings:
     "What is done to each image."
     size:int # side of the square, in pixels
     colour:str # one of colour.COLOURS
@@ -64,7 +64,7 @@ def _digest(image, mask):
 # %% ../../nbs/data/26_store.ipynb #2e46777f
 def _prepare_one(
     job:tuple, # image_id, path of the image, path of the mask or None
-    recipe:_Recipe,
+    settings:_Settings,
 ) -> tuple: # image (size,size,3) uint8, mask (size,size) bool or None, (image_id, height, width, has_mask, digest)
     "Read one image and its mask; an error names the image and the file."
     image_id, path, mask_path = job
@@ -77,14 +77,15 @@ def _prepare_one(
         raise
     except (OSError, ValueError) as e:
         raise ImageError(f"image '{image_id}': {e}. Replace the file or leave out its row") from e
-    (h, w), there = image.shape[:2], mask is not None
-    if there and mask.shape != (h, w):
+    height, width = image.shape[:2]
+    if mask is not None and mask.shape != (height, width):
         raise ImageError(
-            f"{mask_path}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels, its image {w}x{h}; "
+            f"{mask_path}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels, its image {width}x{height}; "
             "export both at one size"
         )
-    pixels = prepare_image(image, recipe.size, recipe.colour)
-    return pixels, resize_mask(mask, recipe.size) if there else None, (image_id, h, w, there, _digest(data, mask_data))
+    pixels = prepare_image(image, settings.size, settings.colour)
+    small_mask = None if mask is None else resize_mask(mask, settings.size)
+    return pixels, small_mask, (image_id, height, width, mask is not None, _digest(data, mask_data))
 
 # %% ../../nbs/data/26_store.ipynb #fffe3245
 def _ahead(
@@ -148,7 +149,8 @@ def _as_rows(facts):
     rows = np.zeros(len(facts), _row_type(max(map(len, ids))))
     for name, values in zip(('height', 'width', 'has_mask'), zip(*(f[1:4] for f in facts))):
         rows[name] = values
-    rows['image_id'], rows['row'] = ids, np.arange(len(ids))
+    rows['image_id'] = ids
+    rows['row'] = np.arange(len(ids))
     rows['source'] = np.frombuffer(b''.join(f[4] for f in facts), np.uint8).reshape(-1, 32)
     return rows
 
@@ -174,7 +176,9 @@ def _write_shard(
             facts.append(fact)
             tick(1)
     np.save(folder/'rows.npy', _as_rows(facts))
-    sums = dict([('images.npy', images.sum.hexdigest())] + ([('masks.npy', outlines.sum.hexdigest())] if masks else []))
+    sums = {'images.npy': images.sum.hexdigest()}
+    if masks:
+        sums['masks.npy'] = outlines.sum.hexdigest()
     sums['rows.npy'] = sha256_file(folder/'rows.npy')
     (folder/'SHA256SUMS').write_text(''.join(f'{digest}  {name}\n' for name, digest in sums.items()))
 
@@ -189,10 +193,10 @@ def _code_digest():
     return sha256_bytes(''.join(inspect.getsource(inspect.getmodule(f)) for f in (read_image, prepare_image)).encode())
 
 # %% ../../nbs/data/26_store.ipynb #f70257bb
-def _shard_key(ids, recipe):
+def _shard_key(ids, settings):
     "Name of a kept shard."
-    asked = [_FORMAT, recipe.size, recipe.colour, PIL.__version__, cv2.__version__, _code_digest(), *ids]
-    return sha256_bytes('\n'.join(map(str, asked)).encode())[:32]
+    parts = [_FORMAT, settings.size, settings.colour, PIL.__version__, cv2.__version__, _code_digest(), *ids]
+    return sha256_bytes('\n'.join(map(str, parts)).encode())[:32]
 
 # %% ../../nbs/data/26_store.ipynb #3e7b0f35
 def _still_good(folder, jobs, workers):
@@ -213,7 +217,7 @@ def _source_digest(job):
 @contextmanager
 def _only_one(
     folder:Path, # any folder
-    doing:str, # told to whoever finds it taken
+    action:str, # what the holder does, for the error of the next one
 ):
     "Hold a folder's lock; a kill lets go of it."
     handle = os.open(folder, os.O_RDONLY)
@@ -222,7 +226,7 @@ def _only_one(
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{folder}: another process is {doing} there; wait for it, or give another folder"
+                f"{folder}: another process is {action} there; wait for it, or give another folder"
             ) from None
         yield
     finally:
@@ -240,12 +244,12 @@ def _finish_shards(
     lots:list, # of Series of ids, a shard each
     dataset, # with image_path and mask_path
     keep:Path, # folder of kept shards
-    recipe:_Recipe,
+    settings:_Settings,
     workers:int, # threads
     progress, # (done, total) -> None, or None
 ) -> list: # of folders, in the order of `lots`
     "Take up the shards that are still good and build the others."
-    names = [_shard_key(ids, recipe) for ids in lots]
+    names = [_shard_key(ids, settings) for ids in lots]
     done = 0
     total = sum(map(len, lots))
     def tick(n):
@@ -260,13 +264,13 @@ def _finish_shards(
         else:
             missing.append((name, ids))
     decoded = _ahead(
-        lambda job: _prepare_one(job, recipe), (job for _, ids in missing for job in _jobs(dataset, ids)), workers
+        lambda job: _prepare_one(job, settings), (job for _, ids in missing for job in _jobs(dataset, ids)), workers
     )
     with closing(decoded):
         for name, ids in missing:
             scratch = Path(tempfile.mkdtemp(prefix=f'{name}.', suffix='.tmp', dir=keep))
             masks = any(dataset.mask_path(i) is not None for i in ids)
-            _write_shard(scratch, itertools.islice(decoded, len(ids)), len(ids), masks, recipe.size, tick)
+            _write_shard(scratch, itertools.islice(decoded, len(ids)), len(ids), masks, settings.size, tick)
             shutil.rmtree(keep/name, ignore_errors=True)
             os.rename(scratch, keep/name)
     return [keep/name for name in names]
@@ -306,7 +310,7 @@ def _write_index(
     sums:dict, # name -> SHA-256 of every shard, old and new
     parts:list, # of row arrays, in the order of the shards
     counts:list, # images of each shard
-    recipe:_Recipe,
+    settings:_Settings,
 ) -> str: # the text of SHA256SUMS
     "Write the index of a number of shards, beside an older one."
     rows = np.empty(sum(counts), _row_type(max(p.dtype['image_id'].itemsize for p in parts)))
@@ -320,7 +324,7 @@ def _write_index(
             file.write(rows[order[k:k + 4096]].view(np.uint8))
     write_json(
         out / f'{name}.json',
-        dict(format=_FORMAT, size=recipe.size, colour=recipe.colour, images=list(map(int, counts))),
+        dict(format=_FORMAT, size=settings.size, colour=settings.colour, images=list(map(int, counts))),
     )
     sums = sums | {f: sha256_file(out/f) for f in (f'{name}.npy', f'{name}.json')}
     return ''.join(f'{sums[f]}  {f}\n' for f in sorted(sums))
@@ -337,9 +341,8 @@ def _check_request(dataset, out, size, workers, shard_images):
         raise ValueError(f"shard_images is {shard_images}; choose 1 or more, or None")
     if not len(ids):
         raise ValueError(f"{out}: the dataset has no images to store")
-    hashes = np.sort(
-        np.fromiter(map(hash, ids), np.int64, len(ids))
-    )  # pandas' own look at duplicates takes 25 MB for 100,000 ids
+    # `duplicated` of pandas takes 25 MB for 100,000 ids, so hashes are compared first
+    hashes = np.sort(np.fromiter(map(hash, ids), np.int64, len(ids)))
     if (hashes[1:] == hashes[:-1]).any() and ids.duplicated().any():
         raise ValueError(
             f"image_id '{ids[ids.duplicated()].iloc[0]}' stands in more than one row; give each image one row"
@@ -348,31 +351,29 @@ def _check_request(dataset, out, size, workers, shard_images):
 
 # %% ../../nbs/data/26_store.ipynb #bd672c01
 def build_store(
-    # data.schema.Dataset, or anything with table, image_path(id) and mask_path(id) (None where there is no mask)
-    dataset,
+    dataset, # data.schema.Dataset, or anything with table, image_path(id) and mask_path(id), which may give None
     out:Path|str, # folder to publish; replaced as a whole, or left as it was after an error
     size:int, # side of the square, in pixels, 8 to 4096
     progress=None, # called as progress(done, total)
     workers:int=2, # decoding threads; the bytes do not depend on it
-    # keeps finished shards, for a build after a kill or of a dataset that grew; None keeps nothing
-    work_dir:Path|str|None=None,
+    work_dir:Path|str|None=None, # keeps finished shards, for a build after a kill or of a dataset that grew
     colour:str='none', # correction of `skinlesion.colour.COLOURS`
     shard_images:int|None=None, # most images in a shard; None for 64 MiB of pixels and at most 1,024
 ): # -> ImageStore
     "Decode and resize every image of a dataset once; an unreadable file is an error that names it."
     ids = _check_request(dataset, out, size, workers, shard_images)
-    recipe = _Recipe(int(size), check_colour(colour))
-    lots = _lots(ids, recipe.size, shard_images)
+    settings = _Settings(int(size), check_colour(colour))
+    lots = _lots(ids, settings.size, shard_images)
     with scratch_folder(out) as folder:
         keep = Path(work_dir) if work_dir else folder/'.kept'
         keep.mkdir(parents=True, exist_ok=True)
         with _only_one(keep, 'building a store'):
-            shards = _finish_shards(lots, dataset, keep, recipe, workers, progress)
+            shards = _finish_shards(lots, dataset, keep, settings, workers, progress)
             sums, parts = _place_shards(shards, 0, folder, move=not work_dir)
             _clear_kept(keep, {s.name for s in shards} if work_dir else ())
         if not work_dir:
             keep.rmdir()
-        (folder/'SHA256SUMS').write_text(_write_index(folder, sums, parts, [len(lot) for lot in lots], recipe))
+        (folder/'SHA256SUMS').write_text(_write_index(folder, sums, parts, [len(lot) for lot in lots], settings))
     return ImageStore(out)
 
 # %% ../../nbs/data/26_store.ipynb #e1b87204
@@ -407,6 +408,29 @@ def _check_files(root, sums, facts):
                 )
 
 # %% ../../nbs/data/26_store.ipynb #de098060
+def _check_sums(root, sums):
+    "Compare every file with its sum; one that is missing or changed is an error."
+    faults = []
+    for name, digest in sums.items():
+        if not (root/name).is_file():
+            faults.append(f"'{name}' is missing")
+        elif sha256_file(root/name) != digest:
+            faults.append(f"'{name}' has changed")
+    if faults:
+        raise ValueError(f"{root}: {len(faults)} file(s) differ from SHA256SUMS: {'; '.join(faults[:10])}; {_REBUILD}")
+
+# %% ../../nbs/data/26_store.ipynb #8f8447a5
+def _map_array(path, shape):
+    "An array on the disk, mapped; another shape is an error."
+    try:
+        array = np.load(path, mmap_mode='r')
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: cannot be read ({e}); {_REBUILD}") from e
+    if array.shape != shape:
+        raise ValueError(f"{path}: holds {array.shape} where {shape} is expected; {_REBUILD}")
+    return array.view(np.ndarray)
+
+# %% ../../nbs/data/26_store.ipynb #d21bb70c
 class ImageStore:
     "The images and masks of a built store, by `image_id`."
     def __init__(self,
@@ -422,43 +446,27 @@ class ImageStore:
             raise ValueError(
                 f"{self.root / name}.json: format is {facts.get('format')!r}, this version reads {_FORMAT}; {_REBUILD}"
             )
-        # side in pixels; colour correction that the images went through
-        self.size = facts['size']
-        self.colour = facts['colour']
+        self.size = facts['size']  # side in pixels
+        self.colour = facts['colour']  # correction that the images went through
         self._starts = np.cumsum([0, *facts['images']]).tolist()
         _check_files(self.root, self._sums, facts)
-        self._rows = self._map(f'{name}.npy', (len(self),))
+        self._rows = _map_array(self.root/f'{name}.npy', (len(self),))
         self._ids = self._rows['image_id']
         self._shards = {}
 
     def verify(self) -> None:
         "Compare every file with its sum; one that is missing or changed is an error."
-        faults = [
-            f"'{name}' is missing" if not (self.root / name).is_file() else f"'{name}' has changed"
-            for name, digest in self._sums.items()
-            if not (self.root / name).is_file() or sha256_file(self.root / name) != digest
-        ]
-        if faults:
-            raise ValueError(
-                f"{self.root}: {len(faults)} file(s) differ from SHA256SUMS: {'; '.join(faults[:10])}; {_REBUILD}"
-            )
-
-    def _map(self, name, shape):
-        "Map one array."
-        try:
-            array = np.load(self.root/name, mmap_mode='r')
-        except (OSError, ValueError) as e:
-            raise ValueError(f"{self.root/name}: cannot be read ({e}); {_REBUILD}") from e
-        if array.shape != shape:
-            raise ValueError(f"{self.root/name}: holds {array.shape} where {shape} is expected; {_REBUILD}")
-        return array.view(np.ndarray)
+        _check_sums(self.root, self._sums)
 
     def __len__(self):
         return self._starts[-1]
+
     def __reduce__(self):
         return ImageStore, (self.root,)
+
     def __repr__(self):
-        return f"ImageStore({len(self)} images of {self.size}x{self.size}, {self._rows['has_mask'].sum()} with a mask)"
+        masks = self._rows['has_mask'].sum()
+        return f"ImageStore({len(self)} images of {self.size}x{self.size}, {masks} with a mask)"
 
 # %% ../../nbs/data/26_store.ipynb #0fba65c6
 def _place(self, image_id):
@@ -478,7 +486,7 @@ def _cell(self, row, kind):
     k = bisect_right(self._starts, row) - 1
     if (k, kind) not in self._shards:
         shape = (self._starts[k + 1] - self._starts[k], self.size, self.size)
-        self._shards[k, kind] = self._map(f'shard_{k:05}{kind}.npy', shape if kind else (*shape, 3))
+        self._shards[k, kind] = _map_array(self.root/f'shard_{k:05}{kind}.npy', shape if kind else (*shape, 3))
     return self._shards[k, kind][row - self._starts[k]]
 
 # %% ../../nbs/data/26_store.ipynb #8da26e46
@@ -490,7 +498,7 @@ def ids(self:ImageStore) -> list: # of str
 # %% ../../nbs/data/26_store.ipynb #30fb6ab0
 @patch(as_prop=True)
 def table(self:ImageStore) -> pd.DataFrame: # image_id, has_mask, height and width of the original
-    "What the index says of each image, in the order in which they were stored."
+    "The index as a table, in the order in which the images were stored."
     rows = self._rows[np.argsort(self._rows['row'])]
     return pd.DataFrame(dict(image_id=self.ids, **{k: rows[k] for k in ('has_mask', 'height', 'width')}))
 
@@ -541,16 +549,15 @@ def _remove_unlisted(store):
 # %% ../../nbs/data/26_store.ipynb #230569ad
 def _new_ids(store, dataset, ids, workers):
     "Ids that the store does not hold; stop where one it holds comes from other bytes."
-    places = {
-        i: at for i in ids if (at := bisect_left(store._ids, i.encode())) < len(store) and store._ids[at] == i.encode()
-    }
-    for (image_id, at), digest in zip(places.items(), _ahead(_source_digest, _jobs(dataset, places), workers)):
+    rows = {i: bisect_left(store._ids, i.encode()) for i in ids}
+    rows = {i: at for i, at in rows.items() if at < len(store) and store._ids[at] == i.encode()}
+    for (image_id, at), digest in zip(rows.items(), _ahead(_source_digest, _jobs(dataset, rows), workers)):
         if store._rows['source'][at].tobytes() != digest:
             raise ValueError(
                 f"image '{image_id}': its file or its mask has changed since it was stored in "
                 f"{store.root}; build the store anew, or give the new picture an id of its own"
             )
-    return ids[[i not in places for i in ids]]
+    return ids[[i not in rows for i in ids]]
 
 # %% ../../nbs/data/26_store.ipynb #c8960547
 def append_store(
@@ -565,7 +572,7 @@ def append_store(
     with _only_one(ImageStore(root).root, 'adding images'):
         store = ImageStore(root)
         ids = _check_request(dataset, root, store.size, workers, shard_images)
-        recipe = _Recipe(store.size, store.colour)
+        settings = _Settings(store.size, store.colour)
         ids = _new_ids(store, dataset, ids, workers)
         _remove_unlisted(store)
         if len(ids):
@@ -575,7 +582,7 @@ def append_store(
             keep.mkdir()
             try:
                 sums, parts = _place_shards(
-                    _finish_shards(lots, dataset, keep, recipe, workers, progress), len(counts), root, move=True
+                    _finish_shards(lots, dataset, keep, settings, workers, progress), len(counts), root, move=True
                 )
             finally:
                 shutil.rmtree(keep)
@@ -585,7 +592,7 @@ def append_store(
                 sums,
                 [store._rows[np.argsort(store._rows['row'])], *parts],
                 counts + [len(lot) for lot in lots],
-                recipe,
+                settings,
             )
             os.sync()
             atomic_write(root/'SHA256SUMS', text)
