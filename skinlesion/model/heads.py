@@ -21,6 +21,7 @@ from torch import nn
 from .losses import SCALE
 from .recipe import PRIMARY, HeadOptions, check_head_names, level_form
 from ..options import check_options
+from ..stats.metrics import weighted_auroc
 from ..taxonomy import LabelSet, is_missing, nearest
 
 # %% ../../nbs/model/52_heads.ipynb #a3bc19ac
@@ -252,7 +253,9 @@ def head_metrics(
     predicted = head_levels(probs, spec)
     n = len(targets)
     metrics = dict(
-        binary=lambda: dict(auroc=_auroc(targets, probs[:, 1]), balanced_accuracy=_balanced(targets, predicted)),
+        binary=lambda: dict(
+            auroc=weighted_auroc(targets, probs[:, 1])[0], balanced_accuracy=_balanced(targets, predicted)
+        ),
         ordinal=lambda: dict(
             quadratic_kappa=_kappa(targets, predicted, spec.n_levels), mae=float(np.abs(targets - predicted).mean())
         ),
@@ -281,15 +284,6 @@ def _undefined(name, targets, predicted, spec):
     if name == 'quadratic_kappa' and len(set(targets) | set(predicted)) < 2:
         return 'one level alone, in answers and predictions'
     return ''
-
-# %% ../../nbs/model/52_heads.ipynb #ef8c6334
-def _auroc(targets, score):
-    "Area under the ROC curve, ties by midranks."
-    order = np.sort(score)
-    positive = targets == 1
-    ranks = (np.searchsorted(order, score, 'left') + np.searchsorted(order, score, 'right') + 1) / 2
-    n = positive.sum()
-    return (ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(targets) - n)) if 0 < n < len(targets) else math.nan
 
 # %% ../../nbs/model/52_heads.ipynb #d2f245b0
 def _balanced(targets, predicted):

@@ -8,7 +8,8 @@ __all__ = ['validation_metrics', 'History', 'copy_weights', 'epoch_line']
 # %% ../../nbs/model/57_history.ipynb #d1bf00c2
 import numpy as np
 import torch
-from scipy.stats import rankdata
+
+from ..stats.metrics import weighted_auroc
 
 # %% ../../nbs/model/57_history.ipynb #a2a4701a
 def validation_metrics(
@@ -24,9 +25,8 @@ def validation_metrics(
         positive = targets == c
         called = predicted == c
         n = positive.sum()
-        others = (~positive).sum()
         hits = (positive & called).sum()
-        aurocs.append((rankdata(probs[:, c])[positive].sum() - n * (n + 1) / 2) / (n * others))
+        aurocs.append(weighted_auroc(positive, probs[:, c])[0])
         sensitivities.append(hits / n)
         f1s.append(2 * hits / (n + called.sum()))
     return dict(valid_auroc_macro=float(np.mean(aurocs)), valid_balanced_accuracy=float(np.mean(sensitivities)),

@@ -32,6 +32,7 @@ from skinlesion.synthetic.draw import (
 )
 from ..files import atomic_write, read_json, write_json
 from ..images import read_image
+from ..stats.metrics import weighted_auroc
 from ..taxonomy import get_label_set, nearest
 
 # %% ../../nbs/synthetic/36_truth.ipynb #0e3a9301
@@ -297,11 +298,8 @@ def bayes_model(
 # %% ../../nbs/synthetic/36_truth.ipynb #13090c76
 def _exact_auroc(score, positive, negative):
     "AUROC of a score that takes each value with the probability given for each of two classes."
-    _, level = np.unique(np.round(score, 12), return_inverse=True)
-    positive = np.bincount(level, positive)
-    negative = np.bincount(level, negative)
-    below = np.cumsum(negative) - negative
-    return float(positive @ (below + negative / 2) / (positive.sum() * negative.sum()))
+    side = np.repeat([True, False], len(score))
+    return float(weighted_auroc(side, np.tile(np.round(score, 12), 2), np.concatenate([positive, negative])[None])[0])
 
 # %% ../../nbs/synthetic/36_truth.ipynb #71fb84ef
 def bayes_figures(
