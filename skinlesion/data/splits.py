@@ -435,7 +435,8 @@ def _fixed_parts(
     size:int, # G, number of groups
 ) -> np.ndarray: # (G,) int part, -1 where none is known
     "The part of each group; one that is on two sides already is an error."
-    rows = pd.DataFrame(dict(image=image_ids, origin=origins, side=sides, group=groups)).drop_duplicates(['group', 'side'])
+    rows = pd.DataFrame(dict(image=image_ids, origin=origins, side=sides, group=groups))
+    rows = rows.drop_duplicates(['group', 'side'])
     torn = rows[rows.group.duplicated(keep=False)]
     if len(torn):
         named = [' and '.join(f"'{r.image}' ({r.origin})" for r in g.itertuples()) for _, g in torn.groupby('group')]
