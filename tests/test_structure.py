@@ -44,7 +44,7 @@ def libraries(root):
     found = {}
     for path in tracked(root, "nbs/*.ipynb"):
         match = re.fullmatch(r"(\d+)_(\w+)", path.stem)
-        if match and path.parts[1] != "lessons":
+        if match and path.parts[1] not in ("lessons", "guide"):
             room = path.parent.relative_to("nbs").as_posix().strip(".")
             found[path] = int(match[1]), room, Path("skinlesion", room, f"{match[2]}.py")
     return found
