@@ -143,9 +143,10 @@ def good_files():
             '#| export\nclass Grower:\n    "Grows."\n    def up(self):\n        "Up."\n        return grow(1)',
         ),
         "nbs/use/51_predict.ipynb": library("use.predict", "#| export\nimport json  # noqa: F401", ADD.replace("add", "predict")),
-        "nbs/pipeline/102_reports.ipynb": library(
-            "pipeline.reports", "#| export\nfrom skinlesion.base import add  # noqa: F401", ADD.replace("add", "report")
+        "nbs/report/89_index.ipynb": library(
+            "report.index", "#| export\nfrom skinlesion.base import add  # noqa: F401", ADD.replace("add", "index")
         ),
+        "nbs/pipeline/102_reports.ipynb": library("pipeline.reports", ADD.replace("add", "report")),
         **{f"nbs/stages/{stage}.ipynb": stage_notebook(stage) for stage in STAGES},
         **embedded_data(),
     }

@@ -15,7 +15,7 @@ from skinlesion.audit.findings import Finding
 from skinlesion.data.schema import DatasetInfo, write_dataset
 from skinlesion.evaluate.abstention import LockedAbstention
 from skinlesion.evaluate.benchmarks import split_digest
-from skinlesion.report.clinical import Picture
+from skinlesion.report.templates import Picture
 from skinlesion.evaluate.policy import Policy
 from skinlesion.data.tables import read_predictions, write_predictions
 from skinlesion.evaluate.scorecard import scorecard
@@ -389,7 +389,7 @@ def test_evaluate_scores_a_split_of_two_tables(tables, tmp_path):
 
 def test_evaluate_knows_the_usual_words_for_splits(tables, tmp_path, monkeypatch):
     folder, said, truth = tables
-    monkeypatch.setattr("skinlesion.pipeline.reports.write_evaluation", lambda result, *_, **__: kept.append(result))
+    monkeypatch.setattr("skinlesion.report.clinical.write_evaluation", lambda result, *_, **__: kept.append(result))
     kept = []
     words = dict(test="Test", valid="validation")
     said.assign(split=said.split.map(words)).to_csv(tmp_path / "p.csv", index=False)
@@ -406,7 +406,7 @@ def test_evaluate_knows_the_usual_words_for_splits(tables, tmp_path, monkeypatch
 
 
 def test_evaluate_leaves_out_only_when_asked_and_says_so(tables, tmp_path, monkeypatch):
-    monkeypatch.setattr("skinlesion.report.clinical.picture", lambda draw, alt: Picture(b"", alt, 100))
+    monkeypatch.setattr("skinlesion.report.clinical.draw_picture", lambda draw, alt: Picture(b"", alt, 100))
     folder, _, _ = tables
     ended = evaluate(folder, "--out", tmp_path / "out")
     assert ended.exit_code == 1
@@ -451,7 +451,7 @@ def test_evaluate_gives_the_same_bytes_in_another_process(tables, tmp_path):
 def test_evaluate_says_that_nobody_knows_what_is_malignant(tables, tmp_path, monkeypatch):
     folder, said, truth = tables
     monkeypatch.setattr(
-        "skinlesion.pipeline.reports.write_evaluation", lambda result, *_, **__: kept.update(result.metrics())
+        "skinlesion.report.clinical.write_evaluation", lambda result, *_, **__: kept.update(result.metrics())
     )
     kept = {}
     write_predictions(said[["image_id"]].assign(p_mole=said.p_benign, p_wart=said.p_mel), tmp_path / "p.csv")

@@ -39,7 +39,7 @@ class Evaluation:
     labels:pd.DataFrame # image_id, diagnosis, lesion_id, optional split, age, sex, site of all images
     part:str='' # part that the evaluation is about; '' for all images
     name:str='' # of the data
-    facts:dict = field(default_factory=dict) # name of `report.clinical.FACTS` -> sentence
+    facts:dict = field(default_factory=dict) # name of `report.guidelines.FACTS` -> sentence
     member_cards:dict = field(default_factory=dict) # part -> member -> scorecard
     calibration:str='' # kind chosen on validation, such as 'temperature' or 'none'; '' where none was fitted
     calibrated:bool=False # whether the measured probabilities are those after calibration
@@ -149,7 +149,7 @@ def evaluate_tables(
     min_lesions:int=20, # a subgroup with fewer lesions gets no figure
     abstain_share:float=.1, # of the validation lesions, on which no prediction is given
     identity=None, # BenchmarkId of what was measured, or None
-    facts:dict|None=None, # name of `report.clinical.FACTS` -> sentence
+    facts:dict|None=None, # name of `report.guidelines.FACTS` -> sentence
     name:str='', # of the data
 ) -> Evaluation:
     "Evaluate any system's predictions; what needs a validation split is fitted there and measured on test."

@@ -431,7 +431,7 @@ def evaluate(predictions:_Predictions, labels:_LabelTable, out:_EvaluationOut, i
         --images data/images --out evaluation
     """
     check_out(out)
-    from skinlesion.pipeline.reports import folder_images, write_evaluation
+    from skinlesion.report.clinical import folder_images, write_evaluation
     pictures = images and folder_images(images)
     result, sources, left_out = _evaluate_files(predictions, labels, **options)
     write_evaluation(result, out, pictures, provenance=sources)
@@ -465,7 +465,7 @@ def _evaluate_files(
     from skinlesion.evaluate.benchmarks import BenchmarkId, identify, parse_benchmark
     from skinlesion.evaluate.decisions import cost_matrix
     from skinlesion.evaluate.evaluation import evaluate_tables
-    from skinlesion.report.clinical import check_facts
+    from skinlesion.report.guidelines import check_facts
     from skinlesion.files import read_json
     named = None if label_set is None else infer_label_set(None, label_set)
     identity = parse_benchmark(benchmark) if benchmark else BenchmarkId()

@@ -106,7 +106,7 @@ def closure_hash(
     return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 # %% ../../nbs/pipeline/101_closure.ipynb #48ea8d58
-REPORT_ENTRY = 'skinlesion/pipeline/reports.py'
+REPORT_ENTRY = 'skinlesion/report/index.py'
 REPORT_INPUTS = ('data/dataset.json', 'reports/prepare', 'reports/train', 'reports/evaluate', 'reports/explain')
 
 def expected_deps(

@@ -37,7 +37,7 @@ from skinlesion.pipeline.notebooks import (
 )
 from .params import STAGES, load_params, stage_inputs, stage_outputs, stage_parameters
 from .processes import StageKernel, stop_signals
-from .reports import render_index, render_report
+from .reports import render_report
 from skinlesion.pipeline.workspace import (
     clear_resume,
     fresh_scratch,
@@ -49,6 +49,7 @@ from skinlesion.pipeline.workspace import (
     run_lock,
     swap_outputs,
 )
+from ..report.index import render_index
 from ..taxonomy import nearest
 
 # %% ../../nbs/pipeline/107_runner.ipynb #9ef9dcb0
@@ -349,7 +350,7 @@ def run_stage(
         )
     if stage == 'report':
         with run_lock(root, stage):
-            render_index(root)
+            render_index(root, load_params(root/'params.yaml').train.members)
         return
     params = load_params(root/'params.yaml')
     parameters = stage_parameters(params, stage, member)

@@ -16,7 +16,7 @@ from ..audit.findings import Finding, thumbnail
 from ..data.schema import Dataset
 from ..files import write_json
 from ..images import encode_png, read_image
-from .leaves import leaf_table, walk_leaves
+from .leaves import leaf_table, named_leaves
 from .templates import Html, Picture, Report, Section, Table, render
 
 # %% ../../nbs/report/88_audit_page.ipynb #fd41ef78
@@ -53,7 +53,7 @@ def finding_section(
 ) -> Section:
     "One finding: what, how much, what to do, what it looks like."
     body = [render(_INTRO, finding=finding)]
-    leaves = walk_leaves(finding.metrics)
+    leaves = named_leaves(finding.metrics)
     if leaves:
         body.append(Table(leaf_table(leaves[:_MOST_NUMBERS], 'number', decimals=3, method=True)))
     if len(leaves) > _MOST_NUMBERS:
