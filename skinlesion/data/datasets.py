@@ -26,17 +26,39 @@ def view_seed(
     return int.from_bytes(hashlib.blake2b(f'{seed}|{epoch}|{image_id}'.encode(), digest_size=8).digest(), 'big')
 
 # %% ../../nbs/data/29_datasets.ipynb #95a397ed
+def _check_ids(
+    table:pd.DataFrame, # image_id
+    store, # data.store.ImageStore
+) -> list: # of str
+    "The ids of the rows; no rows, or an image that the store lacks, is an error."
+    if not len(table):
+        raise ValueError('the table of this dataset has no rows; check the split it was taken from')
+    for image_id in table['image_id']:
+        store.position(image_id)
+    return table['image_id'].tolist()
+
 def _targets(
     table:pd.DataFrame, # image_id, diagnosis
-    label_set, # taxonomy.LabelSet
+    label_set, # taxonomy.LabelSet; None for -1 in each row
 ) -> torch.Tensor: # (N,) int64
     "Class numbers; a word that is no class is an error naming its image."
+    if label_set is None:
+        return torch.full((len(table),), -1)
     first = table.drop_duplicates('diagnosis')
     index = {
         word: label_set.index(label_set.parse(word, where=f"image '{image_id}'"))
         for word, image_id in zip(first['diagnosis'], first['image_id'])
     }
     return torch.tensor([index[word] for word in table['diagnosis']], dtype=torch.int64)
+
+def _encoded(
+    table:pd.DataFrame, # age, sex, site
+    encoder, # data.metadata.MetadataEncoder; None for no columns
+) -> torch.Tensor: # (N,D) float32
+    "Metadata of each row."
+    if encoder is None:
+        return torch.zeros(len(table), 0)
+    return torch.from_numpy(encoder.encode(table))
 
 # %% ../../nbs/data/29_datasets.ipynb #aa436e36
 def _check_extra(
@@ -65,20 +87,14 @@ class LesionDataset(Dataset):
         seed:int=0, # of the augmentation
         targets_extra:dict|None=None, # of further heads: name -> (N,) int64, -1 where unknown
     ):
-        if not len(table):
-            raise ValueError('the table of this dataset has no rows; check the split it was taken from')
         self.store = store
         self.label_set = label_set
         self.seed = seed
         self.table = table.reset_index(drop=True)
-        self.ids = self.table['image_id'].tolist()
-        for image_id in self.ids:
-            store.position(image_id)
-        self.targets = torch.full((len(self.ids),), -1) if label_set is None else _targets(self.table, label_set)
+        self.ids = _check_ids(self.table, store)
+        self.targets = _targets(self.table, label_set)
         self.targets_extra = _check_extra(targets_extra or {}, len(self.ids))
-        self.metadata = (
-            torch.zeros(len(self.ids), 0) if encoder is None else torch.from_numpy(encoder.encode(self.table))
-        )
+        self.metadata = _encoded(self.table, encoder)
         self.augment = make_augment(augment, store.size) if isinstance(augment, str) else augment
 
     def __len__(self):
@@ -90,11 +106,9 @@ class LesionDataset(Dataset):
     ) -> np.ndarray: # (H,W,3) uint8
         "The pixels of one view, a pure function of (seed, epoch, image_id)."
         image = self.store.image(self.ids[i])
-        return (
-            image
-            if self.augment is None
-            else augment_image(self.augment, image, view_seed(self.seed, epoch, self.ids[i]))
-        )
+        if self.augment is None:
+            return image
+        return augment_image(self.augment, image, view_seed(self.seed, epoch, self.ids[i]))
 
     def __getitem__(self, key):
         "The item of row `i`, or of `(i, epoch)`; the image normalised, (3,H,W) float32."
@@ -105,7 +119,7 @@ class LesionDataset(Dataset):
 @patch
 def facts(self:LesionDataset,
     index:torch.Tensor, # () or (B,) int64: rows of the table
-) -> dict: # metadata (B,D) float32, target (B,) int64, index, and heads: name -> (B,) int64, absent where the dataset has none
+) -> dict: # metadata (B,D) float32, target (B,) int64, index, and heads (name -> (B,) int64) where there are any
     "All that goes with the images of some rows."
     heads = {name: values[index] for name, values in self.targets_extra.items()}
     return dict(metadata=self.metadata[index], target=self.targets[index], index=index) | (
@@ -153,7 +167,7 @@ class _Views(Dataset):
 
     def collate(self,
         items:list, # of (i, view)
-    ) -> dict: # image (B,3,H,W) float32, metadata (B,D) float32, target (B,) int64, index (B,) int64, heads (where there are) name -> (B,) int64
+    ) -> dict: # image (B,3,H,W) float32, and the facts of these rows
         "One batch."
         rows, views = zip(*items)
         return dict(image=normalise(np.stack(views), channels_last=True), **self.dataset.facts(torch.tensor(rows)))

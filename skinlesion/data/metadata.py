@@ -123,12 +123,9 @@ class MetadataEncoder:
     @property
     def names(self) -> list:
         "What each column means."
-        return [
-            'age',
-            'age_missing',
-            *(f'sex_{s}' for s in (*self.sexes, 'missing')),
-            *(f'site_{s}' for s in (*self.sites, 'missing')),
-        ]
+        sexes = [f'sex_{sex}' for sex in (*self.sexes, 'missing')]
+        sites = [f'site_{site}' for site in (*self.sites, 'missing')]
+        return ['age', 'age_missing', *sexes, *sites]
 
     @property
     def dim(self) -> int:

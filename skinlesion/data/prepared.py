@@ -271,11 +271,8 @@ class Prepared:
 
     def provenance(self) -> dict: # dataset, splits_sha256, images_sha256
         "What identifies the data: their source, and the SHA-256 of the split and of the images."
-        return dict(
-            dataset=self.info,
-            splits_sha256=sha256_file(self.folder/'splits.csv'),
-            images_sha256=sha256_file(self.folder/'store'/'SHA256SUMS'),
-        )
+        files = dict(splits_sha256='splits.csv', images_sha256='store/SHA256SUMS')
+        return dict(dataset=self.info, **{key: sha256_file(self.folder/name) for key, name in files.items()})
 
 # %% ../../nbs/data/31_prepared.ipynb #940d18e9
 def write_prepared(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BROWN', 'RED', 'BLUE', 'TONES', 'STYLES', 'LOOKALIKES', 'PAINTERS', 'ORANGE', 'RATES', 'band_noise', 'outline',
            'pigment_network', 'globules', 'streaks', 'patch', 'ridges', 'arborising_vessels', 'lacunae', 'follicles',
-           'scale_flakes', 'shortstrokes', 'draw_skin_tone', 'skin', 'Canvas', 'render', 'Style', 'Lesion',
+           'scale_flakes', 'short_strokes', 'draw_skin_tone', 'skin', 'Canvas', 'render', 'Style', 'Lesion',
            'draw_lesion', 'orange_cast', 'SyntheticImage', 'take_view', 'synthesise']
 
 # %% ../../nbs/synthetic/35_draw.ipynb #32ca55aa
@@ -234,7 +234,7 @@ def scale_flakes(
     return (patch(rng, depth, share, size * 6, .3, 1.2) * (.15 + .85 * flake)).astype(np.float32)
 
 # %% ../../nbs/synthetic/35_draw.ipynb #c86c5bc3
-def shortstrokes(
+def short_strokes(
     rng:np.random.Generator, # source of randomness
     depth:np.ndarray, # (H,W) signed field of the lesion
     number:int=12, # how many
@@ -314,34 +314,42 @@ def skin(
     absorbed = light[..., None] - blood[..., None] * RED - melanin[..., None] * BROWN
     return np.clip(tone * np.exp(absorbed), 0, 1).astype(np.float32)
 
-# %% ../../nbs/synthetic/35_draw.ipynb #5970d1b1
-class Canvas:
-    "Skin, a lesion's signed field, and what has been put into them."
-    def __init__(self,
-        skin:np.ndarray, # (H,W,3) float32 sRGB
-        depth:np.ndarray, # (H,W) float32 signed field of the lesion, pixels
-        unit:float, # pixels per 1/144 of the image's height
-        ramp:float|np.ndarray, # width of the lesion's fading rim, pixels
-        strength:float=1., # scales every named structure: how typical the lesion is
-    ):
-        self.skin = skin
-        self.depth = depth
-        self.unit = unit
-        self.strength = strength
-        self.decoy = False
-        self.shape = depth.shape
-        self.density = np.zeros_like(skin)
-        self.covers = []
-        self.evidence = np.zeros_like(depth)
+# %% ../../nbs/synthetic/35_draw.ipynb #80ad0e3b
+class _Evidence:
+    "Where the structures of a class can be seen, and what they are called."
+    def __init__(self, depth):
+        self.inside = depth > 0
+        self.weights = np.zeros_like(depth)
         self.structures = []
-        self.body = smoothstep(depth, -.35 * ramp, ramp).astype(np.float32)
 
-    def _mark(self, weights, name):
-        if not name or self.decoy:
+    def mark(self,
+        weights:np.ndarray, # (H,W) float32 in [0,1]
+        name:str, # of the structure; '' marks nothing
+    ):
+        "Add a structure, as far as it lies inside the lesion."
+        if not name:
             return
-        self.evidence = np.maximum(self.evidence, weights * (self.depth > 0))
+        self.weights = np.maximum(self.weights, weights * self.inside)
         if name not in self.structures:
             self.structures.append(name)
+
+# %% ../../nbs/synthetic/35_draw.ipynb #5970d1b1
+@dataclass
+class Canvas:
+    "Skin, a lesion's signed field, and what has been put into them."
+    skin:np.ndarray # (H,W,3) float32 sRGB
+    depth:np.ndarray # (H,W) float32 signed field of the lesion, pixels
+    unit:float # pixels per 1/144 of the image's height
+    ramp:float|np.ndarray # width of the lesion's fading rim, pixels
+    strength:float=1. # scales every named structure: how typical the lesion is
+    decoy:bool=False # whether what is put in now imitates another class and is no evidence
+
+    def __post_init__(self):
+        self.shape = self.depth.shape
+        self.body = smoothstep(self.depth, -.35 * self.ramp, self.ramp)
+        self.density = np.zeros_like(self.skin)
+        self.covers = []
+        self.evidence = _Evidence(self.depth)
 
     def add(self,
         weights:np.ndarray, # (H,W) float32 in [0,1]
@@ -353,7 +361,7 @@ class Canvas:
         "Let pigment absorb light where `weights` says."
         scale = self.strength if name else 1.
         self.density += (scale * weights)[..., None] * (brown * BROWN + red * RED + blue * BLUE)
-        self._mark(weights, name)
+        self.evidence.mark(weights, '' if self.decoy else name)
 
     def cover(self,
         weights:np.ndarray, # (H,W) float32 in [0,1]
@@ -363,7 +371,7 @@ class Canvas:
     ):
         "Lay keratin or scar over everything so far, where `weights` says."
         self.covers.append((weights * opacity * (self.strength if name else 1.), np.array(colour, np.float32)))
-        self._mark(weights, name)
+        self.evidence.mark(weights, '' if self.decoy else name)
 
 # %% ../../nbs/synthetic/35_draw.ipynb #23603ecc
 def render(
@@ -494,7 +502,7 @@ def _bcc(c, rng):
     if rng.random() < .75:
         tree = arborising_vessels(rng, c.depth, rng.integers(2, 5), rng.uniform(.7, 1.1) * u, u)
         c.add(tree, red=rng.uniform(.4, .8), name='arborising vessels')
-    if rng.random() < .55 or not c.structures:
+    if rng.random() < .55 or not c.evidence.structures:
         nests = (
             globules(rng, c.shape, rng.uniform(14, 32) * u, rng.uniform(0.3, 0.7), 1.6, 0.5)
             * smoothstep(c.depth, 1 * u, 6 * u)
@@ -511,7 +519,7 @@ def _bcc(c, rng):
         leaf = streaks(rng, c.depth, 9 * u, 8 * u, rng.uniform(.2, .45))
         c.add(blur(leaf, .8 * u), brown=.45, blue=.15, name='leaf-like areas')
     if rng.random() < .3:
-        c.cover(shortstrokes(rng, c.depth, 12, 9 * u, .7 * u), (.95, .86, .86), .4, name='shiny white streaks')
+        c.cover(short_strokes(rng, c.depth, 12, 9 * u, .7 * u), (.95, .86, .86), .4, name='shiny white streaks')
     if rng.random() < .3:
         sore = patch(rng, c.depth, rng.uniform(.03, .1), 18 * u, .8, .8)
         c.add(
@@ -566,7 +574,7 @@ def _df(c, rng):
     white = np.clip(c.skin.mean((0, 1)) * .6 + .42, 0, 1)
     c.cover(scar, white, rng.uniform(.5, .85), name='central white patch')
     if rng.random() < .5:
-        c.cover(shortstrokes(rng, c.depth * smoothstep(wobble, .4, .6), 8, 9 * u, .6 * u), (.97, .88, .90), .2)
+        c.cover(short_strokes(rng, c.depth * smoothstep(wobble, .4, .6), 8, 9 * u, .6 * u), (.97, .88, .90), .2)
 
 # %% ../../nbs/synthetic/35_draw.ipynb #71126bc9
 def _vasc(c, rng):
@@ -613,6 +621,28 @@ def _amounts(rng, style, other, blend):
     return brown, red, blue, mix('patchy') * rng.uniform(.7, 1.3)
 
 # %% ../../nbs/synthetic/35_draw.ipynb #ab70214d
+def _draw_area(rng, style):
+    "Share of the image that a lesion covers: log-normal around the median of its class, wider on one side."
+    low, middle, high = np.log(style.area)
+    z = rng.normal()
+    share = math.exp(middle + z / 1.2816 * (high - middle if z > 0 else middle - low))
+    return min(max(share, .025), .75)
+
+# %% ../../nbs/synthetic/35_draw.ipynb #7481baa9
+def _paint_structures(c, rng, code, twin, blend):
+    "A decoy now and then, then structures of the class until enough of the lesion shows them."
+    if rng.random() < blend:
+        c.decoy = True
+        c.strength = blend * .8
+        PAINTERS[twin](c, rng)
+        c.decoy = False
+        c.strength = 1 - .6 * blend
+    for _ in range(8): # a small lesion may miss every structure: paint until something shows
+        PAINTERS[code](c, rng)
+        if (c.evidence.weights > .5).sum() >= .03 * (c.depth > 0).sum():
+            break
+
+# %% ../../nbs/synthetic/35_draw.ipynb #6eda3ce4
 def draw_lesion(
     code:str, # one of the seven HAM10000 codes
     rng:np.random.Generator, # source of randomness
@@ -626,13 +656,9 @@ def draw_lesion(
     twin = rng.choice(LOOKALIKES[code])
     blend = rng.uniform(.3, .7) if rng.random() < .2 else rng.uniform(0, .2)
     shape = (round(1.3 * size[1]),) * 2
-    low, middle, high = np.log(style.area)
-    z = rng.normal()
-    share = math.exp(middle + z / 1.2816 * (high - middle if z > 0 else middle - low))
-    share = min(max(share, .025), .75)
-    depth = outline(
-        rng, shape, share * size[0] * size[1], rng.uniform(*style.irregular), rng.choice([1, 2, 3], p=style.lobes)
-    )
+    share = _draw_area(rng, style)
+    area = share * size[0] * size[1]
+    depth = outline(rng, shape, area, rng.uniform(*style.irregular), rng.choice([1, 2, 3], p=style.lobes))
     sun = np.clip(rng.normal(style.sun, .25), 0, 1)
     ramp = rng.uniform(*style.ramp) * unit * np.exp(.35 * fractal_noise(rng, shape, 30 * unit, 4))
     tone = draw_skin_tone(rng) if tone is None else np.asarray(tone, np.float32)
@@ -641,19 +667,10 @@ def draw_lesion(
     uneven = np.exp(patchy * fractal_noise(rng, shape, rng.uniform(12, 30) * unit, 5, .65) - patchy**2 / 2)
     c.add(c.body * uneven, brown=brown, blue=blue)
     c.add(c.body * np.sqrt(uneven), red=red)
-    if rng.random() < blend:
-        c.decoy = True
-        c.strength = blend * .8
-        PAINTERS[twin](c, rng)
-        c.decoy = False
-        c.strength = 1 - .6 * blend
-    for _ in range(8): # a small lesion may miss every structure: paint until something shows
-        PAINTERS[code](c, rng)
-        if (c.evidence > .5).sum() >= .03 * (depth > 0).sum():
-            break
-    return Lesion(
-        code, tuple(size), render(c), depth, c.evidence, tuple(c.structures), round(float(blend), 2), tone, share
-    )
+    _paint_structures(c, rng, code, twin, blend)
+    found = c.evidence
+    blend = round(float(blend), 2)
+    return Lesion(code, tuple(size), render(c), depth, found.weights, tuple(found.structures), blend, tone, share)
 
 # %% ../../nbs/synthetic/35_draw.ipynb #ccb6c501
 ORANGE = np.array(
