@@ -11,6 +11,7 @@ __all__ = ['BLOCK', 'ECE_BINS', 'LOG_FLOOR', 'WHOLE', 'PER_CLASS', 'METRICS', 'B
 
 # %% ../../nbs/stats/10_metrics.ipynb #bad8fd21
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy import sparse
@@ -90,13 +91,16 @@ def class_rates(
     "Sensitivity, specificity, PPV, NPV and F1 of each class, one against the rest."
     hits = np.diagonal(confusion, axis1=1, axis2=2)
     actual = confusion.sum(2)
-    called = confusion.sum(1)
+    predicted = confusion.sum(1)
     total = actual.sum(1, keepdims=True)
-    spared = total - actual - called + hits
+    rejected = total - actual - predicted + hits # true negatives
     return dict(
-        sensitivity=ratio(hits, actual), specificity=ratio(spared, total - actual),
-        ppv=ratio(hits, called), npv=ratio(spared, total - called),
-        f1=np.where(actual > 0, ratio(2 * hits, actual + called), np.nan))
+        sensitivity=ratio(hits, actual),
+        specificity=ratio(rejected, total - actual),
+        ppv=ratio(hits, predicted),
+        npv=ratio(rejected, total - predicted),
+        f1=np.where(actual > 0, ratio(2 * hits, actual + predicted), np.nan),
+    )
 
 # %% ../../nbs/stats/10_metrics.ipynb #153a5f83
 def _class_means(
@@ -105,11 +109,11 @@ def _class_means(
     actual:np.ndarray, # (R,C) images of each class
 ) -> dict: # NAME_macro and NAME_weighted, (R,)
     "The mean over classes, and the mean weighted by their images."
-    weighed = np.where(actual > 0, np.nan_to_num(values) * actual, 0).sum(1)
-    hidden = ((actual > 0) & np.isnan(values)).any(1) # a class has images but no value
+    weighted = np.where(actual > 0, np.nan_to_num(values) * actual, 0).sum(1)
+    undefined = ((actual > 0) & np.isnan(values)).any(1) # a class has images but no value
     return {
         f'{name}_macro': values.mean(1),
-        f'{name}_weighted': np.where(hidden, np.nan, ratio(weighed, actual.sum(1))),
+        f'{name}_weighted': np.where(undefined, np.nan, ratio(weighted, actual.sum(1))),
     }
 
 # %% ../../nbs/stats/10_metrics.ipynb #4a43f30f
@@ -118,28 +122,29 @@ def agreement(
 ) -> dict: # name -> (R,) float64
     "Accuracy, balanced accuracy, F1, MCC and Cohen's kappa of the whole table."
     actual = confusion.sum(2)
-    called = confusion.sum(1)
+    predicted = confusion.sum(1)
     rates = class_rates(confusion)
     total = actual.sum(1)
     right = np.trace(confusion, axis1=1, axis2=2)
-    chance = (actual * called).sum(1)
-    spread = (total**2 - (actual**2).sum(1)) * (total**2 - (called**2).sum(1))
+    chance = (actual * predicted).sum(1)
+    spread = (total**2 - (actual**2).sum(1)) * (total**2 - (predicted**2).sum(1))
     return dict(
         accuracy=ratio(right, total),
         balanced_accuracy=rates['sensitivity'].mean(1),
         **_class_means('f1', rates['f1'], actual),
         mcc=ratio(right * total - chance, np.sqrt(spread)),
+        # with one true class there is nothing to agree on
         kappa=np.where((actual > 0).sum(1) > 1, ratio(right * total - chance, total**2 - chance), np.nan),
-    ) # one true class: nothing to agree on
+    )
 
 # %% ../../nbs/stats/10_metrics.ipynb #180bcc23
 @dataclass(frozen=True)
 class RankCounts:
-    "Weighted counts at the E scores at which a positive stands, highest first, in S resamples."
+    "Weighted counts at the E scores of positives, highest score first, in S resamples."
     hits:np.ndarray # (E,S) positives of this score
-    found:np.ndarray # (E,S) positives of this score or above
+    hits_above:np.ndarray # (E,S) positives of this score or above
     ties:np.ndarray # (E,S) negatives of this score
-    wrong:np.ndarray # (E,S) negatives of this score or above
+    alarms_above:np.ndarray # (E,S) negatives of this score or above
     positives:np.ndarray # (S,) all positives
     negatives:np.ndarray # (S,) all negatives
 
@@ -162,15 +167,14 @@ def _step_sums(positive, score):
     order, start, end = _tie_groups(score)
     hit = positive[order]
     step = np.repeat(np.arange(len(start)), end - start) # the group of ties of each row
-    held = np.zeros(len(start), bool)
-    held[step[hit]] = True # it has a positive
-    later = np.r_[0, np.cumsum(held)] # steps taken before each group
-    part = (2 * later[:-1] + held)[step] # before the first step 0, in it 1, before the second 2, in it 3 ...
-    E = int(held.sum())
-    below = part < 2 * held.sum()
-    return _row_sums(part[below], order[below], 2 * E, len(score)), _row_sums(
-        later[step[hit]], order[hit], E, len(score)
-    )
+    has_hit = np.zeros(len(start), bool)
+    has_hit[step[hit]] = True # it has a positive
+    later = np.r_[0, np.cumsum(has_hit)] # steps taken before each group
+    part = (2 * later[:-1] + has_hit)[step] # before the first step 0, in it 1, before the second 2, in it 3 ...
+    E = int(has_hit.sum())
+    below = part < 2 * E
+    parts_of = _row_sums(part[below], order[below], 2 * E, len(score))
+    return parts_of, _row_sums(later[step[hit]], order[hit], E, len(score))
 
 # %% ../../nbs/stats/10_metrics.ipynb #e824908a
 def _plain_counts(positive, score):
@@ -179,8 +183,8 @@ def _plain_counts(positive, score):
     downs = np.sort(score[~positive])
     first = np.flatnonzero(np.diff(ups, prepend=-np.inf)) # of each run of equal scores
     hits = np.diff(np.append(first, len(ups)))[::-1]
-    wrong, above = (len(downs) - np.searchsorted(downs, ups[first], side)[::-1] for side in ('left', 'right'))
-    columns = (values[:, None].astype(np.float64) for values in (hits, np.cumsum(hits), wrong - above, wrong))
+    alarms, above = (len(downs) - np.searchsorted(downs, ups[first], side)[::-1] for side in ('left', 'right'))
+    columns = (values[:, None].astype(np.float64) for values in (hits, np.cumsum(hits), alarms - above, alarms))
     return RankCounts(*columns, np.array([float(len(ups))]), np.array([float(len(downs))]))
 
 # %% ../../nbs/stats/10_metrics.ipynb #7f669c58
@@ -195,25 +199,28 @@ def rank_counter(
             return _plain_counts(positive, score)
         if not sums:
             sums.extend(_step_sums(positive, score))
-        (parts_of, hits_of), E = sums, sums[1].shape[0]
+        parts_of, hits_of = sums
+        E = hits_of.shape[0]
         parts = parts_of @ block
         hits = hits_of @ block
         ties = parts[1::2] - hits
-        found = np.cumsum(hits, axis=0)
-        positives = found[-1] if E else np.zeros(block.shape[1])
-        return RankCounts(hits, found, ties, np.cumsum(parts[::2] + ties, axis=0), positives, block.sum(0) - positives)
+        hits_above = np.cumsum(hits, axis=0)
+        positives = hits_above[-1] if E else np.zeros(block.shape[1])
+        alarms_above = np.cumsum(parts[::2] + ties, axis=0)
+        return RankCounts(hits, hits_above, ties, alarms_above, positives, block.sum(0) - positives)
     return count
 
 # %% ../../nbs/stats/10_metrics.ipynb #f5f2a83b
 def _auroc(counts):
     "Area under the ROC curve from its counts, (S,)."
-    beaten = counts.negatives - counts.wrong + counts.ties / 2 # negatives below each step, ties by half
-    return ratio((counts.hits * beaten).sum(0), counts.positives * counts.negatives)
+    below = counts.negatives - counts.alarms_above + counts.ties / 2 # negatives below each step, ties by half
+    return ratio((counts.hits * below).sum(0), counts.positives * counts.negatives)
 
+# %% ../../nbs/stats/10_metrics.ipynb #0dc7f759
 def _average_precision(counts):
     "Mean PPV over the positives, each at its own threshold, (S,); NaN without positives or without negatives."
-    called = counts.found + counts.wrong
-    ppv = np.divide(counts.found, called, out=np.zeros_like(called), where=called > 0)
+    predicted = counts.hits_above + counts.alarms_above
+    ppv = np.divide(counts.hits_above, predicted, out=np.zeros_like(predicted), where=predicted > 0)
     return np.where(counts.negatives > 0, ratio((counts.hits * ppv).sum(0), counts.positives), np.nan)
 
 # %% ../../nbs/stats/10_metrics.ipynb #2e62fd22
@@ -250,12 +257,11 @@ def _partial_areas(counts, level=.8):
     "The two pAUC above sensitivity `level`, each (S,)."
     P = counts.positives
     N = counts.negatives
-    need = level * P - (counts.found - counts.hits) # positives still missing before each step
-    skip = np.divide(need, counts.hits, out=np.ones_like(need), where=counts.hits > 0).clip(
-        0, 1
-    ) # of a step, what lies below the line
-    cut = counts.wrong - (1 - skip) * counts.ties # negatives above where the step crosses the line
-    above = ((1 - skip) * counts.hits * (N - (cut + counts.wrong) / 2)).sum(0)
+    need = level * P - (counts.hits_above - counts.hits) # positives still missing before each step
+    skip = np.divide(need, counts.hits, out=np.ones_like(need), where=counts.hits > 0)
+    skip = skip.clip(0, 1) # the part of a step that lies below the line
+    cut = counts.alarms_above - (1 - skip) * counts.ties # negatives above where the step crosses the line
+    above = ((1 - skip) * counts.hits * (N - (cut + counts.alarms_above) / 2)).sum(0)
     crosses = (counts.hits > 0) & (need > 0) & (need <= counts.hits)
     area = ratio(above, P * N)
     spare = ratio(N - (crosses * cut).sum(0), N)
@@ -267,15 +273,15 @@ _EPS = 1e-9 # images: a share of .9 of ten images is reached by nine
 def _sensitivity_at(counts, specificity):
     "Best sensitivity of a threshold that keeps `specificity`, (S,)."
     allowed = (1 - specificity) * counts.negatives + _EPS
-    best = (counts.hits * (counts.wrong <= allowed)).sum(0)
+    best = (counts.hits * (counts.alarms_above <= allowed)).sum(0)
     return np.where(counts.negatives > 0, ratio(best, counts.positives), np.nan)
 
 # %% ../../nbs/stats/10_metrics.ipynb #dee8c229
 def _specificity_at(counts, sensitivity):
     "Best specificity of a threshold that keeps `sensitivity`, (S,)."
-    short = counts.found - counts.hits < sensitivity * counts.positives - _EPS # steps that must be taken
-    wrong = np.diff(counts.wrong, axis=0, prepend=0)
-    return np.where(counts.positives > 0, ratio(counts.negatives - (wrong * short).sum(0), counts.negatives), np.nan)
+    short = counts.hits_above - counts.hits < sensitivity * counts.positives - _EPS # steps that must be taken
+    alarms = np.diff(counts.alarms_above, axis=0, prepend=0)
+    return np.where(counts.positives > 0, ratio(counts.negatives - (alarms * short).sum(0), counts.negatives), np.nan)
 
 # %% ../../nbs/stats/10_metrics.ipynb #5ed5e165
 def _mid_ranks(values, block):
@@ -365,9 +371,9 @@ def _debiased_plan(correct, confidence, lesion_ids=None, n_bins=ECE_BINS):
 
     def measure(block):
         (_, squares), (inside, pairs) = sums(gap_of @ block), sums(count_of @ block)
-        told = pairs > _EPS # a bin of one lesion has no pair
-        mean = np.divide(squares, pairs, out=np.zeros_like(pairs), where=told)
-        return np.sqrt(np.maximum(0, ratio((inside * mean).sum(0), (inside * told).sum(0))))
+        paired = pairs > _EPS # a bin of one lesion has no pair
+        mean = np.divide(squares, pairs, out=np.zeros_like(pairs), where=paired)
+        return np.sqrt(np.maximum(0, ratio((inside * mean).sum(0), (inside * paired).sum(0))))
     return measure
 
 # %% ../../nbs/stats/10_metrics.ipynb #01706be6
@@ -401,7 +407,7 @@ def _classwise_plan(targets, probs, n_bins=ECE_BINS):
     return measure
 
 # %% ../../nbs/stats/10_metrics.ipynb #375ead83
-LOG_FLOOR = float(np.finfo(np.float64).eps) # the least probability that log loss believes
+LOG_FLOOR = float(np.finfo(np.float64).eps) # the least probability in a log loss
 
 # %% ../../nbs/stats/10_metrics.ipynb #9799a592
 def _score_plan(targets, probs):
@@ -421,7 +427,7 @@ def _score_plan(targets, probs):
 @dataclass(frozen=True)
 class Metric:
     "What a metric is."
-    title:str # as people read it
+    title:str # in tables and figures
     better:str # 'higher' or 'lower'
     low:float # least possible value; None where there is none
     high:float # greatest possible value; None where there is none
@@ -438,7 +444,7 @@ def _error(title, definition, source='', high=1., interval='percentile'):
 # %% ../../nbs/stats/10_metrics.ipynb #107cd1cc
 _SK = 'scikit-learn'
 _TM = 'torchmetrics'
-_WHOLE = dict(
+_SHARES = dict(
     accuracy=_share('accuracy', 'Share of images whose most probable class is right.', _SK),
     balanced_accuracy=_share('balanced accuracy', 'Mean sensitivity over all classes of the label set.', _SK),
     top2_accuracy=_share('top-2 accuracy', 'Share of images whose class is among the two most probable.', _SK),
@@ -454,6 +460,10 @@ _WHOLE = dict(
     average_precision_weighted=_share(
         'average precision, weighted', 'The same, each class weighed by its images.', _SK
     ),
+)
+
+# %% ../../nbs/stats/10_metrics.ipynb #936d0080
+_AGREEMENT = dict(
     f1_macro=_share('F1, macro', 'Mean over classes of the harmonic mean of sensitivity and PPV.', _SK),
     f1_weighted=_share('F1, weighted', 'The same, each class weighed by its images.', _SK),
     mcc=Metric(
@@ -472,15 +482,19 @@ _WHOLE = dict(
         'Agreement of true and predicted class beyond what chance would give.',
         'Cohen 1960',
     ),
+)
+
+# %% ../../nbs/stats/10_metrics.ipynb #080090f0
+_ERRORS = dict(
     log_loss=_error(
-        'log loss', 'Mean of minus the natural logarithm of the probability given to the true class.', _SK, None
+        'log loss', 'Mean of minus the natural logarithm of the probability of the true class.', _SK, None
     ),
     brier=_error(
         'Brier score', 'Mean over images of the squared errors of all class probabilities, added up.', 'Brier 1950', 2.0
     ),
     ece=_error(
         'ECE',
-        f'Mean gap between confidence and accuracy in {ECE_BINS} bins of equal width; noise lifts it.',
+        f'Mean gap between confidence and accuracy in {ECE_BINS} bins of equal width; noise raises it.',
         'Guo et al. 2017, eq. 3',
         interval='shifted',
     ),
@@ -490,7 +504,7 @@ _WHOLE = dict(
     ece_debiased=_error(
         'ECE, de-biased',
         'Root-mean-square gap between confidence and accuracy, from pairs of different lesions, so '
-        'that noise does not lift its square.',
+        'that noise does not raise its square.',
         'Ferro & Fricker 2012; Kumar et al. 2019',
     ),
     ece_classwise=_error(
@@ -506,15 +520,20 @@ _WHOLE = dict(
         interval='shifted',
     ),
 )
+_WHOLE = _SHARES | _AGREEMENT | _ERRORS
 WHOLE = tuple(_WHOLE) # metrics of all classes together
 
 # %% ../../nbs/stats/10_metrics.ipynb #7c3bdde6
 _CLASS = dict(
-    sensitivity=_share('sensitivity', 'Share of the images of the class that were called it.', _SK),
-    specificity=_share('specificity', 'Share of all other images that were not called it.', _SK),
-    ppv=_share('PPV', 'Share of the images called the class that are of it, at the prevalence of these data.', _SK),
+    sensitivity=_share('sensitivity', 'Share of the images of the class that were predicted as it.', _SK),
+    specificity=_share('specificity', 'Share of all other images that were not predicted as it.', _SK),
+    ppv=_share(
+        'PPV', 'Share of the images predicted as the class that are of it, at the prevalence of these data.', _SK
+    ),
     npv=_share(
-        'NPV', 'Share of the images not called the class that are not of it, at the prevalence of these data.', _SK
+        'NPV',
+        'Share of the images not predicted as the class that are not of it, at the prevalence of these data.',
+        _SK,
     ),
     f1=_share('F1', 'Harmonic mean of sensitivity and PPV.', _SK),
     auroc=_share('AUROC', 'Chance that an image of the class is ranked above another one.', 'Hanley & McNeil 1982'),
@@ -531,6 +550,7 @@ _CLASS = dict(
 )
 PER_CLASS = {name.removeprefix('class_'): name for name in _CLASS} # name within one class -> name in METRICS
 
+# %% ../../nbs/stats/10_metrics.ipynb #5c18001f
 _AT = {
     f'{a}_at_{level}_{b}': _share(
         f'{a} at {level} % {b}', f'Best {a} of a threshold that keeps at least {level} % {b} on these data.', _TM
@@ -553,22 +573,13 @@ _PAUC = dict(
         'ISIC 2024 challenge',
     ),
 )
+
+# %% ../../nbs/stats/10_metrics.ipynb #35dd16c5
 METRICS = _WHOLE | _CLASS | _PAUC | _AT
-BINARY = (
-    'auroc',
-    'average_precision',
-    'sensitivity',
-    'specificity',
-    'ppv',
-    'npv',
-    'f1',
-    'mcc',
-    'brier',
-    'log_loss',
-    'ece',
-    *_PAUC,
-    *_AT,
-)
+_CALLED = ('sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'mcc') # at a threshold
+_CURVE = ('auroc', 'average_precision', *_PAUC, *_AT) # of the ranking
+_PROBABILITY = ('brier', 'log_loss', 'ece') # of the probability
+BINARY = (*_CURVE[:2], *_CALLED, *_PROBABILITY, *_CURVE[2:])
 
 # %% ../../nbs/stats/10_metrics.ipynb #88d77040
 def _check_shapes(
@@ -596,8 +607,10 @@ def _check_shapes(
 
 # %% ../../nbs/stats/10_metrics.ipynb #6547a437
 def _check_names(names, known):
-    "The names asked for, all of them by default."
-    names = tuple(known) if names is None else (names,) if isinstance(names, str) else tuple(names)
+    "The names wanted, all of them by default."
+    if names is None:
+        return tuple(known)
+    names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name not in known:
             raise ValueError(f"metric '{name}' is not known here; there are {', '.join(known)}.{nearest(name, known)}")
@@ -605,7 +618,7 @@ def _check_names(names, known):
 
 # %% ../../nbs/stats/10_metrics.ipynb #f0c2c36d
 def _confusion_plan(targets, predicted, C):
-    "A function: weights (N,S) -> what the confusion matrix tells."
+    "A function: weights (N,S) -> metrics of the confusion matrix."
     cells = _group_matrix(targets * C + predicted, C * C)
     def measure(block):
         confusion = (cells @ block).T.reshape(-1, C, C)
@@ -637,43 +650,29 @@ def _run_plans(makers, weights, names):
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 # %% ../../nbs/stats/10_metrics.ipynb #a01f1462
+_MATRIX = ('accuracy', 'balanced_accuracy', 'f1_macro', 'f1_weighted', 'mcc', 'kappa', *_CALLED[:-1])
+_RANKED = tuple(name for name in _WHOLE | _CLASS if name.startswith(('auroc', 'average_precision')))
+
 def _plans(targets, probs, lesion_ids, names):
     "Makers of the plans that give the metrics named."
     predicted = probs.argmax(1)
     confidence = probs.max(1)
-    C = probs.shape[1]
     correct = (predicted == targets).astype(np.float64)
     families = (
-        (('ece', 'mce'), lambda: _binned_plan(correct, confidence)),
-        (('ece_classwise', 'class_ece'), lambda: _classwise_plan(targets, probs)),
-        (('top2_accuracy', 'log_loss', 'brier', 'class_brier'), lambda: _score_plan(targets, probs)),
-        (
-            [name for name in _WHOLE | _CLASS if name.startswith(('auroc', 'average_precision'))],
-            lambda: _ranking_plan(targets, probs),
-        ),
-        (
-            (
-                'accuracy',
-                'balanced_accuracy',
-                'f1_macro',
-                'f1_weighted',
-                'mcc',
-                'kappa',
-                'sensitivity',
-                'specificity',
-                'ppv',
-                'npv',
-                'f1',
-            ),
-            lambda: _confusion_plan(targets, predicted, C),
-        ),
-        (('ece_adaptive',), lambda: _named('ece_adaptive', _adaptive_plan(correct, confidence))),
-        (('ece_debiased',), lambda: _named('ece_debiased', _debiased_plan(correct, confidence, lesion_ids))),
+        (('ece', 'mce'), partial(_binned_plan, correct, confidence)),
+        (('ece_classwise', 'class_ece'), partial(_classwise_plan, targets, probs)),
+        (('top2_accuracy', 'log_loss', 'brier', 'class_brier'), partial(_score_plan, targets, probs)),
+        (_RANKED, partial(_ranking_plan, targets, probs)),
+        (_MATRIX, partial(_confusion_plan, targets, predicted, probs.shape[1])),
+        (('ece_adaptive',), partial(_named, 'ece_adaptive', _adaptive_plan, correct, confidence)),
+        (('ece_debiased',), partial(_named, 'ece_debiased', _debiased_plan, correct, confidence, lesion_ids)),
     )
     return [make for members, make in families if set(members) & set(names)]
 
 # %% ../../nbs/stats/10_metrics.ipynb #c1784dc9
-def _named(name, measure):
+def _named(name, plan, *data):
+    "A plan of one metric, which then comes by its name."
+    measure = plan(*data)
     return lambda block: {name: measure(block)}
 
 # %% ../../nbs/stats/10_metrics.ipynb #43498526
@@ -753,7 +752,7 @@ def _check_binary(malignant, score):
 
 # %% ../../nbs/stats/10_metrics.ipynb #4439bf4a
 def _called_plan(malignant, called):
-    "A function: weights (N,S) -> what a threshold does."
+    "A function: weights (N,S) -> metrics at a threshold."
     both = _confusion_plan(malignant.astype(np.int64), called.astype(np.int64), 2)
     def measure(block):
         table = both(block)
@@ -764,7 +763,7 @@ def _called_plan(malignant, called):
 
 # %% ../../nbs/stats/10_metrics.ipynb #8026a7ef
 def _curve_plan(malignant, score):
-    "A function: weights (N,S) -> what the ROC curve tells."
+    "A function: weights (N,S) -> metrics of the ROC curve."
     counter = rank_counter(malignant, score)
     def measure(block):
         counts = counter(block)
@@ -793,10 +792,10 @@ def malignancy_metrics(
     malignant:np.ndarray, # (N,) bool, whether the true class is malignant
     score:np.ndarray, # (N,) malignancy probability, in [0, 1]
     weights:np.ndarray=None, # (R,N) multiplicities; None takes each image once
-    threshold:float=.5, # called malignant where `score >= threshold`
+    threshold:float=.5, # predicted malignant where `score >= threshold`
     names:tuple=None, # metrics wanted, of `BINARY`; None gives all
 ) -> dict: # name -> (R,) float64
-    "How well malignant is told from benign, in each resample."
+    "How well malignant images are separated from benign ones, in each resample."
     malignant = np.asarray(malignant, bool)
     score = np.asarray(score, np.float64)
     _check_binary(malignant, score)
@@ -805,11 +804,8 @@ def malignancy_metrics(
     if not len(weights) or not len(score):
         return {name: np.full(len(weights), np.nan) for name in names}
     families = (
-        (
-            ('sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'mcc'),
-            lambda: _called_plan(malignant, score >= threshold),
-        ),
-        (('auroc', 'average_precision', *_PAUC, *_AT), lambda: _curve_plan(malignant, score)),
-        (('brier', 'log_loss', 'ece'), lambda: _probability_plan(malignant, score)),
+        (_CALLED, partial(_called_plan, malignant, score >= threshold)),
+        (_CURVE, partial(_curve_plan, malignant, score)),
+        (_PROBABILITY, partial(_probability_plan, malignant, score)),
     )
     return _run_plans([make for members, make in families if set(members) & set(names)], weights, names)
