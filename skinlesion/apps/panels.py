@@ -223,7 +223,7 @@ def _answer(self:CamExplorer, image):
     found = self._cache[1]
     which = (self.method, self.layer or None, self.target or found['prediction'].predicted, self.member or 0)
     if which not in found['cams']:
-        found['cams'][which] = self.predictor.explain(image, *which[:3], *person, member=which[3])
+        found['cams'][which] = self.predictor.explain(image, *which[:3], *person, member=which[3]).cam
         self.computed += 1
     return found['prediction'], found['cams'][which]
 

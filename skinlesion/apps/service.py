@@ -220,7 +220,7 @@ def cam_png(
     max_side:int=1024, # larger pictures are scaled down to this, in pixels
 ) -> bytes: # a PNG file
     "Grad-CAM laid over the picture; the bare picture where nothing stood out."
-    cam = predictor.explain(image, 'gradcam', target=target, **person)
+    cam = predictor.explain(image, 'gradcam', target=target, **person).cam
     scale = min(1, max_side / max(image.shape[:2]))
     if scale < 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

@@ -308,22 +308,21 @@ def explain(
 # %% ../../nbs/pipeline/112_cli.ipynb #8453dceb
 def _draw_map(image, bundle, out, person, method, layer, target, member, opacity):
     "Write the map over the image; what it shows, as text."
-    from skinlesion.explain.cam import CAM_NAMES, is_flat, overlay
-    from skinlesion.images import read_image, save_png
+    from skinlesion.explain.cam import CAM_NAMES, is_flat
+    from skinlesion.images import read_image
     from skinlesion.taxonomy import DISCLAIMER
     from skinlesion.use.predict import Predictor
-    member = member or 0
     pixels = read_image(image)
     predictor = Predictor(bundle)
     prediction = predictor.predict(pixels, image_id=image.stem, **person)
     code = predictor.label_set.parse(target, '--class') if target else prediction.predicted
-    cam = predictor.explain(pixels, method, layer, code, member=member, **person)
-    save_png(pixels if is_flat(cam) else overlay(pixels, cam, opacity), out)
+    explanation = predictor.explain(pixels, method, layer, code, member=member or 0, **person)
+    explanation.save(out, opacity)
     shown = f'for {code} (probability {prediction.probabilities[code]:.0%})'
     if method == 'eigencam':
         shown = 'which knows no class'
-    bare = '; nothing stood out, so the picture is bare' if is_flat(cam) else ''
-    place = f'{predictor.member(member).name} at {layer or predictor.default_layer(member)}'
+    bare = '; nothing stood out, so the picture is bare' if is_flat(explanation.cam) else ''
+    place = f'{explanation.member} at {explanation.layer}'
     return (
         f'predicted: {prediction.predicted} ({prediction.confidence:.0%})\n'
         f'{out}: {CAM_NAMES[method]} of member {place}, {shown}{bare}\n'
