@@ -116,7 +116,7 @@ def _open(data, name, max_bytes, max_pixels):
 
 # %% ../nbs/02_images.ipynb #66403592
 def _upright(image, name):
-    "The image turned as its EXIF orientation says."
+    "The image turned by its EXIF orientation."
     try:
         return ImageOps.exif_transpose(image)
     except Exception as e:
@@ -162,7 +162,7 @@ def read_image(
     max_bytes:int=MAX_BYTES, # of the file
     max_pixels:int=MAX_PIXELS, # width times height, by the header
 ) -> np.ndarray: # (H,W,3) uint8 RGB, upright
-    "Read an image of any allowed type, or raise an `ImageError` that says what is wrong."
+    "Read an image of any allowed type, or raise an `ImageError` that names what is wrong."
     data, name = _source(source, name, max_bytes)
     image, _ = _open(data, name, max_bytes, max_pixels)
     return _rgb(_upright(image, name), name)

@@ -340,14 +340,14 @@ def collect(
     "Sort every given file by what it is; a file that is given twice counts once."
     paths = [Path(p).resolve() for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     given = GivenFiles()
-    seen = set()
+    read = set()
     out = Path(out).resolve()
     room = _Room(max_files, max_bytes, _spool_folder(out))
     for path in paths:
         for file, label in _files(path, out):
-            if file in seen:
+            if file in read:
                 continue
-            seen.add(file)
+            read.add(file)
             for entry in _expand(Entry(label, partial(open, file, 'rb')), room, stack):
                 _sort_entry(entry, given, ignore)
     return given

@@ -53,7 +53,7 @@ class Collection:
     info:DatasetInfo # of the dataset it becomes
     example:str # file name of its table, for errors
     columns:dict # columns of the table -> columns here; the rest is kept as it is
-    key:tuple # columns that tell this table from others
+    key:tuple # columns by which this table is recognised
     optional:tuple = () # of the columns that may be missing
     classes:dict = field(default_factory=dict) # column with a 1 for its class -> code; empty for a word column
     words:dict = field(default_factory=dict) # the publisher's words for a diagnosis -> code
@@ -554,7 +554,7 @@ def _total(answer, file, part):
         m = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', answer.headers.get('Content-Range', ''))
         if not m or int(m[1]) != part.stat().st_size:
             raise DownloadError(
-                f"{file.name}: the server sent another part than the one asked for; remove {part} and fetch it again"
+                f"{file.name}: the server sent another part than the one requested; remove {part} and fetch it again"
             )
         start = int(m[1])
         total = int(m[2])
@@ -567,7 +567,7 @@ def _total(answer, file, part):
         raise DownloadError(
             f"{file.name}: the publisher offers {total:,} bytes where {file.size:,} are known; the file "
             "has changed. "
-            f"Fetch {file.url} by hand, and look what is new"
+            f"Fetch {file.url} by hand, and check what is new"
         )
     return total, start
 
@@ -603,7 +603,7 @@ def _http_error(error, file):
         404: 'it is not there any more',
         403: 'the publisher does not give it out',
         401: 'it asks for a login',
-        429: 'it is asked too often',
+        429: 'too many requests',
     }
     return DownloadError(
         f"{file.name}: the publisher's server answers {error.code} "
@@ -621,7 +621,7 @@ def _broken_off(error):
 
 # %% ../../nbs/data/23_collections.ipynb #7739025b
 def _fetch_part(file, part, progress, tries):
-    "Go on after each interruption, as often as `tries` says."
+    "Go on after each interruption, at most `tries` times."
     for left in reversed(range(tries)):
         try:
             return _receive(file, part, progress)
@@ -675,7 +675,7 @@ def fetch_file(
 
 # %% ../../nbs/data/23_collections.ipynb #d07196f6
 def _difference(file, path):
-    "What tells a file from the publisher's, or ''."
+    "How a file differs from the publisher's, or ''."
     size = path.stat().st_size
     if file.size and size != file.size:
         return f"it has {size:,} bytes where the publisher's has {file.size:,}"

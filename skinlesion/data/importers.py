@@ -97,7 +97,7 @@ def read_label_set(
     path:Path|str, # a CSV with the columns code, name (optional) and malignant (optional: yes, no, or empty)
     name:str, # of the set
 ) -> LabelSet: # codes in the order of the file
-    "A label set from a table; `malignant` is None where no row says yes or no."
+    "A label set from a table; `malignant` is None where no row has yes or no."
     words, lines = _label_rows(path)
     problems = []
     flags = {}
@@ -140,7 +140,7 @@ def _choose_label_set(
     label_set:str|None=None, # name of a built-in set
     labels:Path|str|None=None, # table code,name,malignant
 ) -> LabelSet:
-    "The set that is named; else the first built-in one that knows every word; else the data's own."
+    "The set that is named; else the first built-in one that holds every word; else the data's own."
     if label_set and labels:
         raise ValueError(f"--label-set {label_set} and --labels {labels} each name the classes; give only one of them")
     if label_set:
@@ -214,7 +214,7 @@ def _near_misses(label_set):
 
 # %% ../../nbs/data/32_importers.ipynb #ae12e665
 def _class_notes(chosen, words, about):
-    "What the report should say of a built-in label set, or of the data's own."
+    "Notes of the report on a built-in label set, or on the data's own."
     if chosen.name in LABEL_SETS:
         known = {w: chosen.parse(w) for w in dict.fromkeys(words) if w.strip() and _fits(chosen, [w])}
         read = [f"'{w}' as {c}" for w, c in known.items() if w != c]
@@ -532,7 +532,7 @@ class _ImageFinder:
 
 # %% ../../nbs/data/32_importers.ipynb #41fb2125
 def _climb(files, parts, cell):
-    "The label that a path with '..' means, seen from the table's own folder."
+    "The label that a path with '..' means, starting from the table's own folder."
     target = None if files.home is None else Path(os.path.normpath(files.home.joinpath(*parts)))
     root = None if target is None else next((p for p in files.paths if p in target.parents), None)
     if root is None:

@@ -129,7 +129,7 @@ class ImportReport:
     site_missing:int # images without a site
     mapped:dict # 'old=new' -> words replaced
     converted:tuple # image_ids turned or re-encoded as PNG
-    skipped:tuple # a sentence for every row or mask left out; empty unless asked for
+    skipped:tuple # a sentence for every row or mask left out; empty without `skip_bad`
     duplicates:tuple # image_ids that the publisher lists as copies of another
     images_without_row:tuple # files without a row in the table: not imported
     other_files:tuple # neither image, mask nor a table that was used
@@ -245,7 +245,7 @@ def _write_files(writer, prepared, total, progress):
 
 # %% ../../nbs/data/22_imports.ipynb #f7c766ed
 def _kept(table, written, problems, skip_bad, where):
-    "The rows whose images were written, or an error if that is not what was wanted."
+    "The rows whose images were written, or an error where some are missing and `skip_bad` is off."
     if problems and not skip_bad:
         raise DatasetError(
             f'{where}: nothing was imported', [f'{p}, or leave it out with --skip-bad' for p in problems]
@@ -306,7 +306,7 @@ def write_import(
     given:GivenFiles, # holds the images, and masks where there are any
     *,
     where:str|list='table', # name of the table, for errors; or one name for each row
-    lines=None, # (N,) line of each row, the header being 1; None where `where` says it all
+    lines=None, # (N,) line of each row, the header being 1; None where `where` is enough
     skip_bad:bool=False, # leave out and list images and masks that cannot be used, instead of stopping
     word_map:dict|None=None, # words of diagnosis, site and sex -> words that are known
     progress=None, # called with (images done, images in all) after each

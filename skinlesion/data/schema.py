@@ -267,7 +267,7 @@ def file_key(
 
 # %% ../../nbs/data/20_schema.ipynb #f174de4a
 def _same_file(ids, lines, where):
-    "A sentence for every id that some disk could not tell from an earlier one."
+    "A sentence for every id that some disk would hold as the file of an earlier one."
     if ids.map(file_key).nunique() == ids.nunique():
         return []
     first = {}
@@ -439,7 +439,7 @@ def read_dataset(
 # %% ../../nbs/data/20_schema.ipynb #f16845d4
 def check_target(
     out:Path|str, # where a dataset folder is to be written
-    name:str='', # of the dataset that is to stand there; '' asks no further
+    name:str='', # of the dataset that is to stand there; '' for any
 ) -> Path: # absolute, links resolved
     "Refuse a place that holds anything but an older dataset of the same name."
     out = recover_folder(Path(out).resolve())

@@ -620,7 +620,7 @@ def split_groups(
     policy:str='stratified', # 'stratified' deals; 'hash' needs no memory; 'column' takes the column `split` as it is
     fractions:tuple=(.7, .15, .15), # shares of train, valid, test; positive, sum to 1
     seed:int=0, # same seed, same split, whatever the order of the rows
-    codes:tuple=(), # classes that must occur, such as all of the label set; () asks for none
+    codes:tuple=(), # classes that must occur, such as all of the label set; () for any
     pairs:pd.DataFrame|None=None, # verified duplicates, which stay together: image_id_a, image_id_b
     previous:pd.DataFrame|Path|str|None=None, # an older splits.csv: what it assigned stays; for 'stratified'
     external:dict|None=None, # a test set apart: {'column': name, 'values': [...], 'tied': 'error' or 'aside'}
