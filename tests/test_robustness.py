@@ -1,4 +1,4 @@
-"Robustness: disturbances are what they say, the same each time; a model falls for what it reads and for nothing else; limits hold the truth."
+"Corruptions are what they are meant to be; a drop is due to what the model reads; limits hold the truth."
 import hashlib
 import io
 import os
@@ -21,18 +21,10 @@ from skinlesion.synthetic.draw import synthesise
 from skinlesion.report.figures import plot_stress
 from skinlesion.stats.intervals import lesion_weights, percentile_interval
 from skinlesion.stats.metrics import weighted_auroc, weighted_ece, weighted_metrics
-from skinlesion.evaluate.robustness import (
-    CORRUPTIONS,
-    GRADES,
-    corrupt,
-    corrupt_images,
-    permuted_fields,
-    stress_card,
-    stress_images,
-    stress_metadata,
-)
+from skinlesion.evaluate.corruptions import CORRUPTIONS, GRADES, corrupt, corrupt_grades
+from skinlesion.evaluate.robustness import permuted_fields, stress_card, stress_images, stress_metadata
 from skinlesion.images import read_image, resize_image
-from skinlesion.model.inference import predict_probs
+from skinlesion.model.inference import predict_metadata_versions, predict_probs
 from skinlesion.model.fusion import create_model
 from skinlesion.taxonomy import get_label_set
 from shares import report
@@ -66,7 +58,7 @@ def test_grades_go_up_at_every_size(kind, shape):
 
 def test_another_process_gives_the_same_bytes():
     "Nothing hangs on the order of a set or the hash of a word."
-    code = ("import hashlib, numpy as np; from skinlesion.evaluate.robustness import CORRUPTIONS, corrupt; "
+    code = ("import hashlib, numpy as np; from skinlesion.evaluate.corruptions import CORRUPTIONS, corrupt; "
             "p = np.add.outer(np.arange(64), np.arange(64))[..., None].repeat(3, 2).astype('uint8'); "
             "print(hashlib.sha256(b''.join(corrupt(p, k, 3, 7, 'x').tobytes() for k in CORRUPTIONS)).hexdigest())")
     elsewhere = os.environ | dict(PYTHONHASHSEED="1", PYTHONPATH=str(ROOT))
@@ -84,12 +76,12 @@ def test_a_picture_does_not_hang_on_its_neighbours():
     pictures = np.stack([disc(), disc(lesion=(90, 50, 40)), disc(skin=(150, 110, 90))])
     ids = ["a", "b", "c"]
     for kind in CORRUPTIONS:
-        whole = corrupt_images(pictures, kind, 3, 2, ids)
-        turned = corrupt_images(pictures[::-1], kind, 3, 2, ids[::-1])
+        whole = corrupt_grades(pictures, kind, (3,), 2, ids)[0]
+        turned = corrupt_grades(pictures[::-1], kind, (3,), 2, ids[::-1])[0]
         np.testing.assert_array_equal(whole, turned[::-1])
         np.testing.assert_array_equal(whole[1], corrupt(pictures[1], kind, 3, 2, "b"))
     with pytest.raises(ValueError):
-        corrupt_images(pictures, "hair", 1, 0, ["a"])
+        corrupt_grades(pictures, "hair", (1,), 0, ["a"])
 
 
 def test_a_higher_grade_holds_the_lower_one():
@@ -226,7 +218,7 @@ def test_limits_of_a_planted_drop_hold_the_truth_subset(truth):
 
 
 def plain_ece(runs, seed):
-    "What plain ECE would say of the same disturbance: truth, mean of the estimates, and how often percentile limits hold the truth."
+    "Plain ECE under the same disturbance: truth, mean of the estimates, how often percentile limits hold the truth."
     def ece(p, targets, weights=None):
         return weighted_ece(p.argmax(1) == targets, p.max(1), weights)
     targets, _, before, after = draw(300_000, np.random.default_rng(99), .4)
@@ -267,10 +259,12 @@ def test_a_model_of_the_library_under_stress(one_thread):
     people = pd.DataFrame(dict(age=rng.integers(20, 90, 28).astype(float), sex=sexes, site=sites))
     encoder = MetadataEncoder.fit(people)
     model = create_model("small_cnn_3", 7, encoder.dim, "concat", seed=1)
-    def answer(images, metadata):
+    def predict(images, metadata):
         return predict_probs(model, images, metadata)
+    def predict_versions(images, versions):
+        return predict_metadata_versions(model, images, versions)
     table = stress_images(
-        answer, images, encoder.encode(people), targets, lesion, HAM, ("hair", "blur"), (1, 5), n_resamples=50
+        predict, images, encoder.encode(people), targets, lesion, HAM, ("hair", "blur"), (1, 5), n_resamples=50
     )
     assert table[["kind", "grade"]].to_numpy().tolist() == [
         ["none", 0],
@@ -285,14 +279,18 @@ def test_a_model_of_the_library_under_stress(one_thread):
         and table.n_lesions.eq(14).all()
         and table["drop"].notna().all()
     )
-    fields = stress_metadata(answer, images, people, encoder, targets, lesion, HAM, permutations=2, n_resamples=50)
+    fields = stress_metadata(
+        predict_versions, images, people, encoder, targets, lesion, HAM, permutations=2, n_resamples=50
+    )
     refused = fields.reason.str.startswith("refused")
     assert (
         fields.change[refused].str.startswith("out of range").all()
         and refused.sum() == 4
         and fields["drop"][~refused].notna().all()
     )
-    alone = stress_images(answer, images, encoder.encode(people), targets, lesion, HAM, ("hair",), (5,), n_resamples=50)
+    alone = stress_images(
+        predict, images, encoder.encode(people), targets, lesion, HAM, ("hair",), (5,), n_resamples=50
+    )
     np.testing.assert_array_equal(
         alone.iloc[1, 3:-2].to_numpy(float), table.iloc[2, 3:-2].to_numpy(float)
     ) # whatever else was asked

@@ -8,7 +8,7 @@ from madeup import ROOT
 from skinlesion.evaluate.calibration import CALIBRATIONS
 from skinlesion.evaluate.decisions import CONFORMAL
 from skinlesion.evaluate.ensemble import COMBINATIONS
-from skinlesion.evaluate.robustness import CORRUPTIONS
+from skinlesion.evaluate.corruptions import CORRUPTIONS
 from skinlesion.options import choices
 from skinlesion.pipeline.closure import expected_params
 from skinlesion.pipeline.params import EvaluateParams, load_params, stage_parameters, train_parameters

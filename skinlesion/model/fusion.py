@@ -217,14 +217,25 @@ class LesionModel(nn.Module):
         features = self.drop(self.embed(image, metadata))
         return {name: head(features) for name, head in self.heads.items()}
 
+# %% ../../nbs/model/53_fusion.ipynb #0be90c1f
+@patch
+def join(self:LesionModel,
+    spatial:torch.Tensor|None, # what `forward_features` gave; with fusion 'metadata' only counted
+    metadata:torch.Tensor|None=None, # (B,D) float32; not read with fusion 'none'
+) -> torch.Tensor: # (B, width) float32: what `embed` gives
+    "Image features and metadata, joined; for several metadata of the same images."
+    return _join(self, spatial, metadata)
+
 # %% ../../nbs/model/53_fusion.ipynb #c60b2298
 @patch
 def embed(self:LesionModel,
-    image:torch.Tensor|None, # (B,3,H,W) float32, normalised; not looked at with fusion 'metadata'
-    metadata:torch.Tensor|None=None, # (B,D) float32; not looked at with fusion 'none'
+    image:torch.Tensor|None, # (B,3,H,W) float32, normalised; not read with fusion 'metadata'
+    metadata:torch.Tensor|None=None, # (B,D) float32; not read with fusion 'none'
 ) -> torch.Tensor: # (B, width) float32: image and metadata, joined
     "What every head reads, before dropout."
-    return _joined_features(self, image, metadata)
+    if self.config['fusion'] == 'metadata':
+        return self.join(image, metadata)
+    return self.join(self.forward_features(image), metadata)
 
 # %% ../../nbs/model/53_fusion.ipynb #5d68b13e
 @patch
@@ -275,25 +286,29 @@ def _fields(groups, metadata_dim):
     "The columns of each field of the metadata; without groups each column is a field of its own."
     return [group['columns'] for group in groups] if groups else [[column] for column in range(metadata_dim)]
 
+# %% ../../nbs/model/53_fusion.ipynb #e71f6e96
+def _pool(model, spatial):
+    "The backbone's map as one vector an image."
+    return model.backbone.forward_head(spatial, pre_logits=True)
+
 # %% ../../nbs/model/53_fusion.ipynb #2c8a06c9
-def _joined_features(model, image, metadata):
-    "What the heads read, (B, width)."
+def _join(model, spatial, metadata):
+    "What the heads read, (B, width), from the backbone's map and the metadata."
     fusion = model.config['fusion']
-    pool = partial(model.backbone.forward_head, pre_logits=True) if model.backbone else None
-    spatial = None if fusion == 'metadata' else model.forward_features(image)
     if fusion == 'none':
-        return pool(spatial)
-    _check_metadata(model, image, metadata)
+        return _pool(model, spatial)
+    _check_metadata(model, spatial, metadata)
     read = model.metadata_branch(model.metadata_dropout(metadata))
     if fusion == 'metadata':
         return read
     if fusion in ('film', 'metablock'):
-        return pool(model.fusion(spatial, read, partial(along_channels, model.backbone)))
+        return _pool(model, model.fusion(spatial, read, partial(along_channels, model.backbone)))
     if fusion == 'gated':
-        return model.fusion(pool(spatial), read)
+        return model.fusion(_pool(model, spatial), read)
     if fusion == 'concat':
-        return torch.cat([pool(spatial), read], dim=1)
-    return torch.cat([pool(spatial), model.fusion(to_cells(model.backbone, spatial), read)], dim=1)
+        return torch.cat([_pool(model, spatial), read], dim=1)
+    cells = model.fusion(to_cells(model.backbone, spatial), read)
+    return torch.cat([_pool(model, spatial), cells], dim=1)
 
 # %% ../../nbs/model/53_fusion.ipynb #3b276736
 def _feature_map(model, image):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'predict_views', 'mean_views', 'Outputs', 'predict_outputs', 'predict_heads', 'predict_probs',
-           'mean_fits', 'mean_heads', 'output_columns', 'view_tables', 'predict_table', 'mean_tables',
-           'read_out_of_fold', 'fold_of', 'member_views', 'views_table', 'predict_member']
+           'predict_metadata_versions', 'mean_fits', 'mean_heads', 'output_columns', 'view_tables', 'predict_table',
+           'mean_tables', 'read_out_of_fold', 'fold_of', 'member_views', 'views_table', 'predict_member']
 
 # %% ../../nbs/model/62_inference.ipynb #a489711c
 from contextlib import contextmanager
@@ -187,6 +187,36 @@ def predict_probs(
 ) -> np.ndarray: # (N,C) float64, rows sum to 1
     "Class probabilities of every image, in order: the diagnosis alone."
     return predict_heads(model, data, metadata, batch_size, views)[PRIMARY]
+
+# %% ../../nbs/model/62_inference.ipynb #57cc395e
+def _predict_maps(model, spatial, metadata):
+    "Class probabilities of images whose feature map is there."
+    return model.heads[PRIMARY](model.drop(model.join(spatial, metadata))).double().softmax(1).cpu()
+
+# %% ../../nbs/model/62_inference.ipynb #215fa517
+def predict_metadata_versions(
+    model:LesionModel, # stays on its device
+    images:np.ndarray, # (N,H,W,3) uint8 RGB of the model's size
+    versions:list, # of (N,D) float32: several metadata of the same images
+    batch_size:int=64, # images at a time; changes the last digits at most
+) -> list: # of (N,C) float64, one for each version: what `predict_probs` gives
+    "Class probabilities of the same images with each of several metadata; an image passes the backbone once."
+    if not model.takes_metadata:
+        return [predict_probs(model, images, None, batch_size)] * len(versions)
+    device = next(model.parameters()).device
+    parts = [[] for _ in versions]
+    with evaluating(model), torch.inference_mode():
+        for k in range(0, len(images), batch_size):
+            image, _ = next(_batches(images[k:k + batch_size], None, batch_size))
+            image = image.to(device).contiguous(memory_format=torch.channels_last)
+            spatial = None if model.backbone is None else model.forward_features(image)
+            for part, values in zip(parts, versions):
+                metadata = torch.from_numpy(np.asarray(values[k:k + batch_size], np.float32)).to(device)
+                part.append(_predict_maps(model, spatial, metadata))
+    probs = [torch.cat(part).numpy() for part in parts]
+    for values in probs:
+        _check_probs({PRIMARY: values})
+    return probs
 
 # %% ../../nbs/model/62_inference.ipynb #2c137835
 def mean_fits(
