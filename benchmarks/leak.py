@@ -1,18 +1,22 @@
 """How much AUROC a leak buys on real data: the same model with a clean and a leaked split of HAM10000.
 
-    python benchmarks/leak.py [FOLDER] [--weights FILE] [--seeds 5] [--size 112] [--share 1] [--fine-tune [--epochs 6] [--augment light]]
+    python benchmarks/leak.py [FOLDER] [--weights FILE] [--seeds 5] [--size 112] [--share 1] \
+        [--fine-tune [--epochs 6] [--augment light]]
 
-FOLDER is a dataset folder of `skinlesion import`, or HAM10000 as its publisher lays it out; by default ../shared/data/ham10000, and where that is
-absent nothing is measured. The weights are those of mobilenetv2_100; by default ../shared/data/weights/mobilenetv2_100_imagenet.safetensors.
+FOLDER is a dataset folder of `skinlesion import`, or HAM10000 as its publisher lays it out; by default
+../shared/data/ham10000, and where that is absent nothing is measured. The weights are those of mobilenetv2_100; by
+default ../shared/data/weights/mobilenetv2_100_imagenet.safetensors.
 
-Both splits of a pair have the same test and validation images, and as many training images of each class, of as many lesions: `inject_leak` lets
-other pictures of test lesions take the place of training lesions that were photographed as often. Each seed draws its own split, leak and model.
-Two models on frozen features by default (minutes): the nearest training image of each class (a memoriser) and logistic regression; with --fine-tune
-the network itself, the epoch chosen by validation: about a minute an epoch on two quiet cores, two models a seed. A lesion stays in test with one
-image, so that a fifth of the test images have a twin in leaked training; with a split by image it would be more.
+Both splits of a pair have the same test and validation images, and as many training images of each class, of as many
+lesions: `inject_leak` lets other pictures of test lesions take the place of training lesions that were photographed
+as often. Each seed draws its own split, leak and model. Two models on frozen features by default (minutes): the
+nearest training image of each class (a memoriser) and logistic regression; with --fine-tune the network itself, the
+epoch chosen by validation: about a minute an epoch on two quiet cores, two models a seed. A lesion stays in test with
+one image, so that a fifth of the test images have a twin in leaked training; with a split by image it would be more.
 
-Intervals: 95 %, lesions drawn with replacement 1,000 times, the same lesions for every seed and both splits; the value is the mean over the seeds.
-Last comes what differs between seeds, which holds the randomness of split and training that the intervals leave out.
+Intervals: 95 %, lesions drawn with replacement 1,000 times, the same lesions for every seed and both splits; the
+value is the mean over the seeds. Last comes what differs between seeds, which holds the randomness of split and
+training that the intervals leave out.
 """
 import argparse
 import sys
@@ -64,12 +68,12 @@ def load(dataset, size):
 def frozen_features(pixels, weights):
     "Pooled features of the pretrained network, standardised to length 1: (N,F) float32."
     model = create_model(BACKBONE, 7, pretrained=weights).to(memory_format=torch.channels_last)
-    found = []
+    pooled = []
     with evaluating(model), torch.inference_mode():
         for k in range(0, len(pixels), 64):
             images = normalise(pixels[k:k + 64]).to(memory_format=torch.channels_last)
-            found.append(model.forward_features(images).mean((2, 3)))
-    features = torch.cat(found).numpy()
+            pooled.append(model.forward_features(images).mean((2, 3)))
+    features = torch.cat(pooled).numpy()
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
@@ -126,7 +130,7 @@ class FineTune:
 
 def run(models, table, targets, features, seeds, share):
     "Probabilities of the test images: [model][seed] -> dict(clean, leaked, test, sibling)."
-    found = {name: [] for name in models}
+    results = {name: [] for name in models}
     for seed in range(seeds):
         split = split_groups(table, fractions=(.6, .1, .3), seed=seed)
         leak = inject_leak(table, split, share=share, seed=seed)
@@ -139,7 +143,7 @@ def run(models, table, targets, features, seeds, share):
                 kind: model(features, targets, (leak[kind] == 'train').to_numpy(), test, seed, **extra)
                 for kind in ('clean', 'leaked')
             }
-            found[name].append(dict(probs, test=np.flatnonzero(test), sibling=leak.sibling.to_numpy()[test]))
+            results[name].append(dict(probs, test=np.flatnonzero(test), sibling=leak.sibling.to_numpy()[test]))
             area = {kind: weighted_metrics(targets[test], probs[kind])['auroc_macro'][0] for kind in probs}
             print(
                 f"  seed {seed}, {name}: {(leak.clean == 'train').sum()} training, {test.sum()} test images, "
@@ -148,7 +152,7 @@ def run(models, table, targets, features, seeds, share):
                 f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-    return found
+    return results
 
 
 def summary(runs, table, targets, weights, part):
@@ -219,7 +223,7 @@ def measure(args, folder):
         models = {'nearest image, frozen features': nearest, 'logistic regression, frozen features': logistic}
         features = frozen_features(pixels, args.weights)
         print(f"features {features.shape} in {time.perf_counter() - start:.0f} s")
-    found = run(models, table, targets, features, args.seeds, args.share)
+    results = run(models, table, targets, features, args.seeds, args.share)
     weights = lesion_weights(table.lesion_id.to_numpy(), 1000, seed=0)
     pd.set_option('display.width', 200, 'display.max_columns', 20)
     parts = {
@@ -227,7 +231,7 @@ def measure(args, folder):
         'test images with a twin in leaked training': lambda r: r['sibling'],
         'the other test images': lambda r: ~r['sibling'],
     }
-    for name, runs in found.items():
+    for name, runs in results.items():
         for what, part in parts.items():
             print(f'\n{name}; {what} ({args.seeds} seeds; n counts an image once per seed)')
             print(summary(runs, table, targets, weights, part).to_string(index=False))

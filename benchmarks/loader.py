@@ -1,15 +1,19 @@
-"""Images per second of the loader, against the same views made from memory, and against what the default model trains.
+"""Images per second of the loader, against views made from memory and against what the default model trains.
 
-    python benchmarks/loader.py [--images 512] [--size 64] [--batch-size 16] [--policy medium] [--artefacts hair ruler] [--rounds 7]
+    python benchmarks/loader.py [--images 512] [--size 64] [--batch-size 16] [--policy medium] \
+        [--artefacts hair ruler] [--rounds 7]
 
-memory      the same augmentation of the same views, normalised in the same batches, from a list of arrays in memory: no store, sampler or DataLoader.
-            `make_loader` is held against it with no workers, one process against one.
-training    steps of the default model (resnet10t, AdamW, channels last) on batches that lie ready in memory, with all threads: as many images a
-            second as training could ever ask for. The loader is held against it with no workers, so that it has one core and the training all.
-A round measures each once, and ratios are medians over the rounds, so that other work on the machine hits all alike. The verdict (`met`) is that of
-the wall clock. The same ratio in processor time stands beside it and decides nothing: it tells whether a miss comes from the loader or from other
-work on the machine, of which the load before and after says how much there was. Beside other work the threads of the training wait for one another,
-which makes `x_training` too large: a verdict counts only where `quiet` is true (a load of at most 1 before the start). Images are made up.
+memory      the same augmentation of the same views, normalised in the same batches, from a list of arrays in memory:
+            no store, sampler or DataLoader. `make_loader` is held against it with no workers, one process against
+            one.
+training    steps of the default model (resnet10t, AdamW, channels last) on batches that lie ready in memory, with all
+            threads: as many images a second as training could ever ask for. The loader is held against it with no
+            workers, so that it has one core and the training all.
+A round measures each once, and ratios are medians over the rounds, so that other work on the machine hits all alike.
+The verdict (`met`) is that of the wall clock. The same ratio in processor time stands beside it and decides nothing:
+it tells whether a miss comes from the loader or from other work on the machine, of which the load before and after
+says how much there was. Beside other work the threads of the training wait for one another, which makes `x_training`
+too large: a verdict counts only where `quiet` is true (a load of at most 1 before the start). Images are made up.
 """
 import argparse
 import json

@@ -28,7 +28,7 @@ from skinlesion.synthetic.truth import (
 from skinlesion.stats.intervals import wilson_interval
 from skinlesion.images import read_image, read_mask
 
-LEVEL = .9999  # of intervals: about a hundred are looked at, so that a false alarm is rare
+LEVEL = .9999  # of intervals: about a hundred are checked, so that a false alarm is rare
 FAULTY = synthetic_options(
     per_class=8,
     size=(56, 64),
@@ -71,7 +71,7 @@ def large(request):
 
 
 def answers(plan, law, reader):
-    "What a reader says of each image."
+    "The probabilities that a reader gives to each image."
     picture, metadata = READERS[reader]
     return law.posterior(plan.appearance if picture else None, plan if metadata else None)
 
@@ -85,33 +85,33 @@ def pixels(data, image_id):
 @pytest.mark.parametrize("reader", READERS)
 def test_best_reader_is_calibrated(large, reader):
     plan, law, truth = large
-    said = answers(plan, law, reader)
-    looked = 0
+    probs = answers(plan, law, reader)
+    checked = 0
     for k in range(len(law.codes)):
         for low, high in itertools.pairwise(np.linspace(0, 1, 11)):
-            rows = (said[:, k] > low) & (said[:, k] <= high) & (said[:, k] < 1)
+            rows = (probs[:, k] > low) & (probs[:, k] <= high) & (probs[:, k] < 1)
             if rows.sum() < 200:
                 continue
             lowest, highest = wilson_interval(truth[rows, k].mean(), int(rows.sum()), LEVEL)
-            assert lowest <= said[rows, k].mean() <= highest, (law.codes[k], low, high, int(rows.sum()))
-            looked += 1
-    assert looked >= 7 or law.appearance.trace() == len(law.codes)
+            assert lowest <= probs[rows, k].mean() <= highest, (law.codes[k], low, high, int(rows.sum()))
+            checked += 1
+    assert checked >= 7 or law.appearance.trace() == len(law.codes)
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_figures_are_what_the_best_reader_reaches(large, reader):
     plan, law, truth = large
-    said = answers(plan, law, reader)
+    probs = answers(plan, law, reader)
     stated = bayes_figures(law.joint(*READERS[reader]))
-    loss = -np.log(said[truth])
-    hit = said.argmax(1) == truth.argmax(1)
+    loss = -np.log(probs[truth])
+    hit = probs.argmax(1) == truth.argmax(1)
     assert abs(loss.mean() - stated["log_loss"]) <= 4 * loss.std() / math.sqrt(len(loss)) + 1e-9
     assert (
         abs(hit.mean() - stated["accuracy"])
         <= 4 * math.sqrt(stated["accuracy"] * (1 - stated["accuracy"]) / len(hit)) + 1e-9
     )
-    assert roc_auc_score(truth, said) == pytest.approx(stated["auroc_macro"], abs=.004)
-    balanced = (said / law.prior).argmax(1) == truth.argmax(1)
+    assert roc_auc_score(truth, probs) == pytest.approx(stated["auroc_macro"], abs=.004)
+    balanced = (probs / law.prior).argmax(1) == truth.argmax(1)
     assert np.mean([balanced[truth[:, k]].mean() for k in range(7)]) == pytest.approx(
         stated["balanced_accuracy"], abs=0.012
     )
@@ -140,8 +140,8 @@ def test_information_adds_up(large):
 
 
 def test_limits_of_the_law():
-    sure = information(bayes_model(SyntheticOptions(ambiguity=0)))
-    assert sure["I(Y;Z)"] == pytest.approx(sure["H(Y)"]) and sure["I(Y;M|Z)"] == pytest.approx(0, abs=1e-9)
+    certain = information(bayes_model(SyntheticOptions(ambiguity=0)))
+    assert certain["I(Y;Z)"] == pytest.approx(certain["H(Y)"]) and certain["I(Y;M|Z)"] == pytest.approx(0, abs=1e-9)
     mute = bayes_model(SyntheticOptions(metadata_signal=0))
     assert information(mute)["I(Y;M)"] == pytest.approx(0, abs=1e-9)
     people = pd.DataFrame(dict(age=[20., np.nan, 80], sex=["female", "", "male"], site=["face", "", "back"]))

@@ -68,9 +68,9 @@ def _check_extra(
     "Targets of further heads, one for each row."
     for name, values in targets.items():
         if not torch.is_tensor(values) or values.dtype != torch.int64 or values.shape != (n,):
-            found = f'{values.dtype} {tuple(values.shape)}' if torch.is_tensor(values) else type(values).__name__
+            kind = f'{values.dtype} {tuple(values.shape)}' if torch.is_tensor(values) else type(values).__name__
             raise ValueError(
-                f"targets_extra['{name}'] is {found}; a tensor int64 ({n},) is expected, one number for "
+                f"targets_extra['{name}'] is {kind}; a tensor int64 ({n},) is expected, one number for "
                 "each row of the table, -1 where unknown"
             )
     return dict(targets)

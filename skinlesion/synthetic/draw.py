@@ -668,9 +668,9 @@ def draw_lesion(
     c.add(c.body * uneven, brown=brown, blue=blue)
     c.add(c.body * np.sqrt(uneven), red=red)
     _paint_structures(c, rng, code, twin, blend)
-    found = c.evidence
+    shown = c.evidence
     blend = round(float(blend), 2)
-    return Lesion(code, tuple(size), render(c), depth, found.weights, tuple(found.structures), blend, tone, share)
+    return Lesion(code, tuple(size), render(c), depth, shown.weights, tuple(shown.structures), blend, tone, share)
 
 # %% ../../nbs/synthetic/35_draw.ipynb #ccb6c501
 ORANGE = np.array(

@@ -140,7 +140,7 @@ def synthetic_options(
 
 # %% ../../nbs/synthetic/36_truth.ipynb #d66762c2
 def _wanted_counts(options):
-    "Code -> number of images that is asked for, as it is written."
+    "Code -> wanted number of images, as the options give it."
     if options.per_class is None:
         return {code: round(share * options.n_images) for code, share in SHARES.items()}
     if isinstance(options.per_class, dict):
