@@ -1,13 +1,15 @@
-"""What channels-last, bf16, torch.compile and threads bring on this CPU, for training and for answering; and what the defaults are.
+"""What channels-last, bf16, torch.compile and threads bring on this CPU, for training and for prediction.
 
-    python benchmarks/cpu_settings.py [--backbone resnet10t mobilenetv2_100 efficientnet_b0] [--size 64 128 224] [--batch 16 32 16] [--rounds 5]
+    python benchmarks/cpu_settings.py [--backbone resnet10t mobilenetv2_100] [--size 64 128] [--batch 16 32] ...
 
-Every setting changes one thing of the baseline: fp32, channels-last, eager, all cores as threads, which is what `fit` and a `Predictor` do on a CPU.
-A round runs each setting once, in an order that turns with the rounds, and a ratio is the median over the rounds of the baseline's seconds by the
-setting's: above 1 it is faster than the default. `contiguous` leaves channels-last out, `bf16` puts autocast on, `threads N` takes other numbers of
-threads, `compile` wraps the model in torch.compile (default mode); what compiling takes stands apart (`compile_s`) and in no ratio, with the number
-of steps after which it has paid for itself. Needs a C++ compiler for `compile`, and says so where there is none.
-A setting is named in `faster` where its ratio is 1.05 or more in every round of this machine. A verdict counts only where `quiet` is true.
+Every setting changes one thing of the baseline: fp32, channels-last, eager, all cores as threads, which is what `fit`
+and a `Predictor` use on a CPU. A round runs each setting once, in an order that rotates with the rounds. A ratio is the
+median over the rounds of the baseline's seconds over the setting's: above 1 the setting is faster than the default.
+`contiguous` leaves channels-last out, `bf16` uses autocast, `threads N` takes another number of threads, `compile`
+wraps the model in torch.compile (default mode). The time of compiling is given apart (`compile_s`) and is in no ratio,
+with the number of steps after which it has paid for itself. `compile` needs a C++ compiler; where there is none, a
+message says so. A setting is named in `faster` where its ratio is 1.05 or more in every round of this machine. A
+verdict counts only where `quiet` is true.
 """
 import argparse
 import json
@@ -74,7 +76,7 @@ class Runner:
 
 
 def make_runners(args, case):
-    "A runner per setting, warmed up, and the seconds that compiling took; a setting that cannot run is told and left out."
+    "A runner per setting, warmed up, and the seconds of compiling; a setting that cannot run is reported and left out."
     runners = {}
     compiling = None
     for name, changes in settings(args.threads, args.compile).items():

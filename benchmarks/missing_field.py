@@ -3,9 +3,9 @@
     python benchmarks/missing_field.py [PREPARED] [--weights FILE] [--seeds 5] [--epochs 25] [--rates 0 0.1 0.3 0.5]
 
 PREPARED is what the stage `prepare` leaves, by default artifacts/prepared. The weights are those of mobilenetv2_100,
-by default ../shared/data/weights/mobilenetv2_100_imagenet.safetensors; where they are absent nothing is measured. The
-network stands still; on its pooled features the metadata branch of `concat` and a linear head are trained on the
-training lesions, for each rate and seed, and asked about the validation lesions with all fields known, without one of
+by default ../shared/data/weights/mobilenetv2_100_imagenet.safetensors; without them nothing is measured. The
+network is frozen; on its pooled features the metadata branch of `concat` and a linear head are trained on the
+training lesions, for each rate and seed, and evaluated on the validation lesions with all fields known, without one of
 them, and without any. The number of epochs is fixed beforehand.
 
 Intervals: 95 %, lesions drawn with replacement 1,000 times, the same for all; values and differences (against the

@@ -78,7 +78,7 @@ def pointed(cams, corners):
 
 @pytest.mark.parametrize("name", ALL)
 def test_forward_backward_and_maps(name):
-    "Two images go forward, gradient reaches every weight, and every layer that is offered gives a map in the right place."
+    "Two images pass forward, a gradient reaches every weight, and each offered layer gives a map in the right place."
     torch.manual_seed(0)
     backbone, side = small_backbone(name)
     images = torch.randn(2, 3, side, side)
@@ -108,7 +108,8 @@ def test_forward_backward_and_maps(name):
 
 
 @pytest.mark.parametrize("name", ["small_cnn_3", "mobilenetv2_100", pytest.param("resnet50", marks=pytest.mark.slow),
-                                  pytest.param("tf_efficientnetv2_s", marks=pytest.mark.slow), pytest.param("convnext_tiny", marks=pytest.mark.slow),
+                                  pytest.param("tf_efficientnetv2_s", marks=pytest.mark.slow),
+                                  pytest.param("convnext_tiny", marks=pytest.mark.slow),
                                   pytest.param("densenet121", marks=pytest.mark.slow)])
 def test_cells_lie_where_they_look(name):
     "A convolution's cell is moved most by the pixels on which it is said to be centred."
@@ -211,7 +212,10 @@ def test_local_weights_fill_a_backbone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, made, wanted", [("vit_small_patch14_dinov2", 98, 56), ("swinv2_tiny_window8_256", 128, 64)])
+@pytest.mark.parametrize("name, made, wanted", [
+    ("vit_small_patch14_dinov2", 98, 56),
+    ("swinv2_tiny_window8_256", 128, 64),
+])
 def test_weights_of_another_size_are_resampled(tmp_path, name, made, wanted):
     "Weights saved at one image size fill the backbone built for another; all but the position tables are untouched."
     donor = create_backbone(name, image_size=made)
@@ -225,7 +229,10 @@ def test_weights_of_another_size_are_resampled(tmp_path, name, made, wanted):
     )
 
 
-@pytest.mark.parametrize("name, size", [("test_vit", 100), pytest.param("vit_small_patch14_dinov2", 225, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name, size", [
+    ("test_vit", 100),
+    pytest.param("vit_small_patch14_dinov2", 225, marks=pytest.mark.slow),
+])
 def test_sizes_that_cannot_be_are_named(name, size):
     "An impossible size stops where the model is built, with sizes that were tried; each of those builds."
     with pytest.raises(ValueError, match="set image_size to one of") as e:

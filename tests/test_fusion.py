@@ -1,4 +1,4 @@
-"""Models of an image and a person: every fusion on every kind of backbone, further heads, two classes, and fields that are forgotten."""
+"""Models of image and metadata: every fusion on every kind of backbone, further heads, two classes, hidden fields."""
 import copy
 import json
 import math
@@ -78,7 +78,7 @@ def silent_parts(model):
 
 
 def check_fusion(fusion, backbone, size=64):
-    "Gradient in both branches, an output that moves with each of the two, one image at a time as in a batch, maps with a gradient."
+    "Gradient in both branches, an output that depends on both, single images as in a batch, maps with a gradient."
     model, (image, metadata) = made(fusion, backbone, size=size, heads=HEADS), batch(4, size)
     heads = model.forward_heads(image, metadata)
     assert [(k, tuple(v.shape)) for k, v in heads.items()] == [
@@ -137,7 +137,7 @@ def test_fusion_on_named_backbones(fusion, backbone):
 
 
 def train(model, cost, n, steps):
-    "Steps of Adam on the `cost` of rows of the first half; noise is drawn anew in each, so that nothing can be learnt by heart."
+    "Steps of Adam on the `cost` of rows of the first half; new noise in each step, so that no row is memorised."
     order = torch.Generator().manual_seed(0)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def two_questions(n=400, size=16, seed=0):
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_learns_from_what_it_reads(fusion):
-    "What stands in the picture and what stands in the metadata is learnt together by those that read both, by halves by the others."
+    "A class that follows from picture and metadata together is learnt by the fusions that read both, and by no other."
     image, metadata, light, old = two_questions()
     model = made(fusion, "test_efficientnet", 4, 16, drop_rate=0.0)
     targets = 2 * light + old

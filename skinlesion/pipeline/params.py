@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRITTEN', 'STAGES', 'ParamsError', 'BaseParams', 'ExternalParams', 'SplitParams', 'AuditParams', 'PrepareParams',
-           'MemberParams', 'TrainParams', 'member_recipe', 'EvaluateParams', 'ExplainParams', 'Params',
+           'MemberParams', 'TrainParams', 'member_recipe', 'ChoiceParams', 'EvaluateParams', 'ExplainParams', 'Params',
            'explained_member', 'parse_params', 'load_params', 'PrepareStage', 'TrainStage', 'EvaluateStage',
            'ExplainStage', 'stage_inputs', 'stage_outputs', 'stage_defaults', 'check_stage_parameters',
            'stage_parameters', 'train_parameters', 'write_train_parameters']
@@ -48,18 +48,18 @@ class BaseParams(Options):
 class ExternalParams(Options):
     "Rows that are kept apart from train, valid and test, as a test set of their own."
     column: str = Field(
-        min_length=1, description='column of metadata.csv that tells them apart, such as the source or the hospital'
+        min_length=1, description='column of metadata.csv that names their origin, such as the source or the hospital'
     )
     values: Annotated[tuple[str, ...], Strict(False)] = Field(
         min_length=1, description='values of that column whose rows are external'
     )
     tied: Literal['error', 'aside'] = Field(
-        description='what becomes of other images of the same lesion, patient or pixels: stop, or leave them out'
+        description='other images of the same lesion, patient or pixels: stop, or leave them out'
     )
 
 # %% ../../nbs/pipeline/100_params.ipynb #9a83ae71
 class SplitParams(Options):
-    "How lesions are dealt to train, valid and test."
+    "How lesions are divided into train, valid and test."
     policy: Literal['stratified', 'hash', 'column'] = Field(
         description='stratified by class, by the hash of seed and group alone (stable without memory), or as '
         'the column `split` of metadata.csv says'
@@ -71,7 +71,7 @@ class SplitParams(Options):
     previous: str | None = Field(
         min_length=1,
         description='an earlier splits.csv, kept outside artifacts/: its lesions stay where they were, only new '
-        'ones are dealt; for the policy `stratified`',
+        'ones are divided; for the policy `stratified`',
     )
     external:ExternalParams|None = Field(description='rows that become an external test set; null for none')
 
@@ -96,18 +96,18 @@ class SplitParams(Options):
 
 # %% ../../nbs/pipeline/100_params.ipynb #23a0a884
 class AuditParams(Options):
-    "What the audit may find without stopping the stage."
+    "Findings that do not stop the stage."
     accept: Annotated[tuple[Annotated[str, Field(pattern=r'^[a-z0-9-]+(:.+)?$')], ...], Strict(False)] = Field(
-        description='findings that may stand, each as its kind or as kind:item, such as '
-        'near-duplicate:ID_1+ID_2; crossing lesions never may'
+        description='accepted findings, each as its kind or as kind:item, such as '
+        'near-duplicate:ID_1+ID_2; lesions that cross splits are never accepted'
     )
     _once = field_validator('accept')(check_unique)
 
 # %% ../../nbs/pipeline/100_params.ipynb #7f4c72fb
 class PrepareParams(Options):
     "Keys of the stage `prepare`."
-    split:SplitParams = Field(description='how lesions are dealt to train, valid and test')
-    audit:AuditParams = Field(description='what the audit may find')
+    split:SplitParams = Field(description='how lesions are divided into train, valid and test')
+    audit:AuditParams = Field(description='findings that do not stop the stage')
     colour: Literal['none', 'shades_of_grey'] = Field(
         description='colour constancy of the stored images: none, or shades of grey'
     )
@@ -180,25 +180,29 @@ def member_recipe(
 
 # %% ../../nbs/pipeline/100_params.ipynb #11c89813
 _Views = Annotated[tuple[Literal['none', 'flips', 'd4', 'd4+crops'], ...], Strict(False), AfterValidator(check_unique)]
+_Combination = Literal[
+    'auto', 'mean', 'logit_mean', 'tempered_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking'
+]
 _Corruptions = Annotated[
     tuple[Literal['hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'], ...],
     Strict(False),
     AfterValidator(check_unique),
 ]
 
-class EvaluateParams(Options):
-    "Keys of the stage `evaluate`; whatever is chosen or fitted is so on validation."
-    resamples:int = Field(ge=40, le=100_000, description='bootstrap resamples of the lesions behind each interval')
+# %% ../../nbs/pipeline/100_params.ipynb #d1e947f5
+class ChoiceParams(Options):
+    "What is chosen or fitted on validation, or out of fold."
     views: _Views = Field(
         ('none', 'flips', 'd4'),
         min_length=1,
         description='sets of views of a picture to choose from; one alone is taken as it is',
     )
-    combination: Literal[
-        'auto', 'mean', 'logit_mean', 'tempered_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking'
-    ] = Field('auto', description='how members make one answer; auto: the plain mean, unless another is clearly better')
+    combination:_Combination = Field(
+        'auto', description='how members are combined; auto: the plain mean, unless another is clearly better'
+    )
     calibration:Literal['auto', 'none', 'temperature', 'vector', 'dirichlet', 'isotonic'] = Field(
-        'auto', description='what mends the confidence; auto: nothing, unless it clearly helps')
+        'auto', description='of the probabilities; auto: none, unless one clearly helps'
+    )
     target_sensitivity: float = Field(
         0.95, gt=0, lt=1, description='sensitivity for malignancy that the locked threshold is to reach'
     )
@@ -207,25 +211,26 @@ class EvaluateParams(Options):
         'class_conditional', description='coverage is kept in every class, or over all images together'
     )
     abstain_share: float = Field(
-        0.1,
-        ge=0,
-        lt=1,
-        description='share of lesions, the least certain, on which no answer is given; 0 answers always',
+        0.1, ge=0, lt=1, description='share of lesions, the least certain, without an answer; 0 answers always'
     )
     ood: Literal['none', 'energy', 'mahalanobis'] = Field(
-        'mahalanobis', description='score by which pictures that are no lesion are told apart; none for no such score'
+        'mahalanobis', description='out-of-distribution score, for pictures that show no lesion'
     )
+
+# %% ../../nbs/pipeline/100_params.ipynb #fd5cf140
+class EvaluateParams(ChoiceParams):
+    "Keys of the stage `evaluate`."
+    resamples:int = Field(ge=40, le=100_000, description='bootstrap resamples of the lesions behind each interval')
     miss_cost: float = Field(
-        10.0, gt=0, le=1000, description='a missed malignancy in needless alarms, for the expected cost'
+        10.0, gt=0, le=1000, description='cost of a missed malignancy over that of a false alarm'
     )
-    min_lesions:int = Field(20, ge=2, le=100_000, description='a subgroup of fewer lesions gets no figure')
+    min_lesions:int = Field(20, ge=2, le=100_000, description='a subgroup of fewer lesions gets no metrics')
     stress: _Corruptions = Field(
         ('hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'),
-        description='what test images are spoilt by, in five grades, to see what is '
-        'lost; none of them for no such test',
+        description='corruptions of test images, in five grades, under which the loss is measured; none for no test',
     )
     stress_images: int = Field(
-        200, ge=10, le=1_000_000, description='at most so many test images are spoilt, of as many lesions as can be'
+        200, ge=10, le=1_000_000, description='at most so many test images are corrupted, of as many lesions as can be'
     )
 
 # %% ../../nbs/pipeline/100_params.ipynb #f7f63eb2
