@@ -17,7 +17,7 @@ from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.store import build_store
 from skinlesion.images import save_png
 from skinlesion.model.inference import predict_probs
-from skinlesion.model.member import member_datasets, train_folds, train_member
+from skinlesion.model.member import _data, member_datasets, train_folds, train_member
 from skinlesion.model.recipe import Recipe
 from skinlesion.taxonomy import LabelSet
 
@@ -26,7 +26,7 @@ ENCODER = MetadataEncoder(50.0, 20.0)
 # LayerNorm, no dropout, no metadata branch (it has batch norm), 44 training images in batches of 11, 11 of validation:
 # shares of 6 and 5.
 # Sharing changes nothing but the order in which numbers are added.
-SPEC = Recipe(
+RECIPE = Recipe(
     backbone="test_convnext",
     drop_rate=0.0,
     augment="light",
@@ -77,8 +77,13 @@ def squares(tmp_path_factory):
     return build(tmp_path_factory.mktemp("squares"))
 
 
-def train(squares, processes, spec=SPEC, **more):
-    return train_member(squares[0], squares[1], LABELS, ENCODER, spec, processes=processes, **more)
+def prepared(squares):
+    "What a member needs of a prepared folder."
+    return SimpleNamespace(store=squares[0], label_set=LABELS, encoder=ENCODER, duplicates=None)
+
+
+def train(squares, processes, recipe=RECIPE, **more):
+    return train_member(prepared(squares), squares[1], recipe.replace(devices=processes), **more)
 
 
 def weights(result):
@@ -87,25 +92,24 @@ def weights(result):
 
 def test_two_processes_end_where_one_does(squares):
     "Every number of the history and every probability within 1e-5, the same best epoch, lines and columns."
-    said = []
-    heard = []
+    lines_of_one = []
+    lines_of_two = []
     rows = {}
-    def book(name):
+    def log(name):
         return SimpleNamespace(epoch=rows.setdefault(name, []).append)
-    one = train(squares, 1, progress=said.append)
-    two = train(squares, 2, progress=heard.append, logger=book)
+    one = train(squares, 1, progress=lines_of_one.append)
+    two = train(squares, 2, progress=lines_of_two.append, make_logger=log)
     assert list(two.history) == list(one.history) and two.best_epoch == one.best_epoch
     np.testing.assert_allclose(two.history.to_numpy(float), one.history.to_numpy(float), atol=1e-5)
-    valid = member_datasets(*squares, LABELS, ENCODER, SPEC)[1]
+    valid = member_datasets(prepared(squares), squares[1], RECIPE)[1]
     np.testing.assert_allclose(predict_probs(two.model, valid), predict_probs(one.model, valid), atol=1e-5)
-    assert weights(one) != weights(create(squares)) and len(heard) == len(said) == SPEC.train.epochs
+    assert weights(one) != weights(create(squares)) and len(lines_of_two) == len(lines_of_one) == RECIPE.epochs
     assert [row["epoch"] for row in rows[""]] == [1, 2, 3]
 
 
 def create(squares):
     "What training begins with."
-    from skinlesion.model.member import _Data
-    return SimpleNamespace(model=_Data(squares[0], LABELS, ENCODER, SPEC).model(SPEC.fusion, "none"))
+    return SimpleNamespace(model=_data(prepared(squares), RECIPE).model("none", "none"))
 
 
 RUN = """
@@ -184,33 +188,21 @@ def test_same_bytes_twice(squares, undisturbed):
 @pytest.mark.slow
 def test_errors_of_the_processes_reach_the_caller(squares):
     "A loss that is no number names its images; no process is left."
-    # a step multiplies the weights by -99, so that they soon exceed every number
-    explodes = dict(learning_rate=10.0, weight_decay=10.0, warmup_epochs=0.0, patience=40)
-    spec = Recipe(backbone="test_convnext", drop_rate=0.0, augment="none", epochs=40, batch_size=11, seed=3, **explodes)
     with pytest.raises(FloatingPointError, match="on the batch of images ISIC_"):
-        train(squares, 2, spec)
-    few = Recipe(backbone="test_convnext", epochs=2, batch_size=3)
-    with pytest.raises(ValueError, match="batch_size is 3; it must be at least 4"):
-        train(squares, 2, few)
+        # a step multiplies the weights by -99, so that they soon exceed every number
+        explodes = dict(learning_rate=10.0, weight_decay=10.0, warmup_epochs=0.0, patience=40, epochs=40)
+        train(squares, 2, RECIPE.replace(augment="none", **explodes))
+    with pytest.raises(ValueError, match="the validation set has 1 image"):
+        rows = squares[1].assign(split=["valid" if i == 0 else "train" for i in range(len(squares[1]))])
+        train((squares[0], rows), 2)
 
 
 @pytest.mark.slow
 def test_steps_heads_and_folds_in_two_processes(squares):
     "Metadata on top of a frozen backbone, a further head with missing answers, two folds; the step without batch norm within 1e-4."
     heads = dict(severity=dict(kind="ordinal", levels=["mild", "severe"]))
-    spec = Recipe(
-        backbone="test_convnext",
-        fusion="concat",
-        drop_rate=0.0,
-        heads=heads,
-        head_epochs=2,
-        augment="none",
-        epochs=2,
-        batch_size=11,
-        learning_rate=2e-3,
-        seed=3,
-    )
-    one, two = (train_folds(*squares, LABELS, ENCODER, spec, 2, processes=n) for n in (1, 2))
+    recipe = RECIPE.replace(fusion="concat", augment="none", heads=heads, head_epochs=2, epochs=2, folds=2)
+    one, two = (train_folds(prepared(squares), squares[1], recipe.replace(devices=n)) for n in (1, 2))
     assert one.folds.equals(two.folds)
     for a, b in zip(one.fits, two.fits):
         assert list(b.stages) == ["image", "head"] and "valid_severity_mae" in b.history

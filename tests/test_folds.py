@@ -5,6 +5,7 @@ and in use alike.
 """
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -89,10 +90,12 @@ def trained(tmp_path_factory):
         epochs=2,
         batch_size=8,
         learning_rate=1e-2,
+        folds=FOLDS,
     )
     store = Store(rows)
     twins = pd.DataFrame(dict(image_id_a=["I000"], image_id_b=["I007"]))
-    found = train_folds(store, rows[rows.split != "test"], LABELS, ENCODER, recipe, FOLDS, pairs=twins)
+    prepared = SimpleNamespace(store=store, label_set=LABELS, encoder=ENCODER, duplicates=twins)
+    found = train_folds(prepared, rows[rows.split != "test"], recipe)
     for i, fit in enumerate(found.fits):
         save_member(folder / f"fold_{i}", fit.model, dict(best_epoch=fit.best_epoch))
     found.predictions.to_csv(folder / "out_of_fold.csv", index=False)
@@ -239,7 +242,7 @@ def test_the_stage_hands_no_answer_of_the_test_to_training(tmp_path, root, monke
     def watched(store, image_id):
         read.append(image_id)
         return image(store, image_id)
-    def take(store, rows, *args, **kwargs):
+    def take(prepared, rows, *args, **kwargs):
         raise Taken(rows)
     for name in ("train_member", "train_folds"):
         monkeypatch.setattr(f"skinlesion.model.member.{name}", take)

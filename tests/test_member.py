@@ -1,5 +1,6 @@
-"A member in steps and folds: what was asked reaches the model, a kill at any line changes nothing, and nothing of another run is taken over."
+"A member in steps and folds: the recipe reaches the model, a kill at any line changes nothing, and nothing of another run is taken over."
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from skinlesion.data.metadata import MetadataEncoder
-from skinlesion.model import member
+from skinlesion.model import launch
 from skinlesion.model.member import member_datasets, train_folds, train_member
 from skinlesion.model.recipe import Recipe
 from skinlesion.taxonomy import LabelSet
@@ -15,7 +16,7 @@ from skinlesion.taxonomy import LabelSet
 LABELS = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("c"))
 ENCODER = MetadataEncoder(50.0, 20.0)
 HEADS = dict(severity=dict(kind="ordinal", levels=["mild", "moderate", "severe"]), malignant=dict(kind="binary"))
-SPEC = Recipe(
+RECIPE = Recipe(
     backbone="test_resnet",
     fusion="concat",
     drop_rate=0.2,
@@ -25,7 +26,7 @@ SPEC = Recipe(
     learning_rate=3e-3,
     seed=1,
 )
-STEPS = SPEC.replace(pretrain_epochs=2, head_epochs=2)
+STEPS = RECIPE.replace(pretrain_epochs=2, head_epochs=2)
 
 
 class Store:
@@ -70,8 +71,13 @@ STORE = Store(ROWS)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def train(spec=SPEC, rows=ROWS, store=STORE, **more):
-    return train_member(store, rows, LABELS, ENCODER, spec, **more)
+def prepared(store=STORE, labels=LABELS):
+    "What a member needs of a prepared folder."
+    return SimpleNamespace(store=store, label_set=labels, encoder=ENCODER, duplicates=None)
+
+
+def train(recipe=RECIPE, rows=ROWS, store=STORE, labels=LABELS, **more):
+    return train_member(prepared(store, labels), rows, recipe, **more)
 
 
 def weights(model):
@@ -83,7 +89,7 @@ class Killed(Exception):
 
 
 def killed_at(n, lines):
-    "A progress that stops the run at its n-th line; lines that only a resumed run says do not count."
+    "A progress that stops the run at its n-th line; lines that only a resumed run prints do not count."
     def progress(line):
         if line.startswith("↻ "):
             return
@@ -93,10 +99,10 @@ def killed_at(n, lines):
     return progress
 
 
-def test_what_is_asked_reaches_the_model():
+def test_the_recipe_reaches_the_model():
     "Cosine head for LDAM, dropout and groups of the metadata, further heads with their targets, the size of the images."
-    spec = SPEC.replace(metadata_dropout=0.3, heads=HEADS, epochs=2, loss="ldam")
-    result = train(spec)
+    recipe = RECIPE.replace(metadata_dropout=0.3, heads=HEADS, loss="ldam")
+    result = train(recipe)
     config = result.model.config
     assert (config["head"], config["metadata_dropout"], config["image_size"], config["metadata_dim"]) == (
         "cosine",
@@ -106,7 +112,7 @@ def test_what_is_asked_reaches_the_model():
     )
     assert [h["name"] for h in config["heads"]] == ["severity", "malignant"]
     assert {"valid_severity_mae", "valid_malignant_auroc"} <= set(result.history)
-    train_ds, valid_ds = member_datasets(STORE, ROWS, LABELS, ENCODER, spec)
+    train_ds, valid_ds = member_datasets(prepared(), ROWS, recipe)
     assert train_ds.targets_extra["severity"].unique().tolist() == [-1, 0, 2] and set(valid_ds.targets_extra) == {
         "severity",
         "malignant",
@@ -115,7 +121,7 @@ def test_what_is_asked_reaches_the_model():
 
 def test_metadata_alone():
     "No backbone, no image: the age tells `c` from the rest."
-    result = train(SPEC.replace(backbone=None, fusion="metadata", epochs=3))
+    result = train(RECIPE.replace(backbone=None, fusion="metadata", epochs=3))
     assert result.best_value > 0.7 and result.model.backbone is None
 
 
@@ -131,83 +137,66 @@ def test_nothing_of_another_run_is_taken_over(change, tmp_path):
     if change == "row":
         more["rows"] = ROWS.assign(age=ROWS.age.where(ROWS.image_id != "ISIC_000", 61.0))
     if change == "recipe":
-        more["spec"] = SPEC.replace(weight_decay=0.1)
+        more["recipe"] = RECIPE.replace(weight_decay=0.1)
     if change == "start":
-        more["spec"] = SPEC.replace(seed=2)
+        more["recipe"] = RECIPE.replace(seed=2)
     if change == "threads":
         torch.set_num_threads(2)
-    if change == "label set":
-        return check_other_labels(tmp_path)
+    if change == "label set":  # the same codes, of which others are malignant
+        more["labels"] = LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("ab"))
     train(work_dir=tmp_path, progress=lines.append, **more)
-    assert "↻ finished before" not in lines and len(lines) == 2
+    assert "↻ finished before" not in lines and lines[0].endswith("starting anew") and len(lines) == 3
     train(work_dir=tmp_path, progress=lines.append, **more)
     assert "↻ finished before" in lines
-
-
-def check_other_labels(folder):
-    "The same codes, of which others are malignant."
-    lines = []
-    train_member(
-        STORE,
-        ROWS,
-        LabelSet("squares", ("a", "b", "c"), dict(a="a", b="b", c="c"), frozenset("ab")),
-        ENCODER,
-        SPEC,
-        folder,
-        lines.append,
-    )
-    assert "↻ finished before" not in lines
 
 
 def test_loader_processes_and_checkpoints_change_nothing(tmp_path):
     "What only moves work in time is no part of the key."
     whole = train(work_dir=tmp_path)
     lines = []
-    again = train(
-        SPEC.replace(workers=2, checkpoint_minutes=0.0),
-        work_dir=tmp_path,
-        progress=lines.append,
-    )
+    again = train(RECIPE.replace(workers=2, checkpoint_minutes=0.0), work_dir=tmp_path, progress=lines.append)
     assert lines[0] == "↻ finished before" and weights(again.model) == weights(whole.model)
 
 
 class Log:
-    "A logger that keeps the epochs it is told."
-    def __init__(self, book, name):
-        self.rows = book[name] = []
+    "A logger that keeps the epochs of a step."
+    def __init__(self, logs, name):
+        self.rows = logs[name] = []
     def epoch(self, row):
         self.rows.append((row["epoch"], row["train_loss"]))
 
 
 def test_each_fit_has_a_log_of_all_its_epochs(tmp_path):
-    "By name, in folds of two steps; the same again where all was finished before."
+    "By name, in folds of two steps; the same again where everything was finished before."
+    recipe = STEPS.replace(pretrain_epochs=0, folds=2)
     for _ in range(2):
-        book = {}
-        spec = STEPS.replace(pretrain_epochs=0)
-        found = train_folds(
-            STORE, ROWS, LABELS, ENCODER, spec, 2, work_dir=tmp_path, logger=lambda name: Log(book, name)
-        )
-        assert list(book) == ["fold_0/image", "fold_0/head", "fold_1/image", "fold_1/head"]
-        for i, fit in enumerate(found.fits):
+        logs = {}
+        folds = train_folds(prepared(), ROWS, recipe, tmp_path, make_logger=lambda name: Log(logs, name))
+        assert list(logs) == [
+            "fold_0/image",
+            "fold_0/head",
+            "fold_1/image",
+            "fold_1/head",
+        ]
+        for i, fit in enumerate(folds.fits):
             for step, history in fit.stages.items():
-                assert book[f"fold_{i}/{step}"] == list(zip(history.epoch, history.train_loss))
-    book = {}
-    train(logger=lambda name: Log(book, name))
-    assert list(book) == [""]
+                assert logs[f"fold_{i}/{step}"] == list(zip(history.epoch, history.train_loss))
+    logs = {}
+    train(make_logger=lambda name: Log(logs, name))
+    assert list(logs) == [""]
 
 
-def check_kills(spec, lines_of_kills, tmp_path):
+def check_kills(recipe, lines_of_kills, tmp_path):
     "Killed at each of these lines in turn in one folder, the run ends on the same lines, histories and bytes."
-    said = []
-    whole = train(spec, progress=said.append)
-    for n in lines_of_kills or range(1, len(said) + 1):
+    undisturbed = []
+    whole = train(recipe, progress=undisturbed.append)
+    for n in lines_of_kills or range(1, len(undisturbed) + 1):
         with pytest.raises(Killed):
-            train(spec, work_dir=tmp_path, progress=killed_at(n, []))
+            train(recipe, work_dir=tmp_path, progress=killed_at(n, []))
     lines = []
-    resumed = train(spec, work_dir=tmp_path, progress=killed_at(0, lines))
-    assert lines == said and weights(resumed.model) == weights(whole.model)
+    resumed = train(recipe, work_dir=tmp_path, progress=killed_at(0, lines))
+    assert lines == undisturbed and weights(resumed.model) == weights(whole.model)
     assert all(a.equals(b) for a, b in zip(resumed.stages.values(), whole.stages.values(), strict=True))
-    json.dumps(spec.to_dict())
 
 
 def test_killed_in_two_steps(tmp_path):
@@ -225,27 +214,28 @@ def test_killed_at_every_line(changes, tmp_path):
 
 @pytest.mark.slow
 def test_folds_killed_at_every_line(tmp_path):
-    "Also where one folder sees all the kills one after another."
-    said = []
+    "Also where one folder gets all the kills one after another."
+    undisturbed = []
+    recipe = RECIPE.replace(pretrain_epochs=1, folds=3)
     def folds(**more):
-        return train_folds(STORE, ROWS, LABELS, ENCODER, SPEC.replace(pretrain_epochs=1), 3, **more)
-    whole = folds(progress=said.append)
-    for n in range(1, len(said) + 1):
+        return train_folds(prepared(), ROWS, recipe, **more)
+    whole = folds(progress=undisturbed.append)
+    for n in range(1, len(undisturbed) + 1):
         with pytest.raises(Killed):
             folds(work_dir=tmp_path, progress=killed_at(n, []))
     lines = []
-    found = folds(work_dir=tmp_path, progress=killed_at(0, lines))
-    assert lines == said and found.predictions.equals(whole.predictions)
-    assert [weights(f.model) for f in found.fits] == [weights(f.model) for f in whole.fits]
+    resumed = folds(work_dir=tmp_path, progress=killed_at(0, lines))
+    assert lines == undisturbed and resumed.predictions.equals(whole.predictions)
+    assert [weights(f.model) for f in resumed.fits] == [weights(f.model) for f in whole.fits]
 
 
 def test_several_processes_need_a_store_on_the_disk():
     with pytest.raises(ValueError, match="pass an ImageStore"):
-        train(processes=2)
+        train(RECIPE.replace(devices=2))
 
 
-def test_a_job_without_a_word_of_its_own_shows_its_last_lines(tmp_path):
-    error = member._failure(tmp_path, 2, -9, ["line 1", "line 2"])
+def test_a_job_without_an_error_of_its_own_shows_its_last_lines(tmp_path):
+    error = launch._failure(tmp_path, 2, -9, ["line 1", "line 2"])
     assert isinstance(error, RuntimeError) and "ended with status -9" in str(error) and "line 2" in str(error)
 
 
@@ -259,6 +249,6 @@ KINDS = [
 
 @pytest.mark.parametrize("kind, expected", KINDS)
 def test_errors_keep_their_kind(kind, expected, tmp_path):
-    (tmp_path / "error_1.json").write_text(json.dumps(dict(kind=kind, said="batch_size is 1")))
-    error = member._failure(tmp_path, 2, 1, [])
+    (tmp_path / "error_1.json").write_text(json.dumps(dict(kind=kind, message="batch_size is 1")))
+    error = launch._failure(tmp_path, 2, 1, [])
     assert type(error) is expected and "batch_size is 1" in str(error)

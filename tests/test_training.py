@@ -190,7 +190,7 @@ from skinlesion.model.training import fit
 kill, folder = int(sys.argv[1]), sys.argv[2]
 def on_step(done):
     if done == kill: os.kill(os.getpid(), signal.SIGKILL)
-run = fit(*make_run(workers=2, checkpoint_minutes={seconds} / 60), work_dir=folder, on_step=on_step, progress=print)
+run = fit(*make_run(workers=2, checkpoint_minutes={minutes}), work_dir=folder, on_step=on_step, progress=print)
 open(sys.argv[3], 'wb').write(result_bytes(run))
 """
 
@@ -215,7 +215,7 @@ def test_killed_by_signal(tmp_path):
 @pytest.mark.parametrize("kills", [(7,), (2, 4, 7)])
 def test_killed_by_signal_in_other_processes(tmp_path, kills):
     "SIGKILL after one or more steps of a run, with states seldom enough that work is lost: the bytes of an undisturbed run."
-    text = CHILD.format(tests=str(Path(__file__).parent), seconds=.05)
+    text = CHILD.format(tests=str(Path(__file__).parent), minutes=.001)
     def start(kill):
         return subprocess.run(
             [sys.executable, "-c", text, str(kill), *(str(tmp_path / name) for name in ("work", "out"))],

@@ -46,7 +46,7 @@ class Objective(torch.nn.Module):
     "Weighted losses of all heads, as sums that add up over parts of a step."
     def __init__(self,
         specs, # of model.heads.HeadSpec: the heads beside the diagnosis
-        recipe, # loss and its constants, sampler, weight_power
+        recipe:Recipe, # loss and its constants, sampler, weight_power
         targets:torch.Tensor, # (N,) int64 classes of the training images
         num_classes:int, # C
         codes, # names of the classes, for errors
@@ -81,7 +81,7 @@ class Objective(torch.nn.Module):
         known += [head_loss(torch.zeros(len(target), spec.n_logits), heads[spec.name], spec)[1] for spec in self.specs]
         return torch.stack(known).double().numpy()
 
-# %% ../../nbs/model/60_training.ipynb #85fc4d4f
+# %% ../../nbs/model/60_training.ipynb #fc5616dc
 def _weighted_sums(values, weights):
     "The sum of weighted losses and that of their weights: (2,)."
     return torch.stack([(values * weights).sum(), weights.sum()])
@@ -120,7 +120,7 @@ def _start_fabric(
 
 # %% ../../nbs/model/60_training.ipynb #e0ce0af0
 def _precision(
-    wanted:str, # one of `precision` in Recipe
+    wanted:str, # as in the recipe
     device:torch.device, # where the model will be
 ) -> str: # '32', 'bf16' or 'fp16'
     "What `auto` stands for on this machine."
@@ -609,7 +609,8 @@ def _result(model, history):
     "The result of a finished run."
     best = history.best
     value = best[f'valid_{history.metric}']
-    return FitResult(model, pd.DataFrame(history.rows), best['epoch'], value, best['valid_auroc_macro'])
+    table = pd.DataFrame(history.rows).apply(pd.to_numeric) # what was undefined in every epoch is NaN
+    return FitResult(model, table, best['epoch'], value, best['valid_auroc_macro'])
 
 # %% ../../nbs/model/60_training.ipynb #30b0f4e9
 def _train(run, work_dir, progress, logger, on_step):
