@@ -14,7 +14,7 @@ from ..evaluate.benchmarks import shared_lesions
 from ..evaluate.evaluation import Evaluation
 from ..evaluate.measures import confidence_card, find_leaf, malignancy_of
 from ..evaluate.subgroups import gap_metrics
-from .figures import class_titles, metric_words
+from .figures import class_titles, metric_title
 from .leaves import change_text, leaf_decimals, leaf_text
 from .templates import cell_text
 from ..stats.cards import class_table
@@ -220,7 +220,7 @@ def gap_sentence(
         return f'**Groups:** no gap between groups is clear ({len(gaps)} compared, corrected for their number).'
     column, group, name, leaf = max(clear, key=lambda gap: abs(gap[3]['value']))
     return (
-        f"**Groups:** largest clear gap: {_GAP_MEASURES.get(name, metric_words(name))}, where "
+        f"**Groups:** largest clear gap: {_GAP_MEASURES.get(name, metric_title(name))}, where "
         f"{column.replace('_', ' ')} is *{group}*: {change_text(leaf)} against all other images; {len(clear)} of "
         f"{len(gaps)} gaps are clear after correction for their number."
     )

@@ -33,9 +33,11 @@ from skinlesion.report.card import (
     per_class_table,
     threshold_sentence,
 )
+
+# %% ../../nbs/report/87_clinical.ipynb #de4cccc1
 from skinlesion.report.figures import (
     class_titles,
-    metric_words,
+    metric_title,
     plot_calibration_before_after,
     plot_class_reliability,
     plot_confusion,
@@ -369,7 +371,7 @@ def _cards_table(cards, names=('balanced_accuracy', 'auroc_macro', 'malignant.au
             continue
         leaves = {name: find_leaf(card, name) for name in names}
         rows[key] = {'images': find_leaf(card, 'accuracy.n')} | {
-            metric_words(name): leaf_text(leaf, leaf_decimals(name)) for name, leaf in leaves.items() if leaf
+            metric_title(name): leaf_text(leaf, leaf_decimals(name)) for name, leaf in leaves.items() if leaf
         }
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('of')
 
@@ -578,7 +580,7 @@ def _group_rows(rows):
     "A measure of every group: value and gap with intervals."
     return pd.DataFrame(
         {
-            'measure': rows['metric'].map(metric_words),
+            'measure': rows['metric'].map(metric_title),
             'by': rows['column'].str.replace('_', ' '),
             'group': rows['group'],
             'images': rows['n'],
@@ -598,7 +600,7 @@ def _subgroup_picture(result, name):
         overall = decisions.get(name.removeprefix('malignant.')) or overall
     return draw_picture(
         lambda: plot_subgroups(result.blocks['subgroups'], name, overall),
-        f'{metric_words(name)} by group, with intervals and gaps to all other images',
+        f'{metric_title(name)} by group, with intervals and gaps to all other images',
     )
 
 # %% ../../nbs/report/87_clinical.ipynb #5868ab70
