@@ -469,7 +469,7 @@ def test_prepare_stops_at_a_lesion_that_crosses(repo):
         "ValueError: 1 lesion(s) cross splits: lesion 'L_mel0' in train, valid. Put all images of a "
         "lesion into one split" in output
     )
-    assert '"The split":' in output and re.search(r"--> \d+ parts = split_groups\(", output), output
+    assert '"The split":' in output and re.search(r"--> \d+ parts = ", output), output
     assert "jupyter lab reports/prepare/failed.ipynb" in output
 
 
