@@ -1,12 +1,14 @@
 """How often the 95 % intervals of evaluation hold the truth, and how biased plain ECE is.
 
-    python benchmarks/coverage.py [--tables 1000] [--lesions 100 300 1000] [--resamples 1000] [--sharpness 1.6] [--seed 0] [--draws 1000000]
+    python benchmarks/coverage.py [--tables 1000] [--lesions 100 300 1000] [--resamples 1000] [--sharpness 1.6]
+                                  [--seed 0] [--draws 1000000]
 
-Simulated tables in which lesions repeat: seven classes as common as in HAM10000, one to three images of each lesion whose scores share most of
-their noise, so images of a lesion are right or wrong together. The right probabilities are known; the predictor states them with logits `sharpness`
-times as large, which is a planted, non-zero miscalibration (1 plants none, below 1 the predictor is too modest). The truth comes from `draws` images
-of the same kind. Each table is scored as `scorecard` scores it. A share comes with Wilson's interval over the tables, a bias with twice its standard
-error, that of the truth included; `ece, unshifted` is what percentiles that are not shifted would do.
+Simulated tables in which lesions repeat: seven classes as common as in HAM10000, one to three images of each lesion
+whose scores share most of their noise, so images of a lesion are right or wrong together. The right probabilities are
+known; the predictor states them with logits `sharpness` times as large, which is a planted, non-zero miscalibration
+(1 plants none, below 1 the predictor is too modest). The truth comes from `draws` images of the same kind. Each table
+is scored as `scorecard` scores it. A share comes with Wilson's interval over the tables, a bias with twice its
+standard error, that of the truth included; `ece, unshifted` is what percentiles that are not shifted would do.
 """
 import argparse
 import os
@@ -15,8 +17,9 @@ import time
 import numpy as np
 import pandas as pd
 
-from skinlesion.stats.intervals import delong_interval, interval_leaf, lesion_weights, share_leaf, wilson_interval
+from skinlesion.stats.intervals import delong_interval, wilson_interval
 from skinlesion.stats.metrics import METRICS, malignancy_metrics, weighted_metrics
+from skinlesion.stats.resamples import Resamples
 
 COMMON = np.array([.033, .051, .110, .011, .111, .670, .014])  # akiec bcc bkl df mel nv vasc
 MALIGNANT = np.array([True, True, False, False, True, False, False])
@@ -60,29 +63,26 @@ def values(targets, probs, lesions, weights=None):
 
 
 def leaves(table, n_resamples, seed):
-    "The leaves of one table, as `scorecard` makes them, and two rivals."
+    "The leaves of one table, as `scorecard` makes them, and two alternatives."
     targets, probs, lesions = table
-    columns = values(
-        *table, np.concatenate([np.ones((1, len(targets)), np.int16), lesion_weights(lesions, n_resamples, seed)])
-    )
+    resamples = Resamples(lesions, n_resamples, seed)
+    columns = values(*table, resamples.weights)
     positive = MALIGNANT[targets]
     made = {}
-    rarer = min(len(np.unique(lesions[rows])) for rows in (positive, ~positive))
-    over = {name: positive if name == "sensitivity" else np.ones(len(targets), bool) for name in columns}
     for name, column in columns.items():
-        size = int(over[name].sum()), len(np.unique(lesions[over[name]]))
-        fewest = rarer if name == "auroc" else None
         if name in ("accuracy", "sensitivity"):
-            made[name] = share_leaf(column[0], column[1:], *size)
+            made[name] = resamples.share_of(column, positive if name == "sensitivity" else None)
+        elif name == "auroc":
+            made[name] = resamples.auroc_of(column, positive)
         else:
-            made[name] = interval_leaf(column[0], column[1:], *size, kind=METRICS[name].interval, fewest=fewest)
+            made[name] = resamples.leaf(column, kind=METRICS[name].interval)
     made["auroc, DeLong"] = delong_interval(positive, probs[:, MALIGNANT].sum(1), lesions)
-    made["ece, unshifted"] = interval_leaf(columns["ece"][0], columns["ece"][1:], len(targets), len(np.unique(lesions)))
+    made["ece, unshifted"] = resamples.leaf(columns["ece"])
     return made
 
 
 def coverage(tables=1000, n_lesions=300, n_resamples=1000, sharpness=1.6, seed=0, draws=1_000_000):
-    "A row per metric: truth, bias, share of tables whose interval holds the truth, with its own interval, and how wide it is."
+    "A row per metric: truth, bias, share of tables whose interval holds the truth, with its interval, and the width."
     truth = {
         name: column[0]
         for name, column in values(*simulate(draws // 2, sharpness, np.random.default_rng([seed, 1]))).items()

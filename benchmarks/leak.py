@@ -32,8 +32,9 @@ from sklearn.linear_model import LogisticRegression
 from skinlesion.data.schema import read_dataset
 from skinlesion.data.collections import import_ham10000
 from skinlesion.data.splits import inject_leak, split_groups
-from skinlesion.stats.intervals import format_leaf, interval_leaf, lesion_weights
+from skinlesion.stats.intervals import format_leaf, interval_leaf
 from skinlesion.stats.metrics import weighted_metrics
+from skinlesion.stats.resamples import Resamples
 from skinlesion.files import repo_root
 from skinlesion.images import normalise, read_image, resize_image
 from skinlesion.model.inference import evaluating, predict_probs
@@ -224,7 +225,7 @@ def measure(args, folder):
         features = frozen_features(pixels, args.weights)
         print(f"features {features.shape} in {time.perf_counter() - start:.0f} s")
     results = run(models, table, targets, features, args.seeds, args.share)
-    weights = lesion_weights(table.lesion_id.to_numpy(), 1000, seed=0)
+    weights = Resamples(table.lesion_id.to_numpy(), 1000, seed=0).weights[1:]
     pd.set_option('display.width', 200, 'display.max_columns', 20)
     parts = {
         'all test images': lambda r: np.ones(len(r['test']), bool),

@@ -2,12 +2,14 @@
 
     python benchmarks/metrics.py [--images 10000] [--resamples 1000] [--timed 20] [--many 1000000]
 
-A made-up table of predictions for seven classes, four images of three lesions on average, goes through `scorecard`: every metric of the whole,
-of each class and of malignancy, in every lesion resample, checks and leaves included. Baseline, in the same run: scikit-learn on the rows that a
-resample draws, one call for each metric it has and none twice (AUROC and average precision of all classes in one call each, sensitivity, PPV and F1
-in one), `timed` of the resamples, scaled up to all. scikit-learn has no calibration error and only half of the pAUC, so the loop computes fewer
-metrics than the scorecard does. Each part runs in a process of its own, so that its peak memory is its own; seconds are those of the clock, and of
-the processor where others keep it busy. Targets: at least 50 times as fast as the loop, 15 s, 1 GiB; a million predictions without intervals in 10 s.
+A made-up table of predictions for seven classes, four images of three lesions on average, goes through `scorecard`:
+every metric of the whole, of each class and of malignancy, in every lesion resample, checks and leaves included.
+Baseline, in the same run: scikit-learn on the rows that a resample draws, one call for each metric it has and none
+twice (AUROC and average precision of all classes in one call each, sensitivity, PPV and F1 in one), `timed` of the
+resamples, scaled up to all. scikit-learn has no calibration error and only half of the pAUC, so the loop computes
+fewer metrics than the scorecard does. Each part runs in a process of its own, so that its peak memory is its own;
+seconds are those of the clock, and of the processor where others keep it busy. Targets: at least 50 times as fast as
+the loop, 15 s, 1 GiB; a million predictions without intervals in 10 s.
 """
 import argparse
 import json
@@ -21,11 +23,14 @@ import warnings
 import numpy as np
 import pandas as pd
 
+from skinlesion.stats.intervals import walk_leaves
+from skinlesion.stats.metrics import malignancy_masks
+from skinlesion.stats.resamples import Resamples
 from skinlesion.taxonomy import get_label_set
 
 HAM = get_label_set("ham10000")
 COMMON = (.033, .051, .110, .011, .111, .670, .014)
-MALIGNANT = np.array([bool(HAM.is_malignant(code)) for code in HAM.codes])
+MALIGNANT, _ = malignancy_masks(HAM)
 
 
 def table(n):
@@ -51,17 +56,8 @@ def score(n, resamples):
     start = time.perf_counter()
     cpu = time.process_time()
     card = scorecard(predictions, labels, HAM, n_resamples=resamples)
-    return dict(seconds=time.perf_counter() - start, cpu=time.process_time() - cpu, leaves=len(list(leaves(card))),
+    return dict(seconds=time.perf_counter() - start, cpu=time.process_time() - cpu, leaves=len(list(walk_leaves(card))),
                 peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, before=before / 1024)
-
-
-def leaves(card):
-    "Every leaf of a card."
-    if "value" in card:
-        yield card
-    else:
-        for child in card.values():
-            yield from leaves(child)
 
 
 def by_sklearn(targets, probs):
@@ -100,9 +96,8 @@ def by_sklearn(targets, probs):
 
 def loop(n, resamples, timed):
     "Seconds of the loop, from `timed` of its resamples."
-    from skinlesion.stats.intervals import lesion_weights
     targets, probs, lesions = table(n)
-    for k, weight in enumerate(lesion_weights(lesions, timed + 1)):
+    for k, weight in enumerate(Resamples(lesions, timed + 1).weights[1:]):
         if k == 1:
             # the first call imports and compiles
             start = time.perf_counter()
@@ -136,7 +131,8 @@ def main():
     ours = apart("score", args.images, args.resamples)
     theirs = apart("loop", args.images, args.resamples, args.timed)
     ratio = theirs["seconds"] / ours["seconds"]
-    verdict = lambda met: "met" if met else "MISSED"
+    def verdict(met):
+        return "met" if met else "MISSED"
     def taken(part):
         return f"{part['seconds']:.2f} s, {part['cpu']:.2f} s processor"
     def memory(part):

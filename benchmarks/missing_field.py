@@ -21,8 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from skinlesion.data.prepared import Prepared
-from skinlesion.stats.intervals import format_leaf, interval_leaf, lesion_weights
+from skinlesion.stats.intervals import format_leaf
 from skinlesion.stats.metrics import weighted_metrics
+from skinlesion.stats.resamples import Resamples
 from skinlesion.files import repo_root
 from skinlesion.images import normalise
 from skinlesion.model.inference import evaluating
@@ -100,13 +101,13 @@ def answers(args, parts, features, encoder, label_set):
 def rows_of(found, table, label_set):
     "For each rate and each hidden field the mean over the seeds and what it is less than with all fields known."
     targets = table.diagnosis.map(label_set.index).to_numpy()
-    weights = np.concatenate([np.ones((1, len(table)), np.int16), lesion_weights(table.lesion_id.to_numpy(), 1000, 0)])
+    resamples = Resamples(table.lesion_id.to_numpy(), 1000, 0)
     mean = {
-        key: {m: np.mean([weighted_metrics(targets, p, weights)[m] for p in probs], 0) for m in METRICS}
+        key: {m: np.mean([weighted_metrics(targets, p, resamples.weights)[m] for p in probs], 0) for m in METRICS}
         for key, probs in found.items()
     }
     def leaf(v):
-        return format_leaf(interval_leaf(v[0], v[1:], n=len(table), n_lesions=table.lesion_id.nunique()), 3)
+        return format_leaf(resamples.leaf(v), 3)
     for (rate, name), values in mean.items():
         yield dict(rate=rate, unknown=name, **{m: leaf(values[m]) for m in METRICS},
                    **{f'{m} lost': '' if name == 'none' else leaf(mean[rate, 'none'][m] - values[m]) for m in METRICS})

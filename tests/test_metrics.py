@@ -1,4 +1,4 @@
-"""Metrics and intervals against other implementations, in memory, where they are undefined, and how often an interval holds the truth."""
+"Metrics and intervals against other implementations, their memory, where they are undefined, and interval coverage."
 import importlib.util
 import tracemalloc
 import warnings
@@ -12,8 +12,9 @@ from scipy.stats import norm
 from sklearn import metrics as sk
 from torchmetrics.functional import classification as tm
 
-from skinlesion.stats.intervals import delong, lesion_weights
+from skinlesion.stats.intervals import delong
 from skinlesion.stats.metrics import BINARY, METRICS, PER_CLASS, WHOLE, malignancy_metrics, weighted_metrics
+from skinlesion.stats.resamples import Resamples
 
 C = 5
 BAD = np.array([True, False, True, False, False])
@@ -34,14 +35,14 @@ def random_table(rng):
 
 
 def tied_table(rng):
-    "Probabilities in sixteenths: whole crowds share a score, and none stands on the edge of a bin."
+    "Probabilities in sixteenths: many images share a score, and none lies on the edge of a bin."
     targets = rng.integers(0, C, 400)
     chances = softmax(1.5 * np.eye(C)[targets] + .3 * rng.normal(size=(400, C)))
     return targets, (1 + np.stack([rng.multinomial(16 - C, row) for row in chances])) / 16
 
 
 def imbalanced_table(rng):
-    "Nine in ten of one class, three images of the rarest, and a model that is very sure."
+    "Nine in ten of one class, three images of the rarest, and a very confident model."
     targets = np.repeat(np.arange(C), (450, 30, 12, 5, 3))
     return targets, softmax(3 * rng.normal(size=(500, C)) + 5 * np.eye(C)[targets] + np.log([.9, .06, .02, .01, .01]))
 
@@ -52,30 +53,30 @@ TABLES = {"random": random_table, "tied": tied_table, "imbalanced": imbalanced_t
 # ---- the references
 
 def by_sklearn(targets, probs):
-    "What scikit-learn calls them."
-    called = probs.argmax(1)
+    "The metrics of scikit-learn."
+    predicted = probs.argmax(1)
     hot = np.eye(C)[targets]
     every = range(C)
     def rest(score):
-        return np.array([score(targets != c, called != c) for c in every])
+        return np.array([score(targets != c, predicted != c) for c in every])
     return dict(
-        accuracy=sk.accuracy_score(targets, called),
-        balanced_accuracy=sk.balanced_accuracy_score(targets, called),
+        accuracy=sk.accuracy_score(targets, predicted),
+        balanced_accuracy=sk.balanced_accuracy_score(targets, predicted),
         auroc_macro=sk.roc_auc_score(targets, probs, multi_class="ovr", average="macro"),
         auroc_weighted=sk.roc_auc_score(targets, probs, multi_class="ovr", average="weighted"),
         average_precision_macro=sk.average_precision_score(hot, probs, average="macro"),
         average_precision_weighted=sk.average_precision_score(hot, probs, average="weighted"),
-        f1_macro=sk.f1_score(targets, called, average="macro"),
-        f1_weighted=sk.f1_score(targets, called, average="weighted"),
-        mcc=sk.matthews_corrcoef(targets, called),
-        kappa=sk.cohen_kappa_score(targets, called),
+        f1_macro=sk.f1_score(targets, predicted, average="macro"),
+        f1_weighted=sk.f1_score(targets, predicted, average="weighted"),
+        mcc=sk.matthews_corrcoef(targets, predicted),
+        kappa=sk.cohen_kappa_score(targets, predicted),
         log_loss=sk.log_loss(targets, probs),
         brier=sk.brier_score_loss(targets, probs),
-        sensitivity=sk.recall_score(targets, called, average=None),
+        sensitivity=sk.recall_score(targets, predicted, average=None),
         specificity=rest(sk.recall_score),
-        ppv=sk.precision_score(targets, called, average=None),
+        ppv=sk.precision_score(targets, predicted, average=None),
         npv=rest(sk.precision_score),
-        f1=sk.f1_score(targets, called, average=None),
+        f1=sk.f1_score(targets, predicted, average=None),
         auroc=sk.roc_auc_score(hot, probs, average=None),
         average_precision=sk.average_precision_score(hot, probs, average=None),
         class_brier=np.array([sk.brier_score_loss(targets == c, probs[:, c]) for c in every]),
@@ -83,12 +84,12 @@ def by_sklearn(targets, probs):
 
 
 def top2_by_sklearn(targets, probs):
-    "scikit-learn breaks ties the other way, so it is asked about the classes in reverse order."
+    "scikit-learn breaks ties the other way, so the classes are reversed."
     return dict(top2_accuracy=sk.top_k_accuracy_score(C - 1 - targets, probs[:, ::-1], k=2, labels=np.arange(C)))
 
 
 def by_torchmetrics(targets, probs):
-    "What torchmetrics calls them; it counts in single precision."
+    "The metrics of torchmetrics; it counts in single precision."
     t = torch.tensor(targets)
     p = torch.tensor(probs)
     classes = np.array(
@@ -103,7 +104,7 @@ def by_torchmetrics(targets, probs):
 
 
 def by_loops(targets, probs, lesions):
-    "Calibration errors that neither has, written as one would on paper."
+    "Calibration errors that neither has, written as loops."
     right = probs.argmax(1) == targets
     sure = probs.max(1)
     order = np.lexsort((right, sure))
@@ -148,12 +149,14 @@ def binary_by_torchmetrics(bad, score):
     b = torch.tensor(bad).int()
     pairs = {"sensitivity_at_{}_specificity": tm.binary_sensitivity_at_specificity,
              "specificity_at_{}_sensitivity": tm.binary_specificity_at_sensitivity}
-    found = {name.format(level): float(ask(s, b, level / 100)[0]) for name, ask in pairs.items() for level in (90, 95)}
-    return found | dict(ece=float(tm.binary_calibration_error(s, b, n_bins=15, norm="l1")))
+    rates = {
+        name.format(level): float(rate(s, b, level / 100)[0]) for name, rate in pairs.items() for level in (90, 95)
+    }
+    return rates | dict(ece=float(tm.binary_calibration_error(s, b, n_bins=15, norm="l1")))
 
 
 def by_isic2019(bad, score):
-    "The corner of the older scorer: from where the curve reaches 80 % sensitivity, by straight lines, down to the floor."
+    "The older scorer: the area under the curve, by straight lines, from where it reaches 80 % sensitivity."
     fpr, tpr, _ = sk.roc_curve(bad, score, drop_intermediate=False)
     reached = int(np.argmax(tpr > .8 - 1e-12))
     (f0, f1), (t0, t1) = fpr[reached - 1:reached + 1], tpr[reached - 1:reached + 1]
@@ -162,14 +165,14 @@ def by_isic2019(bad, score):
 
 
 def by_isic2024(bad, score):
-    "The rule of the later one: turn the problem over, take scikit-learn's standardised partial area, undo the standardising."
+    "The later one: scikit-learn's standardised partial area of the inverted problem, with the standardising undone."
     scaled = sk.roc_auc_score(~bad, -score, max_fpr=.2)
     least = .2**2 / 2
     return dict(pauc80_isic2024=least + (.2 - least) * (scaled - .5) / .5)
 
 
 def references(targets, probs, lesions):
-    "Reference -> metric -> value, and what ours are called there."
+    "Reference -> metric -> value, of all classes and of malignancy."
     bad = BAD[targets]
     score = probs[:, BAD].sum(1)
     multiclass = {
@@ -188,10 +191,9 @@ def differences(rng):
     for title, make in TABLES.items():
         targets, probs = make(rng)
         lesions = rng.permutation(len(targets)) // 2
-        weights = np.concatenate([np.ones((1, len(targets)), np.int16), lesion_weights(lesions, 40, seed=1)])
-        weights = weights[[np.bincount(np.repeat(targets, w), minlength=C).min() > 0 for w in weights]][
-            :3
-        ] # no class is lost
+        weights = Resamples(lesions, 40, seed=1).weights
+        complete = [np.bincount(np.repeat(targets, w), minlength=C).min() > 0 for w in weights]  # no class is lost
+        weights = weights[complete][:3]
         whole = weighted_metrics(targets, probs, weights, lesion_ids=lesions)
         binary = malignancy_metrics(BAD[targets], probs[:, BAD].sum(1), weights)
         for r, weight in enumerate(weights):
@@ -234,13 +236,13 @@ def test_no_metric_is_without_a_reference(parity):
 
 def test_shapes_and_ranges():
     targets, probs = random_table(np.random.default_rng(1))
-    for name, values in weighted_metrics(targets, probs, lesion_weights(np.arange(400), 7)).items():
+    for name, values in weighted_metrics(targets, probs, Resamples(np.arange(400), 6).weights).items():
         assert values.shape == ((7, C) if name in PER_CLASS.values() else (7,)) and values.dtype == np.float64
         low = METRICS[name].low
         high = METRICS[name].high
         assert (low is None or values.min() >= low) and (high is None or values.max() <= high), name
     for name, values in malignancy_metrics(
-        BAD[targets], probs[:, BAD].sum(1), lesion_weights(np.arange(400), 7)
+        BAD[targets], probs[:, BAD].sum(1), Resamples(np.arange(400), 6).weights
     ).items():
         metric = METRICS[name]
         assert (
@@ -249,7 +251,7 @@ def test_shapes_and_ranges():
 
 
 def test_ends_of_the_ranges():
-    "A perfect and an utterly wrong table reach the ends that `METRICS` names."
+    "A perfect and a completely wrong table reach the ends that `METRICS` names."
     targets = np.arange(2 * C) % C
     best, worst = (weighted_metrics(targets, np.eye(C)[(targets + shift) % C]) for shift in (0, 1))
     for name, metric in METRICS.items():
@@ -271,7 +273,7 @@ def test_memory_does_not_grow_with_resamples():
     rows = np.tile(np.arange(400), 10)
     peaks = []
     for n in (100, 800):
-        weights = lesion_weights(np.arange(4000) // 2, n)
+        weights = Resamples(np.arange(4000) // 2, n).weights
         tracemalloc.start()
         weighted_metrics(targets[rows], probs[rows], weights, lesion_ids=np.arange(4000) // 2)
         malignancy_metrics(BAD[targets[rows]], probs[rows][:, BAD].sum(1), weights)
@@ -296,7 +298,7 @@ def test_an_absent_class_leaves_undefined_what_needs_it(targets, defined):
 
 def test_a_resample_without_a_class_is_undefined_alone():
     targets, probs = imbalanced_table(np.random.default_rng(3))
-    weights = lesion_weights(np.arange(500), 300)
+    weights = Resamples(np.arange(500), 300).weights[1:]
     lost = weights[:, targets == 4].sum(1) == 0
     macro = weighted_metrics(targets, probs, weights, names=("auroc_macro", "auroc_weighted"))
     assert (
@@ -309,7 +311,7 @@ def test_a_resample_without_a_class_is_undefined_alone():
 # ---- DeLong
 
 def delong_by_loops(positive, scores, lesions):
-    "Difference of two AUROCs and its standard error, kernel by kernel, lesion by lesion, as Obuchowski 1997 writes them."
+    "Difference of two AUROCs and its standard error, lesion by lesion, as Obuchowski 1997 writes them."
     def kernel(score):
         return np.array([[float(p > n) + .5 * (p == n) for n in score[~positive]] for p in score[positive]])
     gap = kernel(scores[0]) - kernel(scores[1])
@@ -334,7 +336,7 @@ def delong_by_loops(positive, scores, lesions):
 @pytest.mark.parametrize("repeat", [1, 2])
 @pytest.mark.parametrize("digits", [1, 9])
 def test_delong_agrees_with_its_paper(repeat, digits):
-    "With lesions of one class only, and with lesions whose images differ in class (units may be patients), ties or none."
+    "With lesions of one class and lesions whose images differ in class (units may be patients), ties or none."
     rng = np.random.default_rng(digits)
     positive = rng.random(90) < .4
     lesions = rng.permutation(90) // repeat
@@ -360,15 +362,14 @@ def coverage():
     return module.coverage
 
 
-HONEST = ["accuracy", "sensitivity", "auroc", "auroc, DeLong", "brier", "ece_debiased"]
+UNBIASED = ["accuracy", "sensitivity", "auroc", "auroc, DeLong", "brier", "ece_debiased"]
 
 
 def test_intervals_hold_the_truth_in_forty_tables(coverage):
     table = coverage(tables=40, n_lesions=150, n_resamples=300, draws=100_000).set_index("metric")
     print("\n" + table.round(3).to_string())
-    assert (table.holds[HONEST] >= 0.825).all(), (
-        table.holds
-    ) # 33 of 40: fewer has a chance of one in 200 where 95 % hold it
+    # 33 of 40: fewer has a chance of one in 200 where 95 % hold it
+    assert (table.holds[UNBIASED] >= 0.825).all(), table.holds
     assert table.no_interval.sum() == 0
 
 
@@ -376,7 +377,7 @@ def test_intervals_hold_the_truth_in_forty_tables(coverage):
 def test_intervals_hold_the_truth_in_a_thousand_tables(coverage):
     table = coverage(tables=1000, n_lesions=300, n_resamples=1000).set_index("metric")
     print("\n" + table.round(4).to_string())
-    assert (table.high[HONEST] >= .93).all(), table.holds
+    assert (table.high[UNBIASED] >= .93).all(), table.holds
     assert table.bias.ece > table.two_se.ece and abs(table.bias.accuracy) < 2 * table.two_se.accuracy
     calibrated = coverage(tables=300, n_lesions=300, n_resamples=300, sharpness=1.).set_index("metric")
     print(calibrated.round(4).to_string())
@@ -387,7 +388,7 @@ def test_intervals_hold_the_truth_in_a_thousand_tables(coverage):
 def test_stratified_resamples_keep_every_class():
     targets, _ = imbalanced_table(np.random.default_rng(4))
     lesions = np.arange(500) // 2
-    weights = lesion_weights(lesions, 50, strata=targets)
+    weights = Resamples(lesions, 50, strata=targets).weights
     first = targets[np.arange(0, 500, 2)]
     for c in range(C):
         assert (weights[:, ::2][:, first == c].sum(1) == (first == c).sum()).all()

@@ -20,7 +20,7 @@ from skinlesion.evaluate.measures import (
     decision_cards,
     evaluation_curves,
     find_leaf,
-    malignancy_of,
+    known_malignancy,
 )
 from ..data.tables import Aligned, align_tables, check_labels
 from .scorecard import scorecard
@@ -96,7 +96,7 @@ class _SplitTables:
 # %% ../../nbs/evaluate/79_evaluation.ipynb #a83c9b43
 def _lock(valid, label_set, target_sensitivity, coverage, abstain_share, options):
     "Threshold, prediction sets and abstention, locked on validation images."
-    malignant = malignancy_of(valid, label_set)
+    malignant = known_malignancy(valid, label_set)
     return dict(
         threshold=lock_threshold(*malignant, target=target_sensitivity, **options) if len(malignant[0]) else None,
         conformal=fit_conformal('class_conditional', valid.probs, valid.targets, valid.lesion_ids, coverage),

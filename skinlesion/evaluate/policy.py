@@ -50,7 +50,7 @@ from skinlesion.model.inference import (
     predict_outputs,
 )
 from ..stats.intervals import expanded_level, percentile_interval
-from ..stats.metrics import malignancy_probability, weighted_metrics
+from ..stats.metrics import malignancy_masks, malignancy_probability, weighted_metrics
 from ..stats.resamples import Resamples
 from ..taxonomy import LabelSet, nearest
 from ..views import view_names
@@ -292,11 +292,12 @@ def _predict(policy, members, label_set, ood_score):
     codes = np.array(label_set.codes)
     decided = policy.decide(probs, label_set, ood_score)
     predicted = codes[probs.argmax(1)]
-    unknown = np.array([label_set.is_malignant(code) is None for code in predicted], bool)
+    malignant, benign = malignancy_masks(label_set)
+    known = (malignant | benign)[probs.argmax(1)]
     summary = dict(
         predicted=predicted,
         confidence=probs.max(1),
-        malignancy=np.where(unknown, np.nan, malignancy_probability(probs, label_set)),
+        malignancy=np.where(known, malignancy_probability(probs, label_set), np.nan),
         disagreement=member_disagreement(members),
     )
     columns = pd.DataFrame(probs, columns=[f'p_{code}' for code in codes])
@@ -429,13 +430,13 @@ class PolicyChoice:
 # %% ../../nbs/evaluate/70_policy.ipynb #4dd54c83
 def _lock_malignancy(probs, fit, label_set, target_sensitivity, **options):
     "The threshold for malignancy, on the images of known malignancy; None where the label set states none."
-    malignancy = np.array([label_set.is_malignant(code) for code in label_set.codes], object)[fit.targets]
-    known = np.not_equal(malignancy, None)
+    malignant, benign = (mask[fit.targets] for mask in malignancy_masks(label_set))
+    known = malignant | benign
     if not known.any():
         return None
     score = malignancy_probability(probs, label_set)[known]
     lesions = np.asarray(fit.lesion_ids)[known]
-    return lock_threshold(np.equal(malignancy[known], True), score, lesions, target_sensitivity, **options)
+    return lock_threshold(malignant[known], score, lesions, target_sensitivity, **options)
 
 # %% ../../nbs/evaluate/70_policy.ipynb #5c59bbc1
 def choose_policy(

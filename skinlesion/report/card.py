@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..evaluate.benchmarks import shared_lesions
 from ..evaluate.evaluation import Evaluation
-from ..evaluate.measures import confidence_card, find_leaf, malignancy_of
+from ..evaluate.measures import confidence_card, find_leaf, known_malignancy
 from ..evaluate.subgroups import gap_metrics
 from .figures import class_titles, metric_title
 from .leaves import change_text, leaf_decimals, leaf_text
@@ -176,7 +176,7 @@ def frequencies_sentence(
     leaves = [block.get(name) for name in ('sensitivity', 'specificity')]
     if any(leaf is None or leaf['value'] is None for leaf in leaves):
         return ''
-    share = float(malignancy_of(result.data, result.label_set)[0].mean())
+    share = float(known_malignancy(result.data, result.label_set)[0].mean())
     at, best, worst = (
         natural_frequencies(*(_limit(leaf, key) for leaf in leaves), share) for key in ('value', 'high', 'low')
     )

@@ -48,11 +48,14 @@ class Resamples:
         "Lesions among some of the images."
         return len(np.unique(self.lesions if units is None else self.lesions[units]))
 
-    def subset(self, units): # images (N,) bool
+    def subset(self, units): # images (N,) bool or index
         "The same resamples of some of the images."
+        units = np.asarray(units)
+        if units.dtype == bool and units.all():
+            return self
         part = copy(self)
         part.lesions = self.lesions[units]
-        part.weights = self.weights if np.all(units) else self.weights[:, units]
+        part.weights = self.weights[:, units]
         return part
 
 # %% ../../nbs/stats/12_resamples.ipynb #4fce0755
