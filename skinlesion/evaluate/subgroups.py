@@ -11,18 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
+from ..colour import SKIN_TONES
 from ..data.metadata import parse_age
 from skinlesion.stats.intervals import (
     MAX_UNDEFINED,
     format_leaf,
     interval_leaf,
-    lesion_weights,
     newcombe_interval,
+    walk_leaves,
     wilson_interval,
 )
 from ..stats.metrics import group_sums, weighted_auroc
 from ..data.tables import align_tables
-from ..stats.metrics import malignancy_probability
+from ..stats.cards import image_resamples
+from ..stats.metrics import malignancy_masks, malignancy_of
 from skinlesion.taxonomy import (
     AGE_BANDS,
     SEXES,
@@ -37,14 +39,13 @@ from skinlesion.taxonomy import (
 )
 
 # %% ../../nbs/evaluate/74_subgroups.ipynb #ba102c62
-SUBGROUPS = ('sex', 'age_band', 'site', 'skin_tone', 'source') # what is looked at unless columns are named
-UNKNOWN = 'unknown' # the group of those of whom nothing is known
-MOST_GROUPS = 40 # of one column; more is no grouping
+SUBGROUPS = ('sex', 'age_band', 'site', 'skin_tone', 'source') # the groupings unless columns are named
+UNKNOWN = 'unknown' # the group of images whose cell is empty
+MOST_GROUPS = 40 # of one column
 
-_TONES = ('very light', 'light', 'intermediate', 'tan', 'brown', 'dark')
 _REGIONS = tuple(dict.fromkeys(site_region(site) for site in SITES))
 _ORDER = dict(
-    sex=SEXES, age_band=AGE_BANDS, site=SITES, region=_REGIONS, skin_tone=_TONES
+    sex=SEXES, age_band=AGE_BANDS, site=SITES, region=_REGIONS, skin_tone=tuple(SKIN_TONES)
 ) # how the groups of a column follow one another
 
 def _try(parse, word):
@@ -66,7 +67,16 @@ _MADE_FROM = dict(age_band='age', region='site')
 def _source_column(labels, column):
     "The column of the table from which the groups of `column` are read, '' where it is not there."
     made_from = _MADE_FROM.get(column, column)
-    return column if column in labels else made_from if made_from in labels else ''
+    return next((name for name in (column, made_from) if name in labels), '')
+
+# %% ../../nbs/evaluate/74_subgroups.ipynb #f176e37e
+def _group_word(value, read, where):
+    "The group of one cell; '' where it is empty."
+    if pd.isna(value) or is_missing(value):
+        return ''
+    if read:
+        return read(value, where)
+    return f'{value:.15g}' if isinstance(value, float) else str(value).strip()
 
 # %% ../../nbs/evaluate/74_subgroups.ipynb #5dc287cc
 def group_words(
@@ -87,19 +97,9 @@ def group_words(
     for i, value in enumerate(labels[source].tolist()):
         if value in words:
             continue
-        missing = pd.isna(value) or is_missing(value)
-        words[value] = (
-            ''
-            if missing
-            else read(value, f'labels row {i + 2}')
-            if read
-            else f'{value:.15g}'
-            if isinstance(value, float)
-            else str(value).strip()
-        )
-    return np.array([words.get(value) or UNKNOWN for value in labels[source].tolist()], object).astype(
-        str
-    ) # a NaN is no key of its own
+        words[value] = _group_word(value, read, f'labels row {i + 2}')
+    # A NaN is no key of its own.
+    return np.array([words.get(value) or UNKNOWN for value in labels[source].tolist()], object).astype(str)
 
 # %% ../../nbs/evaluate/74_subgroups.ipynb #c98228ae
 def ordered_groups(
@@ -201,16 +201,24 @@ def _measures(data, label_set, groups, n_groups, weights, threshold):
     every = np.ones(len(data.targets), bool)
     right = data.probs.argmax(1) == data.targets
     found = {'accuracy': _mean_measure('share', groups, n_groups, weights, every, right, ((every, ''),))}
-    said = [label_set.is_malignant(code) for code in label_set.codes]
-    if not any(s is not None for s in said):
+    if not np.any(malignancy_masks(label_set)):
         return found | _macro_measure(groups, n_groups, weights, data.targets, data.probs, label_set.codes)
-    malignant, known = (np.array([s is v for s in said])[data.targets] for v in (True, None))
-    score = np.nan_to_num(malignancy_probability(data.probs, label_set), nan=.5)
-    return found | _binary_measures(groups, n_groups, weights, malignant, score, ~known, threshold)
+    images = malignancy_of(data.targets, data.probs, label_set)
+    values = images.malignant, images.score, images.known
+    return found | _binary_measures(groups, n_groups, weights, *values, threshold)
+
+# %% ../../nbs/evaluate/74_subgroups.ipynb #e81548fa
+def _too_few(counts, least):
+    "Why there is no figure, where lesions are too few; '' otherwise. `counts` are (lesions, adjective)."
+    for n, adjective in counts:
+        if n < least:
+            noun = 'lesion' if n == 1 else 'lesions'
+            return f"too few to say: {n} {adjective}{noun}, at least {least} are asked for"
+    return ''
 
 # %% ../../nbs/evaluate/74_subgroups.ipynb #bc1c20a3
 class _Side:
-    "One side of a gap, the group or everyone else, under one metric."
+    "One side of a gap, the group or all other images, under one metric."
     def __init__(self, measure, samples, where, lesions, least, method):
         self.measure = measure
         self.value = samples[0]
@@ -220,25 +228,13 @@ class _Side:
         self.ids = set(lesions[measure.units & where].tolist())
         self.n = int((measure.units & where).sum())
         self.n_lesions = self.lesions(measure.units)
-        few = [(self.lesions(rows), words) for rows, words in measure.counted]
-        self.few = next(
-            (
-                f"too few to say: {n} {words}lesion{'' if n == 1 else 's'}, at least {least} are asked for"
-                for n, words in few
-                if n < least
-            ),
-            '',
-        )
+        self.few = _too_few([(self.lesions(rows), word) for rows, word in measure.counted], least)
         self.known = not self.few and not np.isnan(self.value)
-        self.told = (
-            self.known
-            and len(self.samples) > 0
-            and np.isnan(self.samples).mean() <= MAX_UNDEFINED
-            and self.n_lesions > 1
-        )
+        enough = len(self.samples) > 0 and np.isnan(self.samples).mean() <= MAX_UNDEFINED and self.n_lesions > 1
+        self.has_limits = self.known and enough
 
     def sides(self):
-        "Lesions on the rarer side of a ranking and on the other; of several classes the rarest against the rest, which says the least."
+        "Lesions on the rarer side of a ranking and on the other; of several classes the rarest against the rest."
         rows = min((rows for rows, _ in self.measure.counted), key=self.lesions)
         return self.lesions(rows), self.lesions(self.measure.units & ~rows)
 
@@ -254,20 +250,15 @@ class _Side:
             found = effective_limits(self.value, error, self.n_lesions, level)
         return dict(value=float(self.value), low=float(found[0]), high=float(found[1]))
 
-    def leaf(self):
-        "The figure with its interval, or why there is none."
-        leaf = dict(value=None, low=None, high=None, n=self.n, n_lesions=self.n_lesions, method=self.method)
-        if self.told:
-            return leaf | self.limits(.95)
-        return interval_leaf(
-            np.nan if self.few else self.value,
-            self.samples,
-            self.n,
-            self.n_lesions,
-            self.few or 'undefined',
-            None,
-            self.method,
-        )
+# %% ../../nbs/evaluate/74_subgroups.ipynb #2336c1f3
+def _side_leaf(side):
+    "The figure of one side with its interval, or why there is none."
+    leaf = dict(value=None, low=None, high=None, n=side.n, n_lesions=side.n_lesions, method=side.method)
+    if side.has_limits:
+        return leaf | side.limits(.95)
+    value = np.nan if side.few else side.value
+    units = side.n, side.n_lesions
+    return interval_leaf(value, side.samples, *units, side.few or 'undefined', None, side.method)
 
 # %% ../../nbs/evaluate/74_subgroups.ipynb #e21da844
 def _gap_leaf(group, rest):
@@ -275,14 +266,14 @@ def _gap_leaf(group, rest):
     n = group.n + rest.n
     n_lesions = len(group.ids | rest.ids)
     method = f'both sides combined (Newcombe 1998); {group.method}'
-    if group.told and rest.told:
+    if group.has_limits and rest.has_limits:
         first = group.limits(.95)
         second = rest.limits(.95)
         low, high = combined_limits(first, second)
         return dict(value=first['value'] - second['value'], low=low, high=high, n=n, n_lesions=n_lesions, method=method)
     few = 'every image is in this group' if not rest.n else group.few or rest.few and f'in all other groups: {rest.few}'
     known = group.known and rest.known
-    why = few or group.leaf().get('reason') or f"in all other groups: {rest.leaf().get('reason')}"
+    why = few or _side_leaf(group).get('reason') or f"in all other groups: {_side_leaf(rest).get('reason')}"
     return dict(
         value=float(group.value - rest.value) if known else None,
         low=None,
@@ -297,13 +288,17 @@ def _gap_leaf(group, rest):
 def _judged_gaps(pairs, level=.05):
     "The gap leaves of one metric, each with its verdict among all of them; `pairs` are the sides, (group, rest)."
     found = [_gap_leaf(*pair) for pair in pairs]
-    gaps = sum(group.told and rest.told for group, rest in pairs)
+    gaps = sum(group.has_limits and rest.has_limits for group, rest in pairs)
     for leaf, pair in zip(found, pairs):
         leaf['verdict'] = 'too few to say'
         if leaf['low'] is None:
             continue
         low, high = combined_limits(*(side.limits(1 - level / gaps) for side in pair))
-        leaf |= dict(verdict='higher' if low > 0 else 'lower' if high < 0 else 'not distinguishable', gaps=gaps)
+        leaf |= dict(verdict='not distinguishable', gaps=gaps)
+        if low > 0:
+            leaf['verdict'] = 'higher'
+        elif high < 0:
+            leaf['verdict'] = 'lower'
     return found
 
 # %% ../../nbs/evaluate/74_subgroups.ipynb #e98f6e7a
@@ -343,7 +338,7 @@ def _as_card(sides, words, lesions):
     for metric in dict.fromkeys(metric for _, _, metric in sides):
         keys = [key for key in sides if key[2] == metric]
         for (column, name, _), gap in zip(keys, _judged_gaps([sides[key] for key in keys])):
-            _put(card[column][name], metric, sides[column, name, metric][0].leaf())
+            _put(card[column][name], metric, _side_leaf(sides[column, name, metric][0]))
             _put(card[column][name], f'gap.{metric}', gap)
     return card
 
@@ -368,20 +363,13 @@ def subgroup_scorecard(
     row = pd.Index(labels['image_id'].astype(str)).get_indexer(data.image_ids)
     columns = [c for c in SUBGROUPS if _source_column(labels, c)] if columns is None else columns
     words = {column: group_words(labels, column)[row] for column in columns}
-    lesions = pd.factorize(data.lesion_ids, sort=True)[0]
-    weights = np.concatenate([np.ones((1, len(lesions)), np.int16), lesion_weights(lesions, n_resamples, seed)])
-    alone = f', {data.unknown_lesions} image(s) of unknown lesion each their own' if data.unknown_lesions else ''
-    settings = (
-        weights,
-        lesions,
-        min_lesions,
-        threshold,
-        f'standard error of the lesion bootstrap, seed {seed}{alone}, {n_resamples} resamples',
-    )
+    resamples = image_resamples(data.image_ids, data.labels['lesion_id'], n_resamples, seed)
+    method = f'standard error of the lesion bootstrap, seed {seed}{resamples.note}, {n_resamples} resamples'
+    settings = resamples.weights, resamples.lesions, min_lesions, threshold, method
     sides = {}
     for column, found in words.items():
         sides |= _column_sides(data, label_set, found, column, *settings)
-    return _as_card(sides, words, lesions)
+    return _as_card(sides, words, resamples.lesions)
 
 # %% ../../nbs/evaluate/74_subgroups.ipynb #7b346919
 def leaf_at(
@@ -399,20 +387,14 @@ def gap_metrics(
 ) -> tuple: # of str, dotted
     "The metrics that a subgroup card holds."
     cell = next((cell for groups in card.values() for cell in groups.values()), dict(gap={}))
-    def walk(leaves, path):
-        return (
-            [path]
-            if 'value' in leaves
-            else [name for key, child in leaves.items() for name in walk(child, f'{path}.{key}')]
-        )
-    return tuple(name for key, child in cell['gap'].items() for name in walk(child, key))
+    return tuple('.'.join(path) for path, _ in walk_leaves(cell['gap']))
 
 # %% ../../nbs/evaluate/74_subgroups.ipynb #05254bd4
 def subgroup_table(
     card:dict, # from `subgroup_scorecard`
     metrics=None, # dotted names; None takes all
     digits:int=2, # decimals of the texts
-) -> pd.DataFrame: # column, group, metric, value, low, high, gap, gap_low, gap_high, verdict, n, n_lesions, text, gap_text, reason
+) -> pd.DataFrame: # column, group, metric, value, low, high, gap, gap_low, gap_high, verdict, n, n_lesions, ...
     "A subgroup card as a tidy table, a row per group and metric."
     rows = []
     for column, groups in card.items():
