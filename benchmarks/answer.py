@@ -1,12 +1,14 @@
 """Milliseconds per picture of what an ensemble adds, against one member that is shown the picture once.
 
-    python benchmarks/answer.py [--bundle artifacts/ensemble] [--pictures 16] [--rounds 5] [--views none flips d4 d4+crops]
+    python benchmarks/answer.py [--bundle artifacts/ensemble] [--pictures 16] [--rounds 5]
+                                [--views none flips d4 d4+crops]
 
-Pictures are noise of the bundle's size, age, sex and site unknown, one picture at a time, as the service answers. Baseline, in the
-same run: the first member that looks at the image, the picture as it is. Then every member, all of them together, all together with each
-set of views, and the bundle's own policy on top of answers that are there already (combination, calibration, prediction set, abstention).
-Each round measures all of them once, in turn; a row is the median over rounds with the least and the largest ratio to the baseline of the
-same round. None of it depends on the data, so it stands in no report.
+Pictures are noise of the bundle's size, age, sex and site unknown, one picture at a time, as the service predicts.
+Baseline, in the same run: the first member that reads the image, the picture as it is. Then every member, all of them
+together, all together with each set of views, and the bundle's own policy on probabilities that are there already
+(combination, calibration, prediction set, abstention). Each round measures all of them once, in turn; a row is the
+median over rounds with the least and the largest ratio to the baseline of the same round. None of it depends on the
+data, so it stands in no report.
 """
 import argparse
 import time

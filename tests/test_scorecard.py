@@ -1,4 +1,4 @@
-"""The scorecard against hand-computed values and plain loops, and what it says where nothing can be said."""
+"""The scorecard against hand-computed values and plain loops, and its reasons where a value is undefined."""
 import json
 
 import numpy as np
@@ -46,7 +46,7 @@ def leaves(card, path=()):
 
 
 def check_card(card, n, resamples=True):
-    "What holds of any card: plain JSON, all metrics there, numbers in range with an interval that holds them, or a reason."
+    "Any card is plain JSON with all metrics, each in range and inside its interval, or with a reason."
     json.dumps(card, allow_nan=False)
     assert {*card} >= {*WHOLE, "per_class", "malignant"} and {*card["malignant"]} >= {*BINARY}
     assert all({*c} == {"n", *PER_CLASS} for c in card["per_class"].values())
@@ -182,7 +182,11 @@ def test_order_of_rows_and_of_columns_changes_no_byte():
     (lambda d: d == "nv", "per_class.nv.specificity", "every image is of class nv"),
     (lambda d: d == "nv", "malignant.auroc", "no image is malignant"),
     (lambda d: d.isin(["mel", "bcc"]), "malignant.specificity", "every image is malignant"),
-    (lambda d: d != "df", "balanced_accuracy", "no image of class df; a mean over the other classes would be another metric"),
+    (
+        lambda d: d != "df",
+        "balanced_accuracy",
+        "no image of class df; a mean over the other classes would be another metric",
+    ),
     (lambda d: d != "df", "per_class.df.f1", "no image of class df")])
 def test_what_is_undefined_is_null_with_its_reason(keep, place, said):
     predictions, labels = made()
@@ -242,11 +246,18 @@ def test_the_table_of_a_card_has_a_row_per_leaf():
 
 
 @pytest.mark.parametrize("old, new, said", [
-    (",", "|", "as if '|' divided columns"), ("\ni3,", "\ni2,", "row 5 (image_id 'i2'): the id stands in row 4 already"),
-    ("p_mel", "p_mela", "column 'p_mela' belongs to no class of label set ham10000"), ("p_vasc", "vasc", "column p_vasc missing"),
-    ("\ni3,0.", "\ni3,10.", "row 5 (image_id 'i3'): p_akiec is 10."), ("\ni3,", "\ni3,x", "row 5 (image_id 'i3'): p_akiec is 'x"),
-    ("\ni3,", "\n\n\ni3,-", "row 7 (image_id 'i3'): p_akiec is -"), ("\ni3,", "\n,", "row 5: image_id is empty"),
-    ("image_id", "image", "no column image_id"), ("\ni3,", '\n"i3,', "not readable as CSV"), ("\ni3,", "\ni3,nan,", "cells where the header has")])
+    (",", "|", "as if '|' divided columns"),
+    ("\ni3,", "\ni2,", "row 5 (image_id 'i2'): the id stands in row 4 already"),
+    ("p_mel", "p_mela", "column 'p_mela' belongs to no class of label set ham10000"),
+    ("p_vasc", "vasc", "column p_vasc missing"),
+    ("\ni3,0.", "\ni3,10.", "row 5 (image_id 'i3'): p_akiec is 10."),
+    ("\ni3,", "\ni3,x", "row 5 (image_id 'i3'): p_akiec is 'x"),
+    ("\ni3,", "\n\n\ni3,-", "row 7 (image_id 'i3'): p_akiec is -"),
+    ("\ni3,", "\n,", "row 5: image_id is empty"),
+    ("image_id", "image", "no column image_id"),
+    ("\ni3,", '\n"i3,', "not readable as CSV"),
+    ("\ni3,", "\ni3,nan,", "cells where the header has"),
+])
 def test_a_bad_table_names_file_row_and_remedy(tmp_path, old, new, said):
     write_predictions(made(20, 15)[0], tmp_path / "p.csv")
     (tmp_path / "bad.csv").write_text((tmp_path / "p.csv").read_text().replace(old, new))

@@ -90,7 +90,11 @@ def _as_numbers(table, column, where):
     numbers = pd.to_numeric(table[column], errors='coerce')
     i = np.flatnonzero(numbers.isna())[0]
     word = str(table[column].iloc[i])
-    hint = ' (divide percent by 100)' if '%' in word else ' (write a decimal point, not a comma)' if ',' in word else ''
+    hint = ''
+    if '%' in word:
+        hint = ' (divide percent by 100)'
+    elif ',' in word:
+        hint = ' (write a decimal point, not a comma)'
     raise ValueError(f"{_place(table, where, i)}: {column} is '{word}'; give a probability in [0, 1]{hint}")
 
 # %% ../../nbs/data/30_tables.ipynb #7b2d6317
@@ -160,7 +164,7 @@ def write_predictions(
     predictions:pd.DataFrame, # image_id, p_<code> columns that sum to 1; other columns follow as they are
     path:Path|str, # of the CSV
 ) -> Path: # `path`
-    "Write a predictions table: `image_id`, probabilities, `predicted`, then the rest; the same table gives the same bytes."
+    "Write `image_id`, probabilities, `predicted`, then the rest; the same table gives the same bytes."
     codes = tuple(str(c)[2:] for c in predictions.columns if str(c).startswith('p_'))
     if not codes:
         raise ValueError(
@@ -188,7 +192,7 @@ def _as_column(words):
 
 # %% ../../nbs/data/30_tables.ipynb #aa5b15d5
 def _read_table(source, where=None):
-    "A table as text, columns that hold nothing but numbers as numbers; it knows the lines of its file where they are not 2, 3, 4 ..."
+    "A table as text, columns of numbers as numbers; `attrs` has its lines in the file where they are not 2, 3, 4 ..."
     table, lines = read_table(source, where)
     found = pd.DataFrame(
         {c: table[c] if c in TEXT_COLUMNS else _as_column(table[c]) for c in table.columns}, dtype=None

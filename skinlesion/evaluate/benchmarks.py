@@ -70,7 +70,9 @@ class BenchmarkId:
             )
 
     def __str__(self):
-        return f"{self.name or 'unnamed'}{f'-{self.variant}' if self.variant else ''}{f'@{self.resolution}' if self.resolution else ''}"
+        variant = f'-{self.variant}' if self.variant else ''
+        resolution = f'@{self.resolution}' if self.resolution else ''
+        return f"{self.name or 'unnamed'}{variant}{resolution}"
 
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #289821dd
 @patch
@@ -129,7 +131,7 @@ def _words(table, *columns):
 def split_digest(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, split
 ) -> str: # 64 hexadecimal digits
-    "SHA-256 of the images that are tested on and their lesions, whatever the order of the rows; of all images where no split is called test."
+    "SHA-256 of the test images and their lesions in any order; of all images where no split is called test."
     rows = _words(table, 'image_id', 'lesion_id', 'split')
     if (rows['split'] == 'test').any():
         rows = rows[rows['split'] == 'test']
@@ -139,7 +141,7 @@ def split_digest(
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #643f4b15
 def shared_lesions(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, split
-) -> int|None: # None where that cannot be told: no lesion is known, or none crosses the parts given and the training part is not among them
+) -> int|None: # None where unknown: no lesion is known, or none crosses the parts given and train is not among them
     "How many lesions stand in more than one of train, valid and test."
     rows = _words(table, 'image_id', 'lesion_id', 'split')
     rows = rows[rows['split'].isin(SPLITS) & (rows['lesion_id'] != '')]

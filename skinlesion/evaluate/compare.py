@@ -221,7 +221,7 @@ def comparison_table(
     table:pd.DataFrame, # what `compare_runs` gave
     baseline:str, # run that the others are held against
     digits:int=3, # decimals
-) -> pd.DataFrame: # a row per run, the baseline first; a column per metric of COMPARED, texts '0.81; +0.02 (-0.01 to 0.05)'; costs as numbers
+) -> pd.DataFrame: # a row per run, the baseline first; metrics as '0.81; +0.02 (-0.01 to 0.05)', costs as numbers
     "Each run's metrics, and behind them how they differ from the baseline."
     _known_run(table, baseline)
     rows = {}
@@ -284,17 +284,30 @@ def _cheaper(table, runs, cost, tolerance):
     least = min(values, key=values.get)
     kept = [run for run in runs if values[run] <= values[least] * (1 + tolerance)]
     figures = ', '.join(f'{run} {values[run]:.3g}' for run in runs)
-    return (
-        kept,
-        f"{cost}: {figures}; "
-        f"{'all alike' if len(kept) == len(runs) else 'least, or within ' + format(tolerance, '.0%') + ' of it: ' + ', '.join(kept)}",
-    )
+    if len(kept) == len(runs):
+        return kept, f"{cost}: {figures}; all alike"
+    return kept, f"{cost}: {figures}; least, or within {tolerance:.0%} of it: {', '.join(kept)}"
 
 # %% ../../nbs/evaluate/76_compare.ipynb #e2c26229
 def _hidden(table, runs, metric):
-    "How wide the intervals between the remaining runs are: what could be there unseen."
+    "The largest difference between the remaining runs that their intervals do not exclude."
     rows = table[(table['metric'] == metric) & table['run'].isin(runs) & table['against'].isin(runs)]
     return float(np.nanmax(rows[['low', 'high']].abs().to_numpy(), initial=0))
+
+# %% ../../nbs/evaluate/76_compare.ipynb #07f24461
+def _drop_worse(table, runs, criteria):
+    "The runs that no other is clearly better than, metric after metric, and a sentence for each that was dropped."
+    reasons = []
+    for metric in criteria:
+        if metric not in COMPARED:
+            allowed = ', '.join(COMPARED)
+            raise ValueError(f"criteria names {metric!r}; allowed: {allowed}.{nearest(str(metric), COMPARED)}")
+        worse = _clearly_worse(table, runs, metric)
+        for run, row in worse.items():
+            by = f"clearly worse than {row['against']} by {format_leaf(_absolute(row), 3)}"
+            reasons.append(f"{run} is out: {metric} {row['value']:.3f}, {by}")
+        runs = [run for run in runs if run not in worse]
+    return runs, reasons
 
 # %% ../../nbs/evaluate/76_compare.ipynb #f903824a
 def pick_default(
@@ -308,21 +321,9 @@ def pick_default(
 ) -> Choice: # the run and the reasons
     "Pick a run by clear differences, then by cost."
     runs = list(dict.fromkeys(table['run']))
-    reasons = []
     baseline = baseline or runs[0]
     _known_run(table, baseline)
-    for metric in criteria:
-        if metric not in COMPARED:
-            raise ValueError(
-                f"criteria names {metric!r}; allowed: {', '.join(COMPARED)}.{nearest(str(metric), COMPARED)}"
-            )
-        worse = _clearly_worse(table, runs, metric)
-        reasons += [
-            f"{run} is out: {metric} {row['value']:.3f}, clearly worse than {row['against']} by "
-            f"{format_leaf(_absolute(row), 3)}"
-            for run, row in worse.items()
-        ]
-        runs = [run for run in runs if run not in worse]
+    runs, reasons = _drop_worse(table, runs, criteria)
     left = tuple(runs)
     if len(runs) > 1:
         reasons.append(

@@ -29,8 +29,8 @@ class _Reference:
     @property
     def facts(self):
         "Columns that every row of a stress table has."
-        n, n_lesions = len(self.targets), self.resamples.count()
-        return dict(metric='malignant' if self.binary else 'macro', n=n, n_lesions=n_lesions)
+        metric = 'malignant' if self.binary else 'macro'
+        return dict(metric=metric, n=len(self.targets), n_lesions=self.resamples.count())
 
     def check(self, probs):
         "Refuse what are no probabilities of these images."
