@@ -175,19 +175,9 @@ class BatchLoader:
     ):
         self.keys = []
         self.device = device
-        gpu = device.type == 'cuda'
         like = make_loader(dataset if images else without_images(dataset), batch_size, workers=workers)
-        self.loader = torch.utils.data.DataLoader(
-            like.dataset,
-            batch_sampler=self,
-            num_workers=workers,
-            collate_fn=like.collate_fn,
-            worker_init_fn=like.worker_init_fn,
-            generator=like.generator,
-            persistent_workers=workers > 0,
-            pin_memory=gpu,
-        )
-        self.stream = torch.cuda.Stream(device) if gpu else None
+        self.loader = _keyed_loader(like, self, device.type == 'cuda')
+        self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
 
     def __iter__(self):
         return iter(self.keys)
@@ -206,6 +196,20 @@ class BatchLoader:
         processes = getattr(self.loader, '_iterator', None)
         if processes is not None:
             processes._shutdown_workers()
+
+# %% ../../nbs/model/55_batches.ipynb #2eb22e4e
+def _keyed_loader(like, batch_sampler, gpu):
+    "A loader like another one, which takes its batches from a sampler and keeps its worker processes."
+    return torch.utils.data.DataLoader(
+        like.dataset,
+        batch_sampler=batch_sampler,
+        num_workers=like.num_workers,
+        collate_fn=like.collate_fn,
+        worker_init_fn=like.worker_init_fn,
+        generator=like.generator,
+        persistent_workers=like.num_workers > 0,
+        pin_memory=gpu,
+    )
 
 # %% ../../nbs/model/55_batches.ipynb #ab991488
 def _copied_ahead(loader, device, stream):

@@ -205,6 +205,7 @@ _BUNDLE_KEYS = (
 )
 _ADDED_KEYS = dict(colour='none', views='none', policy=None) # what bundles from before these keys did
 
+# %% ../../nbs/model/54_bundle.ipynb #452249e2
 def save_bundle(
     out:Path|str, # folder; an older one is replaced as a whole
     members:list, # of Member; the ensemble is the mean over the fits of a member, then over members
@@ -297,7 +298,7 @@ def _check_members(members, label_set, encoder, image_size):
 
 # %% ../../nbs/model/54_bundle.ipynb #5a7d24c5
 def _name_fault(names):
-    "What is wrong with the names of an ensemble; '' where nothing is. They become file names, so they are plain and unique."
+    "What is wrong with the names of an ensemble, which become file names; '' where nothing is."
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name) or names.count(name) > 1:
             return (
@@ -545,10 +546,8 @@ def verify_bundle(
     folder = Path(folder)
     if not (folder/'SHA256SUMS').is_file() and not (folder/'bundle.json').is_file():
         raise BundleError(
-            f"{folder}: "
-            f"{'no model bundle is in this folder' if folder.is_dir() else 'this is a file' if folder.exists() else 'no such folder'} "
-            "(bundle.json, SHA256SUMS and weights); "
-            "name a bundle, such as artifacts/ensemble after `dvc repro`"
+            f"{folder}: {_no_bundle(folder)} (bundle.json, SHA256SUMS and weights); name a bundle, such as "
+            "artifacts/ensemble after `dvc repro`"
         )
     try:
         sums = verify_sums(folder)
@@ -572,6 +571,13 @@ def verify_bundle(
                 "and its line in SHA256SUMS, or export the bundle anew"
             )
     return dict(bundle_id=bundle_id, members=names, files=sums, facts=facts)
+
+# %% ../../nbs/model/54_bundle.ipynb #b8c56c4b
+def _no_bundle(path):
+    "What stands at a path that is no bundle."
+    if path.is_dir():
+        return 'no model bundle is in this folder'
+    return 'this is a file' if path.exists() else 'no such folder'
 
 # %% ../../nbs/model/54_bundle.ipynb #a5ac369e
 def _member_names(members, where):

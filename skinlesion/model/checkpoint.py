@@ -101,6 +101,7 @@ def pixels_digest(
 # %% ../../nbs/model/58_checkpoint.ipynb #ccca357d
 RESUMED = '↻ '
 
+# %% ../../nbs/model/58_checkpoint.ipynb #f542b2b4
 class Checkpoint:
     "The state of one run in one file; without a path it does nothing."
     def __init__(self,
@@ -117,11 +118,9 @@ class Checkpoint:
         state:dict, # tensors and plain values, nested
     ):
         "Write the state, whole or not at all."
-        if not self.path:
-            return
         began = time.monotonic()
-        with atomic_path(self.path) as scratch:
-            torch.save(dict(state, fingerprint=self.fingerprint), scratch)
+        if self.path:
+            _write_state(self.path, dict(state, fingerprint=self.fingerprint))
         self.saved = time.monotonic()
         self.cost = self.saved - began
 
@@ -130,8 +129,8 @@ class Checkpoint:
         cheap:bool=False, # also whenever writing takes at most a twentieth of the time
     ) -> bool:
         "Whether it is time to write the state again."
-        waited = time.monotonic() - self.saved
-        return self.path is not None and waited >= (min(seconds, 20 * self.cost) if cheap else seconds)
+        wait = min(seconds, 20 * self.cost) if cheap else seconds
+        return self.path is not None and time.monotonic() - self.saved >= wait
 
     def load(self) -> dict|None: # what `save` took; None where there is none of this run
         "Read the state of this run back; that of another run is left alone, and `note` says so."
@@ -140,11 +139,22 @@ class Checkpoint:
         state = _read_state(self.path)
         if state.pop('fingerprint', None) == self.fingerprint:
             return state
-        self.note = (
-            f"{RESUMED}the unfinished run in '{self.path.parent.name}' is another one (other data, recipe, start or "
-            "machine); starting anew"
-        )
+        self.note = _other_run(self.path)
         return None
+
+# %% ../../nbs/model/58_checkpoint.ipynb #2a72a295
+def _write_state(path, state):
+    "Write a state, whole or not at all."
+    with atomic_path(path) as scratch:
+        torch.save(state, scratch)
+
+# %% ../../nbs/model/58_checkpoint.ipynb #da8a8226
+def _other_run(path):
+    "The line on a state that belongs to another run."
+    return (
+        f"{RESUMED}the unfinished run in '{path.parent.name}' is another one (other data, recipe, start or machine); "
+        "starting anew"
+    )
 
 # %% ../../nbs/model/58_checkpoint.ipynb #c094b5ae
 def _read_state(path):

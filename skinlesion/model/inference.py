@@ -317,8 +317,8 @@ class _Part:
 # %% ../../nbs/model/62_inference.ipynb #a2a93986
 def read_out_of_fold(
     folder:Path|str, # of one member
-) -> pd.DataFrame|None: # image_id as text, p_<code>, <head>.<level>, whatever else is told of an image; None for a member of one fit
-    "What the fits of a member said of the images of training and validation, each from the fit that did not learn from it."
+) -> pd.DataFrame|None: # image_id as text, p_<code>, <head>.<level>, further columns; None for a single fit
+    "Out-of-fold predictions: each image of training and validation by the fit that was not trained on it."
     path = Path(folder)/'out_of_fold.csv'
     return pd.read_csv(path, dtype=dict(image_id=str), keep_default_na=False) if path.is_file() else None
 
@@ -354,7 +354,7 @@ def fold_of(
 
 # %% ../../nbs/model/62_inference.ipynb #6ff6f9b5
 def _trained_views(fits, dataset, index, out_of_fold, batch_size, views):
-    "Per view the tables of images of training and validation, each judged by the fit that did not learn from it."
+    "Per view the tables of training and validation images, each by the fit that was not trained on it."
     ids = [dataset.ids[i] for i in index]
     member = member_of(fits[0].name)
     stored = _out_of_fold(out_of_fold, ids, member)

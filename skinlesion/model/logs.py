@@ -19,6 +19,7 @@ from ..taxonomy import nearest
 # %% ../../nbs/model/59_logs.ipynb #27b3bb14
 REFRESH_SECONDS = .2 # between two writings of the line
 
+# %% ../../nbs/model/59_logs.ipynb #ca1254fe
 class LiveLine:
     "The line that is written over; nothing where the stream is no terminal."
     def __init__(self,
@@ -45,13 +46,7 @@ class LiveLine:
         if not self.stream or now - self.shown < REFRESH_SECONDS:
             return
         self.shown = now
-        seconds = now - self.began
-        left = seconds / (done - self.first) * (self.total - done)
-        epoch, step = divmod(done - 1, self.steps)
-        self._write(
-            f'epoch {epoch + 1}, step {step + 1}/{self.steps}, {self.images / seconds:.0f} images/s, at most '
-            f'{duration_text(left)} left'
-        )
+        self._write(_live_text(self, done, now - self.began))
 
     def clear(self):
         "Wipe the line."
@@ -61,6 +56,16 @@ class LiveLine:
     def _write(self, text):
         self.stream.write(f'\r\x1b[K{text}')
         self.stream.flush()
+
+# %% ../../nbs/model/59_logs.ipynb #a885f7f4
+def _live_text(line, done, seconds):
+    "Epoch, step, speed and time left."
+    left = seconds / (done - line.first) * (line.total - done)
+    epoch, step = divmod(done - 1, line.steps)
+    return (
+        f'epoch {epoch + 1}, step {step + 1}/{line.steps}, {line.images / seconds:.0f} images/s, at most '
+        f'{duration_text(left)} left'
+    )
 
 # %% ../../nbs/model/59_logs.ipynb #a7de1497
 def duration_text(

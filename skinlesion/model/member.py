@@ -404,7 +404,7 @@ class FittedMember:
         return [f'fold_{i}' for i in range(self.recipe.folds)] or [self.name]
 
     @property
-    def history(self) -> pd.DataFrame: # epoch, losses and metrics of every step; with `step` and `fold` where there are several
+    def history(self) -> pd.DataFrame: # epoch, losses, metrics; `step` and `fold` where there are several
         "All epochs of all fits."
         tables = [table.assign(fold=i, step=s) for i, fit in enumerate(self.fits) for s, table in fit.stages.items()]
         single = [] if self.recipe.folds else ['fold']
@@ -427,7 +427,7 @@ def fit_member(
     prepared, # data.prepared.Prepared
     name:str, # of the member
     recipe:Recipe, # how it is made
-    out:Path|str, # receives config.json, weights.safetensors and history.csv; with folds one folder each, out_of_fold.csv
+    out:Path|str, # receives config.json, weights.safetensors and history.csv; with folds also out_of_fold.csv
     report:Path|str|None=None, # receives history.csv and the logs; None writes neither
     work_dir:Path|str|None=None, # a killed run goes on from here; None writes nothing
     progress=None, # called with one line of text per epoch

@@ -34,7 +34,7 @@ from skinlesion.model.checkpoint import (
 )
 from .fusion import LesionModel
 from .heads import PRIMARY, head_loss, head_metrics, head_probs
-from .history import History, copy_weights, epoch_line, validation_metrics
+from .history import History, copy_weights, epoch_line, epoch_lines, validation_metrics
 from .logs import LiveLine, RunLogger
 from .losses import class_weights, create_loss
 from .optim import WeightAverage, averaged, lr_factor, lr_sweep, param_groups
@@ -188,24 +188,23 @@ class _Run:
         shape = (len(objective.scales), 2)
         self.epoch_sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self.step_sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        self.steps = len(self.plan(0)) # in an epoch
+        self.steps = len(_plan(self, 0)) # in an epoch
         self.total = self.steps * recipe.epochs
         self.warmup = round(recipe.warmup_epochs * self.steps)
-
-    def plan(self, epoch):
-        "The steps of an epoch: each a list of batches, each a list of keys."
-        recipe = self.recipe
-        targets = self.train_ds.targets
-        least = 2 * self.world
-        batches = epoch_batches(
-            len(self.train_ds), epoch, recipe.batch_size, recipe.seed, recipe.sampler, targets, least
-        )
-        return [batches[k:k + recipe.accumulate] for k in range(0, len(batches), recipe.accumulate)]
 
     @property
     def step(self):
         "Steps of the optimiser that are done."
         return self.epoch * self.steps + self.done
+
+# %% ../../nbs/model/60_training.ipynb #332c913c
+def _plan(run, epoch):
+    "The steps of an epoch: each a list of batches, each a list of keys."
+    recipe = run.recipe
+    targets = run.train_ds.targets
+    least = 2 * run.world
+    batches = epoch_batches(len(run.train_ds), epoch, recipe.batch_size, recipe.seed, recipe.sampler, targets, least)
+    return [batches[k:k + recipe.accumulate] for k in range(0, len(batches), recipe.accumulate)]
 
 # %% ../../nbs/model/60_training.ipynb #3179324a
 def _set_up_optimiser(run):
@@ -328,7 +327,7 @@ def _epoch_weights(run):
 def _train_epoch(run, after_step):
     "The steps of an epoch that are still to be done."
     _set_mode(run)
-    steps = run.plan(run.epoch)
+    steps = _plan(run, run.epoch)
     number = sum(map(len, steps[:run.done])) + run.epoch * sum(map(len, steps))
     shards = [keys[run.rank::run.world] for step in steps[run.done:] for keys in step]
     batches = zip(run.train_loader.batches(shards), shards)
@@ -579,7 +578,7 @@ def fit(
     valid_ds:LesionDataset, # without augmentation; classes missing here are left out of its means
     recipe:Recipe, # how it is trained
     progress=None, # called with one line of text per epoch, as `print` can be
-    work_dir:Path|str|None=None, # keeps the state: a killed run goes on from here, to the same bytes; None writes nothing
+    work_dir:Path|str|None=None, # keeps the state: a killed run goes on from here; None writes nothing
     logger:RunLogger|None=None, # gets each epoch; closing it is the caller's
     processes:int=1, # above 1: called by as many processes of torchrun, each with the same arguments
     on_step=None, # called with the number of optimiser steps done, after each; what it raises ends the run there
@@ -621,7 +620,7 @@ def _train(run, work_dir, progress, logger, on_step):
         run.fabric.barrier()
     if progress and note:
         progress(note)
-    for row, line in run.history.lines():
+    for row, line in epoch_lines(run.history):
         _report(row, line, progress, logger)
     live = LiveLine(sys.stderr if progress else None, run.steps, run.total, run.step)
     try:
@@ -743,7 +742,7 @@ def _endless(run):
     "Step after step, epoch after epoch: number of the first batch, keys and batches."
     number = 0
     for epoch in range(2 ** 20):
-        for step in run.plan(epoch):
+        for step in _plan(run, epoch):
             yield number, step, list(run.train_loader.batches(step))
             number += len(step)
 
