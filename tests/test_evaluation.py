@@ -12,12 +12,12 @@ import torch
 from skinlesion.data.prepared import write_prepared
 from skinlesion.data.schema import DatasetInfo
 from skinlesion.data.tables import read_predictions
-from skinlesion.evaluate.ensemble import COMBINATIONS
 from skinlesion.evaluate.calibration import CALIBRATIONS
+from skinlesion.evaluate.corruptions import CORRUPTIONS
 from skinlesion.evaluate.decisions import CONFORMAL
+from skinlesion.evaluate.ensemble import COMBINATIONS
 from skinlesion.evaluate.evaluation import CURVES, evaluate_ensemble, save_ensemble, save_metrics, save_predictions
 from skinlesion.evaluate.policy import OOD_KINDS
-from skinlesion.evaluate.robustness import CORRUPTIONS
 from skinlesion.evaluate.settings import EvaluationSettings
 from skinlesion.images import save_png
 from skinlesion.model.bundle import load_bundle, save_member

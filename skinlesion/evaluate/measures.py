@@ -170,8 +170,8 @@ def top_losses(
     data:Aligned, # images that were measured
     label_set:LabelSet, # classes and their order
     n:int=12, # rows, at most
-) -> pd.DataFrame: # image_id, lesion_id, diagnosis, predicted (codes), confidence, p_diagnosis, loss; largest loss first
-    "The wrongly classified images whose diagnosis had the least probability; one of each lesion."
+) -> pd.DataFrame: # image_id, lesion_id, diagnosis, predicted (codes), confidence, p_diagnosis, loss
+    "The wrongly classified images, largest loss first; one of each lesion."
     p_diagnosis = data.probs[np.arange(len(data.targets)), data.targets]
     codes = np.array(label_set.codes, object)
     predicted = data.probs.argmax(1)
@@ -194,7 +194,7 @@ def confused_pairs(
     data:Aligned, # images that were measured
     label_set:LabelSet, # classes and their order
     n:int=10, # rows, at most
-) -> pd.DataFrame: # diagnosis, predicted (codes), images, lesions, of (images of the diagnosis), share; most images first
+) -> pd.DataFrame: # diagnosis, predicted, images, lesions, of (images of the diagnosis), share
     "The diagnoses most often confused with another, and with which."
     codes = np.array(label_set.codes, object)
     predicted = data.probs.argmax(1)

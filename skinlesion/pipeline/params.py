@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRITTEN', 'STAGES', 'ParamsError', 'BaseParams', 'ExternalParams', 'SplitParams', 'AuditParams', 'PrepareParams',
-           'MemberParams', 'TrainParams', 'member_recipe', 'ChoiceParams', 'EvaluateParams', 'ExplainParams', 'Params',
+           'MemberParams', 'TrainParams', 'member_recipe', 'EvaluateParams', 'ExplainParams', 'Params',
            'explained_member', 'parse_params', 'load_params', 'PrepareStage', 'TrainStage', 'EvaluateStage',
            'ExplainStage', 'stage_inputs', 'stage_outputs', 'stage_defaults', 'check_stage_parameters',
            'stage_parameters', 'train_parameters', 'write_train_parameters']
@@ -16,10 +16,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, Strict, field_validator, model_validator
+from pydantic import Field, Strict, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
+from ..evaluate.settings import EvaluationSettings
 from ..files import atomic_write
 from skinlesion.model.recipe import (
     ImageOptions,
@@ -179,59 +180,10 @@ def member_recipe(
     return Recipe(**network | common | own, seed=seed if member.seed is None else member.seed)
 
 # %% ../../nbs/pipeline/100_params.ipynb #11c89813
-_Views = Annotated[tuple[Literal['none', 'flips', 'd4', 'd4+crops'], ...], Strict(False), AfterValidator(check_unique)]
-_Combination = Literal[
-    'auto', 'mean', 'logit_mean', 'tempered_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking'
-]
-_Corruptions = Annotated[
-    tuple[Literal['hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'], ...],
-    Strict(False),
-    AfterValidator(check_unique),
-]
+_EVALUATE_KEYS = [name for name in EvaluationSettings.model_fields if name != 'seed'] # the seed is in `base`
 
-# %% ../../nbs/pipeline/100_params.ipynb #d1e947f5
-class ChoiceParams(Options):
-    "What is chosen or fitted on validation, or out of fold."
-    views: _Views = Field(
-        ('none', 'flips', 'd4'),
-        min_length=1,
-        description='sets of views of a picture to choose from; one alone is taken as it is',
-    )
-    combination:_Combination = Field(
-        'auto', description='how members are combined; auto: the plain mean, unless another is clearly better'
-    )
-    calibration:Literal['auto', 'none', 'temperature', 'vector', 'dirichlet', 'isotonic'] = Field(
-        'auto', description='of the probabilities; auto: none, unless one clearly helps'
-    )
-    target_sensitivity: float = Field(
-        0.95, gt=0, lt=1, description='sensitivity for malignancy that the locked threshold is to reach'
-    )
-    coverage:float = Field(.9, gt=0, lt=1, description='share of prediction sets that are to hold the diagnosis')
-    conformal: Literal['class_conditional', 'split'] = Field(
-        'class_conditional', description='coverage is kept in every class, or over all images together'
-    )
-    abstain_share: float = Field(
-        0.1, ge=0, lt=1, description='share of lesions, the least certain, without an answer; 0 answers always'
-    )
-    ood: Literal['none', 'energy', 'mahalanobis'] = Field(
-        'mahalanobis', description='out-of-distribution score, for pictures that show no lesion'
-    )
-
-# %% ../../nbs/pipeline/100_params.ipynb #fd5cf140
-class EvaluateParams(ChoiceParams):
-    "Keys of the stage `evaluate`."
-    resamples:int = Field(ge=40, le=100_000, description='bootstrap resamples of the lesions behind each interval')
-    miss_cost: float = Field(
-        10.0, gt=0, le=1000, description='cost of a missed malignancy over that of a false alarm'
-    )
-    min_lesions:int = Field(20, ge=2, le=100_000, description='a subgroup of fewer lesions gets no metrics')
-    stress: _Corruptions = Field(
-        ('hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'),
-        description='corruptions of test images, in five grades, under which the loss is measured; none for no test',
-    )
-    stress_images: int = Field(
-        200, ge=10, le=1_000_000, description='at most so many test images are corrupted, of as many lesions as can be'
-    )
+class EvaluateParams(repeat_options('_Evaluate', EvaluationSettings, _EVALUATE_KEYS, required=('resamples',))):
+    "Keys of the stage `evaluate`; whatever is chosen or fitted is so on validation."
 
 # %% ../../nbs/pipeline/100_params.ipynb #f7f63eb2
 class ExplainParams(Options):
