@@ -325,8 +325,12 @@ def test_what_only_a_stage_knows_is_shown_too(result, undrawn):
     made = page_sections(whole)
     assert {"CLAIM 30", "CLAIM 33", "TRIPOD+AI 27a"} <= answered(made)
     robustness = text_of(made["robustness"])
-    for words in ("blur, grade 3: the AUROC falls by 0.10 (0.05-0.15)", "refused by the input check", "+0.10 (0.05-0.15)"):
-        assert words in robustness
+    for text in (
+        "blur, grade 3: the AUROC falls by 0.10 (0.05-0.15)",
+        "refused by the input check",
+        "+0.10 (0.05-0.15)",
+    ):
+        assert text in robustness
     performance = text_of(made["performance"])
     assert (
         "valid (used for fitting)" in performance
@@ -334,9 +338,8 @@ def test_what_only_a_stage_knows_is_shown_too(result, undrawn):
         and "external" in performance
     )
     assert "calibrated on validation (temperature)" in made["summary"].text + made["summary"].after
-    assert "noise" in text_of(made["abstention"]) and "AUROC for telling wrong predictions from correct ones" in text_of(
-        made["abstention"]
-    )
+    abstention = text_of(made["abstention"])
+    assert "noise" in abstention and "AUROC for telling wrong predictions from correct ones" in abstention
     assert "Effect of each choice" in text_of(made["model"]) and not any(
         "elsewhere" in s for s in find_limits(whole)
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tiny import copy_repository, edit_params, hashes, run, trained_repository # noqa: F401  other tests take copy_repository from here
+from skinlesion.report.leaves import leaf_text
+from tiny import copy_repository, edit_params, hashes, run, trained_repository  # noqa: F401  others use copy_repository
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,21 @@ def test_every_stage_leaves_its_metrics_and_its_report(repo):
         assert found, folder
         assert [(path, leaf, problem) for path, leaf in found if (problem := leaf_problem(path, leaf))] == [], folder
         assert folder == "prepare" or not all(is_count(path) for path, _ in found), folder
-        assert (repo / "reports" / folder / "report.html").stat().st_size > 10_000
-    assert (repo / "reports/index.html").is_file()
+        page = (repo / "reports" / folder / "report.html").read_text()
+        for part in ("<h1>", 'id="parameters"', 'id="provenance"', '<nav aria-label="Contents">', "<main"):
+            assert page.count(part) == 1, (folder, part)
+
+
+def test_the_pages_print_what_was_measured(repo):
+    "The evaluation's page and the index print the ensemble's figures with their intervals; no stage is missing."
+    ensemble = json.loads((repo / "reports/evaluate/metrics.json").read_text())["test"]["ensemble"]
+    page = (repo / "reports/evaluate/report.html").read_text()
+    index = (repo / "reports/index.html").read_text()
+    for name in ("balanced_accuracy", "auroc_macro"):
+        assert leaf_text(ensemble[name]) in page and leaf_text(ensemble[name], 3) in index, name
+    assert "No report yet" not in index and "No metrics yet" not in index
+    for folder in ("prepare", "train/image", "train/fused", "evaluate", "explain"):
+        assert f'href="{folder}/report.html"' in index, folder
 
 
 def test_reports_load_nothing_from_elsewhere(repo):
