@@ -2,10 +2,11 @@
 
     python benchmarks/audit.py [FOLDER]
 
-FOLDER, or else the environment variable HAM10000, names the folder that holds HAM10000 as its publisher lays it out; without either it is
-../shared/data/ham10000, and where that is absent nothing is timed. Baseline, in the same run: every image and mask read through the gate by one
-process. The audit does that too, in two processes, and measures each image, searches duplicates, fits models in folds and draws a page. The audit
-runs in a process of its own, so that its peak memory is its own. Target: 7,064 images in 150 s on 2 cores.
+FOLDER, or else the environment variable HAM10000, names the folder that holds HAM10000 as its publisher lays it out.
+Without either it is ../shared/data/ham10000, and where that is absent nothing is timed.
+Baseline, in the same run: every image and mask read through the gate by one process. The audit does that too, in two
+processes, and measures each image, searches duplicates, fits models in folds and draws a page. The audit runs in a
+separate process, so that its peak memory is measured alone. Target: 7,064 images in 150 s on 2 cores.
 """
 import json
 import os
@@ -50,19 +51,19 @@ def audit(root, out):
     dataset = read_dataset(root)
     lap('read the table')
     scan = scan_images(dataset, workers=2)
-    lap('look at the images')
+    lap('measure the images')
     made = audit_dataset(dataset, scan=scan)
     lap('findings')
     write_audit(made, dataset, out)
     lap('write the page')
-    mine, children = (
+    own, children = (
         resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     return dict(
         seconds=time.perf_counter() - start,
         cpu=processor() - cpu,
         laps=laps,
-        peak=mine,
+        peak=own,
         peak_worker=children,
         findings=len(made.findings),
         severities={s: sum(f.severity == s for f in made.findings) for s in ('stop', 'warning', 'note')},

@@ -2,11 +2,13 @@
 
     python benchmarks/duplicates.py [--sizes 1000 10000 100000] [--lesions 300] [--copies 300] [--seed 2]
 
-Growth: made pictures (a blob on textured skin, some behind a round aperture, 96x72 pixels, about half a millisecond each), one in a hundred of them
-a copy of another, are fingerprinted as images are and searched from a memory map by a process of its own. Baseline, in the same run and up to 10^4:
-the neighbours among all hashes instead of those in the cells (`cells` and `all pairs` in the table, in seconds).
-Recall: copies of drawn lesions (skinlesion.synthetic.draw, 200x150), each kind planted among 10^4 pictures; a false pair is a reported pair whose
-two images were not made from one original. Seed 1 served to set the thresholds and seed 2 to look for faults, so measure on another.
+Growth: made pictures (a blob on textured skin, some behind a round aperture, 96x72 pixels, about half a millisecond
+each), one in a hundred of them a copy of another, are fingerprinted as images are and searched from a memory map by a
+separate process. Baseline, in the same run and up to 10^4: the neighbours among all hashes instead of those in the
+cells (`cells` and `all pairs` in the table, in seconds).
+Recall: copies of drawn lesions (skinlesion.synthetic.draw, 200x150), each kind planted among 10^4 pictures; a false
+pair is a reported pair whose two images were not made from one original. Seed 1 served to set the thresholds and seed 2
+to look for faults, so measure on another.
 Targets: 10^4 in 30 s on 2 cores, growth below n^1.2, recall 95 %, false pairs below 1 % of those reported.
 """
 import argparse
@@ -39,7 +41,8 @@ def made_picture(rng):
     wide = noise(4)
     middle = noise(9)
     fine = noise(24) + .5 * noise(48)
-    (y, x), (tall, broad) = rng.normal(0, .12, 2), rng.uniform(.25, .7) * np.exp(rng.normal(0, .15, 2))
+    y, x = rng.normal(0, .12, 2)
+    tall, broad = rng.uniform(.25, .7) * np.exp(rng.normal(0, .15, 2))
     inside = 1 - np.hypot((Y - y) / tall, (X - x) / broad) + rng.uniform(.05, .3) * middle + .1 * wide
     body = np.clip(inside / rng.uniform(.1, .5), 0, 1)
     light = 1 + .06 * wide + .02 * middle + rng.uniform(.01, .04) * fine
@@ -63,7 +66,9 @@ def resized(image, scale=.8):
 
 def cropped(image, rng, keep=.95):
     "A window of `keep` of each side, anywhere."
-    (h, w), (rows, columns) = image.shape[:2], (round(image.shape[0] * keep), round(image.shape[1] * keep))
+    h, w = image.shape[:2]
+    rows = round(h * keep)
+    columns = round(w * keep)
     top = rng.integers(h - rows + 1)
     left = rng.integers(w - columns + 1)
     return image[top:top + rows, left:left + columns]
@@ -81,7 +86,7 @@ def brighter(image, factor):
     return np.clip(np.round(image.astype(np.float32) * factor), 0, 255).astype(np.uint8)
 
 
-def all_of_it(image, rng):
+def changed_in_every_way(image, rng):
     "A crop, resized, brighter or darker, in any orientation, as JPEG 70."
     small = resized(cropped(image, rng))
     return jpeg(orient_image(brighter(small, rng.uniform(.9, 1.1)), int(rng.integers(8))))
@@ -96,7 +101,7 @@ COPIES = {
     "5 % off all four sides": lambda image, rng: rimless(image),
     "brightness +10 %": lambda image, rng: brighter(image, 1.1),
     "brightness -10 %": lambda image, rng: brighter(image, 0.9),
-    "crop, resize, brightness, turn, JPEG": all_of_it,
+    "crop, resize, brightness, turn, JPEG": changed_in_every_way,
 }
 
 
@@ -107,7 +112,7 @@ def made_fingerprints(path, n, seed):
     for i in range(n):
         original = i if i < n - copies else i - (n - copies)
         picture = made_picture(np.random.default_rng([seed, original]))
-        out[i] = fingerprint(picture if original == i else all_of_it(picture, np.random.default_rng([seed, i])))
+        out[i] = fingerprint(picture if original == i else changed_in_every_way(picture, np.random.default_rng([seed, i])))
     out.flush()
     return copies
 
@@ -141,12 +146,12 @@ def all_pairs(path):
     "The baseline, in a process of its own: candidates from distances between all hashes; seconds."
     prints = np.load(path, mmap_mode="r")
     start = time.perf_counter()
-    thumbs = duplicates.unpack_thumbnails(prints)
+    thumbs = duplicates._unpack_thumbnails(prints)
     codes = invariant_hash(thumbs)
     for s in range(0, len(codes), 1024):
         for k in range(len(duplicates._WINDOWS)):
             away = 2 - 2 * invariant_hash(duplicates._window(thumbs[s:s + 1024], k)) @ codes.T
-            np.argpartition(away, duplicates.NEIGHBOURS, axis=1)[:, :duplicates.NEIGHBOURS]
+            np.argpartition(away, duplicates._NEIGHBOURS, axis=1)[:, :duplicates._NEIGHBOURS]
     return time.perf_counter() - start
 
 

@@ -1,4 +1,4 @@
-"""What the audit sees in pixels and columns, against what was planted and what is known of HAM10000."""
+"""Findings from pixels and columns, against what was planted and what is known of HAM10000."""
 import pickle
 import zipfile
 
@@ -65,7 +65,7 @@ def trapped(tmp_path_factory):
 
 
 def test_the_planted_ruler_is_found_in_training_only(trapped):
-    "The trap of the embedded data: a ruler on 80 % of the training melanomas."
+    "The shortcut of the embedded data: a ruler on 80 % of the training melanomas."
     dataset, _, measures, *_ = trapped
     ruler = by_kind(pixel_findings(measures, dataset.table, dataset.label_set))["artefact-ruler"]
     assert ruler.severity == "warning" and ruler.items[0]["name"] == "mel/train"
@@ -117,7 +117,7 @@ def test_ink_beside_the_lesion_is_seen():
 @pytest.mark.parametrize("shortcut, code, kind", [("cast", "nv", "background-shortcut"), ("ink", "bcc", "artefact-ink"),
                                                   ("ruler", "mel", "artefact-ruler")])
 def test_each_planted_shortcut_is_found(tmp_path, shortcut, code, kind):
-    "Orange light on nevi everywhere, ink and ruler in training: each named with its class."
+    "Orange light on nevi everywhere, ink and ruler in training: each is reported with its class."
     where = "all" if shortcut == "cast" else "train"
     dataset = make_synthetic(tmp_path / "data", seed=5, shortcut=shortcut, shortcut_class=code, shortcut_where=where)
     measures, background, whole = scan(dataset)
@@ -140,7 +140,7 @@ def test_a_set_without_a_trap_has_no_such_warning(tmp_path):
 
 
 def test_the_functions_travel_to_workers():
-    "Per-image functions are module functions: they can be pickled, and leave their input alone."
+    "Per-image functions are module functions: they can be pickled, and do not change their input."
     for f in (measure_image, background_features, pixel_features, estimate_mask):
         assert pickle.loads(pickle.dumps(f)) is f
     image = draw_lesion("nv", np.random.default_rng(0), (96, 128))
@@ -150,10 +150,16 @@ def test_the_functions_travel_to_workers():
     assert (image == before).all()
 
 
-@pytest.mark.parametrize("image", [np.zeros((150, 200, 3), np.uint8), np.full((150, 200, 3), 255, np.uint8), np.zeros((16, 256, 3), np.uint8),
-                                   np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8),
-                                   np.full((20, 20, 3), (200, 150, 140), np.uint8)],
-                         ids=["black", "white", "strip", "noise", "tiny"])
+UNUSUAL = dict(
+    black=np.zeros((150, 200, 3), np.uint8),
+    white=np.full((150, 200, 3), 255, np.uint8),
+    strip=np.zeros((16, 256, 3), np.uint8),
+    noise=np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8),
+    tiny=np.full((20, 20, 3), (200, 150, 140), np.uint8),
+)
+
+
+@pytest.mark.parametrize("image", UNUSUAL.values(), ids=UNUSUAL)
 @pytest.mark.parametrize("mask", [None, "empty", "full"])
 def test_any_image_has_measures(image, mask):
     "Black, white, narrow, noisy or tiny: numbers or NaN, no warning, no error."

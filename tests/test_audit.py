@@ -1,4 +1,4 @@
-"""The audit against planted truth: what was put in is found and named, what was not is not, and `prepare` stops where it must."""
+"""The audit against planted truth: planted faults are found and named, nothing else is, and `prepare` stops."""
 import io
 import json
 import re
@@ -24,9 +24,9 @@ SMALL = dict(n_images=120, size=(72, 96), seed=3, skin_tones="light")
 
 
 @pytest.fixture(scope="session")
-def spoilt(tmp_path_factory):
-    "A small set with copies across splits and lesions, a lesion and a patient in two splits, and torn labels; its audit and its truth."
-    root = tmp_path_factory.mktemp("spoilt") / "data"
+def planted_faults(tmp_path_factory):
+    "A set with planted duplicates, crossing lesions and patients, and conflicting labels; its audit and its truth."
+    root = tmp_path_factory.mktemp("planted_faults") / "data"
     dataset = make_synthetic(
         root,
         **SMALL,
@@ -60,8 +60,8 @@ def named(finding):
     return {i["name"] for i in finding.items}
 
 
-def test_planted_duplicates_are_the_pairs(spoilt):
-    dataset, audit, planted = spoilt
+def test_planted_duplicates_are_the_pairs(planted_faults):
+    dataset, audit, planted = planted_faults
     wanted = {tuple(sorted((d["image_id"], d["original"]))): d["kind"] for d in planted["duplicates"]}
     found = {(a, b): kind for a, b, kind in zip(audit.pairs.image_id_a, audit.pairs.image_id_b, audit.pairs.kind)}
     direct = {pair: kind for pair, kind in found.items() if pair in wanted}
@@ -72,8 +72,8 @@ def test_planted_duplicates_are_the_pairs(spoilt):
     assert all(lesion[a] == lesion[b] for a, b in others), others  # and so may be two much alike views of one lesion
 
 
-def test_planted_crossings_stop_and_are_named(spoilt):
-    dataset, audit, planted = spoilt
+def test_planted_crossings_stop_and_are_named(planted_faults):
+    dataset, audit, planted = planted_faults
     found = by_kind(audit)
     assert named(found["lesion-crosses-splits"]) == {c["lesion_id"] for c in planted["crossing_lesions"]}
     assert {c["patient_id"] for c in planted["crossing_patients"]} <= named(found["patient-crosses-splits"])
@@ -82,8 +82,8 @@ def test_planted_crossings_stop_and_are_named(spoilt):
     assert wanted <= named(found["duplicates-across-splits"])
 
 
-def test_planted_conflicts_are_the_torn_lesions(spoilt):
-    dataset, audit, planted = spoilt
+def test_planted_conflicts_are_the_lesions_with_two_labels(planted_faults):
+    dataset, audit, planted = planted_faults
     found = by_kind(audit)["lesion-two-labels"]
     assert named(found) == {c["lesion_id"] for c in planted["conflicting_lesions"]} and found.severity == "warning"
 
@@ -97,14 +97,14 @@ def test_clean_set_stops_nothing(clean):
     check_findings(audit.findings)
 
 
-def test_every_number_has_n_and_an_interval_or_a_reason(spoilt, clean):
+def test_every_number_has_n_and_an_interval_or_a_reason(planted_faults, clean):
     def leaves(value):
         if isinstance(value, dict) and "value" in value:
             yield value
         elif isinstance(value, dict):
             for inner in value.values():
                 yield from leaves(inner)
-    for audit in (spoilt[1], clean[2]):
+    for audit in (planted_faults[1], clean[2]):
         for finding in audit.findings:
             for leaf in leaves(finding.metrics):
                 assert isinstance(leaf["n"], int), (finding.kind, leaf)
@@ -112,24 +112,23 @@ def test_every_number_has_n_and_an_interval_or_a_reason(spoilt, clean):
                     assert leaf.get("reason") or leaf["low"] <= leaf["value"] <= leaf["high"], (finding.kind, leaf)
 
 
-def test_a_split_that_ties_the_pairs_crosses_nothing(spoilt):
-    dataset, audit, _ = spoilt
+def test_a_split_that_ties_the_pairs_crosses_nothing(planted_faults):
+    dataset, audit, _ = planted_faults
     scan = scan_images(dataset)
     split = split_groups(dataset.table, "stratified", (0.6, 0.2, 0.2), 0, pairs=scan.pairs)
     again = audit_dataset(dataset, split=split, scan=scan)
     assert not open_stops(again.findings)
 
 
-def test_accepting_by_name_and_in_full(spoilt):
-    _, audit, _ = spoilt
+def test_accepting_by_name_and_in_full(planted_faults):
+    _, audit, _ = planted_faults
     copies = by_kind(audit)["duplicates-across-splits"]
     rest = [f for f in audit.findings if not f.kind.endswith("-crosses-splits")]
     one, *others = sorted(named(copies))
     assert open_stops(rest) == [copies]
     assert open_stops(rest, [f"{copies.kind}:{one}"]) == ([copies] if others else [])
-    assert not open_stops(rest, [f"{copies.kind}:{name}" for name in named(copies)]) and not open_stops(
-        rest, [copies.kind]
-    )
+    assert not open_stops(rest, [f"{copies.kind}:{name}" for name in named(copies)])
+    assert not open_stops(rest, [copies.kind])
     with pytest.raises(ValueError, match="Did you mean 'duplicates-across-splits'"):
         open_stops(rest, ["duplicate-across-splits"])
     with pytest.raises(ValueError, match="matches no item of 'duplicates-across-splits'"):
@@ -223,8 +222,8 @@ def run_prepare(root, data, **changes):
     return log.getvalue()
 
 
-def test_prepare_stops_on_a_crossing(spoilt, tmp_path):
-    log = run_prepare(tmp_path, spoilt[0].root)
+def test_prepare_stops_on_a_crossing(planted_faults, tmp_path):
+    log = run_prepare(tmp_path, planted_faults[0].root)
     assert re.search(r"ValueError: \d+ lesion\(s\) cross splits", log), log
     assert not [*(tmp_path / "artifacts/prepared").iterdir()]
 
