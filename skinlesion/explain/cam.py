@@ -6,7 +6,7 @@
 __all__ = ['MIN_CELLS', 'CAM_METHODS', 'CAM_NAMES', 'COLOUR_MAP', 'FixedMetadata', 'untouched', 'image_backbone', 'target_layers',
            'find_layer', 'as_maps', 'Axis', 'cell_layout', 'default_layer', 'ScaledGradCAM', 'SignedEigenCAM',
            'LeanScoreCAM', 'check_method', 'compute_cam', 'is_flat', 'overlay', 'GalleryRow', 'row_title',
-           'dataset_row', 'cam_gallery']
+           'dataset_row', 'cam_gallery', 'draw_images']
 
 # %% ../../nbs/explain/80_cam.ipynb #2b94cf56
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ from ..taxonomy import nearest
 
 # %% ../../nbs/explain/80_cam.ipynb #1df16381
 class FixedMetadata(nn.Module):
-    "A view of `model` as a function of the image alone: the metadata stay fixed, one row for all images or one row each."
+    "`model` as a function of the image alone; the metadata stay fixed, one row for all images or one row each."
     def __init__(self,
         model:nn.Module, # called with (image) or (image, metadata)
         metadata:torch.Tensor|None=None, # (1,D) or (B,D) float32; None calls `model(image)`
@@ -219,7 +219,7 @@ def default_layer(
     model:nn.Module, # a `LesionModel`, or any torch module with convolutions, of the image alone
     size:tuple, # (H, W) of the images
 ) -> str: # a name of `target_layers`
-    "The deepest layer whose map has at least `MIN_CELLS` cells a side; the finest map where none has; the last of a transformer."
+    "The deepest layer whose map has `MIN_CELLS` cells a side; else the finest map; the last of a transformer."
     layers = target_layers(model)
     backbone = image_backbone(model)
     if not layers:
@@ -238,7 +238,7 @@ class ScaledGradCAM(GradCAM):
     per_place = False
 
     def get_cam_image(self, input_tensor, target_layer, targets, activations, grads, eigen_smooth=False):
-        "Activations times the gradient's mean over the places, or times each place's own, summed over the channels, (B,h,w)."
+        "Activations times the gradient (its mean over places, or each place's own), summed over channels, (B,h,w)."
         weights = grads if self.per_place else grads.mean((2, 3), keepdims=True)
         largest = np.abs(weights).max((1, 2, 3), keepdims=True)
         return (activations * (weights / (largest + np.finfo(weights.dtype).tiny))).sum(1)
@@ -321,7 +321,7 @@ def _one_batch(model, images, metadata, method, layer, targets, batch_size):
 
 # %% ../../nbs/explain/80_cam.ipynb #46cccf1b
 def _place(cams, layout):
-    "Maps that were enlarged to the picture, moved and stretched to where their cells look; the border repeats what is next to it."
+    "Maps of the image's size, moved and stretched to where their cells lie; the border repeats its neighbours."
     matrix = np.zeros((2, 3))
     for row, (line, side) in enumerate(zip(layout[::-1], cams.shape[:0:-1])): # across, then down
         drawn = side / line.cells # pixels that the enlarged map gives to a cell
@@ -481,3 +481,18 @@ def cam_gallery(
     bar.set_label('evidence relative to its peak', fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return fig
+
+# %% ../../nbs/explain/80_cam.ipynb #ece76722
+def draw_images(
+    rows, # DataFrame with diagnosis and lesion_id, one row per image
+    codes:tuple, # classes, in order
+    per_class:int, # images of each class, at most
+    seed:int=0, # same seed, same images
+): # -> DataFrame of the drawn rows, class by class, index from 0
+    "Draw images of each class, one of each lesion first."
+    order = {code: k for k, code in enumerate(codes)}
+    def by_class(table):
+        return table.sort_values('diagnosis', key=lambda column: column.map(order), kind='stable')
+    shuffled = by_class(rows.sample(frac=1, random_state=seed))
+    shuffled = shuffled.assign(again=shuffled.groupby('lesion_id').cumcount()).sort_values('again', kind='stable')
+    return by_class(shuffled.groupby('diagnosis').head(per_class)).reset_index(drop=True)

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..stats.intervals import format_leaf, interval_leaf, lesion_weights
+from ..stats.intervals import format_leaf
+from ..stats.resamples import Resamples
 from .cam import CAM_NAMES
 
 # %% ../../nbs/explain/81_faithfulness.ipynb #4673ee60
@@ -69,88 +70,81 @@ def uniform_map(
 
 BASELINES = dict(centre=centre_map, edge=edge_map, uniform=uniform_map)
 
+# %% ../../nbs/explain/81_faithfulness.ipynb #04b80810
+def _check_maps(maps, image_ids):
+    "One map for each image, and no method with the name of a baseline."
+    for method, cams in maps.items():
+        if len(cams) != len(image_ids):
+            n = len(image_ids)
+            raise ValueError(f"method '{method}' has {len(cams)} maps for {n} images; give one map for each image")
+        if method in BASELINES:
+            raise ValueError(f"method '{method}' has the name of a baseline; rename it")
+
 # %% ../../nbs/explain/81_faithfulness.ipynb #d5c23767
 def faithfulness_table(
     maps:dict, # method -> (N,H,W) maps in [0, 1]
-    masks, # N lesion masks (h,w) bool
+    masks:list, # N lesion masks (h,w) bool
     image_ids, # (N,) str
-    # (N,) str: pictures of one lesion are not independent; None takes each picture for a lesion of its own
+    # (N,) str: images of one lesion are not independent; None takes each image for a lesion of its own
     lesion_ids=None,
-) -> pd.DataFrame: # N rows: image_id, lesion_id, lesion_share, then one column per method and baseline
-    "Energy inside the lesion of each method's map and of the baselines, picture by picture."
-    for method, cams in maps.items():
-        if len(cams) != len(image_ids):
-            raise ValueError(
-                f"method '{method}' has {len(cams)} maps for {len(image_ids)} images; give one map for each image"
-            )
-        if method in BASELINES:
-            raise ValueError(f"method '{method}' has the name of a baseline; rename it")
+    keep=None, # (N,) bool, the images that are measured; None for all
+) -> pd.DataFrame: # a row per image: image_id, lesion_id, lesion_share, then one column per method and baseline
+    "Energy inside the lesion of each method's map and of the baselines, image by image."
+    _check_maps(maps, image_ids)
+    kept = np.arange(len(image_ids)) if keep is None else np.flatnonzero(keep)
+    masks = [masks[i] for i in kept]
+    image_ids = np.asarray(image_ids, object)[kept]
+    lesion_ids = image_ids if lesion_ids is None else np.asarray(lesion_ids, object)[kept]
     size = next(iter(maps.values())).shape[1:]
-    table = pd.DataFrame(
-        dict(image_id=list(image_ids), lesion_id=list(image_ids if lesion_ids is None else lesion_ids))
-    )
+    table = pd.DataFrame(dict(image_id=list(image_ids), lesion_id=list(lesion_ids)))
     table['lesion_share'] = fit_masks(masks, size).mean((1, 2))
     for method, cams in maps.items():
-        table[method] = energy_inside(cams, masks)
+        table[method] = energy_inside(cams[kept], masks)
     for name, make in BASELINES.items():
         table[name] = energy_inside(np.repeat(make(*size)[None], len(table), 0), masks)
     return table
 
-# %% ../../nbs/explain/81_faithfulness.ipynb #3c741b3f
-def _mean_leaf(values, lesions, weights, method='percentile lesion bootstrap'):
-    "Mean over the defined values, as a metric leaf with its interval."
-    defined = np.isfinite(values)
-    kept = weights[:, defined]
-    mass = weights[:, defined].sum(1)
-    samples = np.where(mass > 0, kept @ values[defined] / np.where(mass > 0, mass, 1), np.nan)
-    mean = values[defined].mean() if defined.any() else np.nan
-    return interval_leaf(
-        mean,
-        samples,
-        defined.sum(),
-        len(set(lesions[defined])),
-        'no image has both a map and a lesion mask',
-        method=method,
-    )
+# %% ../../nbs/explain/81_faithfulness.ipynb #a98cfed1
+def _mean_leaf(resamples, values, paired=False):
+    "Mean over the images with both a map and a mask."
+    return resamples.mean(np.nan_to_num(values), np.isfinite(values), _UNDEFINED, paired)
 
 # %% ../../nbs/explain/81_faithfulness.ipynb #e4ce2557
+_UNDEFINED = 'no image has both a map and a lesion mask'
+
 def faithfulness_summary(
     table:pd.DataFrame, # of `faithfulness_table`
     n_resamples:int=1000, # of lesions
     seed:int=0, # same seed, same intervals
 ) -> dict: # method -> {energy_inside, difference_to_centre, undefined}; baselines -> {energy_inside}
-    "Mean energy inside the lesion, and its paired difference to the centre baseline, with 95 % lesion-bootstrap intervals."
-    lesions = table.lesion_id.to_numpy()
-    weights = np.asarray(lesion_weights(lesions, n_resamples, seed), np.float64)
+    "Mean energy inside the lesion, and for methods its paired difference to the centre baseline, with intervals."
+    resamples = Resamples(table.lesion_id.to_numpy(), n_resamples, seed)
+    centre = table.centre.to_numpy(float)
     summary = {}
     for name in table.columns.drop(['image_id', 'lesion_id', 'lesion_share']):
         values = table[name].to_numpy(float)
-        summary[name] = dict(energy_inside=_mean_leaf(values, lesions, weights))
-        if name in BASELINES:
-            continue
-        summary[name]['difference_to_centre'] = _mean_leaf(values - table.centre.to_numpy(float), lesions, weights,
-                                                           'paired percentile lesion bootstrap')
-        summary[name]['undefined'] = dict(value=int(np.isnan(values).sum()), n=len(values))
+        summary[name] = dict(energy_inside=_mean_leaf(resamples, values))
+        if name not in BASELINES:
+            summary[name]['difference_to_centre'] = _mean_leaf(resamples, values - centre, paired=True)
+            summary[name]['undefined'] = dict(value=int(np.isnan(values).sum()), n=len(values))
     return summary
 
 # %% ../../nbs/explain/81_faithfulness.ipynb #b2060d39
 def _verdict(leaf):
-    "What a paired difference to the centre says, in words."
+    "A paired difference to the centre in words."
     if leaf['low'] is None:
         return 'cannot be told'
-    return (
-        'better than the centre'
-        if leaf['low'] > 0
-        else 'worse than the centre'
-        if leaf['high'] < 0
-        else 'no different from the centre'
-    )
+    if leaf['low'] > 0:
+        return 'better than the centre'
+    if leaf['high'] < 0:
+        return 'worse than the centre'
+    return 'no different from the centre'
 
 # %% ../../nbs/explain/81_faithfulness.ipynb #db327306
 def summary_table(
     summary:dict, # of `faithfulness_summary`
 ) -> pd.DataFrame: # one row per method and baseline, text
-    "The summary as a table to read, with a verdict in words."
+    "The summary as a table, with a verdict in words."
     rows = []
     for name, leaves in summary.items():
         diff = leaves.get('difference_to_centre')
