@@ -1,4 +1,4 @@
-"""The CAM explorer as a page: Voila serves it, the kernel answers."""
+"""The CAM explorer as a page: Voila serves it, the kernel computes."""
 import json
 import os
 import re
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from skinlesion.apps.panels import CamExplorer, open_explorer
+from skinlesion.apps.panels import CamExplorer, explorer_page, open_explorer
 from skinlesion.evaluate.abstention import LockedAbstention
 from skinlesion.evaluate.policy import Policy
 from skinlesion.files import read_json, write_json, write_sums
@@ -20,7 +20,7 @@ from tiny import build_bundle, build_pictures, wait_for_address
 
 
 def serve(root, log):
-    "A Voila process on the notebook of `root`; it takes a port that is free and says which in the file `log`."
+    "A Voila process on the notebook of `root`; it takes a free port and writes its number to the file `log`."
     with open(log, "w") as out:
         return subprocess.Popen(
             [
@@ -50,6 +50,11 @@ def texts(widget):
     return own + [t for child in getattr(widget, "children", ()) for t in texts(child)]
 
 
+def visible_text(widget):
+    "All texts of a page, in order."
+    return " ".join(texts(widget))
+
+
 @pytest.fixture
 def project(root, tmp_path):
     "A project that holds the page's notebook, its settings and nothing else."
@@ -60,54 +65,34 @@ def project(root, tmp_path):
     return tmp_path
 
 
-def test_the_notebook_is_a_page_and_exports_nothing(root):
-    sources = ["".join(c["source"]) for c in json.loads((root / "nbs/apps/cam_explorer.ipynb").read_text())["cells"]]
-    assert any("open_explorer(repo_root())" in s for s in sources) and not any(
-        "default_exp" in s or "#| export" in s for s in sources
-    )
+CONTROLS = ("Picture", "Upload a picture", "Age", "Sex", "Site", "Member", "Method", "Layer", "Class", "Opacity")
 
 
 def test_without_a_bundle_it_says_what_to_run(tmp_path):
-    said = open_explorer(tmp_path).value
-    assert "no bundle to explain yet" in said and "make repro" in said
+    text = open_explorer(tmp_path).value
+    assert "no bundle to explain yet" in text and "make repro" in text
 
 
 def test_with_a_bundle_it_has_its_controls_and_says_what_it_is_not_for(tmp_path):
     build_bundle(tmp_path / "artifacts/ensemble")
-    shown = " ".join(texts(open_explorer(tmp_path)))
-    for word in (
-        "Picture",
-        "Upload",
-        "Age",
-        "Sex",
-        "Site",
-        "Member",
-        "Method",
-        "Layer",
-        "Class",
-        "Opacity",
-        "Probabilities",
-        "never for diagnosis",
-    ):
-        assert word in shown, word
+    found = texts(open_explorer(tmp_path))
+    assert [name for name in CONTROLS if name not in found] == []
+    assert "Probabilities" in " ".join(found) and "never for diagnosis" in " ".join(found)
 
 
-def test_a_bundle_that_abstains_says_so_before_what_it_would_have_said(tmp_path):
+def test_an_abstention_comes_before_what_would_have_been_predicted(tmp_path):
     bundle = build_bundle(tmp_path / "bundle")
     pictures = build_pictures(tmp_path)
     policy = replace(Policy.plain(["image", "fused"], 7), abstention=LockedAbstention(.99, .1, .1, 60, 50))
     write_json(bundle / "bundle.json", read_json(bundle / "bundle.json") | dict(policy=policy.to_dict()))
     write_sums(bundle)
     explorer = CamExplorer(Predictor(bundle), pictures)
-    shown = " ".join(texts(explorer.view()))
+    text = visible_text(explorer_page(explorer))
     assert explorer.prediction.abstain and explorer.prediction.abstain_reason.startswith("the answer is unsure")
-    assert (
-        0
-        < shown.index("No answer for this picture:")
-        < shown.index("the answer is unsure")
-        < shown.index("It would have said")
-    )
-    assert "The model says" not in shown
+    order = ("No prediction for this picture:", "the answer is unsure", "It would have predicted")
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+    assert "Predicted:" not in text
 
 
 def test_voila_serves_the_page(project):
@@ -119,10 +104,10 @@ def test_voila_serves_the_page(project):
     finally:
         process.terminate()
         process.wait(30)
-    assert "Where does the model look?" in page and "Traceback" not in page
+    assert "CAM explorer" in page and "Traceback" not in page
     # The widgets themselves reach the browser through the kernel; the page holds their place.
     assert "application/vnd.jupyter.widget-view+json" in page and "Error" not in page.partition("<main")[2]
-    # The page may ask its own machine and nobody else: it works without a network, and no picture leaves.
+    # The page may load from its own machine alone: it works without a network, and no picture leaves.
     assert headers["Content-Security-Policy"].startswith("default-src 'self';")
 
 
