@@ -1,4 +1,4 @@
-"""The service as a program sees it: `skinlesion serve` in a process of its own, and what it says when there is no sound bundle."""
+"""The service over a network: `skinlesion serve` in a process of its own, and its answers without a sound bundle."""
 import contextlib
 import http.client
 import json
@@ -91,7 +91,7 @@ def test_further_heads_and_folds_answer_over_http(tmp_path, made):
     ham = get_label_set("ham10000")
     urgent = dict(name="urgent", kind="binary", levels=["can wait", "today"])
     fits = [
-        Member(f"asked.fold_{i}", create_model("small_cnn_3", ham.num_classes, heads=[urgent], seed=i).eval(), {})
+        Member(f"image.fold_{i}", create_model("small_cnn_3", ham.num_classes, heads=[urgent], seed=i).eval(), {})
         for i in range(2)
     ]
     direct = Predictor(save_bundle(tmp_path / "bundle", fits, ham, None, 32, {})).predict(made[1]["a"])
@@ -102,9 +102,9 @@ def test_further_heads_and_folds_answer_over_http(tmp_path, made):
     assert answer["probabilities"] == direct.probabilities and abs(sum(answer["heads"]["urgent"].values()) - 1) < 1e-9
 
 
-@pytest.mark.parametrize("bound, abstains", [(-1e9, True), (1e9, False)], ids=["strange", "familiar"])
+@pytest.mark.parametrize("bound, abstains", [(-1e9, True), (1e9, False)], ids=["ood", "in_distribution"])
 def test_an_abstention_stands_before_everything_else(tmp_path, made, bound, abstains):
-    "Nothing that reads the answer from its beginning can miss it; the numbers are those of the predictor."
+    "So it is read first; the numbers are those of the predictor."
     plain = Policy.plain(["image", "fused"], 7)
     policy = replace(
         plain,
@@ -122,14 +122,11 @@ def test_an_abstention_stands_before_everything_else(tmp_path, made, bound, abst
         for path in ("/infer", "/predict")
     )
     assert list(pair) == [*(["abstain", "abstain_reason"] if abstains else []), "probs", "camPngUrl"]
-    assert (
-        list(answer)[:2] == ["abstain", "abstain_reason"]
-        and answer["abstain"] is abstains
-        and bool(answer["abstain_reason"]) is abstains
-    )
-    assert answer["class"] == direct["predicted"] and all(
-        answer[name] == direct[name] for name in set(direct) - {"image_id", "predicted"}
-    )
+    assert list(answer)[:2] == ["abstain", "abstain_reason"]
+    assert answer["abstain"] is abstains and bool(answer["abstain_reason"]) is abstains
+    assert answer["class"] == direct["predicted"]
+    same = set(direct) - {"image_id", "predicted"}
+    assert {name: answer[name] for name in same} == {name: direct[name] for name in same}
     assert (answer["flagged"], answer["threshold"], answer["coverage"]) == (True, .2, .9)
     assert set(answer["prediction_set"]) < set(answer["probabilities"])
 
@@ -138,33 +135,36 @@ def test_many_at_once_get_each_their_own_answer(served, made):
     bundle, pictures = made
     predictor = Predictor(bundle)
     names = list(pictures) * 4
+    paths = {"a": "/predict", "b": "/infer"}
     with ThreadPoolExecutor(6) as pool:
-        answers = list(
-            pool.map(lambda n: post(served, "/predict" if n != "b" else "/infer", pictures[n].read_bytes()), names)
-        )
+        answers = list(pool.map(lambda n: post(served, paths.get(n, "/predict"), pictures[n].read_bytes()), names))
     for name, (status, answer) in zip(names, answers):
         direct = predictor.predict(pictures[name])
         assert status == 200
-        assert (
-            answer["probs"]["malignant"] == direct.malignancy
-            if name == "b"
-            else answer["probabilities"] == direct.probabilities
-        )
+        if name == "b":
+            assert answer["probs"]["malignant"] == direct.malignancy
+        else:
+            assert answer["probabilities"] == direct.probabilities
 
 
-@pytest.mark.parametrize("picture, fields, status, words", [
-    (b"hello", {}, 415, "no known image"), (b"", {}, 400, "empty"), (b"\xff\xd8\xff\xe0" + b"0" * 200, {}, 400, "damaged"),
-    (b"x" * ((20 << 20) + 1), {}, 413, "20,971,520 bytes allowed"),
-    (None, {"site": "bakc"}, 422, "Did you mean 'back'?"), (None, {"age": "999"}, 422, "0 to 120")])
-def test_what_cannot_be_answered_says_why(served, made, picture, fields, status, words):
+FAULTS = {  # name: picture (None for a sound one), form fields, status, part of the sentence
+    "type": (b"hello", {}, 415, "no known image"),
+    "damaged": (b"\xff\xd8\xff\xe0" + b"0" * 200, {}, 400, "damaged"),
+    "large": (b"x" * ((20 << 20) + 1), {}, 413, "20,971,520 bytes allowed"),
+    "word": (None, {"site": "bakc"}, 422, "Did you mean 'back'?"),
+}
+
+
+@pytest.mark.parametrize("picture, fields, status, sentence", FAULTS.values(), ids=FAULTS)
+def test_a_fault_has_a_status_and_a_sentence(served, made, picture, fields, status, sentence):
     code, answer = post(served, "/infer", made[1]["a"].read_bytes() if picture is None else picture, **fields)
-    assert code == status and words in answer["detail"]
+    assert code == status and sentence in answer["detail"]
     assert "probs" not in answer and "class" not in answer
 
 
 @pytest.mark.parametrize("stated", [True, False], ids=["stated", "chunked"])
 def test_too_long_a_body_is_refused_before_it_is_whole(served, stated):
-    "By its stated length before a byte of it came; else at the first byte over the limit. Neither request is ever finished."
+    "By its stated length before its first byte; else at the first byte over the limit. Neither request is finished."
     connection = http.client.HTTPConnection(served.removeprefix("http://"), timeout=60)
     connection.putrequest("POST", "/infer")
     connection.putheader("Content-Type", "multipart/form-data; boundary=B")
@@ -175,7 +175,8 @@ def test_too_long_a_body_is_refused_before_it_is_whole(served, stated):
     connection.endheaders()
     limit = (20 << 20) + (64 << 10)  # of the picture, and of all around it
     head = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
-    for part in [] if stated else [head, *[b"x" * (1 << 20)] * 20, b"x" * (limit + 1 - len(head) - (20 << 20))]:
+    parts = [head, *[b"x" * (1 << 20)] * 20, b"x" * (limit + 1 - len(head) - (20 << 20))]
+    for part in [] if stated else parts:
         connection.send(b"%x\r\n%b\r\n" % (len(part), part))
     with contextlib.closing(connection):
         answer = connection.getresponse()
@@ -194,26 +195,30 @@ def test_a_map_is_found_by_its_id_alone(served):
         assert caught.value.code == 404
 
 
-@pytest.mark.parametrize("damage", ["missing", "flipped", "truncated", "extra"])
-def test_without_a_sound_bundle_there_is_no_class(tmp_path, made, damage):
-    bundle = tmp_path / "bundle"
-    if damage != "missing":
-        build_bundle(bundle)
-        weights = bundle / "fused.safetensors"
-        data = bytearray(weights.read_bytes())
+def damage_bundle(bundle, damage):
+    "Change one file of a bundle, or add one, without its hash."
+    weights = bundle / "fused.safetensors"
+    data = bytearray(weights.read_bytes())
+    if damage == "flipped":
         data[len(data) // 2] ^= 1
-        if damage == "extra":
-            (bundle / "extra.pt").write_bytes(b"x")
-        else:
-            weights.write_bytes(bytes(data) if damage == "flipped" else bytes(data[:100]))
+        weights.write_bytes(data)
+    if damage == "truncated":
+        weights.write_bytes(data[:100])
+    if damage == "extra":
+        (bundle / "extra.pt").write_bytes(b"x")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "extra"])
+def test_without_a_sound_bundle_there_is_no_class(tmp_path, made, damage):
+    bundle = build_bundle(tmp_path / "bundle")
+    damage_bundle(bundle, damage)
     client = TestClient(create_app(bundle))
-    for answer in (
-        client.get("/health"),
-        *(client.post(p, files={"file": ("a.png", made[1]["a"].read_bytes())}) for p in ("/infer", "/predict")),
-    ):
-        assert answer.status_code == 503
-        said = answer.json().get("detail") or answer.json()["reason"]
-        assert said.startswith("no usable bundle: ") and not {"class", "probs", "probabilities"} & set(answer.json())
+    files = {"file": ("a.png", made[1]["a"].read_bytes())}
+    for response in (client.get("/health"), client.post("/infer", files=files), client.post("/predict", files=files)):
+        assert response.status_code == 503
+        answer = response.json()
+        assert answer.get("detail", answer.get("reason")).startswith("no usable bundle: ")
+        assert not {"class", "probs", "probabilities"} & set(answer)
 
 
 def test_a_bundle_that_comes_later_is_used(tmp_path, made):
