@@ -19,18 +19,18 @@ from ..data.splits import SPLITS
 from ..taxonomy import nearest
 
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #ecdaf9b8
-VARIANTS = dict(dermamnist=('', 'C', 'E')) # benchmark -> its splits; '' is the first one published
-RESOLUTIONS = dict(
-    dermamnist=('28', '224-upsampled-from-28', '224-true', '224-corrected-splits')
-) # benchmark -> kinds of images
+# Benchmark -> its splits; '' is the first one published.
+VARIANTS = dict(dermamnist=('', 'C', 'E'))
+# Benchmark -> kinds of images.
+RESOLUTIONS = dict(dermamnist=('28', '224-upsampled-from-28', '224-true', '224-corrected-splits'))
 CORRECTED = '224-corrected-splits' # a resolution that implies the variant C
 
 class BenchmarkError(ValueError):
     "Two results that may not be compared, or a benchmark that cannot be."
 
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #c8f382fb
-def _check_word(value, what, allowed):
-    "Refuse a variant or a resolution that the benchmark has not; '' for a resolution is unknown."
+def _check_allowed(value, what, allowed):
+    "Refuse a variant or a resolution that the benchmark does not have."
     if value not in allowed:
         raise BenchmarkError(
             f"{what} '{value}' is none of "
@@ -41,18 +41,18 @@ def _check_word(value, what, allowed):
 @dataclass(frozen=True)
 class BenchmarkId:
     "What a result was measured on; '' and None are unknown, but a variant of '' is the benchmark's own split."
-    name:str='' # of the benchmark or the data set, lower case, such as 'dermamnist'; '' where nobody said
+    name:str='' # of the benchmark or the data set, lower case, such as 'dermamnist'; '' where unknown
     variant:str='' # for dermamnist '', 'C' or 'E'
     resolution:str='' # for dermamnist one of RESOLUTIONS, for others free, such as the side in pixels
-    split_sha256:str='' # what `split_digest` gave
-    leak:int|None=None # lesions that stand in more than one of train, valid and test; what `shared_lesions` gave
+    split_sha256:str='' # from `split_digest`
+    leak:int|None=None # lesions in more than one of train, valid and test, from `shared_lesions`
 
     def __post_init__(self):
         if not re.fullmatch(r'([a-z0-9][a-z0-9._-]*)?', self.name):
             raise BenchmarkError(f"benchmark {self.name!r}: write lower-case letters, digits, '.', '_' or '-'")
         if self.name in VARIANTS:
-            _check_word(self.variant, f'{self.name}: variant', VARIANTS[self.name])
-            _check_word(self.resolution, f'{self.name}: resolution', ('', *RESOLUTIONS[self.name]))
+            _check_allowed(self.variant, f'{self.name}: variant', VARIANTS[self.name])
+            _check_allowed(self.resolution, f'{self.name}: resolution', ('', *RESOLUTIONS[self.name]))
             if self.resolution == CORRECTED and self.variant != 'C':
                 raise BenchmarkError(
                     f"{self.name}: resolution '{CORRECTED}' belongs to variant 'C', and the variant is "
@@ -83,7 +83,7 @@ def to_dict(self:BenchmarkId) -> dict: # of plain JSON values
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #4944acce
 @patch(cls_method=True)
 def from_dict(cls:BenchmarkId,
-    values:dict, # what `to_dict` gave
+    values:dict, # from `to_dict`
 ) -> BenchmarkId: # equal to the first
     "Read an identity back; an unknown or missing key is an error."
     allowed = [f.name for f in fields(cls)]
@@ -101,7 +101,7 @@ def from_dict(cls:BenchmarkId,
 def parse_benchmark(
     text:str, # NAME, NAME-VARIANT, NAME@RESOLUTION or NAME-VARIANT@RESOLUTION
 ) -> BenchmarkId: # its split and leak unknown
-    "A benchmark in words."
+    "The identity that a text stands for."
     head, at, resolution = text.strip().partition('@')
     name, dash, variant = head.partition('-')
     if not head:
@@ -117,8 +117,8 @@ def parse_benchmark(
     return BenchmarkId(head.lower(), '', resolution)
 
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #718e6d74
-def _words(table, *columns):
-    "Columns as text, unknown as ''."
+def _text_columns(table, *columns):
+    "Some columns as text, unknown as ''."
     for column in columns:
         if column not in table:
             raise ValueError(
@@ -132,7 +132,7 @@ def split_digest(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, split
 ) -> str: # 64 hexadecimal digits
     "SHA-256 of the test images and their lesions in any order; of all images where no split is called test."
-    rows = _words(table, 'image_id', 'lesion_id', 'split')
+    rows = _text_columns(table, 'image_id', 'lesion_id', 'split')
     if (rows['split'] == 'test').any():
         rows = rows[rows['split'] == 'test']
     rows = sorted(rows.itertuples(index=False, name=None))
@@ -141,19 +141,20 @@ def split_digest(
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #643f4b15
 def shared_lesions(
     table:pd.DataFrame, # one row per image: image_id, lesion_id, split
-) -> int|None: # None where unknown: no lesion is known, or none crosses the parts given and train is not among them
-    "How many lesions stand in more than one of train, valid and test."
-    rows = _words(table, 'image_id', 'lesion_id', 'split')
+) -> int|None: # None where unknown: no lesion is known, or train is missing and no lesion is in two parts
+    "How many lesions are in more than one of train, valid and test."
+    rows = _text_columns(table, 'image_id', 'lesion_id', 'split')
     rows = rows[rows['split'].isin(SPLITS) & (rows['lesion_id'] != '')]
     crossing = int((rows.groupby('lesion_id')['split'].nunique() > 1).sum())
     parts = set(rows['split'])
-    return crossing if crossing or ('train' in parts and len(parts) > 1) else None
+    is_complete = 'train' in parts and len(parts) > 1
+    return crossing if crossing or is_complete else None
 
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #aa86abfc
 def identify(
-    benchmark:BenchmarkId, # what is known by name
+    benchmark:BenchmarkId, # name, variant and resolution
     table:pd.DataFrame|None=None, # one row per image: image_id, lesion_id, split; None where the split is unknown
-) -> BenchmarkId: # with the digest of the split and the lesions that leak
+) -> BenchmarkId: # with the digest of the split and its leak
     "Complete an identity by the split that a result was measured on."
     if table is None:
         return benchmark
@@ -163,56 +164,55 @@ def identify(
 
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #519c09b5
 def benchmark_of(
-    dataset:str, # name of a data set, as its dataset.json has it
+    dataset:str, # name of a data set, from its dataset.json
     table:pd.DataFrame|None=None, # one row per image: image_id, lesion_id, split
-) -> BenchmarkId: # its name in the letters of an identity; variant and resolution unknown
+) -> BenchmarkId: # the name in lower case with hyphens; variant and resolution unknown
     "The identity of a result on a data set that is no named benchmark."
     return identify(BenchmarkId(re.sub('[^a-z0-9]+', '-', dataset.lower()).strip('-')), table)
 
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #d2457e51
+# Field of an identity -> why results that differ in it may not be compared.
 _WHY = dict(
     name="other images, another case mix: neither number says anything about the other",
-    variant="the parts hold other images; of the first DermaMNIST split 1,006 lesions stand in more than "
+    variant="the parts hold other images; of the first DermaMNIST split 1,006 lesions are in more than "
     "one part, of C none, and E is tested on another collection",
-    resolution="images of another kind hold more or less to see",
-    leak="where a lesion of the test set was learnt from, the result is too good",
-    split_sha256="other images are tested on, or other lesions are told apart in them",
+    resolution="images of another kind show more or less detail",
+    leak="where a lesion of the test set was trained on, the result is too good",
+    split_sha256="the test images differ, or their lesion ids",
 )
 
+def _is_known(key, value):
+    "Whether a field of an identity has a value; the variant '' is one."
+    return value is not None and (value != '' or key == 'variant')
+
 def _differences(a, b):
-    "Which fields of two identities differ, unknown ones aside."
-    known = [(key, getattr(a, key), getattr(b, key)) for key in _WHY]
-    def unknown(key, value):
-        return value is None or (value == '' and key != 'variant')
-    return [(key, x, y) for key, x, y in known if not unknown(key, x) and not unknown(key, y) and x != y]
+    "The fields in which two identities differ, unknown ones left out: (field, value of a, value of b)."
+    pairs = [(key, getattr(a, key), getattr(b, key)) for key in _WHY]
+    return [(key, x, y) for key, x, y in pairs if _is_known(key, x) and _is_known(key, y) and x != y]
 
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #01844698
+_FIELD_TEXTS = dict(name='name', resolution='kind of images', split_sha256='split', leak='leak between its parts')
+
 def _unknowns(identity, who):
-    "Sentences on what an identity leaves open."
+    "A sentence on the unknown fields of an identity; none where all are known."
     if identity is None:
         return (f"{who}: nothing says what it was measured on, so whether the two may be compared is not known",)
-    open_ = [
-        what
-        for key, what in dict(
-            name='name', resolution='kind of images', split_sha256='split', leak='leak between its parts'
-        ).items()
-        if getattr(identity, key) in ('', None)
-    ]
-    return (f"{who} ({identity}): unknown {', '.join(open_)}",) if open_ else ()
+    unknown = [text for key, text in _FIELD_TEXTS.items() if getattr(identity, key) in ('', None)]
+    return (f"{who} ({identity}): unknown {', '.join(unknown)}",) if unknown else ()
 
 # %% ../../nbs/evaluate/75_benchmarks.ipynb #5a680a86
 def check_comparable(
     a:BenchmarkId|None, # what one result was measured on; None where nothing is known
     b:BenchmarkId|None, # what the other was
     names:tuple=('the first', 'the second'), # of the two, for errors
-) -> tuple: # of str: what is unknown about either, a sentence each; empty where all is known and alike
-    "Refuse to compare results that were measured on different things; what is unknown is said."
+) -> tuple: # of str, a sentence for each result with unknown fields; empty where all are known
+    "Refuse to compare results of different benchmarks; what is unknown is returned."
     if a is not None and b is not None:
-        found = _differences(a, b)
-        said = [f"{key}: {names[0]} {x!r}, {names[1]} {y!r} ({_WHY[key]})" for key, x, y in found]
-        if said:
+        differences = _differences(a, b)
+        reasons = [f"{key}: {names[0]} {x!r}, {names[1]} {y!r} ({_WHY[key]})" for key, x, y in differences]
+        if reasons:
             raise BenchmarkError(
-                f"{names[0]} and {names[1]} may not be compared; {'; '.join(said)}. Measure both on the "
+                f"{names[0]} and {names[1]} may not be compared; {'; '.join(reasons)}. Measure both on the "
                 "same split and images"
             )
     return (*_unknowns(a, names[0]), *_unknowns(b, names[1]))

@@ -369,7 +369,7 @@ def _as_card(sides, image_groups, lesions):
 # %% ../../nbs/evaluate/74_subgroups.ipynb #74998488
 def subgroup_scorecard(
     predictions:pd.DataFrame, # image_id, one p_<code> per class
-    # image_id, diagnosis, lesion_id, and what to group by: age, sex, site, skin_tone, source, any column of few distinct values
+    # image_id, diagnosis, lesion_id, and columns to group by: age, sex, site, skin_tone, source, any with few values
     labels:pd.DataFrame,
     label_set:LabelSet, # classes, and which are malignant
     # names to group by ('age_band' from age, 'region' from site); None takes those of SUBGROUPS that are there
