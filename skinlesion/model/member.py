@@ -20,7 +20,7 @@ from ..data.datasets import LesionDataset
 from ..data.metadata import MetadataEncoder
 from ..data.splits import make_folds, tied_groups
 from ..data.store import ImageStore
-from ..files import atomic_write, read_json, sha256_file, write_json
+from ..files import atomic_write, read_json, sha256_file, write_csv, write_json
 from .bundle import save_member
 from .fusion import LesionModel, create_model
 from .heads import read_heads, read_targets
@@ -446,7 +446,7 @@ def fit_member(
         member = FittedMember(name, recipe, (result,), predictions, rows)
     _write_member(member, Path(out))
     if report:
-        mean_history(member).to_csv(Path(report)/'history.csv')
+        write_csv(Path(report)/'history.csv', mean_history(member).reset_index())
     logs.close(Path(out))
     return member
 

@@ -74,7 +74,7 @@ def library_modules(
     for path in (repo_root(root)/'nbs').rglob('*.ipynb'):
         match = re.fullmatch(r'(\d+)_\w+', path.stem)
         exported = match and re.search(r'#\| default_exp ([\w.]+)', path.read_text(encoding='utf-8'))
-        if exported:
+        if exported and exported[1] != '__init__':
             numbered.append((int(match[1]), exported[1]))
     rooms = {}
     for _, module in sorted(numbered):
