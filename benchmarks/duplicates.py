@@ -112,7 +112,9 @@ def made_fingerprints(path, n, seed):
     for i in range(n):
         original = i if i < n - copies else i - (n - copies)
         picture = made_picture(np.random.default_rng([seed, original]))
-        out[i] = fingerprint(picture if original == i else changed_in_every_way(picture, np.random.default_rng([seed, i])))
+        if original != i:
+            picture = changed_in_every_way(picture, np.random.default_rng([seed, i]))
+        out[i] = fingerprint(picture)
     out.flush()
     return copies
 
