@@ -1,4 +1,7 @@
-"""What lies in the repository: no machine's paths, no secrets, no foreign images, one README, one version. Each check also meets a planted fault."""
+"""The tracked files: no machine's paths, no secrets, no foreign images, one README, one version.
+
+Each check is also run on a tree with that fault planted.
+"""
 import configparser
 import hashlib
 import json
@@ -49,7 +52,7 @@ def cell_text(c):
 
 
 def finds(root, pattern):
-    "Where a pattern stands in the tracked texts, as (place, words)."
+    "Where a pattern stands in the tracked texts, as (place, matched text)."
     return [
         (f"{place} line {text.count(chr(10), 0, m.start()) + 1}", m[0])
         for place, text in texts(root)
@@ -58,7 +61,7 @@ def finds(root, pattern):
 
 
 def check_texts(root):
-    "No machine's path, package index, secret or unfinished business in a tracked text."
+    "No machine's path, package index, secret or open task in a tracked text."
     return [
         f"{place} holds {what}: {words!r}"
         for what, pattern in FORBIDDEN.items()
@@ -87,28 +90,30 @@ def check_readme(root):
 
 
 def committed_data(root):
-    "The data that git tracks: name of the .dir object, or None. A data.dvc that `dvc repro` rewrote for somebody's own data does not count."
+    "Name of the .dir object of the data that git tracks, or None; a data.dvc that is not committed does not count."
     shown = subprocess.run(["git", "show", ":data.dvc"], cwd=root, capture_output=True, text=True)
     return None if shown.returncode else YAML(typ="safe", pure=True).load(shown.stdout)["outs"][0]["md5"]
 
 
 def check_remote(root):
     "The embedded remote holds the objects of the default dataset, whole, and no others."
-    held = {p.as_posix() for p in tracked(root, REMOTE)}
+    tracked_objects = {p.as_posix() for p in tracked(root, REMOTE)}
     def place(name):
         return f"{REMOTE}/files/md5/{name[:2]}/{name[2:]}"
     problems = []
     named = set()
     listing = committed_data(root)
-    if listing and place(listing) in held:
+    if listing and place(listing) in tracked_objects:
         named = {place(listing), *(place(entry["md5"]) for entry in json.loads((root / place(listing)).read_text()))}
     remedy = "images from elsewhere are never committed: git rm --cached"
-    problems += [f"{path} belongs to no file that data.dvc names; {remedy} {path}" for path in sorted(held - named)]
-    problems += [f"{path} is named by data.dvc and not tracked: git add -f {path}" for path in sorted(named - held)]
-    for path in sorted(held & named):
+    foreign = sorted(tracked_objects - named)
+    missing = sorted(named - tracked_objects)
+    problems += [f"{path} belongs to no file that data.dvc names; {remedy} {path}" for path in foreign]
+    problems += [f"{path} is named by data.dvc and not tracked: git add -f {path}" for path in missing]
+    for path in sorted(tracked_objects & named):
         name = "".join(path.split("/")[-2:]).removesuffix(".dir")
         if hashlib.md5((root / path).read_bytes()).hexdigest() != name:
-            problems.append(f"{path} is not what its name says; fetch it anew")
+            problems.append(f"{path} does not match its name; fetch it anew")
     return problems
 
 
@@ -128,42 +133,43 @@ CHECKS = [f for name, f in list(globals().items()) if name.startswith("check_") 
 FOREIGN, _ = remote_object(b"somebody's skin")
 IMAGE, _ = remote_object(b"\xff\xd8made up\0")
 NB = "nbs/model/20_grow.ipynb"
+# Texts with a fault, put together by `+` for the same reason as the patterns.
+WORK_PATH = "/wo" + "rk/main/nbs"
+HOME_PATH = "/ho" + "me/someone"
+ROOT_PATH = "/ro" + "ot/x"
+OWN_INDEX = "--extra-index" + "-url https://mirror.nowhere.example/simple"
+INDEX_ADDRESS = "https://py" + "pi.nowhere.example/simple"
+NUMBERED_ADDRESS = "http:/" + "/10.1.2.3:8080/"
+API_KEY = "api_key" + " = 'abcdefgh1234'"
+TOKEN = "ghp_" + "a1" * 18
+KEY_FILE = "-----BEGIN RSA" + " PRIVATE KEY-----"
+OPEN_TASK = "TO" + "DO: more"
+VERSION_LINE = "__version__ " + "= '1'"
+PRINTS_A_PATH = cell("x", outputs=[dict(output_type="stream", name="stdout", text=[f"at {ROOT_PATH}\n"])])
 FAULTS = [
-    (check_texts, {"notes.md": "first\nsee /work/main/nbs\n"}, "notes.md line 2 holds a machine's path: '/work/m'"),
-    (check_texts, {"Makefile": "x:\n\tls /home/someone\n"}, "Makefile line 2 holds a machine's path"),
-    (
-        check_texts,
-        {
-            NB: library(
-                "model.grow", cell("x", outputs=[dict(output_type="stream", name="stdout", text=["at /root/x\n"])])
-            )
-        },
-        "holds a machine's path",
-    ),
-    (
-        check_texts,
-        {"constraints.txt": "--extra-index-url https://mirror.nowhere.example/simple\n"},
-        "holds a package index",
-    ),
-    (check_texts, {"setup.cfg": "url = https://pypi.nowhere.example/simple\n"}, "holds a package index"),
-    (check_texts, {"setup.cfg": "url = http://10.1.2.3:8080/\n"}, "holds a machine's address"),
-    (check_texts, {"conf.py": "api_key = 'abcdefgh1234'\n"}, "holds a secret"),
-    (check_texts, {"conf.py": "x = 'ghp_" + "a1" * 18 + "'\n"}, "holds a secret"),
-    (check_texts, {"key.pem": "-----BEGIN RSA PRIVATE KEY-----\n"}, "holds a secret"),
-    (check_texts, {NB: library("model.grow", "x = 1 # TODO: more")}, "line 1 holds something left to do"),
+    (check_texts, {"notes.md": f"first\nsee {WORK_PATH}\n"}, "notes.md line 2 holds a machine's path"),
+    (check_texts, {"Makefile": f"x:\n\tls {HOME_PATH}\n"}, "Makefile line 2 holds a machine's path"),
+    (check_texts, {NB: library("model.grow", PRINTS_A_PATH)}, "holds a machine's path"),
+    (check_texts, {"constraints.txt": f"{OWN_INDEX}\n"}, "holds a package index"),
+    (check_texts, {"setup.cfg": f"url = {INDEX_ADDRESS}\n"}, "holds a package index"),
+    (check_texts, {"setup.cfg": f"url = {NUMBERED_ADDRESS}\n"}, "holds a machine's address"),
+    (check_texts, {"conf.py": f"{API_KEY}\n"}, "holds a secret"),
+    (check_texts, {"conf.py": f"x = '{TOKEN}'\n"}, "holds a secret"),
+    (check_texts, {"key.pem": f"{KEY_FILE}\n"}, "holds a secret"),
+    (check_texts, {NB: library("model.grow", f"x = 1 # {OPEN_TASK}")}, "line 1 holds something left to do"),
     (check_version, {"settings.ini": swap("version = 4.5.6", "version = four")}, "version is 'four'"),
     (
         check_version,
         {"pyproject.toml": swap('dynamic = ["version"]', 'version = "4.5.6"')},
         "pyproject.toml line 3 states the version",
     ),
-    (check_version, {"skinlesion/base.py": "__version__ = '1'\n"}, "skinlesion/base.py line 1 states the version"),
+    (check_version, {"skinlesion/base.py": f"{VERSION_LINE}\n"}, "skinlesion/base.py line 1 states the version"),
     (check_readme, {"README.md": "# Something else\n"}, "README.md differs from nbs/index.ipynb"),
     (check_readme, {"README.md": None}, "README.md differs from nbs/index.ipynb"),
     (check_remote, {FOREIGN: b"somebody's skin"}, f"{FOREIGN} belongs to no file that data.dvc names"),
     (check_remote, {f"{REMOTE}/face.jpg": b"\xff\xd8"}, "face.jpg belongs to no file"),
     (check_remote, {IMAGE: None}, f"{IMAGE} is named by data.dvc and not tracked"),
-    (check_remote, {IMAGE: b"another"}, f"{IMAGE} is not what its name says"),
+    (check_remote, {IMAGE: b"another"}, f"{IMAGE} does not match its name"),
     (
         check_remote,
         {"data.dvc": f"outs:\n- md5: {'0' * 32}.dir\n  path: data\n"},
@@ -186,7 +192,7 @@ def test_harmless_texts(good_tree, tmp_path):
     assert check_texts(plant(good_tree, tmp_path / "tree", {"notes.md": harmless})) == []
 
 
-def test_own_data_is_nobodys_fault(good_tree, tmp_path):
+def test_own_data_is_no_fault(good_tree, tmp_path):
     "Own data recorded in the working copy, not committed, leaves the check of the embedded remote alone."
     tree = plant(good_tree, tmp_path / "tree", {})
     (tree / "data.dvc").write_text(f"outs:\n- md5: {'1' * 32}.dir\n  path: data\n")
