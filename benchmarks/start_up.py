@@ -2,14 +2,16 @@
 
     python benchmarks/start_up.py [--rounds 3] [--member image]
 
-A copy of this repository in a temporary folder (what git tracks, as it is now, with the embedded data) runs the stage `prepare` once; `train` is then
-stopped at the moment its first optimiser step begins (that is where torch's own hook for all optimisers notes the time and ends the kernel).
+A copy of this repository in a temporary folder (the files that git tracks, with the embedded data) runs the stage
+`prepare` once. Then `train` is stopped where its first optimiser step begins: a hook for all optimisers of torch writes
+down the time and ends the kernel.
 run       seconds from calling `python -m skinlesion.pipeline.cli run train --member M` to that moment.
-imports   seconds of two bare processes, one after the other: one that imports the packages of the runner, one those of the notebook, and nothing of
-          `skinlesion`. The runner and the kernel it starts each pay theirs, so both count; of the packages listed below, only those that the two
-          have really loaded by then.
-A round measures both, and the difference is the median over the rounds. Target: at most 6 s beyond bare imports. Processor time of all processes
-stands beside it and decides nothing. The verdict counts only where `quiet` is true: a load of at most 1 before the start.
+imports   seconds of two bare processes, one after the other: one imports the packages of the runner, one those of the
+          notebook, neither anything of `skinlesion`. The runner and its kernel each import, so both count; of the
+          packages listed below, only those that the two have loaded by then.
+A round measures both, and the difference is the median over the rounds. Target: at most 6 s beyond bare imports.
+Processor time of all processes is printed too and has no target. The verdict counts only where `quiet` is true: a load
+of at most 1 before the start.
 """
 import argparse
 import json

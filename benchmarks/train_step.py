@@ -1,18 +1,22 @@
-"""What training through `fit` costs against a bare PyTorch loop: the same model, batches, optimiser, threads and channels-last layout.
+"""Training through `fit` against a bare PyTorch loop: the same model, batches, optimiser, threads and memory layout.
 
-    python benchmarks/train_step.py [--backbone resnet10t mobilenetv2_100] [--size 64 128] [--batch 16 32] [--steps 12] [--rounds 7] [--threads N]
+    python benchmarks/train_step.py [--backbone resnet10t mobilenetv2_100] [--size 64 128] [--batch 16 32]
+        [--steps 12] [--rounds 7] [--threads N]
 
-bare    the loop everyone writes first, over normalised channels-last tensors that already lie in memory (on a GPU: on the GPU, under bf16 autocast,
-        with cudnn.benchmark, and no determinism).
-step    `fit` over the same pixels without augmentation: it collates and normalises each batch, and does all that a run does in each step
-        (determinism, reseeding, schedule, clipping, checks, sums). From the end of its first step to the end of its last. Target 0.97, on a GPU 0.95.
-epoch   `fit` with the augmentation of the default settings: from the end of one epoch to the end of the last step of the next, so with the loader and
-        with what an epoch begins with. Target 0.9. `--workers` loads in processes of their own.
-ends    seconds that the end of that epoch took: validation of as many images, the checkpoint (`work_dir`), the books. No part of a ratio.
+bare    a plain training loop over normalised channels-last tensors in memory (on a GPU: on the GPU, under bf16
+        autocast, with cudnn.benchmark, without determinism).
+step    `fit` over the same pixels without augmentation: it collates and normalises each batch, and does all that a run
+        does in each step (determinism, reseeding, schedule, clipping, checks, sums). From the end of its first step to
+        the end of its last. Target 0.97, on a GPU 0.95.
+epoch   `fit` with the augmentation of the default settings: from the end of one epoch to the end of the last step of
+        the next, so with the loader and the start of an epoch. Target 0.9. `--workers` loads in other processes.
+ends    seconds that the end of that epoch took: validation of as many images, the checkpoint (`work_dir`), the history.
+        No part of a ratio.
 
-A round measures the three one after the other, in an order that turns with the rounds, and a ratio is the median over the rounds, so that other
-work on the machine hits all alike. The verdict (`met`) is that of the wall clock; the same in processor time stands beside it and decides nothing
-(threads that wait for one another burn it too). A verdict counts only where `quiet` is true: a load of at most 1 before the start.
+A round measures the three one after the other, in an order that changes with the rounds. A ratio is the median over the
+rounds, so that other work on the machine affects all alike. The verdict (`met`) is that of the wall clock. The ratio
+in processor time is printed too and has no target, since waiting threads use it as well. A verdict counts only where
+`quiet` is true: a load of at most 1 before the start.
 """
 import argparse
 import json

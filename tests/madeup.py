@@ -1,4 +1,4 @@
-"""A small made-up repository in which every check passes, so that a planted fault is the only thing a check can find."""
+"""A small made-up repository in which every check passes, so that a check can find planted faults only."""
 import hashlib
 import json
 import os
@@ -47,7 +47,7 @@ clean_ids = False
 
 
 def committed(name, root=ROOT):
-    "Text of a file as git's last commit has it, so that own settings in the working copy play no part; in an unpacked archive, as it lies there."
+    "Text of a file in git's last commit, without changes in the working copy; in an unpacked archive, the file itself."
     try:
         shown = subprocess.run(["git", "show", f"HEAD:./{name}"], cwd=root, capture_output=True)
     except FileNotFoundError:
@@ -142,7 +142,9 @@ def good_files():
             ADD.replace("add", "grow"),
             '#| export\nclass Grower:\n    "Grows."\n    def up(self):\n        "Up."\n        return grow(1)',
         ),
-        "nbs/use/51_predict.ipynb": library("use.predict", "#| export\nimport json  # noqa: F401", ADD.replace("add", "predict")),
+        "nbs/use/51_predict.ipynb": library(
+            "use.predict", "#| export\nimport json  # noqa: F401", ADD.replace("add", "predict")
+        ),
         "nbs/report/89_index.ipynb": library(
             "report.index", "#| export\nfrom skinlesion.base import add  # noqa: F401", ADD.replace("add", "index")
         ),
@@ -220,9 +222,9 @@ def swap(old, new):
 
 
 def check_tests(checks, faults):
-    """The four tests of a module of checks: each finds nothing wrong here, nor in the made-up tree, and finds every planted fault.
+    """The four tests of a module of checks: each passes here and in the made-up tree, and finds every planted fault.
 
-    checks: functions of a root that return sentences; faults: (check, what `plant` takes, words of the sentence that must come up).
+    checks: functions of a root that return sentences; faults: (check, arguments of `plant`, part of the sentence).
     """
     @pytest.mark.parametrize("check", checks, ids=lambda f: f.__name__)
     def test_repository(check, root):

@@ -123,11 +123,18 @@ def test_explain_draws_over_the_picture_as_it_was_taken(made):
     (["verify", "nowhere"], "nothing to verify here"),
     (["predict", "missing.png", "--bundle", "B", "--csv", "o.csv"], "missing.png: no such image file"),
     (["predict", "a.png", "--bundle", "nowhere", "--csv", "o.csv"], "nowhere"),
-    (["predict", "a.png", "--bundle", "B", "--csv", "o.csv", "--metadata", "short.csv"], "short.csv: column 'site' is missing"),
+    (
+        ["predict", "a.png", "--bundle", "B", "--csv", "o.csv", "--metadata", "short.csv"],
+        "short.csv: column 'site' is missing",
+    ),
     (["explain", "a.png", "--bundle", "B", "--method", "gradcm", "--out", "m.png"], "Did you mean 'gradcam'?"),
     (["explain", "a.png", "--bundle", "B", "--class", "mela", "--out", "m.png"], "Did you mean 'mel'?"),
-    (["explain", "a.png", "--bundle", "B", "--layer", "layer9", "--out", "m.png"], "layer 'layer9' is not in this model"),
-    (["models", "resnet5O"], "Did you mean"), (["models", "swinv2_tiny_window8_256", "--size", "30"], "cannot take images of 30x30 pixels"),
+    (
+        ["explain", "a.png", "--bundle", "B", "--layer", "layer9", "--out", "m.png"],
+        "layer 'layer9' is not in this model",
+    ),
+    (["models", "resnet5O"], "Did you mean"),
+    (["models", "swinv2_tiny_window8_256", "--size", "30"], "cannot take images of 30x30 pixels"),
     (["import", "ham10000", "nowhere", "--out", "data"], "nowhere")])
 def test_an_error_is_one_sentence_and_nothing_is_written(made, words, said, monkeypatch):
     folder, bundle, _ = made
@@ -262,8 +269,11 @@ def test_an_audit_of_pictures_that_were_planted(tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--split", "gone.csv"], "gone.csv: no such table; check the path"), (["--split", "short.csv"], "image 'd' of "),
-    (["--predictions", "gone.csv"], "gone.csv"), (["--out", "short.csv"], "short.csv: this is a file; choose a folder for audit.json")])
+    (["--split", "gone.csv"], "gone.csv: no such table; check the path"),
+    (["--split", "short.csv"], "image 'd' of "),
+    (["--predictions", "gone.csv"], "gone.csv"),
+    (["--out", "short.csv"], "short.csv: this is a file; choose a folder for audit.json"),
+])
 def test_an_audit_that_cannot_begin(dataset, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.csv").write_text("image_id,split\na,train\nb,train\nc,valid\n")

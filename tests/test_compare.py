@@ -1,4 +1,4 @@
-"The comparison notebook: what is missing, the members of a run, finished experiments; and the command that compares two revisions."
+"The comparison notebook (missing inputs, members, finished experiments) and the command that compares revisions."
 import json
 import os
 import shutil
@@ -259,9 +259,12 @@ def test_an_experiment_is_held_against_a_tag(revisions, monkeypatch):
 
 
 @pytest.mark.parametrize("words, said", [
-    (("low", "other"), "low and other may not be compared; split_sha256: low '"), (("low", "nowhere"), "revision 'nowhere': unknown Git revision"),
-    (("low", "bettr"), "experiments: better. Did you mean 'better'?"), (("low", "better", "--member", "imag"), "Did you mean 'image'?"),
-    (("low", "better", "--split", "train"), "revision 'low': no image in split 'train'; it has test, valid")])
+    (("low", "other"), "low and other may not be compared; split_sha256: low '"),
+    (("low", "nowhere"), "revision 'nowhere': unknown Git revision"),
+    (("low", "bettr"), "experiments: better. Did you mean 'better'?"),
+    (("low", "better", "--member", "imag"), "Did you mean 'image'?"),
+    (("low", "better", "--split", "train"), "revision 'low': no image in split 'train'; it has test, valid"),
+])
 def test_revisions_that_cannot_be_compared(revisions, monkeypatch, words, said):
     code, out, err = compare(revisions, *words, monkeypatch=monkeypatch)
     assert code == 1 and out == "" and said in err and err.startswith("error: ") and "Traceback" not in err

@@ -1,4 +1,4 @@
-"Several processes share a batch: they end where one process ends, in any interruption too, and none outlives its caller."
+"Several processes share a batch: same result as one process, interrupted or not, and none outlives its caller."
 import json
 import os
 import signal
@@ -199,7 +199,7 @@ def test_errors_of_the_processes_reach_the_caller(squares):
 
 @pytest.mark.slow
 def test_steps_heads_and_folds_in_two_processes(squares):
-    "Metadata on top of a frozen backbone, a further head with missing answers, two folds; the step without batch norm within 1e-4."
+    "Metadata on a frozen backbone, a further head with missing targets, two folds; without batch norm within 1e-4."
     heads = dict(severity=dict(kind="ordinal", levels=["mild", "severe"]))
     recipe = RECIPE.replace(fusion="concat", augment="none", heads=heads, head_epochs=2, epochs=2, folds=2)
     one, two = (train_folds(prepared(squares), squares[1], recipe.replace(devices=n)) for n in (1, 2))

@@ -1,4 +1,4 @@
-"A member in steps and folds: the recipe reaches the model, a kill at any line changes nothing, and nothing of another run is taken over."
+"A member in steps and folds: the recipe reaches the model, a kill changes nothing, nothing of another run is reused."
 import json
 from types import SimpleNamespace
 
@@ -100,7 +100,7 @@ def killed_at(n, lines):
 
 
 def test_the_recipe_reaches_the_model():
-    "Cosine head for LDAM, dropout and groups of the metadata, further heads with their targets, the size of the images."
+    "Cosine head for LDAM, dropout and groups of the metadata, further heads and their targets, the image size."
     recipe = RECIPE.replace(metadata_dropout=0.3, heads=HEADS, loss="ldam")
     result = train(recipe)
     config = result.model.config

@@ -1,4 +1,4 @@
-"The pipeline as its users run it: `dvc` commands in a copy of this repository, on the embedded data with a tiny setting."
+"The pipeline as its users run it: `dvc` in a copy of this repository, on the embedded data with a tiny setting."
 import json
 import re
 import shutil
@@ -42,7 +42,7 @@ def is_set(path):
 
 
 def leaf_problem(path, leaf):
-    "What is wrong with a leaf of a metrics file, or ''. A metric has an interval around it, or a reason why there is none."
+    "The fault of a leaf of a metrics file, or ''. A metric has an interval around it, or a reason why there is none."
     if not (isinstance(leaf, dict) and {"value", "n"} <= set(leaf)):
         return "has no value or no n"
     if is_count(path):
@@ -61,9 +61,18 @@ def leaf_problem(path, leaf):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({}, ""), ({"low": .6}, "outside"), ({"high": .4}, "outside"), ({"low": None}, "lacks"), ({"low": None, "reason": "one lesion"}, "lacks"),
-    ({"low": None, "high": None}, "lacks"), ({"low": None, "high": None, "reason": "one lesion"}, ""), ({"value": None}, "lacks"),
-    ({"value": None, "low": None, "high": None, "reason": "undefined"}, ""), ({"method": ""}, "how"), ({"n": ...}, "no n")])
+    ({}, ""),
+    ({"low": .6}, "outside"),
+    ({"high": .4}, "outside"),
+    ({"low": None}, "lacks"),
+    ({"low": None, "reason": "one lesion"}, "lacks"),
+    ({"low": None, "high": None}, "lacks"),
+    ({"low": None, "high": None, "reason": "one lesion"}, ""),
+    ({"value": None}, "lacks"),
+    ({"value": None, "low": None, "high": None, "reason": "undefined"}, ""),
+    ({"method": ""}, "how"),
+    ({"n": ...}, "no n"),
+])
 def test_a_faulty_leaf_is_told_from_a_sound_one(changes, words):
     leaf = {"value": .5, "low": .4, "high": .6, "n": 9, "method": "bootstrap"} | changes
     problem = leaf_problem(("test", "ensemble", "accuracy"), {k: v for k, v in leaf.items() if v is not ...})
@@ -156,7 +165,7 @@ def test_a_misspelt_parameter_stops_before_anything_runs(repo):
 
 
 def test_a_stage_runs_the_code_of_the_tree_it_is_called_in(repo, tmp_path):
-    "From a folder below, through the command that is installed for another checkout: both the runner and the notebook are the copy's."
+    "From a subfolder, by the command installed for another checkout: runner and notebook are those of the copy."
     copy = tmp_path / "copy"
     shutil.copytree(repo, copy, symlinks=True)
     for module in ("pipeline/runner.py", "data/splits.py"):
@@ -287,7 +296,7 @@ def test_experiments_run_in_place_and_from_the_queue(repo, tmp_path):
 
 @pytest.mark.slow
 def test_folds_further_heads_and_a_member_without_image_run_through(repo, tmp_path):
-    "Each member has as many fits as folds; `dvc repro` takes the new key of a member for a change of that member alone."
+    "Each member has as many fits as folds; `dvc repro` retrains only the member whose key is new."
     copy = tmp_path / "copy"
     shutil.copytree(repo, copy, symlinks=True)
     def change(params):

@@ -1,7 +1,8 @@
 """`dvc repro` killed while a member is trained, and run again: the same bytes as if nothing had happened.
 
-The moments are those at which the run has written what it can go on from after so many epochs and steps, so they fall into the first epoch,
-between the two and into the last one on any machine; the slow series adds start-up, the time after training, and kills that follow one another.
+A kill comes when the run has saved its state after so many epochs and steps, so kills fall into the first epoch,
+between the two and into the last one on any machine. The slow series adds start-up, the time after training, and kills
+that follow one another.
 """
 import os
 import shutil
@@ -61,7 +62,7 @@ def lock_holder(repo):
 
 
 def kill(repo, moment, whom="dvc"):
-    "Start `dvc repro`, and kill dvc, the runner or all that belongs to them when the moment has come; what was printed until then."
+    "Start `dvc repro`, and kill dvc, the runner or all their processes at the moment; what was printed until then."
     log = repo.parent / "log"
     with open(log, "w") as out:
         process = subprocess.Popen(

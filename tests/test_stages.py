@@ -1,4 +1,4 @@
-"""The stage runner where it matters: killed, full, failing, run twice. Each test runs a small notebook in a small tree of its own."""
+"""The stage runner killed, out of space, failing, run twice. Each test runs a small notebook in its own small tree."""
 import hashlib
 import io
 import os
@@ -141,7 +141,8 @@ def test_failure_keeps_the_old_and_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize('parameters, said', [
     ({**PARAMETERS, 'sead': 1},
-     "nbs/toy.ipynb: parameter 'sead' is not in its parameters cell (seed, data_dir, out_dir, " "report_dir). Did you mean 'seed'?"),
+     "nbs/toy.ipynb: parameter 'sead' is not in its parameters cell (seed, data_dir, out_dir, report_dir). "
+     "Did you mean 'seed'?"),
     ({'seed': 1}, "'data_dir', 'out_dir', 'report_dir', which params.yaml does not give")])
 def test_misspelt_parameter_touches_nothing(tmp_path, parameters, said):
     root = make_tree(tmp_path)
@@ -311,11 +312,15 @@ def more(name, change):
 
 
 @pytest.mark.parametrize('change', [
-    pytest.param(change_file('weights.bin', 'other'), id='weights'), pytest.param(change_file('skinlesion/losses.py', '# mended'), id='code'),
-    more('data', change_file('data/a.csv', '2')), more('parameter', lambda root: {'parameters': PARAMETERS | {'seed': 4}}),
-    more('member', lambda root: {'stage': 'train/b'}), more('notebook', lambda root: write_notebook(root, STEPS + '    # mended') or {})])
+    pytest.param(change_file('weights.bin', 'other'), id='weights'),
+    pytest.param(change_file('skinlesion/losses.py', '# mended'), id='code'),
+    more('data', change_file('data/a.csv', '2')),
+    more('parameter', lambda root: {'parameters': PARAMETERS | {'seed': 4}}),
+    more('member', lambda root: {'stage': 'train/b'}),
+    more('notebook', lambda root: write_notebook(root, STEPS + '    # mended') or {}),
+])
 def test_nothing_stale_is_gone_on_from(tmp_path, monkeypatch, begun, change):
-    "Whatever decides the outputs has changed: the run begins anew, and what the killed one kept goes with it, unless it is another member's."
+    "An input has changed: the run starts anew and drops the state of the killed one, unless it is another member's."
     root = make_tree(tmp_path/'repo', STEPS)
     (root/'skinlesion').mkdir()
     for name in ('__init__.py', 'losses.py'):

@@ -20,7 +20,10 @@ FLOORS = (
     "", "stats", "data", "synthetic", "audit", "model", "evaluate", "explain", "report", "use", "apps", "pipeline"
 )
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
-HEAVY = r"(lightning|pytorch_lightning|dvc|dvclive|papermill|jupyter\w*|notebook|nbconvert|ipykernel|voila|fastapi|albumentations)"
+HEAVY = (
+    r"(lightning|pytorch_lightning|dvc|dvclive|papermill|jupyter\w*|notebook|nbconvert|ipykernel|voila|fastapi"
+    r"|albumentations)"
+)
 
 
 def cells(root, path, kind="code"):
@@ -130,7 +133,7 @@ def names_read(tree):
 
 
 def check_stage_notebooks(root):
-    "A stage notebook has the typed parameters with valid defaults, uses each, exports nothing and defines next to nothing."
+    "A stage notebook has the typed parameters with valid defaults, uses each, exports nothing, defines little."
     problems = []
     for stage in STAGES:
         path = Path(f"nbs/stages/{stage}.ipynb")
@@ -196,7 +199,7 @@ def check_nbdev(root):
 
 
 def patched_class(node):
-    "Name of the class that a top-level function is patched into (fastcore's `@patch`: its first parameter is `self:Class`), or ''."
+    "Class that a top-level function is patched into (`@patch`: its first parameter is `self:Class`), or ''."
     if not isinstance(node, FUNCTION):
         return ""
     first = [*node.args.posonlyargs, *node.args.args][:1]
@@ -283,7 +286,7 @@ def is_picture(output):
 
 
 def check_foreign_pictures(root):
-    "From the cell on that reads what lies beside the repository, a committed notebook keeps no picture: images from elsewhere never enter."
+    "From the first cell that reads files outside the repository, a committed notebook keeps no picture."
     problems = []
     for path in tracked(root, "*.ipynb"):
         code = cells(root, path)
@@ -337,12 +340,13 @@ def sources(root):
 
 
 def check_one_thing_a_line(root):
-    "No conditional expression within another; no tuple that packs assignments which have nothing to do with one another."
+    "No conditional expression within another; no tuple that packs unrelated assignments."
     problems = []
     for place, source in sources(root):
         for node in ast.walk(ast.parse(source)):
             if packs_unrelated(node):
-                problems.append(f"{place} line {node.lineno}: give each of these assignments a line: {ast.unparse(node)[:60]}")
+                assignments = ast.unparse(node)[:60]
+                problems.append(f"{place} line {node.lineno}: give each of these assignments a line: {assignments}")
             if nests_ternaries(node):
                 problems.append(f"{place} line {node.lineno}: a conditional expression within another; use `if`")
     return sorted(set(problems))

@@ -1,4 +1,4 @@
-"Subgroups: gaps that were planted are found, gaps that are none are not called any, and limits hold the truth as often as they say."
+"Subgroups: planted gaps get a verdict, absent gaps get none, and limits hold the truth as often as their level."
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +16,10 @@ SAID = ("higher", "lower")
 
 
 def draw(n, rng, pull=1.2, groups=("A", "B"), shares=(.4, .6)):
-    "Lesions of one to three images, a third malignant; in the first group malignant ones look `pull` less so. Returns truth, score, group, lesion."
+    """Truth, score, group and lesion of images: one to three a lesion, a third malignant.
+
+    In the first group the logits of malignant lesions are lower by `pull`.
+    """
     lesion = np.repeat(np.arange(n), rng.integers(1, 4, n))
     ill = rng.random(n) < 1 / 3
     group = rng.choice(len(groups), n, p=shares)
@@ -65,7 +68,7 @@ def test_every_figure_equals_its_definition():
 
 
 def coverage(truth, runs, seed, n=320, least=20):
-    "How often the limits of each gap hold the truth (of how many that were given), and how often the planted one is called."
+    "How often the limits of each gap hold the truth, of how many, and how often the planted gap has a verdict."
     held = dict.fromkeys(truth, 0)
     given = dict.fromkeys(truth, 0)
     called = 0
@@ -129,7 +132,7 @@ def test_limits_of_planted_gaps_hold_the_truth(truth, n, least):
 
 
 def false_alarms(runs, seed):
-    "On how many cards anything is called a gap where five columns of groups mean nothing: by the verdict and by plain limits."
+    "On how many cards five meaningless columns of groups show a gap: by the verdict and by plain limits."
     metrics = (
         "accuracy",
         "malignant.auroc",

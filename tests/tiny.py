@@ -1,5 +1,4 @@
-"""Small things to test with: a bundle of two untrained members and a few pictures, whose answers mean nothing, and a copy of this repository in which
-the pipeline takes seconds."""
+"""For tests: a bundle of two untrained members, a few pictures, and a copy of this repository with a fast pipeline."""
 import atexit
 import functools
 import hashlib
@@ -57,7 +56,7 @@ def build_prepared(folder, rows, label_set, size=8):
 
 
 def wait_for_address(process, log, pattern, seconds=120):
-    "The address that a server prints into the file `log` once it listens; an AssertionError where it ends or says nothing in time."
+    "The address that a server prints into the file `log` once it listens; AssertionError where it ends or is late."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found = re.search(pattern, log.read_text(errors="replace"))
@@ -99,7 +98,7 @@ def run(cwd, *args, check=True, **kwargs):
 
 
 def plain_environment():
-    "The environment of a user of the copy: its own code, no settings of whoever runs the tests; one thread, which is fastest for tiny models."
+    "The environment of a user of the copy: its own code, no settings of the caller, one thread (fastest here)."
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -119,7 +118,7 @@ def edit_params(repo, change):
 
 
 def make_tiny(params):
-    "Two epochs, few resamples, one CAM a class: seconds where the default takes minutes. The member `image` can go on after any step."
+    "Two epochs, few resamples, one CAM a class: seconds, not minutes. The member `image` can resume after any step."
     params["train"].update(epochs=2, warmup_epochs=1, augment="none")
     params["train"]["members"]["image"].update(backbone="small_cnn_3", checkpoint_minutes=0.)
     params["base"]["image_size"] = 32
@@ -128,7 +127,7 @@ def make_tiny(params):
 
 
 def copy_repository(to):
-    "The files git knows or would add, as they are now, in a repository of their own; own settings and own data stay behind."
+    "A repository of the files that git tracks or would add, as they are now, without own settings and own data."
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
     ).stdout
@@ -148,7 +147,7 @@ def copy_repository(to):
 
 @functools.cache
 def trained_repository():
-    "A copy in which the member `image` was prepared and trained with the tiny setting; made once for all tests of a session."
+    "A copy in which the member `image` was prepared and trained with the tiny setting; made once a session."
     folder = Path(tempfile.mkdtemp(prefix="pipeline-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     repo = folder / "repo"
