@@ -120,7 +120,7 @@ class ImageLayers:
     darkest:np.ndarray # (h,w) uint8, the smallest of red, green and blue
     thin_dark:np.ndarray # (h,w) uint8, how much darker than what surrounds it; 0 in the frame
     thin_light:np.ndarray # (h,w) uint8, how much lighter
-    estimated:bool # the lesion's outline is a guess
+    estimated:bool # whether the outline of the lesion comes from `estimate_mask`
 
     @property
     def side(self) -> int:
@@ -280,21 +280,21 @@ def _ruler_ticks(
         return 0
     step = at[None] - at[:, None]
     gap = np.hypot(step[..., 0], step[..., 1])
-    alike = _apart(angle[None], angle[:, None]) < np.radians(20)
+    parallel = _apart(angle[None], angle[:, None]) < np.radians(20)
     across = _apart(np.arctan2(step[..., 1], step[..., 0]), angle[:, None]) > np.radians(50)
-    i, j = np.nonzero((gap > .015 * layers.side) & (gap < .12 * layers.side) & alike & across)
+    i, j = np.nonzero((gap > .015 * layers.side) & (gap < .12 * layers.side) & parallel & across)
     if not len(i):
         return 0
     rungs = np.arange(-10, 11)
     expected = at[i, None] + rungs[:, None] * step[i, j][:, None] # (pairs, rungs, 2)
     miss = np.hypot(*(expected[:, :, None] - at).transpose(3, 0, 1, 2))
-    met = ((miss < .25 * gap[i, j][:, None, None]) & alike[i][:, None]).any(-1)
+    met = ((miss < .25 * gap[i, j][:, None, None]) & parallel[i][:, None]).any(-1)
     run = np.zeros(len(i), int)
     best = np.zeros(len(i), int)
     for rung in met.T:
         run = np.where(rung, run + 1, 0)
         best = np.maximum(best, run)
-    best[best < .5 * alike[i].sum(1)] = 0
+    best[best < .5 * parallel[i].sum(1)] = 0
     return int(best.max())
 
 # %% ../../nbs/audit/42_artefacts.ipynb #4970ed78

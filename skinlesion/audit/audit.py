@@ -385,7 +385,7 @@ def check_findings(
         names = _unaccepted_items(f, accept)
         remedy = f.remedy.rstrip('.') + _how_to_accept(f.kind, names)
         lines.append(f"{f.kind}: {f.summary} {_first_names(names)}. Remedy: {remedy}")
-    raise ValueError("the audit found what must not stand:\n  " + '\n  '.join(lines))
+    raise ValueError("the audit found problems that stop the run:\n  " + '\n  '.join(lines))
 
 # %% ../../nbs/audit/45_audit.ipynb #7ea19a04
 def _digits(value):

@@ -269,7 +269,7 @@ class _Index:
     fingerprints:np.ndarray # (N,1026), maybe a memory map
     rows:np.ndarray # (M,) of the images that are searched
     coarse:np.ndarray # (M,256) float16
-    centres:np.ndarray # (L,27) float32 hashes, of the images that found a cell
+    centres:np.ndarray # (L,27) float32 hashes, of the images at the centre of a cell
     members:np.ndarray # (M,) positions in `rows`, cell by cell
     codes:np.ndarray # (M,27) float32 hashes of the members
     starts:np.ndarray # (L+1,) where each cell begins
@@ -617,7 +617,7 @@ _REMEDIES = {
 }
 
 def _finding(kind, severity, sentence, pairs, table):
-    "A finding about pairs, the unexplained and most alike first."
+    "A finding about pairs, the unexplained and most similar first."
     if not len(pairs):
         return []
     pairs = pairs.assign(explained=pairs.same_lesion | pairs.named).sort_values(

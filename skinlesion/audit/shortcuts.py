@@ -267,7 +267,7 @@ def _estimated_note(estimated):
 # %% ../../nbs/audit/43_shortcuts.ipynb #ab70a459
 def _untested(kind, subject, codes, n):
     "The note that too few classes can be tested."
-    reason = f'{len(codes)} class(es) have {LEAST_GROUPS} lesions or more with what is needed; two are needed'
+    reason = f'{len(codes)} class(es) have {LEAST_GROUPS} lesions or more with usable data; two are needed'
     return Finding(kind, 'note', f'{subject} not tested: {reason}', n, 0)
 
 # %% ../../nbs/audit/43_shortcuts.ipynb #ca0e8c87
@@ -408,7 +408,7 @@ def _testable_columns(table):
 
 # %% ../../nbs/audit/43_shortcuts.ipynb #d5f588e8
 _METADATA_REMEDY = 'Find out when and by whom the column was filled; never make it an input of a model'
-_COLUMN_FINDINGS = { # kind -> (severity, what the sentence says, remedy)
+_COLUMN_FINDINGS = { # kind -> (severity, statement, remedy)
     'metadata-shortcut': ('warning', 'predict the diagnosis suspiciously well', _METADATA_REMEDY),
     'metadata-signal': ('note', 'were tested and give no warning', ''),
     'metadata-skipped': ('note', 'were not tested', ''),
