@@ -94,13 +94,19 @@ def check_modules(root):
     return problems
 
 
+ROOMS_WITH_ARGUMENTS = ("stats", "data", "synthetic", "audit", "model", "evaluate", "explain")
+
+
 def check_rooms_take_arguments(root):
-    "model, evaluate and explain read neither YAML nor the environment."
-    forbidden = r"^\s*(import|from)\s+(yaml|ruamel|dvc|papermill)\b|\bos\.(environ\[|environ\.get|getenv)|params\.yaml"
+    "The rooms from stats to explain read neither YAML nor the environment."
+    forbidden = (
+        r"^\s*(import|from)\s+(yaml|ruamel|dvc|papermill)\b|\bos\.(environ\[|environ\.get|getenv)|"
+        r"""["'](\S*/)?params\.yaml["']"""
+    )
     return [
         f"{path}: {found[0].strip()!r}; hand it in as an argument"
         for path, (_, room, _) in libraries(root).items()
-        if room in ("model", "evaluate", "explain")
+        if room in ROOMS_WITH_ARGUMENTS
         for source in exported(root, path)
         for found in re.finditer(forbidden, source, re.M)
     ]
@@ -428,6 +434,12 @@ FAULTS = [
         "os.environ",
     ),
     (check_rooms_take_arguments, {NB: library("model.grow", "#| export\nimport yaml")}, "import yaml"),
+    (check_rooms_take_arguments, {NB: library("data.grow", "#| export\nimport yaml")}, "import yaml"),
+    (
+        check_rooms_take_arguments,
+        {NB: library("stats.grow", "#| export\nfrom pathlib import Path", "#| export\np = Path('params.yaml')")},
+        "params.yaml",
+    ),
     (
         check_stages,
         {"dvc.yaml": swap("        - skinlesion/data/part.py\n", "")},
