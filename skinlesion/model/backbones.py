@@ -82,9 +82,9 @@ class SmallCNN(nn.Module):
         self.head = ClassifierHead(widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
     def group_matcher(self,
-        coarse:bool=False, # asked by timm; a block is the finest group there is
+        coarse:bool=False, # part of timm's interface; a block is the finest group there is
     ) -> dict: # pattern of the weights of each depth
-        "Which weights lie how deep, for rates that decay by layer."
+        "The depth of each weight, for learning rates that decay by layer."
         return dict(blocks=r'^blocks\.(\d+)')
 
     def get_classifier(self):
@@ -127,7 +127,7 @@ def forward(self:SmallCNN,
 # %% ../../nbs/model/51_backbones.ipynb #1a9459ed
 default_cfgs = generate_default_cfgs(
     {
-        name: dict( # timm looks for them under this name
+        name: dict( # the name that timm expects
             input_size=(3, 128, 128),
             pool_size=None,
             mean=IMAGENET_MEAN,
@@ -143,7 +143,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 def _small_cnn(variant, pretrained, blocks, **kwargs):
-    "Build one the way timm builds its own."
+    "Build the network in timm's way."
     return build_model_with_cfg(SmallCNN, variant, pretrained, blocks=blocks,
                                 feature_cfg=dict(out_indices=tuple(range(blocks)), feature_cls='hook'), **kwargs)
 
@@ -182,13 +182,13 @@ def check_backbone(
 @dataclass(frozen=True)
 class BackboneConfig:
     "What timm records of a model."
-    name:str # as it was asked for
+    name:str # as given by the caller
     image_size:int # pixels a side of the square image it was made for
     fixed_size:bool # whether it must be built for the size of its images
     mean:tuple # of each colour, images in [0, 1]
     std:tuple # of each colour
     interpolation:str # with which its training images were resized
-    licence:str # of its published weights; '' where there are none, 'unknown' where timm does not say
+    licence:str # of its published weights; '' where there are none, 'unknown' where timm does not state it
     origin:str # of its published weights: hub name or address; '' where there are none
 
 # %% ../../nbs/model/51_backbones.ipynb #70e43d77
@@ -211,7 +211,7 @@ def backbone_config(
 
 # %% ../../nbs/model/51_backbones.ipynb #32aaf26a
 class Standardise(nn.Module):
-    "From ImageNet's normalisation to a backbone's own; the identity where they are equal."
+    "From ImageNet's normalisation to that of a backbone; the identity where they are equal."
     def __init__(self,
         mean:tuple=IMAGENET_MEAN, # the backbone's, of each colour
         std:tuple=IMAGENET_STD, # the backbone's, of each colour
@@ -227,7 +227,7 @@ class Standardise(nn.Module):
     def forward(self,
         image:torch.Tensor, # (B,3,H,W) float32, normalised with ImageNet's mean and deviation
     ) -> torch.Tensor: # (B,3,H,W), normalised as the backbone wants it
-        "The same picture in the backbone's own numbers."
+        "The same images, normalised for the backbone."
         return image if self.same else image * self.scale.to(image.dtype) + self.shift.to(image.dtype)
 
 # %% ../../nbs/model/51_backbones.ipynb #825f896f
@@ -287,8 +287,8 @@ def size_problem(
 # %% ../../nbs/model/51_backbones.ipynb #d52e7051
 def allowed_sizes(
     name:str, # of the backbone
-    near:int|None=None, # pixels; None stands for the backbone's own size
-    count:int=4, # how many to find, beside the own size
+    near:int|None=None, # pixels; None for the backbone's default size
+    count:int=4, # how many, beside the default size
 ) -> tuple: # of int, ascending; each was tried
     "Square image sizes that a backbone can take, near a wanted one."
     config = backbone_config(name)
@@ -298,48 +298,48 @@ def allowed_sizes(
     multiples = sorted(
         (step * k for k in range(1, max(near, config.image_size) // step + count + 1)), key=lambda s: (abs(s - near), s)
     )
-    found = []
+    working = []
     for size in multiples[:3 * count]:
-        if len(found) < count and not size_problem(name, size):
-            found.append(size)
-    return tuple(sorted({*found, config.image_size}))
+        if len(working) < count and not size_problem(name, size):
+            working.append(size)
+    return tuple(sorted({*working, config.image_size}))
 
 # %% ../../nbs/model/51_backbones.ipynb #9daf54c0
 def size_message(
     name:str, # of the backbone
     height:int, # of the images, in pixels
     width:int, # of the images, in pixels
-    error='', # what went wrong, where something did
+    error='', # message of the failure, or ''
     built:int|None=None, # the size the backbone was built for, where it was built
 ) -> str: # one sentence with sizes that work
     "What to tell someone whose images a backbone cannot take."
-    said = f" ({error})" if str(error) else ''
+    detail = f" ({error})" if str(error) else ''
     where = f"backbone '{name}' cannot take images of {height}x{width} pixels"
     if height == width and not size_problem(name, height):
         return (
-            f"{where}{said}: it was built for {built or backbone_config(name).image_size}; create the "
+            f"{where}{detail}: it was built for {built or backbone_config(name).image_size}; create the "
             f"model with image_size={height}"
         )
-    own = backbone_config(name).image_size
+    default_size = backbone_config(name).image_size
     sizes = allowed_sizes(name, max(height, width))
     return (
-        f"{where}{said}; set image_size to one of {', '.join(map(str, sizes))} (it was made for {own}), "
+        f"{where}{detail}; set image_size to one of {', '.join(map(str, sizes))} (it was made for {default_size}), "
         "or choose another backbone"
     )
 
 # %% ../../nbs/model/51_backbones.ipynb #354402df
 _POSITIONS = ('pos_embed', 'relative_position', 'relative_coords', 'attn_mask')
 
-def _mismatches(expected, found, most=5):
-    "The differences between two state dicts in words; '' where there is none."
+def _mismatches(expected, loaded, most=5):
+    "The differences between two state dicts as text; '' where there is none."
     shapes = [
-        f"{k} is {tuple(found[k].shape)}, not {tuple(v.shape)}"
+        f"{k} is {tuple(loaded[k].shape)}, not {tuple(v.shape)}"
         for k, v in expected.items()
-        if k in found and found[k].shape != v.shape
+        if k in loaded and loaded[k].shape != v.shape
     ]
     groups = {
-        'missing': [k for k in expected if k not in found],
-        'unknown': [k for k in found if k not in expected],
+        'missing': [k for k in expected if k not in loaded],
+        'unknown': [k for k in loaded if k not in expected],
         'wrong shape': shapes,
     }
     return '; '.join(
@@ -392,10 +392,10 @@ def load_weights(
 def create_backbone(
     name:str, # as `check_backbone` takes it
     pretrained:str='none', # 'none' (random), 'timm' (hub) or the path of a local safetensors file
-    image_size:int|None=None, # pixels a side of the square images; None takes the backbone's own size
+    image_size:int|None=None, # pixels a side of the square images; None takes the backbone's default size
     drop_path_rate:float=0., # stochastic depth, [0, 1), where the backbone has it
 ) -> nn.Module: # timm model without classifier, on the CPU, in training mode
-    "Build a backbone by name and fill it; an error says what to do instead."
+    "Build a backbone by name and load its weights; an error names the remedy."
     check_backbone(name)
     pretrained, hub = str(pretrained), str(pretrained) == 'timm'
     if not 0 <= drop_path_rate < 1:
@@ -435,9 +435,9 @@ def _explain(error, name, hub, image_size, drop_path_rate):
 def channel_axis(
     backbone:nn.Module, # a timm model
     output:torch.Tensor, # of `forward_features`, or of a module of the backbone
-    module:nn.Module|None=None, # which module gave it; None stands for `forward_features`
+    module:nn.Module|None=None, # that returned it; None for `forward_features`
 ) -> int: # 1 for (B,C,h,w), -1 for (B,h,w,C) and (B,N,C)
-    "The axis on which a backbone's channels lie."
+    "The axis of a backbone's channels."
     if output.ndim != 4:
         return -1
     if module is not None and ('2d' in type(module).__name__.lower() or isinstance(module, nn.Conv2d)):
@@ -465,7 +465,7 @@ def _grid(backbone, tokens):
 def to_maps(
     backbone:nn.Module, # a timm model
     output:torch.Tensor, # of `forward_features`, or of a module: (B,C,h,w), (B,h,w,C) or (B,N,C)
-    module:nn.Module|None=None, # which module gave it; None stands for `forward_features`
+    module:nn.Module|None=None, # that returned it; None for `forward_features`
 ) -> torch.Tensor: # (B,C,h,w), a view
     "A backbone's output as channel maps; `ValueError` where it has no place in the picture."
     if output.ndim == 4:
@@ -533,7 +533,7 @@ def _lies_on_picture(backbone, name, output):
 def reads_class_token(
     backbone:nn.Module, # a timm model
 ) -> bool: # True for the usual vision transformers
-    "Whether the head reads the class token alone, which gathered what it knows by attention."
+    "Whether the head reads the class token alone, whose features come from attention."
     return getattr(backbone, 'global_pool', '') == 'token'
 
 # %% ../../nbs/model/51_backbones.ipynb #eb60a69e
@@ -562,7 +562,7 @@ def backbone_layers(
 def attends(
     backbone:nn.Module, # a timm model
 ) -> bool: # True for vision transformers and Swin
-    "Whether places exchange what they know by attention, so that the last map alone belongs to the class."
+    "Whether places are mixed by attention, so that only the last map belongs to the class."
     return hasattr(backbone, 'num_prefix_tokens') or str(getattr(backbone, 'output_fmt', 'NCHW')).endswith('NHWC')
 
 # %% ../../nbs/model/51_backbones.ipynb #d3249521
@@ -596,7 +596,7 @@ def _milliseconds(name, image_size, runs):
 # %% ../../nbs/model/51_backbones.ipynb #4aa3bf38
 def describe_backbones(
     names:tuple=TESTED, # as `check_backbone` takes them
-    image_size:int|None=None, # pixels a side; None takes each backbone's own size
+    image_size:int|None=None, # pixels a side; None takes each backbone's default size
     time:bool=False, # whether to measure the time of one image on the CPU
     runs:int=5, # of which the median is taken
 ) -> pd.DataFrame: # name, pixels, parameters (millions), gflops, cpu_ms (NaN if not measured), licence, weights

@@ -159,7 +159,7 @@ class GatedUnit(nn.Module):
 ATTENTION_WIDTH = 128
 
 class CrossAttention(nn.Module):
-    "Each field of the metadata looks at the cells of the map."
+    "Each field of the metadata attends to the cells of the map."
     def __init__(self,
         channels:int, # F of the map
         width:int=ATTENTION_WIDTH, # E of the tokens
@@ -176,8 +176,8 @@ class CrossAttention(nn.Module):
     ) -> torch.Tensor: # (B,E)
         "What the fields saw, averaged."
         cells = self.cells(cells)
-        seen = self.attention(tokens, cells, cells, need_weights=False)[0]
-        return self.norm(tokens + seen).mean(1)
+        attended = self.attention(tokens, cells, cells, need_weights=False)[0]
+        return self.norm(tokens + attended).mean(1)
 
 # %% ../../nbs/model/53_fusion.ipynb #629716c2
 class LesionModel(nn.Module):
@@ -210,8 +210,8 @@ class LesionModel(nn.Module):
         return _feature_map(self, image)
 
     def forward_heads(self,
-        image:torch.Tensor|None, # (B,3,H,W) float32, normalised; not looked at with fusion 'metadata'
-        metadata:torch.Tensor|None=None, # (B,D) float32; not looked at with fusion 'none'
+        image:torch.Tensor|None, # (B,3,H,W) float32, normalised; unused with fusion 'metadata'
+        metadata:torch.Tensor|None=None, # (B,D) float32; unused with fusion 'none'
     ) -> dict: # head name -> logits (B, n_logits), 'diagnosis' (B, num_classes) first
         "The logits of every head."
         features = self.drop(self.embed(image, metadata))
@@ -220,7 +220,7 @@ class LesionModel(nn.Module):
 # %% ../../nbs/model/53_fusion.ipynb #0be90c1f
 @patch
 def join(self:LesionModel,
-    spatial:torch.Tensor|None, # what `forward_features` gave; with fusion 'metadata' only counted
+    spatial:torch.Tensor|None, # from `forward_features`; with fusion 'metadata' only counted
     metadata:torch.Tensor|None=None, # (B,D) float32; not read with fusion 'none'
 ) -> torch.Tensor: # (B, width) float32: what `embed` gives
     "Image features and metadata, joined; for several metadata of the same images."
@@ -240,19 +240,19 @@ def embed(self:LesionModel,
 # %% ../../nbs/model/53_fusion.ipynb #5d68b13e
 @patch
 def forward(self:LesionModel,
-    image:torch.Tensor|None, # (B,3,H,W) float32, normalised; not looked at with fusion 'metadata'
-    metadata:torch.Tensor|None=None, # (B,D) float32; not looked at with fusion 'none'
+    image:torch.Tensor|None, # (B,3,H,W) float32, normalised; unused with fusion 'metadata'
+    metadata:torch.Tensor|None=None, # (B,D) float32; unused with fusion 'none'
 ) -> torch.Tensor: # (B,num_classes) logits of the diagnosis
     "The primary logits."
     return self.heads[PRIMARY](self.drop(self.embed(image, metadata)))
 
 # %% ../../nbs/model/53_fusion.ipynb #32d86e68
 def _standardise(config):
-    "From ImageNet's mean and deviation to the backbone's own; nothing to do where there is no backbone."
+    "From ImageNet's mean and deviation to those of the backbone; the identity without a backbone."
     if not (config['backbone'] and config['standardise']):
         return nn.Identity()
-    wanted = backbone_config(config['backbone'])
-    return Standardise(wanted.mean, wanted.std)
+    expected = backbone_config(config['backbone'])
+    return Standardise(expected.mean, expected.std)
 
 # %% ../../nbs/model/53_fusion.ipynb #220eb7e4
 def _fusion_parts(backbone, config):
@@ -283,7 +283,7 @@ def _fusion_parts(backbone, config):
 
 # %% ../../nbs/model/53_fusion.ipynb #238297e2
 def _fields(groups, metadata_dim):
-    "The columns of each field of the metadata; without groups each column is a field of its own."
+    "The columns of each field of the metadata; without groups each column is a field."
     return [group['columns'] for group in groups] if groups else [[column] for column in range(metadata_dim)]
 
 # %% ../../nbs/model/53_fusion.ipynb #e71f6e96
@@ -335,7 +335,7 @@ def _takes_size(model, height, width):
 
 # %% ../../nbs/model/53_fusion.ipynb #c105956c
 def _check_image(model, image):
-    "Stop at anything but a batch of RGB images."
+    "Refuse anything but a batch of RGB images."
     if image is None:
         raise ValueError("this model reads images, and got None; pass a batch of shape (B, 3, height, width)")
     if image.ndim != 4 or image.shape[1] != 3:
@@ -344,7 +344,7 @@ def _check_image(model, image):
 
 # %% ../../nbs/model/53_fusion.ipynb #8509f453
 def _check_batch(model, n):
-    "Stop at a training batch of one where batch norm is in training mode."
+    "Refuse a training batch of one where batch norm is in training mode."
     norms = (nn.modules.batchnorm._BatchNorm,)
     if model.training and n == 1 and any(isinstance(m, norms) and m.training for m in model.modules()):
         raise ValueError("a batch of one image in training mode: batch norm needs at least two; "
@@ -352,7 +352,7 @@ def _check_batch(model, n):
 
 # %% ../../nbs/model/53_fusion.ipynb #a6259d3a
 def _check_metadata(model, image, metadata):
-    "Stop where a model that reads metadata gets none, or some of the wrong shape."
+    "Refuse missing metadata, or metadata of the wrong shape, for a model that reads them."
     fusion = model.config['fusion']
     rows = 'B' if image is None else len(image)
     if metadata is None:
@@ -382,13 +382,13 @@ def create_model(
     metadata_dropout:float=0., # probability that a field of a row is forgotten in training, [0, 1)
     # `MetadataEncoder.groups()`; needed for metadata_dropout; without it each column is a token of 'cross_attention'
     metadata_groups:list|None=None,
-    image_size:int|None=None, # pixels a side, for backbones that are built for a size; None is the backbone's own
+    image_size:int|None=None, # pixels a side, for backbones that are built for a size; None is the backbone's default
     head:str='linear', # layer of the primary head: 'linear' or 'cosine'
-    # whether images are brought to the backbone's own mean and deviation; False only for models older than this option
+    # whether images are brought to the backbone's mean and deviation; False only for models older than this option
     standardise:bool=True,
     seed:int|None=None, # seeds the random weights, leaving the global generator as it was; None draws from that
 ) -> LesionModel: # on the CPU, in training mode; `create_model(**model.config)` builds the same again
-    "Build a model by name; an error names what is wrong and what is allowed."
+    "Build a model by name; an error names the fault and what is allowed."
     backbone = backbone or ''
     pretrained = str(pretrained)
     heads = [spec.to_dict() for spec in read_heads(heads)] or None
@@ -413,7 +413,7 @@ def create_model(
 
 # %% ../../nbs/model/53_fusion.ipynb #c08d5054
 def _check_arguments(config, pretrained):
-    "Stop at an argument of `create_model` that cannot work."
+    "Refuse an invalid argument of `create_model`."
     fusion = config['fusion']
     backbone = config['backbone']
     if fusion not in FUSIONS:
@@ -445,7 +445,7 @@ def _check_arguments(config, pretrained):
 
 # %% ../../nbs/model/53_fusion.ipynb #0167b1fb
 def _check_groups(config):
-    "Stop at metadata dropout without fields, or with fields that are not those of the metadata."
+    "Refuse metadata dropout without fields, or with fields that are not those of the metadata."
     rate = config['metadata_dropout']
     groups = config['metadata_groups']
     dim = config['metadata_dim']

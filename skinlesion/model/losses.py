@@ -16,7 +16,7 @@ from ..taxonomy import nearest
 
 # %% ../../nbs/model/50_losses.ipynb #e3fa1fcb
 class Loss(nn.Module):
-    "A mean over the weights of a batch; a subclass says in `costs` what each class would cost as the truth."
+    "A mean over the weights of a batch; a subclass defines in `costs` what each class would cost as the truth."
     def __init__(self,
         weights:torch.Tensor|None=None, # (C,) above 0, per class; None weighs all alike
     ):
@@ -36,7 +36,7 @@ class Loss(nn.Module):
     def set_progress(self,
         share:float, # of the run that is done, [0, 1]
     ):
-        "Tell the loss how far the run is; most do not ask."
+        "Set the progress of the run; most losses do not depend on it."
         if not 0 <= share <= 1:
             raise ValueError(f"share is {share}; the done share of a run is from 0 to 1: step / steps")
 
@@ -73,18 +73,14 @@ def _full(logits):
 
 # %% ../../nbs/model/50_losses.ipynb #7cfccb4f
 def _check_targets(costs, targets, weights):
-    "Stop at targets or weights that do not belong to these logits."
+    "Refuse targets or weights that do not fit these logits."
     count, classes = costs.shape
     if weights is not None and len(weights) != classes:
         raise ValueError(
             f"there are {len(weights)} weights, but the logits have {classes} classes; give one weight per class"
         )
-    if (
-        targets.shape == (count,)
-        and not targets.is_floating_point()
-        or targets.shape == costs.shape
-        and targets.is_floating_point()
-    ):
+    expected = costs.shape if targets.is_floating_point() else (count,)
+    if targets.shape == expected:
         return
     raise ValueError(
         f"targets have shape {tuple(targets.shape)} and type {targets.dtype}; logits of shape "
@@ -168,7 +164,7 @@ class FocalLoss(Loss):
 _REDUCTIONS = ('mean', 'sum', 'none')
 
 def _check_reduction(reduction):
-    "Stop at a reduction that is not known."
+    "Refuse an unknown reduction."
     if reduction not in _REDUCTIONS:
         guess = nearest(str(reduction), _REDUCTIONS)
         raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(_REDUCTIONS)}.{guess}")
