@@ -259,7 +259,8 @@ class _Side:
         error = np.nanstd(self.samples) * np.sqrt(self.n_lesions / (self.n_lesions - 1))
         reach = error * stdtrit(self.n_lesions - 1, (1 + level) / 2) # Student's t
         if self.measure.kind == 'mean':
-            low, high = self.value - reach, self.value + reach
+            low = self.value - reach
+            high = self.value + reach
         elif self.measure.kind == 'auroc' and self.value in (0., 1.):
             low, high = newcombe_interval(self.value, *self.sides(), level)
         else:

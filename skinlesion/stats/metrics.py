@@ -723,10 +723,12 @@ class Malignancy:
 
     @property
     def benign(self): # (N,) bool
+        "Images that can be judged and are not malignant."
         return self.known & ~self.malignant
 
     @property
-    def both(self): # bool, whether there are images of both kinds, so that they can be ranked
+    def both(self): # bool
+        "Whether there are images of both kinds, so that they can be ranked."
         return bool(self.malignant.any() and self.benign.any())
 
 # %% ../../nbs/stats/10_metrics.ipynb #31bd436f
