@@ -19,8 +19,9 @@ from skinlesion.audit.findings import working_image
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.synthetic.draw import synthesise
 from skinlesion.report.figures import plot_stress
-from skinlesion.stats.intervals import lesion_weights, percentile_interval
+from skinlesion.stats.intervals import percentile_interval
 from skinlesion.stats.metrics import weighted_auroc, weighted_ece, weighted_metrics
+from skinlesion.stats.resamples import Resamples
 from skinlesion.evaluate.corruptions import CORRUPTIONS, GRADES, corrupt, corrupt_grades
 from skinlesion.evaluate.robustness import permuted_fields, stress_card, stress_images, stress_metadata
 from skinlesion.images import read_image, resize_image
@@ -227,7 +228,7 @@ def plain_ece(runs, seed):
     values = []
     for k in range(runs):
         targets, lesion, before, after = draw(200, np.random.default_rng([seed, k]), .4)
-        weights = lesion_weights(lesion, 400, k)
+        weights = Resamples(lesion, 400, k).weights[1:]
         low, high = percentile_interval(ece(after, targets, weights) - ece(before, targets, weights))
         held += low <= truth <= high
         values.append(ece(after, targets)[0] - ece(before, targets)[0])

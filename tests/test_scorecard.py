@@ -7,7 +7,8 @@ import pytest
 from sklearn import metrics as sk
 
 from skinlesion.evaluate.benchmarks import BenchmarkError, BenchmarkId, check_comparable, identify
-from skinlesion.stats.intervals import expanded_level, lesion_weights, wilson_interval
+from skinlesion.stats.intervals import expanded_level, wilson_interval
+from skinlesion.stats.resamples import Resamples
 from skinlesion.stats.metrics import BINARY, METRICS, PER_CLASS, WHOLE
 from skinlesion.data.tables import align_tables, infer_label_set, read_labels, read_predictions, write_predictions
 from skinlesion.evaluate.scorecard import compare_predictions, scorecard
@@ -107,7 +108,8 @@ def test_intervals_are_those_of_a_plain_loop():
     probs = predictions[probability_columns(HAM)].to_numpy()
     targets = labels.diagnosis.map(HAM.index).to_numpy()
     order = np.argsort(labels.image_id.to_numpy(object), kind="stable")
-    rows = [np.repeat(order, w) for w in lesion_weights(labels.lesion_id.to_numpy()[order], 60, 3)]
+    drawn = Resamples(labels.lesion_id.to_numpy()[order], 60, 3).weights[1:]
+    rows = [np.repeat(order, w) for w in drawn]
     assert all(len(np.unique(targets[r])) == 7 for r in rows)
     call = probs.argmax(1)
     slow = dict(

@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from skinlesion.stats.intervals import lesion_weights, percentile_interval, wilson_interval
+from skinlesion.stats.intervals import percentile_interval, wilson_interval
 from skinlesion.stats.metrics import weighted_auroc
+from skinlesion.stats.resamples import Resamples
 from skinlesion.evaluate.subgroups import combined_limits, gap_metrics, leaf_at, subgroup_scorecard, subgroup_table
 from skinlesion.taxonomy import LabelSet, get_label_set
 from shares import report
@@ -90,7 +91,7 @@ def percentile_coverage(truth, runs, seed, n):
     held, given = (dict.fromkeys(("accuracy", "malignant.sensitivity", "malignant.auroc"), 0) for _ in range(2))
     for k in range(runs):
         ill, score, group, lesion = draw(n, np.random.default_rng([seed, k]))
-        weights = lesion_weights(lesion, 400, k)
+        weights = Resamples(lesion, 400, k).weights[1:]
         a = group == "A"
         def share(rows, right):
             return weights[:, rows] @ right[rows] / np.maximum(weights[:, rows].sum(1), 1)
