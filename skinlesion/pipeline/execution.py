@@ -93,6 +93,13 @@ def _take_print(line, text):
         line.logged = now
         line.show('\n')
 
+# %% ../../nbs/pipeline/106_execution.ipynb #5d0c7e19
+def _leave(line):
+    "End the running cell's line as it is."
+    if line.terminal and not line.ended.is_set():
+        line.stream.write('\n')
+    line.ended.set()
+
 # %% ../../nbs/pipeline/106_execution.ipynb #af638c69
 class Progress:
     "Where a run stands: shown on a stream, and kept for the record."
@@ -133,10 +140,7 @@ class Progress:
 
     def stop(self):
         "Leave the last line as it is."
-        if self.line.terminal and not self.line.ended.is_set():
-            self.line.stream.write('\n')
-        self.line.ended.set()
-
+        _leave(self.line)
 
 # %% ../../nbs/pipeline/106_execution.ipynb #7a19e367
 class StageEngine(NBClientEngine):

@@ -118,9 +118,7 @@ class _LoadedBundle:
         "The models of the ensemble, in order; a member of several folds stands there as MEMBER.fold_0 and so on."
         return self.bundle.names
 
-    def member(self,
-        member:int|str=0, # position or name; of a member of several folds its own name means the first fit
-    ): # -> Member
+    def member(self, member:int|str=0): # position or name; a member of several folds by its own name: the first fit
         "One model of the ensemble."
         return self.bundle.find(member)
 
