@@ -15,7 +15,7 @@ from madeup import ROOT
 from skinlesion.synthetic.truth import make_synthetic
 
 SMALL = "backbone='small_cnn_3', pretrained='none', epochs=2, image_size=32, progress=None, "
-QUICK = "evaluation=dict(resamples=20, views=['none'], stress=[], ood='none')"
+QUICK = "evaluation=dict(resamples=40, views=['none'], stress=[], ood='none')"
 
 
 def readme_lines():
@@ -39,7 +39,7 @@ def test_the_lines_of_the_readme_run(tmp_path):
     assert done.returncode == 0, done.stderr
     leaf = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["ensemble"]["accuracy"]
     assert leaf["n"] > 0 and 0 <= leaf["value"] <= 1
-    assert "Evaluation of data" in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    assert "Evaluation of photos" in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
 
 
 def sums(folder, pattern):

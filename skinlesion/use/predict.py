@@ -122,9 +122,7 @@ class _LoadedBundle:
         "One model of the ensemble."
         return self.bundle.find(member)
 
-    def layers(self,
-        member:int|str=0, # position or name
-    ) -> list: # of str, shallow to deep
+    def layers(self, member:int|str=0) -> list: # of str, shallow to deep; of the member at a position or of a name
         "Layers of a member that maps can be made at."
         from skinlesion.explain.cam import target_layers # imported late: it takes seconds
         chosen = self.member(member)
