@@ -475,7 +475,7 @@ def test_prepare_stops_at_a_lesion_that_crosses(repo):
 
 def run_here(repo, expected, words=("prepare",), params=None):
     "A run in this process that must stop before its kernel starts."
-    from skinlesion.pipeline import stages
+    from skinlesion.pipeline import runner
     path = repo / "params.yaml"
     old = (repo / "params.yaml").read_bytes()
     out = io.StringIO()
@@ -484,9 +484,9 @@ def run_here(repo, expected, words=("prepare",), params=None):
     before = sums(repo / "artifacts", repo / "reports")
     try:
         started = AssertionError("a kernel was started")
-        with mock.patch.object(stages, "_check_library"), mock.patch.object(stages, "StageKernel", side_effect=started):
-            with pytest.raises((stages.StageError, ValueError)) as caught:
-                stages.run_stage(*words, root=repo, stream=out)
+        with mock.patch.object(runner, "_check_library"), mock.patch.object(runner, "StageKernel", side_effect=started):
+            with pytest.raises((runner.StageError, ValueError)) as caught:
+                runner.run_stage(*words, root=repo, stream=out)
     finally:
         path.write_bytes(old)
     assert expected in f"{caught.value}\n{out.getvalue()}" and sums(repo / "artifacts", repo / "reports") == before
@@ -510,7 +510,7 @@ def run_here(repo, expected, words=("prepare",), params=None):
     ("[gradcam, eigencam, scorecam]", "[gradcm]",
      "explain.methods[0] is 'gradcm'; allowed: list of gradcam, eigencam, scorecam"),
     ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.2]", "[0.7, 0.2, 0.2] sums to 1.1; give three shares"),
-    ("base:", "base: [", "params.yaml line 5, column 3")])
+    ("base:", "base: [", "params.yaml line 6, column 3")])
 def test_a_parameter_that_cannot_be_used(repo, old, new, expected):
     text = (repo / "params.yaml").read_text()
     assert old in text

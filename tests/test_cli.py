@@ -282,12 +282,12 @@ def test_an_audit_that_cannot_begin(dataset, tmp_path, monkeypatch, words, said)
 
 
 def test_download_fetches_into_the_one_path(tmp_path, monkeypatch):
-    from skinlesion.data import sources
+    from skinlesion.data import collections
     fetched = []
     def download_source(name, folder, progress=None):
         fetched.append((name, folder))
-        raise sources.DownloadError("x.zip: the publisher's server cannot be reached; run it again")
-    monkeypatch.setattr(sources, "download_source", download_source)
+        raise collections.DownloadError("x.zip: the publisher's server cannot be reached; run it again")
+    monkeypatch.setattr(collections, "download_source", download_source)
     def call(*paths):
         return CliRunner().invoke(
             app, ["import", "isic2019", *map(str, paths), "--out", str(tmp_path / "out"), "--download"]
