@@ -74,11 +74,15 @@ def check_parameters(
 # %% ../../nbs/pipeline/103_notebooks.ipynb #19997065
 _PASSING = re.compile(r'\d+%\||^↻ ') # progress bars, and words about an earlier, killed run
 
+_PICTURE = re.compile(r'(?<=;base64,)[A-Za-z0-9+/=]+')
+
 def plain_text(
     text:str, # of an output or a message
     folders:list[Path]=(), # working tree and root; paths below them become relative
 ) -> str: # the same on every run
     "Replace what depends on the machine or the moment: folders, temporary names, addresses, random ids."
+    pictures = _PICTURE.findall(text) # long words without a space, on which the patterns below would take minutes
+    text = _PICTURE.sub('\0', text)
     for folder in sorted({str(f) for f in folders}, key=len, reverse=True):
         text = re.sub(re.escape(folder) + r'(/|(?![\w.-]))', lambda m: '' if m[1] else '.', text)
     text = re.sub(r'\S*/ipykernel_\d+/\d+\.py', '<cell>', text)
@@ -86,7 +90,8 @@ def plain_text(
     text = re.sub(r'(?:\S*/)?site-packages/', 'site-packages/', text)
     text = re.sub(r'\b0x[0-9a-f]{6,}\b', '0x0', text)
     names = {}
-    return re.sub(r'T_[0-9a-f]{5}(?=_|")', lambda m: names.setdefault(m[0], f'T_{len(names)}'), text)
+    text = re.sub(r'T_[0-9a-f]{5}(?=_|")', lambda m: names.setdefault(m[0], f'T_{len(names)}'), text)
+    return re.sub('\0', lambda m: pictures.pop(0), text) if pictures else text
 
 # %% ../../nbs/pipeline/103_notebooks.ipynb #e3e47c8c
 def _stream_text(text):
