@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..files import sha256_file, write_json
+from ..files import eight_digits, sha256_file, write_json
 from ..taxonomy import nearest
 
 # %% ../../nbs/model/59_logs.ipynb #27b3bb14
@@ -102,7 +102,7 @@ class _DvcliveLog:
         self.live.step = row['epoch']
         for name, value in row.items():
             if name != 'epoch':
-                self.live.log_metric(name, value)
+                self.live.log_metric(name, eight_digits(value))
         self.live.sync()
 
     def done(self, files):
