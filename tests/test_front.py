@@ -1,14 +1,10 @@
-"""The front door: the lines of README as printed, and the same bytes as the pipeline."""
-import hashlib
+"The front door: the lines of README as printed."
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
 
 from madeup import ROOT
 
@@ -40,37 +36,3 @@ def test_the_lines_of_the_readme_run(tmp_path):
     leaf = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["ensemble"]["accuracy"]
     assert leaf["n"] > 0 and 0 <= leaf["value"] <= 1
     assert "Evaluation of photos" in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
-
-
-def sums(folder, pattern):
-    "Name -> SHA-256 of the files of a folder."
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob(pattern))}
-
-
-@pytest.mark.slow
-def test_fit_gives_the_bytes_of_the_pipeline(tmp_path):
-    "The committed settings by `fit`, against `dvc repro`'s outputs in this repository, where they are there."
-    from skinlesion.pipeline.params import load_params
-    from skinlesion.use.learner import fit
-    if not (ROOT / "artifacts" / "ensemble").is_dir():
-        pytest.skip("no outputs of `make repro` here to compare with")
-    params = load_params(ROOT / "params.yaml")
-    common = params.train.model_dump(exclude={"members"})
-    members = {name: member.model_dump(exclude_unset=True) for name, member in params.train.members.items()}
-    run = fit(
-        ROOT / "data",
-        tmp_path / "run",
-        members=members,
-        image_size=params.base.image_size,
-        split=params.prepare.split.model_dump(),
-        accept=tuple(params.prepare.audit.accept),
-        colour=params.prepare.colour,
-        evaluation=params.evaluate.model_dump(),
-        seed=params.base.seed,
-        progress=None,
-        **common,
-    )
-    weights = sums(ROOT / "artifacts" / "models", "*.safetensors")
-    assert weights and sums(run.folder / "models", "*.safetensors") == weights
-    metrics = ROOT / "reports" / "evaluate" / "metrics.json"
-    assert (run.folder / "metrics.json").read_bytes() == metrics.read_bytes()

@@ -121,6 +121,82 @@ def test_a_second_run_has_nothing_to_do(repo):
     assert not run(repo, "git", "status", "--porcelain").stdout
 
 
+ALL_STAGES = {"prepare", "train@image", "train@fused", "evaluate", "explain", "report"}
+TRAINING = {"train@image", "train@fused"}
+READERS = {  # module of each floor -> the stages that an edit in it reruns
+    "taxonomy.py": ALL_STAGES,
+    "stats/metrics.py": ALL_STAGES,
+    "stats/curves.py": {"evaluate"},
+    "data/splits.py": ALL_STAGES - {"report"},
+    "data/tables.py": {"evaluate"},
+    "data/importers.py": set(),
+    "synthetic/draw.py": set(),
+    "audit/labels.py": {"prepare"},
+    "model/training.py": TRAINING,
+    "model/fusion.py": ALL_STAGES - {"prepare", "report"},
+    "evaluate/scorecard.py": {"evaluate"},
+    "evaluate/policy.py": {"evaluate"},
+    "explain/cam.py": {"explain"},
+    "report/clinical.py": {"evaluate"},
+    "report/audit_page.py": set(),
+    "report/index.py": {"report"},
+    "use/learner.py": set(),
+    "apps/panels.py": set(),
+    "pipeline/runner.py": set(),
+}
+
+
+def test_an_edit_reruns_the_stages_that_read_it(repo):
+    "One edit on each floor, and what `dvc status` says of it; no page, table or audit sentence trains anything anew."
+    try:
+        for module in READERS:
+            with open(repo / "skinlesion" / module, "a") as file:
+                file.write("\n# another sentence\n")
+        status = json.loads(run(repo, "dvc", "status", "--json").stdout)
+    finally:
+        run(repo, "git", "checkout", "-q", "--", "skinlesion")
+    reruns = {module: set() for module in READERS}
+    for stage, changes in status.items():
+        for change in changes:
+            for path in change["changed deps"]:
+                reruns[path.removeprefix("skinlesion/")].add(stage)
+    assert reruns == READERS
+    assert "up to date" in run(repo, "dvc", "status").stdout
+
+
+FIT = """
+from skinlesion.pipeline.params import load_params
+from skinlesion.use.learner import fit
+params = load_params("params.yaml")
+fit(
+    "data",
+    {out!r},
+    members={{name: member.model_dump(exclude_unset=True) for name, member in params.train.members.items()}},
+    image_size=params.base.image_size,
+    split=params.prepare.split.model_dump(),
+    accept=tuple(params.prepare.audit.accept),
+    colour=params.prepare.colour,
+    evaluation=params.evaluate.model_dump(),
+    seed=params.base.seed,
+    progress=None,
+    **params.train.model_dump(exclude={{"members"}}),
+)
+"""
+
+
+def test_fit_gives_the_bytes_of_the_pipeline(repo, tmp_path):
+    "Weights, predictions and metrics of `fit` with the settings of params.yaml are those of `dvc repro`."
+    run(repo, sys.executable, "-c", FIT.format(out=str(tmp_path / "run")))
+    for member in ("image", "fused"):
+        weights = (tmp_path / "run/models" / member / "weights.safetensors").read_bytes()
+        assert weights == (repo / "artifacts/models" / member / "weights.safetensors").read_bytes()
+    for table in ("ensemble", "image", "fused"):
+        predictions = (tmp_path / "run/predictions" / f"{table}.csv").read_bytes()
+        assert predictions == (repo / "artifacts/predictions" / f"{table}.csv").read_bytes()
+    metrics = (tmp_path / "run/metrics.json").read_bytes()
+    assert metrics == (repo / "reports/evaluate/metrics.json").read_bytes()
+
+
 def test_metrics_and_plots_show(repo):
     shown = run(repo, "dvc", "metrics", "show", "--json").stdout
     assert "auroc_macro" in shown and "ensemble" in shown
