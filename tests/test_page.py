@@ -10,7 +10,7 @@ from PIL import Image
 
 from skinlesion.evaluate.decisions import cost_matrix
 from skinlesion.evaluate.evaluation import evaluate_tables
-from skinlesion.evaluate.measures import calibration_card, find_leaf, top_losses
+from skinlesion.evaluate.measures import calibration_card, top_losses
 from skinlesion.taxonomy import probability_columns
 from skinlesion.report import clinical
 from skinlesion.report.card import find_limits
@@ -18,6 +18,7 @@ from skinlesion.report.clinical import folder_images, page_sections, write_evalu
 from skinlesion.report.guidelines import CHECKLIST, check_facts, checklist_table
 from skinlesion.report.leaves import named_leaves
 from skinlesion.report.templates import Picture, slug
+from skinlesion.stats.intervals import find_leaf
 from skinlesion.taxonomy import DISCLAIMER, LabelSet, get_label_set
 
 HAM = get_label_set("ham10000")

@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from skinlesion.stats.intervals import percentile_interval, wilson_interval
+from skinlesion.stats.intervals import find_leaf, percentile_interval, wilson_interval
 from skinlesion.stats.metrics import weighted_auroc
 from skinlesion.stats.resamples import Resamples
-from skinlesion.evaluate.subgroups import combined_limits, gap_metrics, leaf_at, subgroup_scorecard, subgroup_table
+from skinlesion.evaluate.subgroups import combined_limits, gap_metrics, subgroup_scorecard, subgroup_table
 from skinlesion.taxonomy import LabelSet, get_label_set
 from shares import report
 
@@ -60,11 +60,11 @@ def test_every_figure_equals_its_definition():
     by_hand = {name: plain(ill, score, group == name) for name in "AB"}
     assert set(gap_metrics(dict(ward=card))) == set(by_hand["A"])
     for name, value in by_hand["A"].items():
-        assert leaf_at(card["A"], name)["value"] == pytest.approx(value, abs=1e-12)
-        assert leaf_at(card["A"]["gap"], name)["value"] == pytest.approx(value - by_hand["B"][name], abs=1e-12)
-        mirror = leaf_at(card["B"]["gap"], name)  # two groups: the gap of the one is that of the other, turned round
+        assert find_leaf(card["A"], name)["value"] == pytest.approx(value, abs=1e-12)
+        assert find_leaf(card["A"]["gap"], name)["value"] == pytest.approx(value - by_hand["B"][name], abs=1e-12)
+        mirror = find_leaf(card["B"]["gap"], name)  # two groups: the gap of the one is that of the other, turned round
         assert [-mirror["high"], -mirror["low"]] == pytest.approx(
-            [leaf_at(card["A"]["gap"], name)[k] for k in ("low", "high")], abs=1e-12
+            [find_leaf(card["A"]["gap"], name)[k] for k in ("low", "high")], abs=1e-12
         )
 
 
@@ -77,7 +77,7 @@ def coverage(truth, runs, seed, n=320, least=20):
         drawn = tables(*draw(n, np.random.default_rng([seed, k])))
         cell = subgroup_scorecard(*drawn, TWO, ["ward"], min_lesions=least, n_resamples=400, seed=k)["ward"]["A"]
         for name in truth:
-            leaf = leaf_at(cell["gap"], name)
+            leaf = find_leaf(cell["gap"], name)
             if leaf["low"] is None:
                 continue
             held[name] += leaf["low"] <= truth[name] <= leaf["high"]
@@ -150,7 +150,7 @@ def false_alarms(runs, seed):
             labels[f"c{c}"] = rng.choice(list("wxyz"), lesion.max() + 1)[lesion]
         card = subgroup_scorecard(predictions, labels, TWO, [f"c{c}" for c in range(5)], n_resamples=400, seed=k)
         gaps = {
-            name: [leaf_at(cell["gap"], name) for groups in card.values() for cell in groups.values()]
+            name: [find_leaf(cell["gap"], name) for groups in card.values() for cell in groups.values()]
             for name in alarms
         }
         for name, leaves in gaps.items():
@@ -187,8 +187,8 @@ def test_images_are_not_lesions():
     )
     for name in ("accuracy", "malignant.auroc", "malignant.sensitivity"):
         for a, b in (
-            (leaf_at(one, name), leaf_at(many, name)),
-            (leaf_at(one["gap"], name), leaf_at(many["gap"], name)),
+            (find_leaf(one, name), find_leaf(many, name)),
+            (find_leaf(one["gap"], name), find_leaf(many["gap"], name)),
         ):
             assert [a[k] for k in ("value", "low", "high")] == pytest.approx(
                 [b[k] for k in ("value", "low", "high")], abs=1e-9

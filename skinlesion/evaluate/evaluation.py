@@ -24,7 +24,7 @@ from .decisions import cost_matrix, fit_conformal, lock_threshold
 from .ensemble import disagreement_scorecard
 from .heads import head_scorecard
 from skinlesion.evaluate.measures import (
-    calibration_card, decision_cards, evaluation_curves, find_leaf, known_malignancy,
+    calibration_card, decision_cards, evaluation_curves, known_malignancy,
 )
 from skinlesion.evaluate.members import (
     TrainedEnsemble, fit_ensemble_ood, load_ensemble, member_outputs, ood_scores, predict_ensemble,
@@ -39,6 +39,7 @@ from .subgroups import subgroup_scorecard, subgroup_table
 from ..files import write_csv, write_metrics
 from ..model.bundle import save_bundle, shared_heads
 from ..model.heads import PRIMARY, read_targets
+from ..stats.intervals import find_leaf
 from ..taxonomy import LabelSet
 
 # %% ../../nbs/evaluate/79_evaluation.ipynb #c39b291a

@@ -12,12 +12,13 @@ import pandas as pd
 
 from ..evaluate.benchmarks import shared_lesions
 from ..evaluate.evaluation import Evaluation
-from ..evaluate.measures import confidence_card, find_leaf, known_malignancy
+from ..evaluate.measures import confidence_card, known_malignancy
 from ..evaluate.subgroups import gap_metrics
 from .figures import class_titles, metric_title
 from .leaves import change_text, leaf_decimals, leaf_text
 from .templates import cell_text
 from ..stats.cards import class_table
+from ..stats.intervals import find_leaf
 
 # %% ../../nbs/report/86_card.ipynb #39a132c6
 def data_sizes(

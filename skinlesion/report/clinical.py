@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluate.evaluation import Evaluation
-from ..evaluate.measures import confused_pairs, find_leaf, top_losses
+from ..evaluate.measures import confused_pairs, top_losses
 from ..evaluate.subgroups import gap_metrics, subgroup_table
 from ..files import atomic_write, scratch_folder, write_json
 from ..images import IMAGE_SUFFIXES, read_image
@@ -52,7 +52,7 @@ from skinlesion.report.figures import (
 from .guidelines import check_facts, checklist_table, items_line, stated_facts
 from .leaves import change_text, leaf_decimals, leaf_text
 from .templates import Report, Section, Table, cell_text, draw_picture
-from ..stats.intervals import format_leaf
+from ..stats.intervals import find_leaf, format_leaf
 from ..stats.metrics import METRICS, PER_CLASS
 from ..taxonomy import LabelSet
 

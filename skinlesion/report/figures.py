@@ -14,7 +14,6 @@ import pandas as pd
 import seaborn as sns
 from mpl_toolkits.axes_grid1 import make_axes_locatable
 
-from ..evaluate.measures import find_leaf
 from skinlesion.stats.curves import (
     class_reliability_points,
     confusion_points,
@@ -22,7 +21,7 @@ from skinlesion.stats.curves import (
     reliability_points,
     roc_points,
 )
-from ..stats.intervals import format_leaf
+from ..stats.intervals import find_leaf, format_leaf
 from ..stats.metrics import ECE_BINS, METRICS
 from ..taxonomy import LabelSet, class_colours
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_UNDEFINED', 'LIFT', 'INTERVALS', 'FEW_LESIONS', 'lesion_numbers', 'lesion_weights', 'percentile_interval',
            'expanded_level', 'effective_lesions', 'shifted_interval', 'wilson_interval', 'newcombe_interval',
-           'interval_leaf', 'share_leaf', 'format_leaf', 'walk_leaves', 'paired_leaf', 'delong_interval', 'delong']
+           'interval_leaf', 'share_leaf', 'format_leaf', 'walk_leaves', 'find_leaf', 'paired_leaf', 'delong_interval',
+           'delong']
 
 # %% ../../nbs/stats/11_intervals.ipynb #9ace8d5a
 import numpy as np
@@ -249,6 +250,18 @@ def walk_leaves(
     for key, child in card.items():
         if isinstance(child, dict):
             yield from walk_leaves(child, (*path, key))
+
+# %% ../../nbs/stats/11_intervals.ipynb #cd10d0fb
+def find_leaf(
+    card:dict, # nested: name -> leaf or further card
+    path:str, # dotted, such as 'malignant.auroc'
+) -> dict|None: # the leaf or block; None where there is none
+    "What stands at a dotted path."
+    for key in path.split('.'):
+        if not isinstance(card, dict) or key not in card:
+            return None
+        card = card[key]
+    return card
 
 # %% ../../nbs/stats/11_intervals.ipynb #b89cd84d
 def _verdict(low, high, higher_is_better=True):
