@@ -1,6 +1,8 @@
 "What the tests share: the root of the repository, and a made-up one in which nothing is wrong."
 import pytest
 
+pytest.register_assert_rewrite("madeup")  # so that its assertions name what is wrong
+
 from madeup import ROOT, build
 
 

@@ -163,18 +163,18 @@ class _Rows:
 # %% ../../nbs/data/23_collections.ipynb #63aa281c
 def _read_rows(entry, columns, optional, collection):
     "Read and rename; a missing column is an error."
-    words, lines = open_table(entry)
-    missing = [n for n in columns if n not in words and n not in optional]
+    raw, lines = open_table(entry)
+    missing = [n for n in columns if n not in raw and n not in optional]
     if missing:
         raise DatasetError(
             entry.label,
             [
                 f"{entry.label} row 1: the column '{n}' is missing; {collection.info.name} has {', '.join(columns)}."
-                f"{nearest(n, words.columns)}"
+                f"{nearest(n, raw.columns)}"
                 for n in missing
             ],
         )
-    return _Rows(words.rename(columns=columns), [entry.label] * len(words), lines.tolist())
+    return _Rows(raw.rename(columns=columns), [entry.label] * len(raw), lines.tolist())
 
 # %% ../../nbs/data/23_collections.ipynb #3d150c5e
 def _one_hot_fault(names, cells, values):
@@ -187,13 +187,13 @@ def _one_hot_fault(names, cells, values):
     return f"{marked} 1; exactly one of {', '.join(names)} must be"
 
 # %% ../../nbs/data/23_collections.ipynb #f05bc4e7
-def _one_hot(words, classes, places):
+def _one_hot(raw, classes, places):
     "The code of each row, and a sentence for each row that has not exactly one."
     names = list(classes)
-    values = words[names].apply(pd.to_numeric, errors='coerce').to_numpy(float)
+    values = raw[names].apply(pd.to_numeric, errors='coerce').to_numpy(float)
     wrong = ~np.isin(values, (0, 1)).all(1) | ((values == 1).sum(1) != 1)
     faults = [
-        f"{places[i]}: {_one_hot_fault(names, words[names].iloc[i].tolist(), values[i])}" for i in np.flatnonzero(wrong)
+        f"{places[i]}: {_one_hot_fault(names, raw[names].iloc[i].tolist(), values[i])}" for i in np.flatnonzero(wrong)
     ]
     return np.array(list(classes.values()))[(values == 1).argmax(1)], faults
 
@@ -252,8 +252,8 @@ def _mark_copies(rows, given, collection):
             f"no list of copies (columns {first} and {second}) was given, so there is no column duplicate_of"
         )
         return
-    words, _ = open_table(entry)
-    pairs = list(zip(words[first], words[second]))
+    raw, _ = open_table(entry)
+    pairs = list(zip(raw[first], raw[second]))
     ids = set(rows.table.image_id)
     copies = _copies(rows.table.image_id.tolist(), pairs)
     rows.table = rows.table.assign(duplicate_of=rows.table.image_id.map(copies).fillna(''))

@@ -45,11 +45,11 @@ def _code(form, taken):
 
 # %% ../../nbs/data/32_importers.ipynb #dcbfcc12
 def _own_label_set(
-    words, # str, a class word per image; an empty one is none
+    diagnoses, # str, one per image; an empty one is none
     name:str, # of the set
 ) -> LabelSet: # codes in alphabetical order; `malignant` is None
     "A label set made from the class words of the data; spellings that differ in case, hyphens or quotes are one class."
-    counts = pd.Series([w.strip() for w in words if w.strip()], dtype=object).value_counts()
+    counts = pd.Series([w.strip() for w in diagnoses if w.strip()], dtype=object).value_counts()
     spellings = {}
     for word in sorted(counts.index, key=lambda w: (-counts[w], w)):
         spellings.setdefault(comparable(word), word)
@@ -79,18 +79,18 @@ def _flag(word, where):
 # %% ../../nbs/data/32_importers.ipynb #9909e6df
 def _label_rows(path):
     "Lines and cells of a table of labels."
-    words, lines = read_table(path)
+    raw, lines = read_table(path)
     allowed = ('code', 'name', 'malignant')
     problems = [
         f"{path} row 1: the column '{c}' is not known; allowed are {', '.join(allowed)}.{nearest(c, allowed)}"
-        for c in words
+        for c in raw
         if c not in allowed
     ]
-    if 'code' not in words:
+    if 'code' not in raw:
         problems.append(f"{path} row 1: the column 'code' is missing; a table of labels has {', '.join(allowed)}")
     if problems:
         raise DatasetError(path, problems)
-    return words.reindex(columns=allowed, fill_value='').apply(lambda c: c.str.strip()), lines
+    return raw.reindex(columns=allowed, fill_value='').apply(lambda c: c.str.strip()), lines
 
 # %% ../../nbs/data/32_importers.ipynb #43218098
 def read_label_set(
@@ -98,11 +98,11 @@ def read_label_set(
     name:str, # of the set
 ) -> LabelSet: # codes in the order of the file
     "A label set from a table; `malignant` is None where no row has yes or no."
-    words, lines = _label_rows(path)
+    raw, lines = _label_rows(path)
     problems = []
     flags = {}
     first_row = {}
-    for code, full, flag, line in zip(words.code, words.name, words.malignant, lines):
+    for code, full, flag, line in zip(raw.code, raw.name, raw.malignant, lines):
         try:
             flags[code] = _flag(flag, f"{path} row {line}: malignant")
         except ValueError as e:
@@ -120,22 +120,22 @@ def read_label_set(
     undecided = frozenset(c for c, v in flags.items() if not v) if malignant is not None else frozenset()
     try:
         return LabelSet(
-            name, tuple(words.code), {c: n for c, n in zip(words.code, words.name) if n}, malignant, undecided
+            name, tuple(raw.code), {c: n for c, n in zip(raw.code, raw.name) if n}, malignant, undecided
         )
     except ValueError as e:
         raise DatasetError(path, [f"{path}: {e}"]) from None
 
 # %% ../../nbs/data/32_importers.ipynb #62cc4289
-def _fits(label_set, words):
-    "Whether every word means a code of the set."
+def _fits(label_set, diagnoses):
+    "Whether every diagnosis means a code of the set."
     try:
-        return [label_set.parse(w) for w in words] != []
+        return [label_set.parse(w) for w in diagnoses] != []
     except ValueError:
         return False
 
 # %% ../../nbs/data/32_importers.ipynb #7d64dec3
 def _choose_label_set(
-    words, # str, the class words of the data; empty ones do not count
+    diagnoses, # str, one per image; empty ones do not count
     name:str, # of the data, for a set of its own
     label_set:str|None=None, # name of a built-in set
     labels:Path|str|None=None, # table code,name,malignant
@@ -147,12 +147,12 @@ def _choose_label_set(
         return get_label_set(label_set)
     if labels:
         return read_label_set(labels, name)
-    distinct = list(dict.fromkeys(w.strip() for w in words if w.strip()))
+    distinct = list(dict.fromkeys(w.strip() for w in diagnoses if w.strip()))
     if not distinct:
         raise ValueError(
             "no image has a diagnosis, so the classes are not known; name them with --label-set or --labels"
         )
-    return next((s for s in LABEL_SETS.values() if _fits(s, distinct)), None) or _own_label_set(words, name)
+    return next((s for s in LABEL_SETS.values() if _fits(s, distinct)), None) or _own_label_set(diagnoses, name)
 
 # %% ../../nbs/data/32_importers.ipynb #e5a27db5
 @dataclass(frozen=True)
@@ -188,10 +188,10 @@ def _bare(name):
     return re.sub(r'(\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|csv|tsv|tab|txt|parquet))+$', '', name, flags=re.I) or name
 
 # %% ../../nbs/data/32_importers.ipynb #2658d2ab
-def _mapped(words, word_map):
-    "Words by `--map`."
+def _mapped(diagnoses, word_map):
+    "Diagnoses renamed by `--map`."
     forms = comparable_map(word_map)
-    return [forms.get(comparable(w), (w, w))[1] for w in words]
+    return [forms.get(comparable(w), (w, w))[1] for w in diagnoses]
 
 # %% ../../nbs/data/32_importers.ipynb #738a4659
 def _terms(about):
@@ -213,10 +213,10 @@ def _near_misses(label_set):
     ]
 
 # %% ../../nbs/data/32_importers.ipynb #ae12e665
-def _class_notes(chosen, words, about):
+def _class_notes(chosen, diagnoses, about):
     "Notes of the report on a built-in label set, or on the data's own."
     if chosen.name in LABEL_SETS:
-        known = {w: chosen.parse(w) for w in dict.fromkeys(words) if w.strip() and _fits(chosen, [w])}
+        known = {w: chosen.parse(w) for w in dict.fromkeys(diagnoses) if w.strip() and _fits(chosen, [w])}
         read = [f"'{w}' as {c}" for w, c in known.items() if w != c]
         return [f"label set {chosen.name}; words read: {', '.join(read)}" if read else f"label set {chosen.name}"]
     stated = ', '.join(f"{c} '{n}'" if c != n else c for c, n in chosen.names.items())
@@ -227,13 +227,13 @@ def _class_notes(chosen, words, about):
     return [note, *(() if about.labels else _near_misses(chosen))]
 
 # %% ../../nbs/data/32_importers.ipynb #dec324b8
-def _describe(about, name, words, word_map, source, unlabelled=False):
+def _describe(about, name, diagnoses, word_map, source, unlabelled=False):
     "`DatasetInfo` of own data, and notes on classes and licence for the report."
-    words = _mapped(words, word_map)
-    chosen = _choose_label_set(words, name, about.label_set, about.labels)
+    diagnoses = _mapped(diagnoses, word_map)
+    chosen = _choose_label_set(diagnoses, name, about.label_set, about.labels)
     label_set = chosen.name if chosen in LABEL_SETS.values() else chosen.to_dict()
     info = DatasetInfo(name, label_set, about.licence, about.citation, source, unlabelled=unlabelled)
-    return info, [*_class_notes(chosen, words, about), *_terms(about)]
+    return info, [*_class_notes(chosen, diagnoses, about), *_terms(about)]
 
 # %% ../../nbs/data/32_importers.ipynb #c377bc22
 def _folders(entry):
@@ -394,38 +394,38 @@ _CANONICAL = dict(
 )
 
 # %% ../../nbs/data/32_importers.ipynb #aa6494b6
-def _chosen(words, columns, where, unlabelled):
+def _chosen(raw, columns, where, unlabelled):
     "canonical name -> column of the table; a column that is missing or in two roles is an error."
     stated = {f.name: getattr(columns, f.name) for f in fields(columns) if f.name != 'image'}
-    chosen = {c: stated[k] or c for k, c in _CANONICAL.items() if stated[k] or c in words}
+    chosen = {c: stated[k] or c for k, c in _CANONICAL.items() if stated[k] or c in raw}
     flags = {c: f'--{k}-column' for k, c in _CANONICAL.items()}
     problems = [
-        f"{where} row 1: the column '{c}' ({flags[k]}) is missing; the table has {', '.join(words)}.{nearest(c, words)}"
+        f"{where} row 1: the column '{c}' ({flags[k]}) is missing; the table has {', '.join(raw)}.{nearest(c, raw)}"
         for k, c in chosen.items()
-        if c not in words
+        if c not in raw
     ]
     problems += [
         f"{where} row 1: '{c}' ({flags[k]}) is to fill the column '{k}', which the table has too; "
         f"rename that one or leave {flags[k]} out"
         for k, c in chosen.items()
-        if c != k and k in words and k not in (columns.image, columns.label)
+        if c != k and k in raw and k not in (columns.image, columns.label)
     ]
     if 'diagnosis' not in chosen and not unlabelled:
         problems.append(
             f"{where} row 1: no column is called 'diagnosis'; name the one with the classes "
-            f"(--label-column) from {', '.join(words)}, or import without (--unlabelled)"
+            f"(--label-column) from {', '.join(raw)}, or import without (--unlabelled)"
         )
     if problems:
         raise DatasetError(where, problems)
     return chosen
 
 # %% ../../nbs/data/32_importers.ipynb #d6bdbd53
-def _rename(words, columns, where, unlabelled, used=()):
+def _rename(raw, columns, where, unlabelled, used=()):
     "The table under canonical names, then every column that was not used, as it is."
-    chosen = _chosen(words, columns, where, unlabelled)
+    chosen = _chosen(raw, columns, where, unlabelled)
     taken = {*chosen.values(), *used}
-    table = pd.DataFrame({k: words[c] for k, c in chosen.items()}, index=words.index)
-    return table.join(words[[c for c in words if c not in taken and c not in table]]).fillna('')
+    table = pd.DataFrame({k: raw[c] for k, c in chosen.items()}, index=raw.index)
+    return table.join(raw[[c for c in raw if c not in taken and c not in table]]).fillna('')
 
 # %% ../../nbs/data/32_importers.ipynb #4486eac7
 def _whole(word, where):
@@ -594,21 +594,21 @@ def _the_table(given, columns, unlabelled):
     )
 
 # %% ../../nbs/data/32_importers.ipynb #957fccf0
-def _name_images(words, columns, where):
+def _name_images(raw, columns, where):
     "The cells that name images, and an image_id for each."
     image = columns.image or 'image_id'
-    if image not in words:
+    if image not in raw:
         raise DatasetError(
             where,
             [
                 f"{where} row 1: the column '{image}' (--image-column) is missing; the table has "
-                f"{', '.join(words)}.{nearest(image, words)}"
+                f"{', '.join(raw)}.{nearest(image, raw)}"
             ],
         )
-    cells = words[image].str.strip()
-    named = columns.id or ('image_id' if 'image_id' in words else None)
-    if named and named != image and named in words:
-        return cells, words[named].str.strip()
+    cells = raw[image].str.strip()
+    named = columns.id or ('image_id' if 'image_id' in raw else None)
+    if named and named != image and named in raw:
+        return cells, raw[named].str.strip()
     stems = cells.str.replace('\\', '/').str.split('/').str[-1]
     return cells, stems.str.replace(r'\.(jpe?g|png|webp|bmp|tiff?)$', '', regex=True, case=False)
 
@@ -662,10 +662,10 @@ def import_csv(
     with ExitStack() as stack:
         given = collect(paths, out, stack)
         entry = _the_table(given, columns, unlabelled)
-        words, lines = open_table(entry)
+        raw, lines = open_table(entry)
         places = [f'{entry.label} row {line}' for line in lines]
-        cells, ids = _name_images(words, columns, entry.label)
-        table = _rename(words, columns, entry.label, unlabelled, used=[columns.image or 'image_id'])
+        cells, ids = _name_images(raw, columns, entry.label)
+        table = _rename(raw, columns, entry.label, unlabelled, used=[columns.image or 'image_id'])
         finder = _ImageFinder([e for group in given.images.values() for e in group], paths, entry.label)
         info, table, notes, left = _settle(
             about, name, table.assign(image_id=ids), places, word_map, 'a table of its own', unlabelled
@@ -862,11 +862,11 @@ def _hf_words(data, image):
         and getattr(features[c], 'dtype', '') not in ('binary', 'large_binary')
     ]
     cells = data.select_columns(plain).with_format(None).to_dict() if plain else {}
-    words = {}
+    columns = {}
     for column in plain:
         names = getattr(features[column], 'names', None)
-        words[column] = [_word(v) if names is None else _class_word(v, names) for v in cells[column]]
-    return pd.DataFrame(words, index=range(len(data)), dtype=object), [c for c in others if c not in plain]
+        columns[column] = [_word(v) if names is None else _class_word(v, names) for v in cells[column]]
+    return pd.DataFrame(columns, index=range(len(data)), dtype=object), [c for c in others if c not in plain]
 
 # %% ../../nbs/data/32_importers.ipynb #ac766f05
 def _hf_entries(data, image, label, allowed):
@@ -909,9 +909,9 @@ def _hf_stems(data, image):
 def _hf_part(source, split, data, columns, unlabelled, allowed):
     "Words, entries, stems and left-out columns of one split."
     image = _image_column(data.features, columns, source)
-    words, rest = _hf_words(data, image)
+    raw, rest = _hf_words(data, image)
     columns = replace(columns, image=None, label=_label_column(data.features, columns))
-    table = _rename(words, columns, source, unlabelled)
+    table = _rename(raw, columns, source, unlabelled)
     return table, _hf_entries(data, image, split or Path(source).name, allowed), _hf_stems(data, image), rest
 
 # %% ../../nbs/data/32_importers.ipynb #4fb29932
@@ -999,22 +999,23 @@ def _target(parts, about, name):
 def _recoded(part, target, forms, used):
     "code -> code of the target, None where it has no place; words of the map that occur are added to `used`."
     def read(code):
-        words = [code, part.label_set.names[code]]
-        hits = [f for w in words if (f := comparable(w)) in forms]
+        spellings = [code, part.label_set.names[code]]
+        hits = [f for w in spellings if (f := comparable(w)) in forms]
         used.update(hits)
         if hits:
             return target.parse(forms[hits[0]][1], f"--map '{'='.join(forms[hits[0]])}'")
         if part.label_set in LABEL_SETS.values():
-            words = words[:1] # 'akiec' is named actinic keratoses, but also holds Bowen's disease: it is not 'ak'
-        return next((target.parse(w) for w in words if _fits(target, [w])), None)
+            # 'akiec' is named actinic keratoses, but also holds Bowen's disease: it is not 'ak'
+            spellings = spellings[:1]
+        return next((target.parse(w) for w in spellings if _fits(target, [w])), None)
     return {'': ''} | {code: read(code) for code in part.table.diagnosis.unique() if code}
 
 # %% ../../nbs/data/32_importers.ipynb #9cd72377
 def _unused_words(parts, forms, used):
     "An error for each word of the map that is the name of no class."
-    words = [w for part in parts for c in part.label_set.codes for w in (c, part.label_set.names[c])]
+    known = [w for part in parts for c in part.label_set.codes for w in (c, part.label_set.names[c])]
     return [
-        f"--map '{old}={new}': no class is called '{old}'.{nearest(old, words)}"
+        f"--map '{old}={new}': no class is called '{old}'.{nearest(old, known)}"
         for form, (old, new) in forms.items()
         if form not in used
     ]

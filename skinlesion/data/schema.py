@@ -238,7 +238,7 @@ def _fault(column, word, first, label_set):
     return f"{column} '{word}' cannot be the name of a file; use letters, digits, '_' and '-'"
 
 # %% ../../nbs/data/20_schema.ipynb #b6a72d2f
-def _faults(table, words, lines, where, label_set, unlabelled):
+def _faults(table, raw, lines, where, label_set, unlabelled):
     "Every failed cell as a sentence, in the order of the file."
     try:
         _table_schema(label_set, unlabelled).validate(table, lazy=True)
@@ -246,8 +246,8 @@ def _faults(table, words, lines, where, label_set, unlabelled):
         cases = e.failure_cases
     else:
         return []
-    first = {i: int(line) for i, line in zip(words.image_id[::-1], lines[::-1])}
-    cells = {c: words[c].tolist() for c in COLUMNS}
+    first = {i: int(line) for i, line in zip(raw.image_id[::-1], lines[::-1])}
+    cells = {c: raw[c].tolist() for c in COLUMNS}
     repeated = cases.check == 'field_uniqueness'
     faults = sorted(set(zip(map(int, cases['index']), cases.column, repeated)))
     @lru_cache(maxsize=None)
@@ -283,10 +283,10 @@ def _same_file(ids, lines, where):
     return problems
 
 # %% ../../nbs/data/20_schema.ipynb #d5c4405f
-def _as_words(table):
+def _as_text(table):
     "The table as stripped text, COLUMNS first."
-    words = table[[*COLUMNS, *(c for c in table if c not in COLUMNS)]].reset_index(drop=True)
-    return words.astype(object).where(words.notna(), '').astype(str).apply(lambda column: column.str.strip())
+    raw = table[[*COLUMNS, *(c for c in table if c not in COLUMNS)]].reset_index(drop=True)
+    return raw.astype(object).where(raw.notna(), '').astype(str).apply(lambda column: column.str.strip())
 
 # %% ../../nbs/data/20_schema.ipynb #9e66bc68
 def _single_class(table, where):
@@ -315,17 +315,17 @@ def validate_table(
         raise DatasetError(where, [sentence.format(where, c, nearest(c, table.columns)) for c in missing])
     if not len(table):
         raise DatasetError(where, [f"{where}: there is no row below the header; add the images"])
-    words = _as_words(table)
-    parsed = words.assign(
-        diagnosis=_translate(words.diagnosis, label_set.parse),
-        sex=_translate(words.sex, parse_sex),
-        site=_translate(words.site, parse_site),
-        age=_years(words.age),
-        patient_id=_known(words.patient_id),
-        lesion_id=words.lesion_id.mask(_is_missing(words.lesion_id), words.image_id),
+    raw = _as_text(table)
+    parsed = raw.assign(
+        diagnosis=_translate(raw.diagnosis, label_set.parse),
+        sex=_translate(raw.sex, parse_sex),
+        site=_translate(raw.site, parse_site),
+        age=_years(raw.age),
+        patient_id=_known(raw.patient_id),
+        lesion_id=raw.lesion_id.mask(_is_missing(raw.lesion_id), raw.image_id),
     )
-    lines = np.arange(len(words)) + 2 if lines is None else lines
-    problems = _faults(parsed, words, lines, where, label_set, unlabelled) + _same_file(parsed.image_id, lines, where)
+    lines = np.arange(len(raw)) + 2 if lines is None else lines
+    problems = _faults(parsed, raw, lines, where, label_set, unlabelled) + _same_file(parsed.image_id, lines, where)
     problems = problems or _single_class(parsed, where)
     if problems:
         raise DatasetError(where, problems)
@@ -413,9 +413,9 @@ def _list_files(root, kind, ids, problems):
 def _read(root, name):
     "Read and check a folder that errors call `name`."
     info = _read_info(root/'dataset.json')
-    words, lines = read_table(root/'metadata.csv')
+    raw, lines = read_table(root/'metadata.csv')
     label_set = info.labels()
-    table = validate_table(words, label_set, f'{name}/metadata.csv', lines, info.unlabelled)
+    table = validate_table(raw, label_set, f'{name}/metadata.csv', lines, info.unlabelled)
     problems = []
     ids = dict(zip(table.image_id, lines))
     files = {kind: _list_files(root, kind, ids, problems) for kind in _FOLDERS}

@@ -250,7 +250,7 @@ def _strata(
     region = site.map({word: site_region(parse_site(word)) for word in site.unique()}).to_numpy(str)
     band = np.array([age_band(float(years)) for years in age], str)
     code = np.char.add(table['diagnosis'].to_numpy(str), '|')
-    cells = [np.unique(np.char.add(code, words), return_inverse=True)[1] for words in (region, band)]
+    cells = [np.unique(np.char.add(code, part), return_inverse=True)[1] for part in (region, band)]
     return np.stack([cells[0], cells[0].max(initial=-1) + 1 + cells[1]], 1)
 
 # %% ../../nbs/data/25_splits.ipynb #e24a8fc0
@@ -381,17 +381,17 @@ def _external_rows(
             f"external: metadata.csv has no column '{column}' "
             f"({', '.join(table.columns)}).{nearest(column, table.columns)}"
         )
-    words = table[column].fillna('').astype(str)
+    values_there = table[column].fillna('').astype(str)
     for value in map(str, external['values']):
-        if (words == value).any():
+        if (values_there == value).any():
             continue
-        there = sorted(words.unique())
+        there = sorted(values_there.unique())
         raise ValueError(
             f"external: no row has '{value}' in the column '{column}', which holds "
             f"{', '.join(map(repr, there[:10]))}"
             f"{' ...' if len(there) > 10 else ''}.{nearest(value, there)}"
         )
-    return words.isin([str(v) for v in external['values']]).to_numpy()
+    return values_there.isin([str(v) for v in external['values']]).to_numpy()
 
 # %% ../../nbs/data/25_splits.ipynb #07db2b4d
 def _read_previous(

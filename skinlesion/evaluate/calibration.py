@@ -389,10 +389,10 @@ def _fit_logistic(kind, probs, targets, weights):
     beta = 1 / _fit_temperature(probs, targets, weights)['temperature']
     centre, precision, free = _prior(kind, probs.shape[1], beta)
     value, hessian, whole = _posterior(probs, targets, weights, centre, precision, free)
-    found = minimize(
+    solution = minimize(
         value, centre[free], jac=True, hess=hessian, method='trust-exact', options=dict(gtol=1e-9, maxiter=500)
     )
-    full = whole(found.x)
+    full = whole(solution.x)
     if kind == 'vector':
         return dict(scale=rounded(full[:, :-1].diagonal()), bias=rounded(full[:, -1]))
     return dict(weight=rounded(full[:, :-1]), bias=rounded(full[:, -1]))

@@ -250,7 +250,7 @@ def _fit_convex(stack, targets, weights, temperatures=True):
     def loss(w):
         mixed = given @ w
         return -share @ np.log(mixed), -(share / mixed) @ given
-    found = minimize(
+    solution = minimize(
         loss,
         np.full(M, 1 / M),
         jac=True,
@@ -259,12 +259,12 @@ def _fit_convex(stack, targets, weights, temperatures=True):
         options=dict(ftol=1e-12, maxiter=500),
         constraints=dict(type='eq', fun=lambda w: w.sum() - 1, jac=lambda w: np.ones(M)),
     )
-    w = np.where(found.x < 1e-6, 0, found.x)
+    w = np.where(solution.x < 1e-6, 0, solution.x)
     w /= w.sum()
     gap = ((share / (given @ w)) @ given).max() - 1 # how far the loss can lie above the least, at most
     if not gap < 1e-3:
         raise ValueError(
-            f"convex weights of {M} members on {len(targets)} images: not found ({found.message}); "
+            f"convex weights of {M} members on {len(targets)} images: not found ({solution.message}); "
             "leave 'convex' out of the combinations"
         )
     return dict(weights=w, temperatures=warm)
@@ -320,10 +320,10 @@ def _fit_stacking(stack, targets, weights, deviation=STACKING_DEVIATION):
         error = (np.exp(log_probs) - hit) * weights[:, None]
         slope = np.concatenate([(error.T @ logs).ravel(), error.sum(0)]) + off / spread
         return -(weights @ (log_probs * hit).sum(1)) + off @ off / 2, slope
-    found = minimize(
+    solution = minimize(
         loss, centre, jac=True, method='L-BFGS-B', options=dict(maxiter=2000, maxfun=4000, ftol=1e-12, gtol=1e-5)
     )
-    return dict(weights=found.x[:-C].reshape(C, M, C).transpose(1, 0, 2), bias=found.x[-C:])
+    return dict(weights=solution.x[:-C].reshape(C, M, C).transpose(1, 0, 2), bias=solution.x[-C:])
 
 # %% ../../nbs/evaluate/66_ensemble.ipynb #d230e1aa
 _FITS = dict(

@@ -72,8 +72,8 @@ def known_malignancy(
     label_set:LabelSet, # classes, and which are malignant
 ) -> tuple: # malignant (M,) bool, its probability (M,), lesion (M,), of the images of known malignancy
     "What a threshold of the malignancy probability is applied to; no rows where the label set states no malignancy."
-    found = malignancy_of(data.targets, data.probs, label_set)
-    return found.malignant[found.known], found.score[found.known], data.lesion_ids[found.known]
+    malignancy = malignancy_of(data.targets, data.probs, label_set)
+    return *malignancy.judged, data.lesion_ids[malignancy.known]
 
 # %% ../../nbs/evaluate/78_measures.ipynb #3f2d27f7
 def _threshold_card(data, label_set, threshold, options):

@@ -168,6 +168,6 @@ def prediction_tables(
     members = {name: table[columns].to_numpy() for name, table in means.items()}
     decided = policy.predict(members, ensemble.prepared.label_set, ood_score)
     heads = mean_tables(list(means.values())).drop(columns=columns)
-    found = {'ensemble': pd.concat([heads, decided], axis=1), **means}
+    averaged = {'ensemble': pd.concat([heads, decided], axis=1), **means}
     keys = ensemble.rows[['image_id', 'lesion_id', 'split']]
-    return {name: keys.merge(table, on='image_id', validate='1:1') for name, table in found.items()}
+    return {name: keys.merge(table, on='image_id', validate='1:1') for name, table in averaged.items()}

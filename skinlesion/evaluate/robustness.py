@@ -46,9 +46,9 @@ class _Reference:
         if not self.binary:
             weights = self.resamples.weights
             return np.mean([weighted_auroc(self.targets == c, p, weights) for c, p in enumerate(probs.T)], axis=0)
-        found = malignancy_of(self.targets, probs, self.label_set)
-        weights = self.resamples.subset(found.known).weights
-        return weighted_auroc(found.malignant[found.known], found.score[found.known], weights)
+        malignancy = malignancy_of(self.targets, probs, self.label_set)
+        weights = self.resamples.subset(malignancy.known).weights
+        return weighted_auroc(*malignancy.judged, weights)
 
     def measure(self, probs):
         "Each metric on the data and in each resample, (1+R,)."
@@ -70,12 +70,12 @@ def _auroc_leaf(
         sides = resamples.class_lesions(reference.targets, reference.label_set.num_classes)
         reason = 'not every class has an image'
         return resamples.leaf(samples, None, reason, exact, fewest=effective_lesions(sides), paired=paired)
-    found = malignancy_of(reference.targets, reference.probs, reference.label_set)
+    malignancy = malignancy_of(reference.targets, reference.probs, reference.label_set)
     reason = 'one class only: nothing to rank'
     if not paired:
-        return resamples.auroc_of(samples, found.malignant, found.known, reason)
-    fewest = min(resamples.count(side) for side in (found.malignant, found.benign))
-    return resamples.leaf(samples, found.known, reason, exact, fewest=fewest, paired=True)
+        return resamples.auroc_of(samples, malignancy.malignant, malignancy.known, reason)
+    fewest = min(resamples.count(side) for side in (malignancy.malignant, malignancy.benign))
+    return resamples.leaf(samples, malignancy.known, reason, exact, fewest=fewest, paired=True)
 
 # %% ../../nbs/evaluate/77_robustness.ipynb #2cc4fe2e
 def _leaf(reference, name, samples, paired=False, exact=None):
@@ -204,13 +204,13 @@ def _changes(table, lesion_ids, permutations, seed):
 # %% ../../nbs/evaluate/77_robustness.ipynb #35c7ee27
 def _encoded_changes(table, encoder, lesion_ids, permutations, seed):
     "Each field and change with its encoded tables, or with the error where the encoder refuses them."
-    found = []
+    encoded = []
     for field, change, tables in _changes(table, lesion_ids, permutations, seed):
         try:
-            found.append((field, change, [encoder.encode(changed) for changed in tables], ''))
+            encoded.append((field, change, [encoder.encode(changed) for changed in tables], ''))
         except ValueError as error:
-            found.append((field, change, [], f'refused: {error}'))
-    return found
+            encoded.append((field, change, [], f'refused: {error}'))
+    return encoded
 
 # %% ../../nbs/evaluate/77_robustness.ipynb #fbdf0b46
 def _refused_row(keys, reference, reason):

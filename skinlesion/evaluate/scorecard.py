@@ -39,13 +39,12 @@ def _headline_samples(data, label_set, resamples):
     every = np.ones(len(data.targets), bool)
     samples = weighted_metrics(data.targets, data.probs, resamples.weights, _HEADLINES, resamples.lesions)
     headlines = {name: (column, every) for name, column in samples.items()}
-    found = malignancy_of(data.targets, data.probs, label_set)
-    if not found.both:
+    malignancy = malignancy_of(data.targets, data.probs, label_set)
+    if not malignancy.both:
         return headlines
-    over = dict(auroc=found.known, sensitivity=found.malignant, specificity=found.benign)
-    weights = resamples.subset(found.known).weights
-    score = found.score[found.known]
-    malignant = malignancy_metrics(found.malignant[found.known], score, weights, names=_MALIGNANT_HEADLINES)
+    over = dict(auroc=malignancy.known, sensitivity=malignancy.malignant, specificity=malignancy.benign)
+    weights = resamples.subset(malignancy.known).weights
+    malignant = malignancy_metrics(*malignancy.judged, weights, names=_MALIGNANT_HEADLINES)
     return headlines | {f'malignant_{name}': (column, over[name]) for name, column in malignant.items()}
 
 # %% ../../nbs/evaluate/72_scorecard.ipynb #40b80952
@@ -55,7 +54,7 @@ def _delong_leaf(first, second, label_set):
     if not a.both:
         return None
     positive = a.malignant[a.known]
-    scores = [found.score[a.known] for found in (a, b)]
+    scores = [malignancy.score[a.known] for malignancy in (a, b)]
     areas = [float(malignancy_metrics(positive, score, names=('auroc',))['auroc'][0]) for score in scores]
     return delong(positive, *scores, first.lesion_ids[a.known]) | dict(first=areas[0], second=areas[1])
 

@@ -184,7 +184,7 @@ def cell_layout(
 ) -> dict: # name -> (`Axis` down, `Axis` right); layers that are not reached are left out
     "Where in the picture the cells of each layer's map look, from one blank image."
     lines = [Axis(side, 1., 0.) for side in size]
-    found = {}
+    layouts = {}
     handles = []
     def merged(module, out):
         return [_merged(lines[a], as_maps(out, model, module).shape[2 + a], size[a]) for a in (0, 1)]
@@ -194,7 +194,10 @@ def cell_layout(
     def shrink(module, args, out):
         lines[:] = merged(module, out)
     def keep(name):
-        return lambda module, args, out: found.update({name: tuple(merged(module, out))} if name not in found else {})
+        def note(module, args, out):
+            if name not in layouts:
+                layouts[name] = tuple(merged(module, out))
+        return note
     weight = next(model.parameters())
     with untouched(model), torch.no_grad():
         try:
@@ -210,7 +213,7 @@ def cell_layout(
         finally:
             for handle in handles:
                 handle.remove()
-    return found
+    return layouts
 
 # %% ../../nbs/explain/80_cam.ipynb #de944b76
 MIN_CELLS = 7 # of the default layer's map, on its shorter side
@@ -226,7 +229,7 @@ def default_layer(
         raise ValueError("this model has no convolution a map could be made at; class activation maps need one")
     if backbone is not None and attends(backbone):
         return list(layers)[-1]
-    cells = {name: min(line.cells for line in found) for name, found in cell_layout(model, layers, size).items()}
+    cells = {name: min(line.cells for line in lines) for name, lines in cell_layout(model, layers, size).items()}
     return max(
         [name for name in layers if name in cells],
         key=lambda name: (min(cells[name], MIN_CELLS), list(layers).index(name)),
@@ -422,15 +425,15 @@ def dataset_row(
     maps:dict, # method -> (h,w) map in [0, 1]
 ) -> GalleryRow: # with the picture at its own size, and the lesion's outline where there is a mask
     "The gallery row of an image of a dataset."
-    words = [source.label_set.names[code].replace('_', ' ') for code in source.label_set.codes]
+    titles = [source.label_set.names[code].replace('_', ' ') for code in source.label_set.codes]
     truth = source.table.set_index('image_id').diagnosis[image_id]
     mask = source.mask_path(image_id)
     best = int(np.argmax(probs))
     return GalleryRow(
         read_image(source.image_path(image_id)),
         maps,
-        words[source.label_set.index(truth)],
-        words[best],
+        titles[source.label_set.index(truth)],
+        titles[best],
         float(probs[best]),
         None if mask is None else read_mask(mask),
         image_id,

@@ -398,7 +398,7 @@ def _card_policy(policy):
     limit = part('threshold')
     sets = part('conformal')
     doubt = part('abstention')
-    strange = part('ood')
+    ood = part('ood')
     lines = [
         f"- members: combined by `{part('combiner').get('kind')}`, each averaged over the views "
         f"`{policy.get('views')}`; calibration: `{part('calibrator').get('kind')}`"
@@ -417,9 +417,9 @@ def _card_policy(policy):
             f"- gives no answer where it is less sure than {doubt['value']:g}, as of "
             f"{doubt.get('share')} of the validation lesions"
         ]
-    if strange:
+    if ood:
         lines += [
-            f"- gives no answer where `{strange.get('model')}` finds the picture strange (`{strange.get('kind')}`)"
+            f"- gives no answer where `{ood.get('model')}` finds the image out of distribution (`{ood.get('kind')}`)"
         ]
     return ['Chosen and locked on validation images; in full under `policy` in bundle.json.', '', *lines]
 
@@ -530,9 +530,9 @@ class Bundle:
         "One model of the ensemble."
         if isinstance(member, int) and 0 <= member < len(self.members):
             return self.members[member]
-        found = [m for m in self.members if member in (m.name, member_of(m.name))]
-        if found:
-            return found[0]
+        matching = [m for m in self.members if member in (m.name, member_of(m.name))]
+        if matching:
+            return matching[0]
         raise ValueError(
             f"member {member!r} is not in this bundle; choose one of "
             f"{', '.join(self.names)}.{nearest(str(member), self.names)}"

@@ -62,8 +62,8 @@ def _dataset_batch(data, rows):
     return batch['image'], batch['metadata']
 
 # %% ../../nbs/model/62_inference.ipynb #995affa5
-def _look(model, image, metadata):
-    "One look of a model at a batch: probabilities by head, logits of the diagnosis, and what the heads read."
+def _run_view(model, image, metadata):
+    "One batch in one view: probabilities by head, logits of the diagnosis, and the features that the heads read."
     features = model.embed(image.contiguous(memory_format=torch.channels_last), metadata)
     specs = {spec.name: spec for spec in model.head_specs}
     logits = {name: head(model.drop(features)).double().cpu() for name, head in model.heads.items()}
@@ -71,44 +71,44 @@ def _look(model, image, metadata):
     return probs, logits[PRIMARY], features.float().cpu()
 
 # %% ../../nbs/model/62_inference.ipynb #c7ac9c1e
-def _no_look(model):
-    "What no image at all gives: shapes without rows."
+def _no_outputs(model):
+    "The outputs for no image at all: shapes without rows."
     levels = {PRIMARY: model.num_classes, **{spec.name: len(spec.levels) for spec in model.head_specs}}
     none = {head: torch.zeros(0, k, dtype=torch.float64) for head, k in levels.items()}
     return none, none[PRIMARY], torch.zeros(0, 0)
 
 # %% ../../nbs/model/62_inference.ipynb #adb573e8
-def _looks(model, data, metadata, batch_size, views):
-    "All looks at all images: view -> head -> (N,K), and logits and features of the image as it is."
+def _run_views(model, data, metadata, batch_size, views):
+    "All images in all views: view -> head -> (N,K); logits and features of the image as it is."
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     device = next(model.parameters()).device
     names = view_names(views)
     plain = view_names('none')[0]
-    found = {name: [] for name in names}
-    seen = []
+    batches = {name: [] for name in names}
+    plain_outputs = []
     with evaluating(model), torch.inference_mode():
         for image, values in _batches(data, metadata, batch_size):
             image = image.to(device)
             values = None if values is None else values.to(device)
             for name in names:
-                probs, *rest = _look(model, apply_view(image, name), values)
-                found[name].append(probs)
+                probs, *rest = _run_view(model, apply_view(image, name), values)
+                batches[name].append(probs)
                 if name == plain:
-                    seen.append(rest)
-    return _joined(model, found, seen)
+                    plain_outputs.append(rest)
+    return _joined(model, batches, plain_outputs)
 
 # %% ../../nbs/model/62_inference.ipynb #b0ded381
-def _joined(model, found, seen):
+def _joined(model, batches, plain_outputs):
     "The batches of each view as one, checked."
-    none, *nothing = _no_look(model)
-    shown = {
+    none, *no_outputs = _no_outputs(model)
+    joined = {
         name: {head: torch.cat([p[head] for p in parts or [none]]).numpy() for head in none}
-        for name, parts in found.items()
+        for name, parts in batches.items()
     }
-    for probs in shown.values():
+    for probs in joined.values():
         _check_probs(probs)
-    return shown, *(torch.cat(parts).numpy() for parts in zip(*(seen or [nothing])))
+    return joined, *(torch.cat(parts).numpy() for parts in zip(*(plain_outputs or [no_outputs])))
 
 # %% ../../nbs/model/62_inference.ipynb #7de6fd2f
 def _check_probs(probs):
@@ -129,27 +129,32 @@ def predict_views(
     views:str='none', # one of views.VIEW_SETS
 ) -> dict: # view -> head -> (N,K) float64, rows sum to 1; 'identity' and 'diagnosis' come first
     "Probabilities of every head for every image as each view shows it, in order; one pass per view."
-    return _looks(model, data, metadata, batch_size, views)[0]
+    return _run_views(model, data, metadata, batch_size, views)[0]
+
+# %% ../../nbs/model/62_inference.ipynb #3395d3a5
+def _check_views(by_view, views):
+    "Stop where a view of the set was not predicted."
+    missing = [name for name in view_names(views) if name not in by_view]
+    if missing:
+        raise ValueError(
+            f"view '{missing[0]}' of the set '{views}' was not predicted (predicted: {', '.join(by_view)}); "
+            f"predict with views='{views}'"
+        )
 
 # %% ../../nbs/model/62_inference.ipynb #9c5f619e
 def mean_views(
-    shown:dict, # view -> head -> (N,K), as `predict_views` gives it; may hold more views than are asked for
+    by_view:dict, # view -> head -> (N,K), as `predict_views` gives it; may hold more views than are asked for
     views:str='none', # one of views.VIEW_SETS
 ) -> dict: # head -> (N,K)
     "The mean over the views of a set."
-    missing = [name for name in view_names(views) if name not in shown]
-    if missing:
-        raise ValueError(
-            f"view '{missing[0]}' of the set '{views}' was not shown (shown: {', '.join(shown)}); "
-            f"predict with views='{views}'"
-        )
-    parts = [shown[name] for name in view_names(views)]
+    _check_views(by_view, views)
+    parts = [by_view[name] for name in view_names(views)]
     return {head: np.mean([probs[head] for probs in parts], axis=0) for head in parts[0]}
 
 # %% ../../nbs/model/62_inference.ipynb #496e7f78
 @dataclass(frozen=True)
 class Outputs:
-    "What a model says of some images, and what it says it from."
+    "The outputs of a model for some images."
     heads:dict # head -> (N,K) float64 probabilities, the mean over the views; 'diagnosis' first
     logits:np.ndarray # (N,C) float64, of the diagnosis, for the image as it is
     features:np.ndarray # (N,D) float32, what the heads read, for the image as it is
@@ -163,8 +168,8 @@ def predict_outputs(
     views:str='none', # one of views.VIEW_SETS; the probabilities are the mean over its views
 ) -> Outputs: # N rows, in order
     "Probabilities, logits and features of every image; no pass more than the probabilities need."
-    shown, logits, features = _looks(model, data, metadata, batch_size, views)
-    return Outputs(mean_views(shown, views), logits, features)
+    by_view, logits, features = _run_views(model, data, metadata, batch_size, views)
+    return Outputs(mean_views(by_view, views), logits, features)
 
 # %% ../../nbs/model/62_inference.ipynb #324c1440
 def predict_heads(
@@ -232,14 +237,15 @@ def mean_fits(
 # %% ../../nbs/model/62_inference.ipynb #d8c81111
 def mean_heads(
     names, # of the fits
-    found:list, # of dicts, one for each fit: head -> (N,K), as `predict_heads` gives
+    fits_heads:list, # of dicts, one for each fit: head -> (N,K), as `predict_heads` gives
 ) -> dict: # further head -> (N,K): the mean over the members that have it; empty where there are none
     "The ensemble's answer for every head but the diagnosis."
-    heads = dict.fromkeys(head for probs in found for head in probs if head != PRIMARY)
-    having = {
-        head: [(name, probs[head]) for name, probs in zip(names, found, strict=True) if head in probs] for head in heads
-    }
-    return {head: np.mean(list(mean_fits(*zip(*pairs)).values()), axis=0) for head, pairs in having.items()}
+    heads = dict.fromkeys(head for probs in fits_heads for head in probs if head != PRIMARY)
+    means = {}
+    for head in heads:
+        having = [(name, probs[head]) for name, probs in zip(names, fits_heads, strict=True) if head in probs]
+        means[head] = np.mean(list(mean_fits(*zip(*having)).values()), axis=0)
+    return means
 
 # %% ../../nbs/model/62_inference.ipynb #d4c2196c
 def output_columns(
@@ -398,9 +404,9 @@ def member_views(
     new = np.flatnonzero(~trained)
     parts = {name: [] for name in view_names(views)}
     if len(new):
-        found = [view_tables(m.model, _Part(dataset, new), batch_size, views) for m in fits]
+        fit_tables = [view_tables(m.model, _Part(dataset, new), batch_size, views) for m in fits]
         for name in parts:
-            parts[name].append(mean_tables([tables[name] for tables in found]))
+            parts[name].append(mean_tables([tables[name] for tables in fit_tables]))
     if trained.any():
         for name, tables in _trained_views(
             fits, dataset, np.flatnonzero(trained), out_of_fold, batch_size, views
@@ -416,12 +422,7 @@ def views_table(
     views:str='none', # one of views.VIEW_SETS
 ) -> pd.DataFrame: # the same columns, each the mean over the views of the set
     "The answers of a member averaged over a set of views."
-    missing = [name for name in view_names(views) if name not in by_view]
-    if missing:
-        raise ValueError(
-            f"view '{missing[0]}' of the set '{views}' was not shown (shown: {', '.join(by_view)}); "
-            f"predict with views='{views}'"
-        )
+    _check_views(by_view, views)
     return mean_tables([by_view[name] for name in view_names(views)])
 
 # %% ../../nbs/model/62_inference.ipynb #b130969d

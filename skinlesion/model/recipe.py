@@ -383,9 +383,9 @@ def recipe_lines() -> list: # of str, such as "epochs = 10  # most passes over t
     for row in describe_options(Recipe):
         if '.' in row['key']:
             continue
-        words = choices(Recipe, row['key'])
+        allowed = choices(Recipe, row['key'])
         line = f"{row['key']} = {values[row['key']]!r}"
-        text = row['meaning'] + (f": {', '.join(words)}" if words else '')
+        text = row['meaning'] + (f": {', '.join(allowed)}" if allowed else '')
         one = f'{line:<26}  # {text}'
         lines += [one] if len(one) <= 120 else [f'# {text}', line]
     return lines

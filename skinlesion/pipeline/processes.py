@@ -113,8 +113,8 @@ KERNEL_CHECK = '''def _check(root):
     import importlib.util, os, sys
     sys.path[:] = [root, *(p for p in sys.path if p not in ("", root))]
     if not os.path.isdir(os.path.join(root, "skinlesion")): return
-    found = os.path.dirname(os.path.dirname(os.path.realpath(importlib.util.find_spec("skinlesion").origin)))
-    if found != os.path.realpath(root): raise ImportError(f"the kernel takes skinlesion from {found}, not from {root}")
+    home = os.path.dirname(os.path.dirname(os.path.realpath(importlib.util.find_spec("skinlesion").origin)))
+    if home != os.path.realpath(root): raise ImportError(f"the kernel takes skinlesion from {home}, not from {root}")
 _check(%r)
 del _check'''
 

@@ -134,10 +134,10 @@ def _malignant_leaves(targets, probs, label_set, resamples):
         reason = f"label set {label_set.name} does not say which classes are malignant"
         empty = dict(value=None, low=None, high=None, n=0, n_lesions=0, method='none', reason=reason)
         return {name: dict(empty) for name in BINARY}
-    found = malignancy_of(targets, probs, label_set)
-    weights = resamples.subset(found.known).weights
-    samples = malignancy_metrics(found.malignant[found.known], found.score[found.known], weights)
-    images = _denominators(found.malignant, found.score >= .5, found.known)
+    malignancy = malignancy_of(targets, probs, label_set)
+    weights = resamples.subset(malignancy.known).weights
+    samples = malignancy_metrics(*malignancy.judged, weights)
+    images = _denominators(malignancy.malignant, malignancy.score >= .5, malignancy.known)
     reasons = _empty_reasons('malignant', "no image is malignant", "every image is malignant")
     return _binary_leaves(resamples, samples, images, reasons)
 

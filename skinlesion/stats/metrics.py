@@ -630,11 +630,11 @@ def _ranking_plan(targets, probs):
     "A function: weights (N,S) -> AUROC and average precision of each class and over classes."
     counters = [rank_counter(targets == c, p) for c, p in enumerate(probs.T)]
     def measure(block):
-        found = []
+        by_class = []
         for counter in counters: # one class's counts at a time
             counts = counter(block)
-            found.append((_auroc(counts), _average_precision(counts), counts.positives))
-        auroc, precision, actual = (np.stack(column, 1) for column in zip(*found))
+            by_class.append((_auroc(counts), _average_precision(counts), counts.positives))
+        auroc, precision, actual = (np.stack(column, 1) for column in zip(*by_class))
         return dict(auroc=auroc, average_precision=precision, **_class_means('auroc', auroc, actual),
                     **_class_means('average_precision', precision, actual))
     return measure
@@ -730,6 +730,11 @@ class Malignancy:
     def both(self): # bool
         "Whether there are images of both kinds, so that they can be ranked."
         return bool(self.malignant.any() and self.benign.any())
+
+    @property
+    def judged(self): # ((K,) bool, (K,) float64): `malignant` and `score`
+        "Truth and score of the images that can be judged."
+        return self.malignant[self.known], self.score[self.known]
 
 # %% ../../nbs/stats/10_metrics.ipynb #31bd436f
 def malignancy_of(
