@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 unexport PYTHONHOME
 unexport PYTHONPATH
 
-.PHONY: help setup data repro test test-all export docs lab app bench clean distclean
+.PHONY: help setup data repro test test-all export docs pictures lab app bench clean distclean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -80,6 +80,9 @@ export: $(STAMP) ## after an edit in nbs/: library, clean notebooks, dvc.yaml's 
 
 docs: $(STAMP) ## the documentation as a site in _docs/ that opens offline
 	@python -m skinlesion.pipeline.docs
+
+pictures: $(STAMP) ## after `make repro`: the two pictures of README, by a headless Chromium
+	@python -m skinlesion.pipeline.pictures
 
 lab: $(STAMP) ## JupyterLab on the notebooks (a picture of up to 50 MB can be uploaded, as in `make app`)
 	@jupyter lab --notebook-dir=nbs --ServerApp.tornado_settings='{"websocket_max_message_size": 67108864}'

@@ -1,10 +1,7 @@
 """The CAM explorer as a page: Voila serves it, the kernel computes."""
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import urllib.request
 from dataclasses import replace
 
@@ -15,27 +12,9 @@ from skinlesion.evaluate.abstention import LockedAbstention
 from skinlesion.evaluate.policy import Policy
 from skinlesion.files import read_json, write_json, write_sums
 from skinlesion.images import MAX_BYTES
+from skinlesion.pipeline.pictures import serve_explorer
 from skinlesion.use.predict import Predictor
-from tiny import build_bundle, build_pictures, wait_for_address
-
-
-def serve(root, log):
-    "A Voila process on the notebook of `root`; it takes a free port and writes its number to the file `log`."
-    with open(log, "w") as out:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "voila",
-                str(root / "nbs/apps/cam_explorer.ipynb"),
-                "--no-browser",
-                "--Voila.ip=127.0.0.1",
-            ],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            cwd=root,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+from tiny import build_bundle, build_pictures
 
 
 def fetch(address):
@@ -97,13 +76,8 @@ def test_an_abstention_comes_before_what_would_have_been_predicted(tmp_path):
 
 def test_voila_serves_the_page(project):
     build_bundle(project / "artifacts/ensemble")
-    log = project / "voila.log"
-    process = serve(project, log)
-    try:
-        page, headers = fetch(wait_for_address(process, log, r"running at:\s+(http://127\.0\.0\.1:\d+/)"))
-    finally:
-        process.terminate()
-        process.wait(30)
+    with serve_explorer(project) as address:
+        page, headers = fetch(address)
     assert "CAM explorer" in page and "Traceback" not in page
     # The widgets themselves reach the browser through the kernel; the page holds their place.
     assert "application/vnd.jupyter.widget-view+json" in page and "Error" not in page.partition("<main")[2]

@@ -3,7 +3,6 @@ import contextlib
 import http.client
 import json
 import re
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -22,8 +21,9 @@ from skinlesion.images import read_image
 from skinlesion.model.bundle import Member, save_bundle
 from skinlesion.model.fusion import create_model
 from skinlesion.taxonomy import get_label_set
+from skinlesion.pipeline.pictures import running
 from skinlesion.use.predict import Predictor
-from tiny import build_bundle, build_pictures, wait_for_address
+from tiny import build_bundle, build_pictures
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +35,10 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(made):
     "The address of a running service, on a port that the system chose."
-    log = made[0].parent / "service.log"
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "skinlesion.pipeline.cli", "serve", "--bundle", str(made[0]), "--port", "0"],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        address = wait_for_address(process, log, r"running on (http://127\.0\.0\.1:\d+)")
+    command = [sys.executable, "-m", "skinlesion.pipeline.cli", "serve", "--bundle", str(made[0]), "--port", "0"]
+    with running(command, r"running on (http://127\.0\.0\.1:\d+)") as address:
         urllib.request.urlopen(address + "/", timeout=60).close()
         yield address
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 def post(address, path, picture, **fields):

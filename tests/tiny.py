@@ -3,12 +3,10 @@ import atexit
 import functools
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,20 +51,6 @@ def build_prepared(folder, rows, label_set, size=8):
     )
     pairs = pd.DataFrame(columns=["image_id_a", "image_id_b", "kind"])
     return write_prepared(folder, dataset, rows.split, pairs, rows[["image_id"]], size)
-
-
-def wait_for_address(process, log, pattern, seconds=120):
-    "The address that a server prints into the file `log` once it listens; AssertionError where it ends or is late."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = re.search(pattern, log.read_text(errors="replace"))
-        if found:
-            return found[1]
-        if process.poll() is not None:
-            break
-        time.sleep(.1)
-    why = f"no address after {seconds} s" if process.poll() is None else f"it ended with {process.returncode}"
-    raise AssertionError(f"no server: {why}\n{log.read_text(errors='replace')[-3000:]}")
 
 
 def build_pictures(folder, names=("a", "b", "c")):

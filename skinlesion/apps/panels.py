@@ -437,10 +437,11 @@ def _image_dropdown(explorer):
         if change['new'] not in (None, explorer.image_name):
             explorer.choose(change['new'])
     def show(_=None):
-        dropdown.unobserve_all('value') # new options move the value for a moment
+        dropdown.unobserve(choose, 'value') # new options move the value for a moment
         dropdown.options = explorer.images.names
         dropdown.value = explorer.image_name or None
         dropdown.observe(choose, 'value')
+    dropdown.observe(choose, 'value')
     show()
     explorer.observe(show, 'image_name')
     return dropdown
