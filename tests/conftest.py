@@ -6,6 +6,17 @@ pytest.register_assert_rewrite("madeup")  # so that its assertions name what is 
 from madeup import ROOT, build
 
 
+SHARING = ("test_pipeline", "test_resume")  # the files that run stages in one trained repository
+
+
+def pytest_collection_modifyitems(items):
+    "A file runs in one process; those that share a repository in the same one, and first, since they take longest."
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("stages" if name in SHARING else name))
+    items.sort(key=lambda item: item.path.stem not in SHARING)
+
+
 @pytest.fixture(scope="session")
 def root():
     "The root of the repository."

@@ -35,13 +35,18 @@ def made(tmp_path_factory):
     return folder, build_bundle(folder / "bundle"), pictures
 
 
-def cli(*words, cwd=None):
-    "Run the command; (exit code, stdout, stderr)."
+def cli(*words):
+    "Run a command here; (exit code, stdout, stderr)."
+    ended = CliRunner().invoke(app, [str(word) for word in words])
+    return ended.exit_code, ended.stdout, ended.stderr
+
+
+def cli_process(*words):
+    "Run a command in a process of its own; (exit code, stdout, stderr)."
     done = subprocess.run(
         [sys.executable, "-m", "skinlesion.pipeline.cli", *map(str, words)],
         capture_output=True,
         text=True,
-        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return done.returncode, done.stdout, done.stderr
@@ -49,7 +54,7 @@ def cli(*words, cwd=None):
 
 def test_predict_writes_the_table_that_evaluation_reads(made):
     folder, bundle, pictures = made
-    code, out, err = cli(
+    code, out, err = cli_process(
         "predict",
         *pictures.values(),
         "--bundle",
@@ -152,7 +157,7 @@ def test_an_error_is_one_sentence_and_nothing_is_written(made, words, said, monk
 
 
 def test_debug_shows_the_traceback_and_misspelling_is_2(made):
-    assert "Traceback" in cli("--debug", "verify", "nowhere")[2]
+    assert "Traceback" in cli_process("--debug", "verify", "nowhere")[2]
     ends = [
         CliRunner().invoke(app, words).exit_code
         for words in (["verfy"], ["predict"], ["predict", "a.png", "--bundl", "x"])
@@ -453,7 +458,7 @@ def test_evaluate_gives_the_same_bytes_in_another_process(tables, tmp_path):
             "--out",
             tmp_path / name,
         )
-        assert cli(*words)[0] == 0
+        assert cli_process(*words)[0] == 0
     one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two and {"metrics.json", "report.html", "roc.csv"} <= {*one}
 

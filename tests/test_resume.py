@@ -111,8 +111,8 @@ def test_killed_in_the_first_epoch_and_in_the_last(repo):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("epoch, step, whom", [
-    (0, 1, "dvc"), (0, 2, "runner"), (0, 9, "all"), (0, 15, "dvc"),  # of 16 steps an epoch
-    (1, 0, "all"), (1, 1, "runner"), (1, 2, "dvc"), (1, 10, "all"), (1, 15, "runner")])
+    (0, 1, "dvc"), (0, 2, "runner"), (0, 9, "all"), (0, 14, "dvc"),  # of 15 steps an epoch
+    (1, 0, "all"), (1, 1, "runner"), (1, 2, "dvc"), (1, 10, "all"), (1, 14, "runner")])
 def test_killed_after_a_step(repo, epoch, step, whom):
     "In and around both epochs, whoever is killed."
     repo, undisturbed = repo
