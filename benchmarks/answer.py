@@ -37,7 +37,7 @@ def candidates(predictor, views):
         return lambda picture: predict_probs(model, picture, unknown)
     looking = [m for m in bundle.members if m.model.config["backbone"]]
     if not looking:
-        raise SystemExit(f"no member of {bundle.names} looks at the image; name another bundle with --bundle")
+        raise SystemExit(f"no member of {bundle.names} has a backbone; name another bundle with --bundle")
     plain = Policy.plain(list(dict.fromkeys(map(member_of, bundle.names))), bundle.label_set.num_classes)
     found = {f"{looking[0].name}, once": alone(looking[0].model)}
     found |= {f"{m.name}, once": alone(m.model) for m in bundle.members if m is not looking[0]}

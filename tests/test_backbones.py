@@ -167,8 +167,8 @@ KINDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_learnt_block_lights_up(kind, seed):
-    "A network that learnt to see a block points at it, in each layout; the notebook shows the maps."
+def test_a_learned_block_lights_up(kind, seed):
+    "A network that was trained to find a block points at it, in each layout; the notebook shows the maps."
     name, extra, steps, rate = KINDS[kind]
     torch.manual_seed(seed)
     model = timm.create_model(name, num_classes=2, **extra)

@@ -463,7 +463,7 @@ def test_evaluate_gives_the_same_bytes_in_another_process(tables, tmp_path):
     assert one == two and {"metrics.json", "report.html", "roc.csv"} <= {*one}
 
 
-def test_evaluate_says_that_nobody_knows_what_is_malignant(tables, tmp_path, monkeypatch):
+def test_evaluate_says_that_malignancy_is_not_stated(tables, tmp_path, monkeypatch):
     folder, said, truth = tables
     monkeypatch.setattr(
         "skinlesion.report.clinical.write_evaluation", lambda result, *_, **__: kept.update(result.metrics())
@@ -476,7 +476,7 @@ def test_evaluate_says_that_nobody_knows_what_is_malignant(tables, tmp_path, mon
     ended = evaluate(tmp_path, "--out", tmp_path / "out")
     assert (
         ended.exit_code == 0
-        and "classes mole, wart: nobody has said which are malignant" in ended.stderr
+        and "classes mole, wart: the label set does not state which are malignant" in ended.stderr
         and "does not say which" in ended.stdout
     )
     assert kept["all"]["accuracy"]["value"] is not None and kept["all"]["malignant"]["auroc"]["value"] is None

@@ -161,7 +161,7 @@ def kill_a_run(squares, work, writes, seconds=180):
 
 @pytest.fixture(scope="module")
 def undisturbed(squares):
-    "The lines and the result of a run of two processes that nobody kills."
+    "The lines and the result of a run of two processes that is not killed."
     lines = []
     return lines, train(squares, 2, progress=lines.append)
 

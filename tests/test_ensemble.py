@@ -237,7 +237,7 @@ def test_zeros_and_absent_classes():
 
 
 def test_choice_is_crossfitted_by_lesion():
-    "Twenty pictures a lesion and members that know lesions by heart: what was learnt of a lesion is not used on it."
+    "Twenty pictures a lesion and members that know lesions by heart: what a fit learned of a lesion is not used on it."
     rng = np.random.default_rng(0)
     lesions = np.repeat(np.arange(40), 20)
     targets = rng.integers(0, 3, 40)[lesions]

@@ -124,7 +124,7 @@ def test_each_lesion_is_in_one_fold_and_duplicates_share_theirs(trained):
     assert found.folds["I001"] == found.folds["I006"], "the lesions of both"
 
 
-def test_what_was_learnt_from_is_judged_by_the_one_fit_that_did_not(trained):
+def test_trained_lesions_are_judged_by_the_fit_that_left_them_out(trained):
     rows, store, found, folder = trained
     table = answers(trained).set_index("image_id")
     fits = load_fits(folder)
@@ -176,13 +176,13 @@ def test_a_policy_serves_what_evaluation_measured(trained, tmp_path):
     rows, store, _, folder = trained
     fits = load_fits(folder)
     outside = read_out_of_fold(folder)
-    learnt = rows.split.isin(["train", "valid"]).to_numpy()
+    is_trained = rows.split.isin(["train", "valid"]).to_numpy()
     dataset = LesionDataset(store, rows, LABELS, ENCODER)
     columns = ["p_a", "p_b", "p_c"]
-    by_view = member_views(fits, dataset, learnt, outside, views="flips")
-    probs = np.stack([table.loc[learnt, columns].to_numpy() for table in by_view.values()])[None]
-    targets = rows.diagnosis[learnt].map(LABELS.index).to_numpy()
-    outside_probs = MemberOutputs(("squares",), tuple(by_view), probs, targets, rows.lesion_id[learnt].to_numpy())
+    by_view = member_views(fits, dataset, is_trained, outside, views="flips")
+    probs = np.stack([table.loc[is_trained, columns].to_numpy() for table in by_view.values()])[None]
+    targets = rows.diagnosis[is_trained].map(LABELS.index).to_numpy()
+    outside_probs = MemberOutputs(("squares",), tuple(by_view), probs, targets, rows.lesion_id[is_trained].to_numpy())
     policy = choose_policy(
         outside_probs, LABELS, views=("flips",), calibration="temperature", target_sensitivity=0.8, n_resamples=20
     ).policy
@@ -190,12 +190,12 @@ def test_a_policy_serves_what_evaluation_measured(trained, tmp_path):
     outputs = predict_outputs(fits[0].model, dataset)
     def part(keep):
         return Outputs({}, outputs.logits[keep], outputs.features[keep])
-    seen = learnt & (fold != 0)
+    seen = is_trained & (fold != 0)
     fresh = fold == 0
     seen_targets = rows.diagnosis[seen].map(LABELS.index).to_numpy()
     ood = fit_ood("mahalanobis", "squares.fold_0", part(seen), seen_targets, part(fresh), rows.lesion_id[fresh], .8)
     policy = replace(policy, ood=ood)
-    new = ~learnt
+    new = ~is_trained
     evaluated = policy.predict(
         {"squares": views_table(by_view, "flips").loc[new, columns].to_numpy()}, LABELS, ood.score(part(new))
     )
@@ -288,9 +288,9 @@ def test_the_pipeline_in_folds_with_heads(tmp_path):
     run(repo, "dvc", "repro")
     split = pd.read_csv(repo / "artifacts/prepared/splits.csv").split
     metrics = json.loads((repo / "reports/evaluate/metrics.json").read_text())
-    learnt = int(split.isin(["train", "valid"]).sum())
-    assert metrics["out_of_fold"]["ensemble"]["accuracy"]["n"] == learnt
-    assert metrics["valid"]["members"]["meta"]["accuracy"]["n"] == (split == "valid").sum() < learnt
+    n_trained = int(split.isin(["train", "valid"]).sum())
+    assert metrics["out_of_fold"]["ensemble"]["accuracy"]["n"] == n_trained
+    assert metrics["valid"]["members"]["meta"]["accuracy"]["n"] == (split == "valid").sum() < n_trained
     head = metrics["test"]["members"]["image"]["heads"]["malignant"]["auroc"]
     assert head["low"] < head["value"] < head["high"] and head["n"] == (split == "test").sum()
     assert "heads" not in metrics["test"]["members"]["meta"] and "heads" in metrics["test"]["ensemble"]

@@ -165,7 +165,7 @@ def two_questions(n=400, size=16, seed=0):
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_learns_from_what_it_reads(fusion):
-    "A class that follows from picture and metadata together is learnt by the fusions that read both, and by no other."
+    "A class that follows from picture and metadata together is learned by the fusions that read both, and by no other."
     image, metadata, light, old = two_questions()
     model = made(fusion, "test_efficientnet", 4, 16, drop_rate=0.0)
     targets = 2 * light + old
@@ -242,7 +242,7 @@ def test_rebuilt_from_its_config(fusion):
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_channels_last_is_the_same_model(fusion):
-    "The layout in memory is nobody's business."
+    "The layout in memory changes no result."
     image, metadata = batch()
     for backbone in ("test_resnet", "test_vit"):
         model = made(fusion, backbone).eval()
@@ -304,7 +304,7 @@ def test_a_missing_answer_leaves_no_trace():
 
 
 def test_heads_learn_from_a_few_answers():
-    "One backbone, three questions, most answers missing: each is learnt from those that are there."
+    "One backbone, three questions, most answers missing: each is learned from those that are there."
     image, metadata, light, old = two_questions(400)
     rng = np.random.default_rng(1) # not the seed of the pictures, or who is asked would depend on the answer
     truth = {"urgent": light & old, "severity": light + old, "origin": light + 2 * (1 - light) * old}

@@ -410,7 +410,7 @@ def test_a_collection_under_another_name(tmp_path, name, given, message):
     assert message in str(caught.value) and not (tmp_path / "data").exists()
 
 
-def test_a_table_whose_part_nobody_knows(tmp_path):
+def test_a_table_whose_part_is_not_known(tmp_path):
     files = {("truth.csv" if n.endswith("Training_GroundTruth.csv") else n): d for n, d in ISIC2019.items()}
     with pytest.raises(
         ValueError,

@@ -402,13 +402,13 @@ def test_a_leak_is_all_that_differs(seed):
         counts = [table.diagnosis[found[kind] == "train"].value_counts().to_dict() for kind in ("clean", "leaked")]
         assert counts[0] == counts[1]
         lesion = table.lesion_id.where(table.lesion_id != "", table.image_id)
-        learnt = set(lesion[found.leaked == "train"])
+        trained = set(lesion[found.leaked == "train"])
         sizes = [
             sorted(table[found[kind] == "train"].groupby(["diagnosis", lesion[found[kind] == "train"]]).size())
             for kind in ("clean", "leaked")
         ]
-        assert sizes[0] == sizes[1] and len(learnt) == lesion[found.clean == "train"].nunique()
-        assert found.sibling.equals((found.clean == "test") & lesion.isin(learnt))
+        assert sizes[0] == sizes[1] and len(trained) == lesion[found.clean == "train"].nunique()
+        assert found.sibling.equals((found.clean == "test") & lesion.isin(trained))
         assert not found.sibling[lesion.isin(set(lesion[found.clean == "train"]))].any()
         new = (found.leaked == "train") & (found.clean != "train")
         assert (split[new] == "test").all() and not lesion[(found.clean == "test")].duplicated().any()

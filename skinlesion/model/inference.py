@@ -353,7 +353,7 @@ def fold_of(
     "Which fit of a member may judge an image of training or validation."
     if 'fold' not in out_of_fold:
         raise BundleError(
-            f"member '{member}': out_of_fold.csv has no column 'fold', so nobody knows which fit may "
+            f"member '{member}': out_of_fold.csv has no column 'fold', so it is not known which fit may "
             "judge an image; train the member again"
         )
     return out_of_fold.set_index('image_id').fold.reindex(list(ids)).fillna(-1).astype(np.int64).to_numpy()

@@ -238,11 +238,11 @@ def check_model(
     fusion = options.fusion
     if fusion == 'metadata' and options.backbone:
         raise ValueError(
-            f"backbone is {options.backbone!r}, but the fusion 'metadata' looks at no image; write `backbone: null`"
+            f"backbone is {options.backbone!r}, but the fusion 'metadata' takes no image; write `backbone: null`"
         )
     if fusion != 'metadata' and not options.backbone:
         raise ValueError(
-            f"backbone is null, but the fusion {fusion!r} looks at the image; name a backbone, or take the fusion "
+            f"backbone is null, but the fusion {fusion!r} takes the image; name a backbone, or take the fusion "
             "'metadata'"
         )
     if not options.backbone and (options.pretrained != 'none' or options.pretrain_epochs):

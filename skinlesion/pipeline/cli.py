@@ -495,7 +495,7 @@ def _about_malignancy(label_set):
     if label_set.malignant is not None:
         return ''
     return (
-        f"classes {', '.join(label_set.codes)}: nobody has said which are malignant, so nothing is "
+        f"classes {', '.join(label_set.codes)}: the label set does not state which are malignant, so nothing is "
         "scored of it; give --label-set FILE"
     )
 

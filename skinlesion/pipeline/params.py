@@ -199,7 +199,7 @@ class ExplainParams(Options):
         description='layer the maps are read from; null takes the deepest whose map has 7 x 7 cells or more',
     )
     member: str | None = Field(
-        min_length=1, description='member that is explained; null takes the first by name that looks at the image'
+        min_length=1, description='member that is explained; null takes the first by name with a backbone'
     )
     _once = field_validator('methods')(check_unique)
 
@@ -224,10 +224,10 @@ class Params(Options):
         seeing = [m for m in members if self.train.members[m].backbone]
         if not seeing:
             raise ValueError(
-                "train.members: none looks at the image, and maps need one that does; add a member with a backbone"
+                "train.members: none has a backbone, and maps need one; add a member with a backbone"
             )
         if name not in (None, *seeing):
-            raise ValueError(f"explain.member is {name!r}, which looks at no image; allowed: {', '.join(seeing)}")
+            raise ValueError(f"explain.member is {name!r}, which has no backbone; allowed: {', '.join(seeing)}")
         return self
 
     @model_validator(mode='after')
@@ -244,7 +244,7 @@ class Params(Options):
 def explained_member(
     params:Params, # of `load_params`
 ) -> str: # a name in train.members
-    "The member whose maps are drawn: the one that is named, else the first by name that looks at the image."
+    "The member whose maps are drawn: the one that is named, else the first by name with a backbone."
     return params.explain.member or next(m for m in sorted(params.train.members) if params.train.members[m].backbone)
 
 # %% ../../nbs/pipeline/100_params.ipynb #512ee65f
