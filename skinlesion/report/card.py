@@ -163,9 +163,12 @@ def natural_frequencies(
     )
 
 # %% ../../nbs/report/86_card.ipynb #be67df86
-def _limit(leaf, key):
-    "A limit of a leaf, or its value where it has none."
-    return leaf['value'] if leaf.get(key) is None else leaf[key]
+def _count_text(name, at, limits):
+    "A count of natural frequencies with its interval, or that there is none."
+    if not limits:
+        return f'{at[name]} (too few lesions for an interval)'
+    low, high = sorted(counts[name] for counts in limits)
+    return f'{at[name]} ({low}-{high})'
 
 # %% ../../nbs/report/86_card.ipynb #9ed921f6
 def frequencies_sentence(
@@ -178,10 +181,13 @@ def frequencies_sentence(
     if any(leaf is None or leaf['value'] is None for leaf in leaves):
         return ''
     share = float(known_malignancy(result.data, result.label_set)[0].mean())
-    at, best, worst = (
-        natural_frequencies(*(_limit(leaf, key) for leaf in leaves), share) for key in ('value', 'high', 'low')
-    )
-    missed, alarms = (f'{at[name]} ({best[name]}-{worst[name]})' for name in ('missed', 'false_alarms'))
+    at = natural_frequencies(*(leaf['value'] for leaf in leaves), share)
+    counts = []
+    for name, leaf in zip(('missed', 'false_alarms'), leaves):
+        has_interval = leaf.get('low') is not None
+        limits = [natural_frequencies(leaf[key], leaf[key], share) for key in ('low', 'high')] if has_interval else []
+        counts.append(_count_text(name, at, limits))
+    missed, alarms = counts
     if short:
         return f'Of 1,000 images like these, {missed} malignant ones are missed and {alarms} benign ones are flagged.'
     return (

@@ -485,6 +485,9 @@ class Report:
         atomic_write(path, self.html())
         return Path(path)
 
+    def __repr__(self):
+        return f'Report({self.title!r}, {len(self.sections)} sections)'
+
     def _repr_html_(self):
         "The page in a frame of its own, with its stylesheet."
         return f'<iframe style="width: 100%; height: 80vh; border: 0" srcdoc="{escape(self.html())}"></iframe>'
