@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = {"make repro": 480, "dvc repro": 240, "second make repro": 10}  # seconds on 2 cores
+LIMITS = {"make repro": 480, "dvc repro": 120, "second make repro": 10}  # seconds on 2 cores
 MEMORY = 4 << 30  # bytes, for any stage
 
 

@@ -56,6 +56,18 @@ def _legend_title(leaf, title):
     "A class and its AUROC with the interval, on two lines."
     return f"{title}\n{format_leaf(leaf)}" if leaf else title
 
+# %% ../../nbs/report/83_figures.ipynb #2964ebd8
+def _plot_curves(ax, points, columns, targets, label_set, leaves, **style):
+    "The curve of each class, x and y in two columns of `points`; its leaf stands in the legend."
+    counts = np.bincount(targets, minlength=len(label_set))
+    titles = class_titles(label_set)
+    colours = class_colours(label_set)
+    for c, code in enumerate(label_set.codes):
+        curve = points[points['class'] == code]
+        label = _legend_title((leaves or {}).get(code), f"{titles[c]}, n = {counts[c]}")
+        line = dict(color=colours[code], ls=_LINE_STYLES[c % 4], lw=2, label=label)
+        ax.plot(curve[columns[0]], curve[columns[1]], **line, **style)
+
 # %% ../../nbs/report/83_figures.ipynb #f3e6d202
 def plot_roc(
     targets:np.ndarray, # (N,) int, true class
@@ -66,14 +78,7 @@ def plot_roc(
 ) -> plt.Axes: # the axes drawn on
     "One-against-rest ROC curves, the AUROC with its interval in the legend."
     ax = _axes(ax, 5.2, 4.8)
-    points = roc_points(targets, probs, label_set)
-    counts = np.bincount(targets, minlength=len(label_set))
-    titles = class_titles(label_set)
-    colours = class_colours(label_set)
-    for c, code in enumerate(label_set.codes):
-        curve = points[points['class'] == code]
-        label = _legend_title((leaves or {}).get(code), f"{titles[c]}, n = {counts[c]}")
-        ax.plot(curve['fpr'], curve['tpr'], color=colours[code], ls=_LINE_STYLES[c % 4], lw=2, label=label)
+    _plot_curves(ax, roc_points(targets, probs, label_set), ('fpr', 'tpr'), targets, label_set, leaves)
     ax.plot([0, 1], [0, 1], color='.6', lw=1, label='chance')
     ax.set(xlim=(-.01, 1.01), ylim=(-.01, 1.01), aspect='equal', xlabel='false positive rate (1 - specificity)',
            ylabel='true positive rate (sensitivity)', title='ROC, each class against the rest')
@@ -92,16 +97,11 @@ def plot_pr(
     "One-against-rest precision-recall curves, the average precision with its interval in the legend."
     ax = _axes(ax, 5.2, 4.8)
     points = pr_points(targets, probs, label_set)
-    counts = np.bincount(targets, minlength=len(label_set))
-    titles = class_titles(label_set)
+    _plot_curves(ax, points, ('recall', 'precision'), targets, label_set, leaves, drawstyle='steps-pre')
     colours = class_colours(label_set)
-    for c, code in enumerate(label_set.codes):
-        curve = points[points['class'] == code]
-        label = _legend_title((leaves or {}).get(code), f"{titles[c]}, n = {counts[c]}")
-        style = dict(color=colours[code], ls=_LINE_STYLES[c % 4], lw=2, drawstyle='steps-pre')
-        ax.plot(curve['recall'], curve['precision'], label=label, **style)
-        if len(curve):
-            ax.plot(1.015, counts[c] / counts.sum(), marker='<', color=colours[code], ms=7, mew=0, clip_on=False)
+    for code in points['class'].unique():
+        share = (targets == label_set.index(code)).mean()
+        ax.plot(1.015, share, marker='<', color=colours[code], ms=7, mew=0, clip_on=False)
     ax.plot([], [], ls='', marker='<', color='.5', label='chance: share of the class')
     ax.set(
         xlim=(-0.01, 1.01),
