@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'sample_rows', 'estimate_mask', 'ImageLayers', 'image_layers', 'measure_layers', 'measure_image',
-           'artefact_findings', 'skin_findings', 'age_findings', 'pixel_findings']
+           'pixel_findings']
 
 # %% ../../nbs/audit/42_artefacts.ipynb #c0393718
 from dataclasses import dataclass
@@ -543,7 +543,7 @@ def _aligned(measures, table):
     return measures.loc[table.image_id]
 
 # %% ../../nbs/audit/42_artefacts.ipynb #74cd1450
-def artefact_findings(
+def _artefact_findings(
     measures:pd.DataFrame, # of `measure_image`, indexed by image_id
     table:pd.DataFrame, # image_id, diagnosis, lesion_id, and patient_id and split where known
     label_set:LabelSet, # of the diagnoses
@@ -595,7 +595,7 @@ def _tone_finding(tones, ids, resamples):
     )
 
 # %% ../../nbs/audit/42_artefacts.ipynb #e68cd0b0
-def skin_findings(
+def _skin_findings(
     measures:pd.DataFrame, # of `measure_image`, indexed by image_id
     table:pd.DataFrame, # image_id, lesion_id, and patient_id where known
     seed:int=0, # of the resampling
@@ -640,7 +640,7 @@ def _age_conflicts(table, age):
     return rows
 
 # %% ../../nbs/audit/42_artefacts.ipynb #3fa09f99
-def age_findings(
+def _age_findings(
     table:pd.DataFrame, # image_id, age in years (NaN unknown), lesion_id, and patient_id where known
 ) -> list[Finding]: # none where all ages are plausible
     "Implausible ages, and lesions or patients with ages that contradict each other."
@@ -665,5 +665,7 @@ def pixel_findings(
 ) -> list[Finding]: # artefacts, skin tones, ages
     "Findings on artefacts, skin tones and ages."
     return (
-        artefact_findings(measures, table, label_set, seed) + skin_findings(measures, table, seed) + age_findings(table)
+        _artefact_findings(measures, table, label_set, seed)
+        + _skin_findings(measures, table, seed)
+        + _age_findings(table)
     )

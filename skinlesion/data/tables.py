@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_predictions', 'write_predictions', 'read_predictions', 'check_labels', 'read_labels', 'infer_label_set',
-           'Aligned', 'align_tables', 'share_split', 'narrow_tables', 'read_split_table']
+           'Aligned', 'align_tables', 'narrow_tables', 'read_split_table']
 
 # %% ../../nbs/data/30_tables.ipynb #30a1a5b1
 from pathlib import Path
@@ -351,7 +351,7 @@ def align_tables(
     return Aligned(ids[order], targets[order], probs[order], lesions[order], unknown, ordered)
 
 # %% ../../nbs/data/30_tables.ipynb #4794cb84
-def share_split(
+def _share_split(
     predictions:pd.DataFrame, # image_id, optional split
     labels:pd.DataFrame, # image_id, optional split
 ) -> pd.DataFrame: # the labels, with `split` where either table has it; '' where both lack it
@@ -399,7 +399,7 @@ def narrow_tables(
     partial:bool=False, # leave out images that only one table holds
 ) -> tuple: # predictions, labels of the same images, a sentence on what was left out or ''
     "Two tables over the same images; `ValueError` with the remedy where they do not fit together."
-    labels = share_split(predictions, labels)
+    labels = _share_split(predictions, labels)
     if split:
         predictions, labels = _of_split(predictions, labels, split)
     with_label = predictions['image_id'].isin(labels['image_id'])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONFORMAL', 'NONCONFORMITY', 'DECISIONS', 'lesions_to_promise', 'LockedThreshold', 'lock_threshold',
            'threshold_scorecard', 'nonconformity', 'conformal_quantile', 'lesions_to_cover', 'ConformalSets',
-           'fit_conformal', 'conformal_scorecard', 'cost_matrix', 'check_costs', 'read_costs', 'cost_decisions',
-           'image_costs', 'cost_scorecard']
+           'fit_conformal', 'conformal_scorecard', 'cost_matrix', 'read_costs', 'cost_decisions', 'image_costs',
+           'cost_scorecard']
 
 # %% ../../nbs/evaluate/68_decisions.ipynb #6de84756
 from dataclasses import dataclass, field
@@ -309,7 +309,7 @@ def cost_matrix(
     return missed * np.outer(malignant, benign) + alarm * np.outer(benign, ~benign)
 
 # %% ../../nbs/evaluate/68_decisions.ipynb #bf88b98f
-def check_costs(
+def _check_costs(
     costs:np.ndarray, # (C,C) true class, decision
     num_classes:int, # C
     where:str='costs', # what errors call it
@@ -375,7 +375,7 @@ def read_costs(
             "give a cost of at least 0"
         )
     order = np.ix_([rows.index(code) for code in label_set.codes], [columns.index(code) for code in label_set.codes])
-    return check_costs(values[order], label_set.num_classes, str(path))
+    return _check_costs(values[order], label_set.num_classes, str(path))
 
 # %% ../../nbs/evaluate/68_decisions.ipynb #f529ff26
 DECISIONS = ('argmax', 'cheapest')
@@ -391,7 +391,7 @@ def cost_decisions(
     probs = check_probs(probs)
     if decide == 'argmax':
         return probs.argmax(1)
-    expected = (probs[:, :, None] * check_costs(costs, probs.shape[1])).sum(1)
+    expected = (probs[:, :, None] * _check_costs(costs, probs.shape[1])).sum(1)
     cheap = expected <= expected.min(1, keepdims=True) + 1e-9
     return np.where(cheap, probs, -1).argmax(1)
 
@@ -404,7 +404,7 @@ def image_costs(
 ) -> np.ndarray: # (N,) float64, in the unit of the costs
     "The cost of the decision for each image."
     targets = np.asarray(targets, np.int64)
-    costs = check_costs(costs, check_probs(probs, targets).shape[1])
+    costs = _check_costs(costs, check_probs(probs, targets).shape[1])
     return costs[targets, cost_decisions(probs, costs, decide)]
 
 # %% ../../nbs/evaluate/68_decisions.ipynb #34d43935

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['member_datasets', 'plot_views', 'MemberResult', 'train_member', 'FoldsResult', 'train_folds', 'FittedMember',
-           'fit_member', 'mean_history', 'plot_history']
+           'fit_member', 'plot_history']
 
 # %% ../../nbs/model/64_member.ipynb #534274c4
 import io
@@ -446,7 +446,7 @@ def fit_member(
         member = FittedMember(name, recipe, (result,), predictions, rows)
     _write_member(member, Path(out))
     if report:
-        write_csv(Path(report)/'history.csv', mean_history(member).reset_index())
+        write_csv(Path(report)/'history.csv', _mean_history(member).reset_index())
     logs.close(Path(out))
     return member
 
@@ -495,7 +495,7 @@ class _Logs:
             log.done(sorted(folder.glob('*.safetensors')))
 
 # %% ../../nbs/model/64_member.ipynb #b929b514
-def mean_history(
+def _mean_history(
     member:FittedMember, # of one fit or several
 ) -> pd.DataFrame: # by epoch: the mean over the fits that were still in training
     "The epochs of the last step as one curve for each metric."

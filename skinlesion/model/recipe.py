@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRIMARY', 'LOSS_OPTIONS', 'BALANCING', 'level_form', 'HeadOptions', 'check_head_names', 'ModelOptions', 'LossOptions',
-           'ScheduleOptions', 'ImageOptions', 'RunOptions', 'check_schedule', 'check_model', 'check_loss',
-           'check_balance', 'check_recipe', 'Recipe', 'describe_recipe', 'fit_options', 'recipe_lines']
+           'ScheduleOptions', 'ImageOptions', 'RunOptions', 'check_recipe', 'Recipe', 'describe_recipe', 'fit_options',
+           'recipe_lines']
 
 # %% ../../nbs/model/49_recipe.ipynb #1f47442e
 import re
@@ -210,7 +210,7 @@ class RunOptions(Options):
     seed:int = Field(0, ge=0, lt=2**31, description='of weights, order, dropout, mixing and augmentation')
 
 # %% ../../nbs/model/49_recipe.ipynb #2c6f65b3
-def check_schedule(
+def _check_schedule(
     options:Options, # with the options of `ScheduleOptions` and `RunOptions`
 ):
     "Stop at epochs or batches that leave nothing to do."
@@ -231,7 +231,7 @@ def check_schedule(
         )
 
 # %% ../../nbs/model/49_recipe.ipynb #52bb3312
-def check_model(
+def _check_model(
     options:Options, # with the options of `ModelOptions`
 ):
     "Stop at parts that make no model, and at steps that have nothing to train."
@@ -261,7 +261,7 @@ def check_model(
         )
 
 # %% ../../nbs/model/49_recipe.ipynb #05a3a3ce
-def check_loss(
+def _check_loss(
     options:Options, # with the options of `LossOptions`
 ):
     "Stop at a constant that the loss does not read."
@@ -279,7 +279,7 @@ def check_loss(
 # %% ../../nbs/model/49_recipe.ipynb #c6bf3eb9
 BALANCING = tuple(loss for loss, names in LOSS_OPTIONS.items() if 'weight_power' not in names)
 
-def check_balance(
+def _check_balance(
     options:Options, # with the options of `LossOptions`, `ScheduleOptions` and `ImageOptions`
 ):
     "Stop where rare classes would count twice, or where the epochs cannot be compared."
@@ -307,10 +307,10 @@ def check_recipe(
     options:Options, # with every option of `Recipe`
 ):
     "Stop at options that do not go together."
-    check_model(options)
-    check_loss(options)
-    check_schedule(options)
-    check_balance(options)
+    _check_model(options)
+    _check_loss(options)
+    _check_schedule(options)
+    _check_balance(options)
 
 # %% ../../nbs/model/49_recipe.ipynb #d27e61b6
 class Recipe(RunOptions, ImageOptions, ScheduleOptions, LossOptions, ModelOptions):
