@@ -685,6 +685,16 @@ def test_no_connection_and_no_room(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name == "part.zip"]
 
 
+def test_only_what_is_left_needs_room(tmp_path):
+    "After a cut at 120,000 of 300,000 bytes, room for 180,000 is enough."
+    room = shutil._ntuple_diskusage(400_000, 220_000, 180_000)
+    with server(lambda h, start: send(h, start, upto=None if start else 120_000)) as (url, _):
+        with pytest.raises(DownloadError, match="180,000 bytes before the end"):
+            fetch_file(remote(url), tmp_path, tries=1)
+        with mock.patch.object(collections.shutil, "disk_usage", return_value=room):
+            assert fetch_file(remote(url), tmp_path).read_bytes() == CONTENT
+
+
 def test_a_download_that_never_began_leaves_no_folder(tmp_path):
     with server(send) as (url, _):
         pass
