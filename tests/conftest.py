@@ -9,6 +9,7 @@ from madeup import ROOT, build
 SHARING = ("test_pipeline", "test_resume")  # the files that run stages in one trained repository
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     "A file runs in one process; those that share a repository in the same one, and first, since they take longest."
     for item in items:

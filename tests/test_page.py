@@ -195,7 +195,7 @@ def test_without_splits_nothing_is_locked_and_the_page_says_so():
         and result.calibration == ""
     )
     assert "nothing here shows that these were not" in find_limits(result)[0]
-    sections = {name: getattr(clinical, f"{name}_section")(result) for name in ("summary", "data", "decisions")}
+    sections = page_sections(result)
     assert "none was locked" in text_of(sections["decisions"]) and "no split" in text_of(sections["data"])
     assert not {"CLAIM 20", "TRIPOD+AI 15"} & answered(sections)
 

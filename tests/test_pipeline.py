@@ -125,7 +125,8 @@ ALL_STAGES = {"prepare", "train@image", "train@fused", "evaluate", "explain", "r
 TRAINING = {"train@image", "train@fused"}
 READERS = {  # module of each floor -> the stages that an edit in it reruns
     "taxonomy.py": ALL_STAGES,
-    "stats/metrics.py": ALL_STAGES,
+    "stats/intervals.py": ALL_STAGES,
+    "stats/metrics.py": ALL_STAGES - {"report"},
     "stats/curves.py": {"evaluate"},
     "data/splits.py": ALL_STAGES - {"report"},
     "data/tables.py": {"evaluate"},
