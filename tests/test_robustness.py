@@ -214,7 +214,8 @@ def test_limits_of_a_planted_drop_hold_the_truth_subset(truth):
     assert truth["drop"] > .05 and truth["ece"] > .03, truth
     held, mean = coverage(truth, 40, seed=5)
     for name, hits in held.items():
-        assert report(name, hits, 40)[1] >= .95, (name, hits)
+        report(name, hits, 40)
+        assert hits >= .95 * 40, (name, hits)
     assert np.abs(mean - list(truth.values())).max() < .03
 
 
