@@ -190,7 +190,7 @@ def test_errors_of_the_processes_reach_the_caller(squares):
     "A loss that is no number names its images; no process is left."
     with pytest.raises(FloatingPointError, match="on the batch of images ISIC_"):
         # a step multiplies the weights by -99, so that they soon exceed every number
-        explodes = dict(learning_rate=10.0, weight_decay=10.0, warmup_epochs=0.0, patience=40, epochs=40)
+        explodes = dict(learning_rate=10.0, weight_decay=10.0, warmup_epochs=0.0, patience=40, epochs=40, batch_size=4)
         train(squares, 2, RECIPE.replace(augment="none", **explodes))
     with pytest.raises(ValueError, match="the validation set has 1 image"):
         rows = squares[1].assign(split=["valid" if i == 0 else "train" for i in range(len(squares[1]))])
