@@ -65,16 +65,17 @@ repro: data ## rebuild everything that is out of date, from data to reports
 	@python -m skinlesion.pipeline.cli metrics
 	@echo "reports: $(CURDIR)/reports/index.html"
 
-# Two processes of one thread each: the small tensors of a test gain nothing from more.
-TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+# Two processes of one thread each: the small tensors of a test gain nothing from more. The order is that of
+# tests/conftest.py, where the long files come first.
+PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 test test-all: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## every check: the notebooks, then tests/
 	@nbdev_test --n_workers 2 --path nbs
-	@pytest $(TWO) -m "not slow"
+	@pytest $(PARALLEL) -m "not slow"
 
 test-all: $(STAMP) ## the same with the long series
 	@nbdev_test --n_workers 2 --path nbs --flags slow
-	@pytest $(TWO)
+	@pytest $(PARALLEL)
 
 export: $(STAMP) ## after an edit in nbs/: library, clean notebooks, dvc.yaml's deps and README.md
 	@nbdev_export && nbdev_clean

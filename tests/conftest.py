@@ -11,7 +11,7 @@ SHARING = ("test_pipeline", "test_resume")  # the files that run stages in one t
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    "A file runs in one process; those that share a repository in the same one, and first, since they take longest."
+    "Each file runs in one process; those that share a repository in the same one, and first, as they take longest."
     for item in items:
         name = item.path.stem
         item.add_marker(pytest.mark.xdist_group("stages" if name in SHARING else name))

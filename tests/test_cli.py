@@ -329,6 +329,17 @@ def test_help_imports_nothing_slow():
     assert done.stdout.strip() == "[]"
 
 
+def test_notebooks_are_checked_without_the_grammar_of_addresses():
+    "Two seconds of each command less; a notebook that is none is still refused."
+    code = (
+        "import sys; import skinlesion.pipeline.console, nbformat; assert 'lark' not in sys.modules\n"
+        "try: nbformat.validate(dict(cells=[dict(cell_type='pie')], metadata={}, nbformat=4, nbformat_minor=5))\n"
+        "except nbformat.ValidationError: print('refused')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "refused", done.stderr
+
+
 def test_run_belongs_to_the_tree_it_is_called_in(tmp_path):
     "Another checkout's code is handed over to."
     (tmp_path / "settings.ini").write_text("[DEFAULT]\n")

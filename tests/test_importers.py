@@ -494,12 +494,12 @@ def test_pictures_that_are_broken_or_only_paths(tmp_path, library):
 
 
 def test_what_cannot_be_fetched_or_read(tmp_path, library):
-    with mock.patch.object(library, "load_dataset", side_effect=ConnectionError("nobody answers")):
+    with mock.patch.object(library, "load_dataset", side_effect=ConnectionError("no answer")):
         ended = cli("import", "hf", "somebody/skin", "--out", tmp_path / "out")
     assert ended.exit_code == 1 and ended.stderr.count("\n") == 1
     assert (
         "'somebody/skin' is no file or folder here, and could not be fetched from the hub "
-        "(ConnectionError: nobody answers)" in ended.stderr
+        "(ConnectionError: no answer)" in ended.stderr
     )
     (tmp_path / "text.parquet").write_text("hello")
     ended = cli("import", "hf", tmp_path / "text.parquet", "--out", tmp_path / "out")

@@ -1,7 +1,8 @@
-"""A bundle that version 1.0 wrote, before the library was rebuilt, loads and predicts as it did.
+"""A bundle in the format of version 1.0, before the library was rebuilt, loads and predicts as it did there.
 
 `older_bundle.json` holds its bundle.json, the names and shapes of its tensors, and what version 1.0 predicted with it.
-Its weights are those that the seeds give, so that they need not be kept.
+Its weights are those that the seeds give, so that they need not be kept; their sums are, so that another initialiser
+is told from another prediction.
 """
 import json
 from pathlib import Path
@@ -29,6 +30,8 @@ def older(tmp_path_factory):
         weights = create_model(**member["model"], seed=SEEDS[member["name"]]).state_dict()
         shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
         assert shapes == OLDER["tensors"][member["name"]]
+        total = sum(float(tensor.double().abs().sum()) for tensor in weights.values())
+        assert total == pytest.approx(OLDER["sums"][member["name"]], rel=1e-6), "the seeds give other weights"
         save_file(weights, folder / f"{member['name']}.safetensors")
     (folder / "MODEL_CARD.md").write_text("# Written by version 1.0\n")
     write_sums(folder)
@@ -50,3 +53,5 @@ def test_an_older_recipe_is_read(older):
     "It had two levels, a list of heads, and seconds between checkpoints."
     recipe = Recipe.from_dict(OLDER["bundle"]["provenance"]["recipes"]["image"])
     assert (recipe.backbone, recipe.epochs, recipe.checkpoint_minutes) == ("resnet10t", 10, 2.0)
+    head = recipe.heads["severity"]
+    assert (head.kind, tuple(head.levels), head.weight) == ("ordinal", ("mild", "severe"), 1.0)

@@ -9,6 +9,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -687,10 +688,13 @@ def test_no_connection_and_no_room(tmp_path):
 
 def test_only_what_is_left_needs_room(tmp_path):
     "After a cut at 120,000 of 300,000 bytes, room for 180,000 is enough."
-    room = shutil._ntuple_diskusage(400_000, 220_000, 180_000)
+    room = SimpleNamespace(free=180_000)
     with server(lambda h, start: send(h, start, upto=None if start else 120_000)) as (url, _):
         with pytest.raises(DownloadError, match="180,000 bytes before the end"):
             fetch_file(remote(url), tmp_path, tries=1)
+        with mock.patch.object(collections.shutil, "disk_usage", return_value=SimpleNamespace(free=179_999)):
+            with pytest.raises(DownloadError, match="180,000 bytes are needed"):
+                fetch_file(remote(url), tmp_path)
         with mock.patch.object(collections.shutil, "disk_usage", return_value=room):
             assert fetch_file(remote(url), tmp_path).read_bytes() == CONTENT
 

@@ -131,7 +131,7 @@ def copy_repository(to):
 
 
 def keep_some_lesions(data):
-    "Leave every fourth lesion of each class and split of a dataset folder, at least three of each."
+    "Keep the first three lesions of each class and split of a dataset folder, and every fourth of the others."
     table = pd.read_csv(data / "metadata.csv", dtype=str, keep_default_na=False)
     lesions = table.drop_duplicates("lesion_id")
     place = lesions.groupby(["diagnosis", "split"]).cumcount()

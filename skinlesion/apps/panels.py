@@ -441,7 +441,7 @@ def _image_dropdown(explorer):
         dropdown.options = explorer.images.names
         dropdown.value = explorer.image_name or None
         dropdown.observe(choose, 'value')
-    dropdown.observe(choose, 'value')
+    dropdown.observe(choose, 'value') # before `show`, which takes it off for a moment
     show()
     explorer.observe(show, 'image_name')
     return dropdown

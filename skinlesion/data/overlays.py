@@ -79,7 +79,7 @@ def strokes(
     shape:tuple, # (height, width) in pixels
     lines:list, # of (n,2) float: x and y in pixels
     widths:list, # of each line, pixels
-    **options, # tapered, scale of `_stroke_cover`
+    **options, # tapered: thinner towards the ends; scale: of the drawing, against the pixels
 ) -> np.ndarray: # (H,W) float32 in [0,1], 1 on the strokes
     "Antialiased polylines as a map of weights."
     return _stroke_cover(shape, lines, widths, **options).astype(np.float32) / 255

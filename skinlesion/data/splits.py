@@ -381,17 +381,17 @@ def _external_rows(
             f"external: metadata.csv has no column '{column}' "
             f"({', '.join(table.columns)}).{nearest(column, table.columns)}"
         )
-    values_there = table[column].fillna('').astype(str)
+    column_values = table[column].fillna('').astype(str)
     for value in map(str, external['values']):
-        if (values_there == value).any():
+        if (column_values == value).any():
             continue
-        there = sorted(values_there.unique())
+        there = sorted(column_values.unique())
         raise ValueError(
             f"external: no row has '{value}' in the column '{column}', which holds "
             f"{', '.join(map(repr, there[:10]))}"
             f"{' ...' if len(there) > 10 else ''}.{nearest(value, there)}"
         )
-    return values_there.isin([str(v) for v in external['values']]).to_numpy()
+    return column_values.isin([str(v) for v in external['values']]).to_numpy()
 
 # %% ../../nbs/data/25_splits.ipynb #07db2b4d
 def _read_previous(

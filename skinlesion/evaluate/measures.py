@@ -73,7 +73,7 @@ def known_malignancy(
 ) -> tuple: # malignant (M,) bool, its probability (M,), lesion (M,), of the images of known malignancy
     "What a threshold of the malignancy probability is applied to; no rows where the label set states no malignancy."
     malignancy = malignancy_of(data.targets, data.probs, label_set)
-    return *malignancy.judged, data.lesion_ids[malignancy.known]
+    return *malignancy.known_pairs, data.lesion_ids[malignancy.known]
 
 # %% ../../nbs/evaluate/78_measures.ipynb #3f2d27f7
 def _threshold_card(data, label_set, threshold, options):

@@ -48,7 +48,7 @@ class _Reference:
             return np.mean([weighted_auroc(self.targets == c, p, weights) for c, p in enumerate(probs.T)], axis=0)
         malignancy = malignancy_of(self.targets, probs, self.label_set)
         weights = self.resamples.subset(malignancy.known).weights
-        return weighted_auroc(*malignancy.judged, weights)
+        return weighted_auroc(*malignancy.known_pairs, weights)
 
     def measure(self, probs):
         "Each metric on the data and in each resample, (1+R,)."

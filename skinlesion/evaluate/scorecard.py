@@ -44,7 +44,7 @@ def _headline_samples(data, label_set, resamples):
         return headlines
     over = dict(auroc=malignancy.known, sensitivity=malignancy.malignant, specificity=malignancy.benign)
     weights = resamples.subset(malignancy.known).weights
-    malignant = malignancy_metrics(*malignancy.judged, weights, names=_MALIGNANT_HEADLINES)
+    malignant = malignancy_metrics(*malignancy.known_pairs, weights, names=_MALIGNANT_HEADLINES)
     return headlines | {f'malignant_{name}': (column, over[name]) for name, column in malignant.items()}
 
 # %% ../../nbs/evaluate/72_scorecard.ipynb #40b80952

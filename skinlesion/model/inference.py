@@ -71,7 +71,7 @@ def _run_view(model, image, metadata):
     return probs, logits[PRIMARY], features.float().cpu()
 
 # %% ../../nbs/model/62_inference.ipynb #c7ac9c1e
-def _no_outputs(model):
+def _empty_outputs(model):
     "The outputs for no image at all: shapes without rows."
     levels = {PRIMARY: model.num_classes, **{spec.name: len(spec.levels) for spec in model.head_specs}}
     none = {head: torch.zeros(0, k, dtype=torch.float64) for head, k in levels.items()}
@@ -101,14 +101,14 @@ def _run_views(model, data, metadata, batch_size, views):
 # %% ../../nbs/model/62_inference.ipynb #b0ded381
 def _joined(model, batches, plain_outputs):
     "The batches of each view as one, checked."
-    none, *no_outputs = _no_outputs(model)
+    empty_probs, *empty_rest = _empty_outputs(model)
     joined = {
-        name: {head: torch.cat([p[head] for p in parts or [none]]).numpy() for head in none}
+        name: {head: torch.cat([p[head] for p in parts or [empty_probs]]).numpy() for head in empty_probs}
         for name, parts in batches.items()
     }
     for probs in joined.values():
         _check_probs(probs)
-    return joined, *(torch.cat(parts).numpy() for parts in zip(*(plain_outputs or [no_outputs])))
+    return joined, *(torch.cat(parts).numpy() for parts in zip(*(plain_outputs or [empty_rest])))
 
 # %% ../../nbs/model/62_inference.ipynb #7de6fd2f
 def _check_probs(probs):
@@ -237,13 +237,13 @@ def mean_fits(
 # %% ../../nbs/model/62_inference.ipynb #d8c81111
 def mean_heads(
     names, # of the fits
-    fits_heads:list, # of dicts, one for each fit: head -> (N,K), as `predict_heads` gives
+    heads_by_fit:list, # of dicts, one for each fit: head -> (N,K), as `predict_heads` gives
 ) -> dict: # further head -> (N,K): the mean over the members that have it; empty where there are none
     "The ensemble's answer for every head but the diagnosis."
-    heads = dict.fromkeys(head for probs in fits_heads for head in probs if head != PRIMARY)
+    heads = dict.fromkeys(head for probs in heads_by_fit for head in probs if head != PRIMARY)
     means = {}
     for head in heads:
-        having = [(name, probs[head]) for name, probs in zip(names, fits_heads, strict=True) if head in probs]
+        having = [(name, probs[head]) for name, probs in zip(names, heads_by_fit, strict=True) if head in probs]
         means[head] = np.mean(list(mean_fits(*zip(*having)).values()), axis=0)
     return means
 

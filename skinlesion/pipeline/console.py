@@ -18,8 +18,8 @@ import typer
 # %% ../../nbs/pipeline/109_console.ipynb #0f9aea79
 # Before torch is imported: threads that spin while they wait cost a factor where cores are shared.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-# jsonschema, which every notebook is checked with, would build the grammar of international addresses at import: two
-# seconds of each command, for a format that no notebook has. Without the package it leaves that format out.
+# jsonschema, with which notebooks are checked, imports this package to check international web addresses (IRIs). That
+# takes two seconds of each command, and no notebook has one; None makes it skip that check.
 sys.modules.setdefault('rfc3987_syntax', None)
 
 # %% ../../nbs/pipeline/109_console.ipynb #ed2f3d25

@@ -220,13 +220,13 @@ class Params(Options):
                 f"explain.member is {name!r}, which is not in train.members "
                 f"({', '.join(members)}).{nearest(name, members)}"
             )
-        seeing = [m for m in members if self.train.members[m].backbone]
-        if not seeing:
+        with_backbone = [m for m in members if self.train.members[m].backbone]
+        if not with_backbone:
             raise ValueError(
                 "train.members: none has a backbone, and maps need one; add a member with a backbone"
             )
-        if name not in (None, *seeing):
-            raise ValueError(f"explain.member is {name!r}, which has no backbone; allowed: {', '.join(seeing)}")
+        if name not in (None, *with_backbone):
+            raise ValueError(f"explain.member is {name!r}, which has no backbone; allowed: {', '.join(with_backbone)}")
         return self
 
     @model_validator(mode='after')

@@ -163,12 +163,13 @@ def natural_frequencies(
     )
 
 # %% ../../nbs/report/86_card.ipynb #be67df86
-def _count_text(name, at, limits):
+def _count_text(name, leaf, share, value):
     "A count of natural frequencies with its interval, or that there is none."
-    if not limits:
-        return f'{at[name]} (too few lesions for an interval)'
-    low, high = sorted(counts[name] for counts in limits)
-    return f'{at[name]} ({low}-{high})'
+    if leaf.get('low') is None:
+        return f'{value} (no interval)'
+    # Each of the two counts depends on one metric alone, so that the other may be anything.
+    low, high = sorted(natural_frequencies(leaf[key], leaf[key], share)[name] for key in ('low', 'high'))
+    return f'{value} ({low}-{high})'
 
 # %% ../../nbs/report/86_card.ipynb #9ed921f6
 def frequencies_sentence(
@@ -182,12 +183,9 @@ def frequencies_sentence(
         return ''
     share = float(known_malignancy(result.data, result.label_set)[0].mean())
     at = natural_frequencies(*(leaf['value'] for leaf in leaves), share)
-    counts = []
-    for name, leaf in zip(('missed', 'false_alarms'), leaves):
-        has_interval = leaf.get('low') is not None
-        limits = [natural_frequencies(leaf[key], leaf[key], share) for key in ('low', 'high')] if has_interval else []
-        counts.append(_count_text(name, at, limits))
-    missed, alarms = counts
+    missed, alarms = (
+        _count_text(name, leaf, share, at[name]) for name, leaf in zip(('missed', 'false_alarms'), leaves)
+    )
     if short:
         return f'Of 1,000 images like these, {missed} malignant ones are missed and {alarms} benign ones are flagged.'
     return (

@@ -136,7 +136,7 @@ def _malignant_leaves(targets, probs, label_set, resamples):
         return {name: dict(empty) for name in BINARY}
     malignancy = malignancy_of(targets, probs, label_set)
     weights = resamples.subset(malignancy.known).weights
-    samples = malignancy_metrics(*malignancy.judged, weights)
+    samples = malignancy_metrics(*malignancy.known_pairs, weights)
     images = _denominators(malignancy.malignant, malignancy.score >= .5, malignancy.known)
     reasons = _empty_reasons('malignant', "no image is malignant", "every image is malignant")
     return _binary_leaves(resamples, samples, images, reasons)

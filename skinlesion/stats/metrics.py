@@ -732,8 +732,8 @@ class Malignancy:
         return bool(self.malignant.any() and self.benign.any())
 
     @property
-    def judged(self): # ((K,) bool, (K,) float64): `malignant` and `score`
-        "Truth and score of the images that can be judged."
+    def known_pairs(self): # ((K,) bool, (K,) float64): `malignant` and `score`
+        "Truth and score of the images whose malignancy is known."
         return self.malignant[self.known], self.score[self.known]
 
 # %% ../../nbs/stats/10_metrics.ipynb #31bd436f

@@ -36,7 +36,7 @@ def open_dataset(
     data, # a dataset folder, the report of an import, or a `Dataset`; with `imported` also a folder CLASS/image
     imported:Path|str|None=None, # dataset folder into which class folders are imported, unless it is there
 ) -> Dataset:
-    "The dataset that is meant."
+    "Open a dataset; class folders are imported first."
     if isinstance(data, Dataset):
         return data
     if isinstance(data, ImportReport):
@@ -75,7 +75,7 @@ def _differences(old, new, prefix=''):
     return names
 
 # %% ../../nbs/use/94_learner.ipynb #ad399fbb
-def _begin(out, settings):
+def _check_settings(out, settings):
     "Write the settings, or compare them with those of the run that is there."
     path = out/'run.json'
     if path.is_file():
@@ -127,7 +127,7 @@ class RunEvaluation:
 @dataclass(frozen=True)
 class Run:
     "A trained ensemble in its folder: `prepared`, `models`, `bundle`, `predictions`, `metrics.json`."
-    folder:Path
+    folder:Path # that `fit` filled
 
     @property
     def settings(self) -> dict:
@@ -171,7 +171,7 @@ def open_run(
 
 # %% ../../nbs/use/94_learner.ipynb #a5288f58
 def _train_all(prepared, recipes, out, progress):
-    "Train the members that are not trained yet, each published whole."
+    "Train the members that are not trained yet, each written completely or not at all."
     for name, recipe in recipes.items():
         if (out/'models'/name).is_dir():
             continue
@@ -213,7 +213,7 @@ def fit(
     dataset = open_dataset(data, out/'data')
     split = split or _default_split(dataset)
     settings = _settings(dataset, recipes, image_size, split, colour, accept, measured)
-    _begin(out, settings)
+    _check_settings(out, settings)
     if not (out/'prepared').is_dir():
         kept = dict(accept=accept, colour=colour, work_dir=out/'.resume'/'store')
         prepare_dataset(dataset, out/'prepared', image_size, split, seed=seed, **kept)
