@@ -1,4 +1,5 @@
 "The front door: the lines of README as printed."
+import importlib
 import json
 import re
 import shutil
@@ -18,6 +19,18 @@ def readme_lines():
     printed = "backbone='mobilenetv2_100', pretrained='timm', epochs=8"
     assert printed in lines
     return lines.replace(printed, SMALL + QUICK)
+
+
+def test_what_the_guide_imports_is_there():
+    "Each import of README and of the guide's examples, and each `skinlesion.a.b` that their text names."
+    pages = [ROOT / "README.md", *sorted((ROOT / "nbs" / "guide").glob("*.ipynb"))]
+    text = "\n".join(path.read_text(encoding="utf-8").replace("\\n", "\n") for path in pages)
+    lines = set(re.findall(r"^ *\"?(from skinlesion[\w.]* import [\w, ]+)", text, re.M))
+    assert any("write_evaluation" in line for line in lines)
+    for line in sorted(lines):
+        exec(line, {})
+    for module, name in sorted(set(re.findall(r"`skinlesion\.([a-z_.]+)\.([A-Za-z_]+)`", text))):
+        assert hasattr(importlib.import_module(f"skinlesion.{module}"), name), (module, name)
 
 
 def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, one_thread):
