@@ -11,7 +11,9 @@ import lazy_loader
 # %% ../nbs/08___init__.ipynb #681f56e5
 _NAMES = {
     'data.collections': ['import_ham10000', 'import_isic2018', 'import_isic2019', 'import_isic2020'],
-    'data.importers': ['import_csv', 'import_folder', 'import_hf', 'merge_datasets'],
+    'data.hub': ['import_hf'],
+    'data.importers': ['import_csv', 'import_folder'],
+    'data.merge': ['merge_datasets'],
     'data.prepared': ['Prepared'],
     'synthetic.truth': ['make_synthetic'],
     'model.recipe': ['Recipe'],

@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 
 from skinlesion.data.collections import import_ham10000
 from skinlesion.data.schema import DatasetError, DatasetInfo, read_dataset, write_dataset
-from skinlesion.data.importers import About, Columns, import_csv, import_folder, import_hf, merge_datasets
+from skinlesion.data.classes import About
+from skinlesion.data.hub import import_hf
+from skinlesion.data.importers import Columns, import_csv, import_folder
+from skinlesion.data.merge import merge_datasets
 from skinlesion.images import encode_png, read_image
 from skinlesion.pipeline.cli import app
 from skinlesion.taxonomy import LABEL_SETS

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skinlesion.data import collections
+from skinlesion.data import downloads
 from skinlesion.data.schema import read_dataset
-from skinlesion.data.collections import COLLECTIONS, SOURCES, DownloadError, RemoteFile, download_source, fetch_file
+from skinlesion.data.collections import COLLECTIONS, SOURCES, download_source
+from skinlesion.data.downloads import DownloadError, RemoteFile, fetch_file
 from skinlesion.files import repo_root
 
 REAL = repo_root(Path(__file__).parent).parent / "shared" / "data"
@@ -678,7 +679,7 @@ def test_no_connection_and_no_room(tmp_path):
     ):
         fetch_file(remote(url), tmp_path, tries=2)
     free = shutil._ntuple_diskusage(10, 5, 5)
-    with server(send) as (url, _), mock.patch.object(collections.shutil, "disk_usage", return_value=free):
+    with server(send) as (url, _), mock.patch.object(downloads.shutil, "disk_usage", return_value=free):
         with pytest.raises(
             DownloadError, match="300,000 bytes are needed for part.zip and 5 are free; free some space"
         ):
@@ -692,10 +693,10 @@ def test_only_what_is_left_needs_room(tmp_path):
     with server(lambda h, start: send(h, start, upto=None if start else 120_000)) as (url, _):
         with pytest.raises(DownloadError, match="180,000 bytes before the end"):
             fetch_file(remote(url), tmp_path, tries=1)
-        with mock.patch.object(collections.shutil, "disk_usage", return_value=SimpleNamespace(free=179_999)):
+        with mock.patch.object(downloads.shutil, "disk_usage", return_value=SimpleNamespace(free=179_999)):
             with pytest.raises(DownloadError, match="180,000 bytes are needed"):
                 fetch_file(remote(url), tmp_path)
-        with mock.patch.object(collections.shutil, "disk_usage", return_value=room):
+        with mock.patch.object(downloads.shutil, "disk_usage", return_value=room):
             assert fetch_file(remote(url), tmp_path).read_bytes() == CONTENT
 
 
@@ -703,7 +704,7 @@ def test_a_download_that_never_began_leaves_no_folder(tmp_path):
     with server(send) as (url, _):
         pass
     c = replace(COLLECTIONS["isic2020"], files=(remote(url),))
-    with mock.patch.dict(COLLECTIONS, isic2020=c), mock.patch.object(collections.time, "sleep"):
+    with mock.patch.dict(COLLECTIONS, isic2020=c), mock.patch.object(downloads.time, "sleep"):
         message = r"the publisher's server cannot be reached \(Connection refused\)\. Run it again, it goes on"
         with pytest.raises(DownloadError, match=message):
             download_source("isic2020", tmp_path / "new")

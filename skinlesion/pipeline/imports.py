@@ -130,7 +130,7 @@ def _importer_arguments(options):
 # %% ../../nbs/pipeline/111_imports.ipynb #59c3e8e4
 def _about(options):
     "Name, classes, licence and citation of the data as a whole."
-    from skinlesion.data.importers import About
+    from skinlesion.data.classes import About
     return About(**{k: options[k] for k in ('name', 'label_set', 'labels', 'licence', 'citation') if k in options})
 
 # %% ../../nbs/pipeline/111_imports.ipynb #fdef2e07
@@ -260,7 +260,7 @@ def hf(source:_Source, out:_Out, revision:_Revision=None, **options):
       skinlesion import hf downloads/skin/data --out data --licence CC0
       skinlesion import hf somebody/skin --revision v1 --label-column dx --out data
     """
-    from skinlesion.data.importers import import_hf
+    from skinlesion.data.hub import import_hf
     arguments = _importer_arguments(options) | dict(unlabelled=options['unlabelled'], revision=revision)
     say(str(import_hf(source, out, columns=_columns(options), about=_about(options), **arguments)))
 
@@ -285,7 +285,7 @@ def merge(paths:_Datasets, out:_Out, prefix_on_collision:_Prefix=False, **option
       skinlesion import merge ham clinic --out data
       skinlesion import merge ham isic2019 --label-set isic2019 --skip-bad --out data
     """
-    from skinlesion.data.importers import merge_datasets
+    from skinlesion.data.merge import merge_datasets
     arguments = _importer_arguments(options) | dict(prefix_on_collision=prefix_on_collision)
     say(str(merge_datasets(paths, out, about=_about(options), **arguments)))
 
