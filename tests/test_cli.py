@@ -15,6 +15,7 @@ from skinlesion.audit.findings import Finding
 from skinlesion.data.schema import DatasetInfo, write_dataset
 from skinlesion.evaluate.abstention import LockedAbstention
 from skinlesion.evaluate.benchmarks import split_digest
+from skinlesion.evaluate.decisions import ConformalSets
 from skinlesion.report.templates import Picture
 from skinlesion.evaluate.policy import Policy
 from skinlesion.data.tables import read_predictions, write_predictions
@@ -76,26 +77,52 @@ def test_predict_writes_the_table_that_evaluation_reads(made):
     assert (folder / "out.csv").read_bytes() == first  # a folder of the same pictures, the same bytes
 
 
-def test_predict_says_how_many_pictures_get_no_answer(made, tmp_path):
+@pytest.fixture(scope="module")
+def unsure(made):
+    "The bundle, made to abstain on every picture."
+    loaded = load_bundle(made[1])
+    policy = replace(
+        Policy.plain(loaded.names, 7),
+        abstention=LockedAbstention(1.0, 0.1, 0.1, 40, 30), # nothing is as sure as that
+        conformal=ConformalSets("split", "lac", 0.9, (0.86,) * 7, (40,) * 7),
+    )
+    members = list(loaded.members)
+    kept = (loaded.label_set, loaded.encoder, loaded.image_size, {})
+    return save_bundle(made[0] / "unsure", members, *kept, policy=policy.to_dict())
+
+
+def test_predict_says_how_many_pictures_get_no_answer(made, unsure, tmp_path):
+    _, bundle, pictures = made
+    for name, told in ((bundle, False), (unsure, True)):
+        code, out, err = cli("predict", pictures["a"], "--bundle", name, "--csv", tmp_path / "out.csv")
+        assert code == 0 and ("1 of them without an answer" in out) == told, err
+        assert ("1 picture(s), no answer 1" in out) == told  # an abstention is counted for no class
+
+
+@pytest.mark.parametrize("target", [(), ("--class", "mel")])
+def test_explain_abstains_where_predict_does(made, unsure, tmp_path, target):
+    picture = made[2]["a"]
+    code, out, err = cli("explain", picture, "--bundle", unsure, "--out", tmp_path / "map.png", *target)
+    direct = Predictor(unsure).predict(picture)
+    assert code == 0, err
+    assert out.splitlines()[:2] == [
+        f"no answer: {direct.abstain_reason}",
+        f"it would have predicted: {direct.predicted} ({direct.confidence:.0%})",
+    ]
+    assert out.splitlines()[2].startswith("prediction set, made to contain the true diagnosis of 90% of lesions like")
+    assert "\npredicted:" not in f"\n{out}"
+    assert Predictor(unsure).explain(picture, target="mel").prediction == direct
+
+
+def test_metadata_that_no_member_reads_is_said(made, tmp_path):
     folder, bundle, pictures = made
     loaded = load_bundle(bundle)
-    policy = replace(
-        Policy.plain(loaded.names, 7), abstention=LockedAbstention(1.0, 0.1, 0.1, 40, 30)
-    ) # nothing is as sure as that
-    save_bundle(
-        tmp_path / "unsure",
-        list(loaded.members),
-        loaded.label_set,
-        loaded.encoder,
-        loaded.image_size,
-        {},
-        policy=policy.to_dict(),
-    )
-    for name, told in ((bundle, False), (tmp_path / "unsure", True)):
-        ended = CliRunner().invoke(
-            app, ["predict", str(pictures["a"]), "--bundle", str(name), "--csv", str(tmp_path / "out.csv")]
-        )
-        assert ended.exit_code == 0 and ("1 of them without an answer" in ended.stdout) == told, ended.output
+    alone = save_bundle(tmp_path / "alone", [loaded.find("image")], loaded.label_set, None, loaded.image_size, {})
+    words = (pictures["a"], "--metadata", folder / "people.csv", "--bundle")
+    for name, told in ((bundle, False), (alone, True)):
+        for command in (["predict", "--csv", tmp_path / "out.csv"], ["explain", "--out", tmp_path / "map.png"]):
+            code, out, err = cli(*command, *words, name)
+            assert code == 0 and ("--metadata is not used: no member of this bundle reads" in out) == told, err
 
 
 def test_explain_draws_over_the_picture_as_it_was_taken(made):

@@ -61,7 +61,8 @@ def _set_text(label_set, prediction):
     codes = sorted(prediction.prediction_set, key=lambda code: -prediction.probabilities[code])
     names = ', '.join(_class_name(label_set, code) for code in codes)
     content = names or 'none, since no class is probable enough'
-    return f'Prediction set, made to contain the true diagnosis of {prediction.coverage:.0%} of lesions: {content}.'
+    lesions = 'lesions like those of validation, which may not hold here' if prediction.abstain else 'lesions'
+    return f'Prediction set, made to contain the true diagnosis of {prediction.coverage:.0%} of {lesions}: {content}.'
 
 # %% ../../nbs/apps/95_panels.ipynb #cc810c72
 def _threshold_text(prediction):
@@ -90,7 +91,7 @@ def _answer_html(label_set, prediction, truth=''):
     sentences = [
         '' if malignancy is None else f'Malignant classes together: {malignancy:.0%}.',
         _threshold_text(prediction),
-        '' if prediction.abstain else _set_text(label_set, prediction),
+        _set_text(label_set, prediction),
         f'Recorded diagnosis: {truth}.' if truth else '',
     ]
     name = _class_name(label_set, prediction.predicted)
@@ -159,7 +160,8 @@ class _AnswerCache:
         "The explanation of one member, for the image and person predicted last."
         key = (method, layer, target, member)
         if key not in self._explanations:
-            self._explanations[key] = self.predictor.explain(image, method, layer, target, *person, member=member)
+            known = dict(member=member, prediction=self._prediction)
+            self._explanations[key] = self.predictor.explain(image, method, layer, target, *person, **known)
             self.n_maps += 1
         return self._explanations[key]
 

@@ -266,15 +266,24 @@ def find_images(
 def _predictions_text(table, path, predictor):
     "How many images were predicted as what, and what the table is not for."
     from skinlesion.taxonomy import DISCLAIMER
-    counts = table.predicted.value_counts()
-    classes = ', '.join(f'{code} {counts[code]}' for code in predictor.label_set.codes if code in counts)
-    lines = [f'{path}: {len(table)} picture(s), {classes}']
+    counts = table.predicted[~table.abstain].value_counts()
+    answers = [f'{code} {counts[code]}' for code in predictor.label_set.codes if code in counts]
+    if table.abstain.any():
+        answers.append(f'no answer {table.abstain.sum()}')
+    lines = [f"{path}: {len(table)} picture(s), {', '.join(answers)}"]
     if table.abstain.any():
         lines.append(
             f'{table.abstain.sum()} of them without an answer: the column abstain_reason says why, and '
             'their predicted class is not to be used'
         )
     return '\n'.join([*lines, f'bundle {predictor.bundle_id}. {DISCLAIMER}'])
+
+# %% ../../nbs/pipeline/112_cli.ipynb #d5df31c2
+def _unused_metadata(given, predictor):
+    "A line where age, sex and site were given and no member reads them."
+    if given is None or predictor.takes_metadata:
+        return []
+    return ['--metadata is not used: no member of this bundle reads age, sex and site']
 
 # %% ../../nbs/pipeline/112_cli.ipynb #b348fba4
 @app.command('predict')
@@ -302,13 +311,13 @@ def predict(
     write_predictions(table, csv)
     for sentence in table.attrs['skipped']:
         say(f'skipped: {sentence}', err=True)
-    say(_predictions_text(table, csv, predictor))
+    say('\n'.join([_predictions_text(table, csv, predictor), *_unused_metadata(metadata, predictor)]))
 
 # %% ../../nbs/pipeline/112_cli.ipynb #acf9774d
 def _person(metadata, image):
-    "Age, sex and site of one picture."
+    "Age, sex and site of one picture; None where no table was given."
     if metadata is None:
-        return {}
+        return None
     from skinlesion.taxonomy import nearest
     from skinlesion.use.predict import read_metadata
     table = read_metadata(metadata).set_index('image_id')
@@ -346,6 +355,8 @@ def explain(
 ):
     """Draw where in an image a member of the ensemble finds evidence for a class.
 
+    The prediction of the ensemble is printed with it; where the bundle abstains, that and the reason come first.
+
     \b
     Examples:
       skinlesion explain photo.jpg --bundle artifacts/ensemble --out map.png
@@ -362,23 +373,22 @@ def _draw_map(image, bundle, out, person, method, layer, target, member, opacity
     from skinlesion.explain.cam import CAM_NAMES, is_flat
     from skinlesion.images import read_image
     from skinlesion.taxonomy import DISCLAIMER
-    from skinlesion.use.predict import Predictor
+    from skinlesion.use.predict import Predictor, prediction_text
     pixels = read_image(image)
     predictor = Predictor(bundle)
-    prediction = predictor.predict(pixels, image_id=image.stem, **person)
-    code = predictor.label_set.parse(target, '--class') if target else prediction.predicted
-    explanation = predictor.explain(pixels, method, layer, code, member=member or 0, **person)
+    code = predictor.label_set.parse(target, '--class') if target else None
+    explanation = predictor.explain(pixels, method, layer, code, member=member or 0, **(person or {}))
+    prediction = explanation.prediction
+    code = explanation.target
     explanation.save(out, opacity)
     shown = f'for {code} (probability {prediction.probabilities[code]:.0%})'
     if method == 'eigencam':
         shown = 'which knows no class'
     bare = '; nothing stood out, so the picture is bare' if is_flat(explanation.cam) else ''
     place = f'{explanation.member} at {explanation.layer}'
-    return (
-        f'predicted: {prediction.predicted} ({prediction.confidence:.0%})\n'
-        f'{out}: {CAM_NAMES[method]} of member {place}, {shown}{bare}\n'
-        f'bundle {predictor.bundle_id}. {DISCLAIMER}'
-    )
+    lines = [prediction_text(prediction), f'{out}: {CAM_NAMES[method]} of member {place}, {shown}{bare}']
+    lines += _unused_metadata(person, predictor)
+    return '\n'.join([*lines, f'bundle {predictor.bundle_id}. {DISCLAIMER}'])
 
 # %% ../../nbs/pipeline/112_cli.ipynb #ab4d3a52
 _EVALUATE = dict(
@@ -566,7 +576,8 @@ _Port = Annotated[int, typer.Option('--port', min=0, max=65535, help='On the loo
 def serve(bundle:_Bundle, port:_Port=8000):
     """Answer over HTTP on this machine.
 
-    POST /infer, POST /predict, GET /health; in a second terminal, the second example.
+    POST /infer, POST /predict, GET /health; in a second terminal, the second example. A form field other than
+    file, age, sex and site is refused with the nearest of them; the answer repeats the metadata that it used.
 
     \b
     Examples:
