@@ -60,7 +60,8 @@ def test_infer_over_the_network(served, made):
     bundle, pictures = made
     status, answer = post(served, "/infer", pictures["a"].read_bytes(), age="61", sex="f", site="Back")
     direct = Predictor(bundle).predict(pictures["a"], 61, "female", "back")
-    assert status == 200 and set(answer) == {"probs", "camPngUrl"}
+    assert status == 200 and set(answer) == {"probs", "camPngUrl", "metadata"}
+    assert answer["metadata"] == {"age": 61.0, "sex": "female", "site": "back"}
     assert answer["probs"]["malignant"] == direct.malignancy and abs(sum(answer["probs"].values()) - 1) < 1e-12
     assert re.fullmatch(r"/cams/[0-9a-f]{32}\.png", answer["camPngUrl"])
     with urllib.request.urlopen(served + answer["camPngUrl"], timeout=30) as png:
@@ -111,7 +112,7 @@ def test_an_abstention_stands_before_everything_else(tmp_path, made, bound, abst
         client.post(path, files={"file": ("a.png", made[1]["a"].read_bytes())}).json()
         for path in ("/infer", "/predict")
     )
-    assert list(pair) == [*(["abstain", "abstain_reason"] if abstains else []), "probs", "camPngUrl"]
+    assert list(pair) == [*(["abstain", "abstain_reason"] if abstains else []), "probs", "camPngUrl", "metadata"]
     assert list(answer)[:2] == ["abstain", "abstain_reason"]
     assert answer["abstain"] is abstains and bool(answer["abstain_reason"]) is abstains
     assert answer["class"] == direct["predicted"]
@@ -142,6 +143,8 @@ FAULTS = {  # name: picture (None for a sound one), form fields, status, part of
     "damaged": (b"\xff\xd8\xff\xe0" + b"0" * 200, {}, 400, "damaged"),
     "large": (b"x" * ((20 << 20) + 1), {}, 413, "20,971,520 bytes allowed"),
     "word": (None, {"site": "bakc"}, 422, "Did you mean 'back'?"),
+    "case": (None, {"Age": "80"}, 422, "form field 'Age' is not known; allowed are file, age, sex, site. Did you mean"),
+    "field": (None, {"gender": "male"}, 422, "'gender' is not known; allowed are file, age, sex, site. Did you mean"),
 }
 
 
@@ -150,6 +153,27 @@ def test_a_fault_has_a_status_and_a_sentence(served, made, picture, fields, stat
     code, answer = post(served, "/infer", made[1]["a"].read_bytes() if picture is None else picture, **fields)
     assert code == status and sentence in answer["detail"]
     assert "probs" not in answer and "class" not in answer
+
+
+PICTURE = ("file", ("a.png", b"not read before the fields are checked"))
+IGNORED = {  # name: what is sent beside a form, or in its place; the sentence
+    "address": ({"params": {"age": 80}, "files": [PICTURE]}, "'age' stands in the address, which is not read"),
+    "address, unknown": ({"params": {"localization": "back"}, "files": [PICTURE]}, "'localization' is not known; all"),
+    "json": ({"json": {"Age": 80}}, "the body is application/json, which is not read; JSON field 'Age' is not known"),
+    "no form": ({"content": b"x", "headers": {"content-type": "image/png"}}, "the body is image/png, which is not"),
+    "two files": ({"files": [PICTURE, PICTURE]}, "form field 'file' is there 2 times; send it once"),
+    "another file": ({"files": [PICTURE, ("mask", ("m.png", b"x"))]}, "form field 'mask' is not known; allowed are"),
+    "two ages": ({"files": [PICTURE], "data": {"age": ["61", "16"]}}, "form field 'age' is there 2 times; send it"),
+    "age as a file": ({"files": [PICTURE, ("age", ("a.txt", b"61"))]}, "age: input should be a valid string"),
+}
+
+
+@pytest.mark.parametrize("path", ["/predict", "/infer"])
+@pytest.mark.parametrize("sent, sentence", IGNORED.values(), ids=IGNORED)
+def test_nothing_that_is_sent_is_ignored(made, path, sent, sentence):
+    answer = TestClient(create_app(made[0])).post(path, **sent)
+    assert answer.status_code == 422 and sentence in answer.json()["detail"], answer.text
+    assert "Send multipart/form-data with a picture as 'file'" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("stated", [True, False], ids=["stated", "chunked"])

@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -19,7 +19,7 @@ from typing import Annotated
 
 import cv2
 import numpy as np
-from fastapi import FastAPI, File, Form, HTTPException, Request, Response, UploadFile
+from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException as RoutingFault
 from ..data.metadata import parse_age
 from ..images import IMAGE_TYPES, ImageError, encode_png, read_image, sniff_type
 from ..model.bundle import BundleError, verify_bundle
-from ..taxonomy import DISCLAIMER, parse_sex, parse_site
+from ..taxonomy import DISCLAIMER, nearest, parse_sex, parse_site
 from ..use.predict import Prediction, Predictor
 
 # %% ../../nbs/apps/96_service.ipynb #bb3207e7
@@ -163,6 +163,8 @@ async def _add_headers(request:Request, call_next):
     return response
 
 # %% ../../nbs/apps/96_service.ipynb #59187eaf
+_FORM = "Send multipart/form-data with a picture as 'file' and, if known, 'age', 'sex' and 'site'"
+
 def _is_text_for_file(error):
     "Whether a form error is a text in the place of the file."
     return error['loc'][-1] == 'file' and error['type'] == 'value_error'
@@ -173,8 +175,7 @@ async def _invalid_form(request:Request, error:RequestValidationError):
     faults = '; '.join(f"{e['loc'][-1]}: {e['msg'].lower()}" for e in errors)
     if any(_is_text_for_file(e) for e in errors):
         faults = "'file' is a text, not a file; with curl write -F file=@picture.jpg, with the @"
-    form = "Send multipart/form-data with a picture as 'file' and, if known, 'age', 'sex' and 'site'"
-    return JSONResponse(dict(detail=f'{faults}. {form}'), 422)
+    return JSONResponse(dict(detail=f'{faults}. {_FORM}'), 422)
 
 # %% ../../nbs/apps/96_service.ipynb #70819c41
 async def _http_fault(request:Request, error:RoutingFault):
@@ -191,6 +192,53 @@ async def _crash(request:Request, error:Exception):
     "500 without details, which stay in the log."
     detail = f"the service failed ({type(error).__name__}); its log says more"
     return JSONResponse(dict(detail=detail), 500, headers=_HEADERS)
+
+# %% ../../nbs/apps/96_service.ipynb #71a2c284
+_FIELDS = ('file', 'age', 'sex', 'site')
+_OTHER_WORDS = dict(
+    gender='sex', localization='site', location='site', anatom_site_general='site',
+    image='file', picture='file', photo='file',
+) # for a field, in other tables and services
+
+def _unknown_field(name, place):
+    "A sentence for a field that is none of the form."
+    meant = _OTHER_WORDS.get(name.strip().lower())
+    hint = f" Did you mean '{meant}'?" if meant else nearest(name, _FIELDS)
+    return f"{place} '{name}' is not known; allowed are {', '.join(_FIELDS)}.{hint}"
+
+# %% ../../nbs/apps/96_service.ipynb #8f583f08
+async def _json_faults(request):
+    "Sentences for the fields of a JSON body."
+    try:
+        fields = await request.json()
+    except ValueError:
+        fields = {}
+    names = [str(name) for name in fields] if isinstance(fields, dict) else []
+    return [_unknown_field(name, 'JSON field') for name in names if name not in _FIELDS]
+
+# %% ../../nbs/apps/96_service.ipynb #9dde6ac2
+async def _body_faults(request):
+    "Sentences for a form field that is unknown or repeated, and for a body that is no form."
+    kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
+    if kind and kind not in ('multipart/form-data', 'application/x-www-form-urlencoded'):
+        return [f"the body is {kind}, which is not read", *await _json_faults(request)]
+    counts = Counter(name for name, _ in (await request.form()).multi_items())
+    unknown = [_unknown_field(name, 'form field') for name in counts if name not in _FIELDS]
+    repeated = [name for name in _FIELDS if counts[name] > 1]
+    return unknown + [f"form field '{name}' is there {counts[name]} times; send it once" for name in repeated]
+
+# %% ../../nbs/apps/96_service.ipynb #787619cd
+async def _check_fields(request:Request):
+    "`HTTPException` 422 for whatever would be left out of the answer."
+    faults = [
+        f"'{name}' stands in the address, which is not read; send it as a form field" if name in _FIELDS
+        else _unknown_field(name, 'field of the address')
+        for name in request.query_params
+    ]
+    faults += await _body_faults(request)
+    if faults:
+        text = '; '.join(fault.removesuffix('.') for fault in faults)
+        raise HTTPException(422, f"{text}{'' if text.endswith('?') else '.'} {_FORM}")
 
 # %% ../../nbs/apps/96_service.ipynb #5eb84e66
 def _add_faults(app):
@@ -249,19 +297,19 @@ def _cam_png(explanation, max_side=1024):
 
 # %% ../../nbs/apps/96_service.ipynb #5f8205f8
 def _infer(answer, holder, store):
-    "The response of /infer: the pair and the address of its map, the abstention first."
+    "The response of /infer: the pair, the address of its map and the metadata used; the abstention first."
     prediction = answer.prediction
     probs = _pair(answer)
     with holder.lock:
-        explanation = answer.predictor.explain(answer.image, target=prediction.predicted, **answer.person)
+        explanation = answer.predictor.explain(answer.image, prediction=prediction, **answer.person)
     address = f'/cams/{store.put(_cam_png(explanation))}.png'
     abstention = dict(abstain=True, abstain_reason=prediction.abstain_reason) if prediction.abstain else {}
-    return abstention | dict(probs=probs, camPngUrl=address)
+    return abstention | dict(probs=probs, camPngUrl=address, metadata=prediction.metadata)
 
 # %% ../../nbs/apps/96_service.ipynb #4b73e05d
 _PREDICT_KEYS = (
     'confidence', 'probabilities', 'prediction_set', 'coverage', 'malignancy', 'flagged', 'threshold', 'disagreement',
-    'heads', 'bundle_id', 'disclaimer',
+    'heads', 'metadata', 'bundle_id', 'disclaimer',
 ) # of a `Prediction`, in the order of the response
 
 def _predict(answer):
@@ -279,11 +327,12 @@ def _predict(answer):
 # %% ../../nbs/apps/96_service.ipynb #ac533970
 def _add_answers(app, holder, store, max_bytes):
     "POST /infer, POST /predict and the maps."
-    @app.post('/infer')
+    checked = dict(dependencies=[Depends(_check_fields)])
+    @app.post('/infer', **checked)
     def infer(file:_File, age:_Text='', sex:_Text='', site:_Text=''):
         return _infer(_answer(holder, max_bytes, file, age, sex, site), holder, store)
 
-    @app.post('/predict')
+    @app.post('/predict', **checked)
     def predict(file:_File, age:_Text='', sex:_Text='', site:_Text=''):
         return _predict(_answer(holder, max_bytes, file, age, sex, site))
 
