@@ -37,13 +37,19 @@ def nearest(
     return f" Did you mean '{by_form[near[0]]}'?" if near else ''
 
 # %% ../nbs/00_taxonomy.ipynb #ef5b87a6
-_MISSING = ('', 'unknown', 'nan', 'na', 'n a', 'none', 'null', '<na>', 'not reported')
+_MISSING = frozenset(
+    'unknown|nan|na|n a|n.a.|none|null|nil|<na>|missing|undefined|unspecified|not reported|not recorded|'
+    'not available|not applicable|not known|not specified|not stated'.split('|')
+)
+# '#N/A', '#DIV/0!', '#NAME?', 'Err:502': what a spreadsheet leaves where a formula fails, also in German
+_CELL_ERROR = r'#(n a|na|nv|n a n a|[^\W\d]+( 0)?[!?])|err:\d+'
 
 def is_missing(
     word, # a cell of a table, None and NaN included
-) -> bool: # True also for a cell of nothing but hyphens
+) -> bool: # True also for a cell of nothing but dots, dashes and question marks
     "Whether a cell stands for an unknown value."
-    return comparable(word) in _MISSING
+    form = comparable(word)
+    return not form.strip(' .?\u2013\u2014') or form in _MISSING or re.fullmatch(_CELL_ERROR, form) is not None
 
 # %% ../nbs/00_taxonomy.ipynb #9d5f7cdd
 def comparable_map(

@@ -135,15 +135,15 @@ def modes():
         "see_through.png": (encoded(see_through, "PNG", transparency=0), behind, 0),
         "sixteen.png": (encoded(Image.fromarray(sixteen), "PNG"), as_rgb(grey), 0),
         "sixteen.tif": (encoded(Image.fromarray(sixteen), "TIFF"), as_rgb(grey), 0),
-        "one_pixel.png": (encoded(rgb[:1, :1], "PNG"), rgb[:1, :1], 0),
-        "one_pixel.jpg": (encoded(rgb[:1, :1], "JPEG"), rgb[:1, :1], 6),
+        "smallest.png": (encoded(rgb[:8, :8], "PNG"), rgb[:8, :8], 0),
+        "narrowest.png": (encoded(rgb[:8].repeat(3, 1)[:, :80], "PNG"), rgb[:8].repeat(3, 1)[:, :80], 0),
     }
 
 
 def bad_pictures():
     "name -> (bytes, what the error must say)."
     image = Image.fromarray(pixels())
-    float_tiff = encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF")
+    float_tiff = encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF")
     return {
         "empty.jpg": (b"", "it is empty"),
         "text.jpg": (b"Dear colleague, please find the picture enclosed.\n", "its content is no known image"),
@@ -165,6 +165,11 @@ def bad_pictures():
             big_png(10_000, 10_000),
             "10000x10000 pixels, more than the 64,000,000 allowed; scale the image down",
         ),
+        "one_pixel.png": (encoded(pixels()[:1, :1], "PNG"), "1x1 pixels, less than the 8 allowed for a side"),
+        "one_pixel.jpg": (encoded(pixels()[:1, :1], "JPEG"), "1x1 pixels, less than the 8 allowed for a side"),
+        "placeholder.webp": (encoded(pixels()[:7, :20], "WEBP"), "20x7 pixels, less than the 8 allowed"),
+        "strip.png": (encoded(pixels()[:3].repeat(90, 1)[:, :2000], "PNG"), "2000x3 pixels, less than the 8 allowed"),
+        "ribbon.jpg": (encoded(pixels()[:8].repeat(3, 1)[:, :81], "JPEG"), "one side more than 10 times the other"),
         "floats.tif": (float_tiff, "have no agreed range"),
         "frames.tif": (encoded(image, "TIFF", save_all=True, append_images=[image]), "it holds 2 frames"),
         "frames.png": (encoded(image, "PNG", save_all=True, append_images=[image.rotate(180)]), "frames"),

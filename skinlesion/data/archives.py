@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from threading import Lock
 
-from .schema import DatasetError, read_table
+from .schema import DatasetError, read_table, split_delimiter
 from ..images import IMAGE_SUFFIXES, MAX_BYTES, ImageError
 
 # %% ../../nbs/data/21_archives.ipynb #5c9f3b87
@@ -308,10 +308,10 @@ class GivenFiles:
 # %% ../../nbs/data/21_archives.ipynb #3f85265b
 def _columns(entry):
     "The column names of what may be a table; none where it is no text in UTF-8."
-    line = entry.head(65536).decode('utf-8', 'replace').lstrip('\ufeff').lstrip().split('\n')[0]
-    if '\0' in line:
-        return []
-    return [c.strip().strip('"') for c in line.split(max(',\t;', key=line.count))]
+    text, delimiter, _ = split_delimiter(entry.head(65536).decode('utf-8', 'replace').lstrip('\ufeff'))
+    lines = (line.split(delimiter) for line in text.split('\n'))
+    cells = next((cells for cells in lines if any(map(str.strip, cells))), [])
+    return [] if any('\0' in c for c in cells) else [c.strip().strip('"') for c in cells]
 
 # %% ../../nbs/data/21_archives.ipynb #a6d7ea11
 def _sort_entry(entry, given, ignore):

@@ -32,11 +32,11 @@ def _code(form, taken):
 
 # %% ../../nbs/data/20_classes.ipynb #dcbfcc12
 def _own_label_set(
-    diagnoses, # str, one per image; an empty one is none
+    diagnoses, # str, one per image; a missing one is none
     name:str, # of the set
 ) -> LabelSet: # codes in alphabetical order; `malignant` is None
     "A label set made from the class words of the data; spellings that differ in case, hyphens or quotes are one class."
-    counts = pd.Series([w.strip() for w in diagnoses if w.strip()], dtype=object).value_counts()
+    counts = pd.Series([w.strip() for w in diagnoses if not is_missing(w)], dtype=object).value_counts()
     spellings = {}
     for word in sorted(counts.index, key=lambda w: (-counts[w], w)):
         spellings.setdefault(comparable(word), word)
@@ -128,7 +128,7 @@ def label_set_fits(
 
 # %% ../../nbs/data/20_classes.ipynb #7d64dec3
 def choose_label_set(
-    diagnoses, # str, one per image; empty ones do not count
+    diagnoses, # str, one per image; missing ones do not count
     name:str, # of the data, for a set of its own
     label_set:str|None=None, # name of a built-in set
     labels:Path|str|None=None, # table code,name,malignant
@@ -140,7 +140,7 @@ def choose_label_set(
         return get_label_set(label_set)
     if labels:
         return read_label_set(labels, name)
-    distinct = list(dict.fromkeys(w.strip() for w in diagnoses if w.strip()))
+    distinct = list(dict.fromkeys(w.strip() for w in diagnoses if not is_missing(w)))
     if not distinct:
         raise ValueError(
             "no image has a diagnosis, so the classes are not known; name them with --label-set or --labels"
@@ -204,7 +204,7 @@ def _near_misses(label_set):
 def _class_notes(chosen, diagnoses, about):
     "Notes of the report on a built-in label set, or on the data's own."
     if chosen.name in LABEL_SETS:
-        known = {w: chosen.parse(w) for w in dict.fromkeys(diagnoses) if w.strip() and label_set_fits(chosen, [w])}
+        known = {w: chosen.parse(w) for w in dict.fromkeys(diagnoses) if label_set_fits(chosen, [w])}
         read = [f"'{w}' as {c}" for w, c in known.items() if w != c]
         return [f"label set {chosen.name}; words read: {', '.join(read)}" if read else f"label set {chosen.name}"]
     stated = ', '.join(f"{c} '{n}'" if c != n else c for c, n in chosen.names.items())

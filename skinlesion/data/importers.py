@@ -235,7 +235,7 @@ def _whole(word, where):
 # %% ../../nbs/data/32_importers.ipynb #9f79e966
 def _split_word(word, where):
     "A canonical name of a split, or '' for none."
-    split = parse_split(word)
+    split = '' if is_missing(word) else parse_split(word)
     if split.strip() in ('', *SPLITS, 'external', 'unlabelled'):
         return split.strip()
     raise ValueError(f"{where} '{word}' is not known; allowed are train, valid, test, external.{nearest(word, SPLITS)}")

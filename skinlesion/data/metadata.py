@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from ..taxonomy import SITES, nearest, parse_sex, parse_site
+from ..taxonomy import SITES, is_missing, nearest, parse_sex, parse_site
 
 # %% ../../nbs/data/27_metadata.ipynb #9be71ddf
 def parse_age(
@@ -20,7 +20,7 @@ def parse_age(
 ) -> float: # years in [0, 120], NaN where unknown
     "Read an age; an error says where it stands and what is allowed."
     text = '' if age is None else str(age).strip()
-    if text.lower() in ('', 'nan', 'unknown', 'none', '<na>'):
+    if is_missing(text):
         return math.nan
     try:
         years = float(text)
