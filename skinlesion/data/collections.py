@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .challenges import one_hot_codes
 from .archives import collect, describe_tables, open_table
 from .downloads import DownloadError, RemoteFile, fetch_file
 from .imports import ImportReport, row_places, write_import
 from .schema import DatasetError, DatasetInfo, check_target
-from ..taxonomy import nearest
+from ..taxonomy import CHALLENGES, nearest
 
 # %% ../../nbs/data/23_collections.ipynb #0a88de5e
 @dataclass(frozen=True)
@@ -161,27 +162,6 @@ def _read_rows(entry, columns, optional, collection):
         )
     return _Rows(raw.rename(columns=columns), [entry.label] * len(raw), lines.tolist())
 
-# %% ../../nbs/data/23_collections.ipynb #3d150c5e
-def _one_hot_fault(names, cells, values):
-    "What is wrong with a row that has not exactly one 1."
-    odd = ~np.isin(values, (0, 1))
-    if odd.any():
-        return f"{names[odd.argmax()]} is '{cells[odd.argmax()]}'; allowed are 0 and 1"
-    ones = [n for n, v in zip(names, values) if v == 1]
-    marked = f"{' and '.join(ones)} are" if ones else 'no class is'
-    return f"{marked} 1; exactly one of {', '.join(names)} must be"
-
-# %% ../../nbs/data/23_collections.ipynb #f05bc4e7
-def _one_hot(raw, classes, places):
-    "The code of each row, and a sentence for each row that has not exactly one."
-    names = list(classes)
-    values = raw[names].apply(pd.to_numeric, errors='coerce').to_numpy(float)
-    wrong = ~np.isin(values, (0, 1)).all(1) | ((values == 1).sum(1) != 1)
-    faults = [
-        f"{places[i]}: {_one_hot_fault(names, raw[names].iloc[i].tolist(), values[i])}" for i in np.flatnonzero(wrong)
-    ]
-    return np.array(list(classes.values()))[(values == 1).argmax(1)], faults
-
 # %% ../../nbs/data/23_collections.ipynb #3671504f
 def _join(rows, extra):
     "Add the columns of a second table."
@@ -252,7 +232,7 @@ def _part_rows(given, collection, part, entry):
     "The rows of one part, with its classes and its second table."
     rows = _read_rows(entry, collection.columns, collection.optional, collection)
     if collection.classes:
-        codes, rows.faults = _one_hot(rows.table, collection.classes, rows.places)
+        codes, rows.faults = one_hot_codes(rows.table, collection.classes, rows.places)
         rows.table = rows.table.drop(columns=list(collection.classes)).assign(diagnosis=codes)
     for (column, value), word in collection.agrees.items():
         if column in rows.table:
@@ -362,10 +342,6 @@ def _remote(year, *names):
 def _dataverse(name, number, **known):
     return RemoteFile(name, f'https://dataverse.harvard.edu/api/access/datafile/{number}', **known)
 
-# %% ../../nbs/data/23_collections.ipynb #d68837af
-def _codes(columns):
-    return {n: n.lower() for n in columns.split()}
-
 # %% ../../nbs/data/23_collections.ipynb #fd69ce70
 _HAM10000 = Collection(
     DatasetInfo(
@@ -409,7 +385,7 @@ _ISIC2018 = Collection(
     example='ISIC2018_Task3_Training_GroundTruth.csv',
     key=('image',),
     columns=dict(image='image_id'),
-    classes=_codes('MEL NV BCC AKIEC BKL DF VASC'),
+    classes=CHALLENGES['isic2018'],
     parts=dict(train='train', valid='valid', test='test'),
     details=Details(
         'ISIC2018_Task3_Training_LesionGroupings.csv',
@@ -441,7 +417,7 @@ _ISIC2019 = Collection(
     example='ISIC_2019_Training_GroundTruth.csv',
     key=('image',),
     columns=dict(image='image_id'),
-    classes=_codes('MEL NV BCC AK BKL DF VASC SCC UNK'),
+    classes=CHALLENGES['isic2019'],
     parts=dict(train='train', test='test'),
     age_zero='HAM_',
     details=Details(

@@ -20,6 +20,7 @@ from skinlesion.taxonomy import (
     parse_split,
     probability_columns,
 )
+from .challenges import read_ground_truth, read_submission
 from ..files import atomic_write, read_json
 from .schema import Dataset, DatasetError, read_table
 from .splits import APART, SPLITS
@@ -97,8 +98,8 @@ def _as_numbers(table, column, where):
     raise ValueError(f"{_place(table, where, i)}: {column} is '{text}'; give a probability in [0, 1]{hint}")
 
 # %% ../../nbs/data/30_tables.ipynb #7b2d6317
-def _check_probabilities(table, columns, where):
-    "Refuse values that are no probabilities and rows that do not sum to 1."
+def _check_probabilities(table, columns, where, sums):
+    "Refuse values that are no probabilities and, where `sums`, rows that do not sum to 1."
     probs = table[columns].to_numpy(np.float64)
     for bad, what in [(np.isnan(probs), 'is NaN'), ((probs < 0) | (probs > 1), 'is {:.6g}')]:
         if bad.any():
@@ -111,11 +112,12 @@ def _check_probabilities(table, columns, where):
                 f"({'divide percent by 100' if percent else 'softmax outputs, not logits'})"
             )
     off = np.flatnonzero(np.abs(probs.sum(1) - 1) > _SUM_TOLERANCE)
-    if len(off):
+    if sums and len(off):
         raise ValueError(
             f"{_place(table, where, off[0])}: the probabilities sum to {probs[off[0]].sum():.6g} "
             f"({len(off)} such row(s)); "
-            f"allowed is 1 within {_SUM_TOLERANCE:g}. Give softmax outputs over exactly these classes"
+            f"allowed is 1 within {_SUM_TOLERANCE:g}. Give softmax outputs over exactly these classes "
+            "(a challenge's confidences, which need not sum to 1, are scored with --official)"
         )
 
 # %% ../../nbs/data/30_tables.ipynb #793effc1
@@ -131,13 +133,14 @@ def check_predictions(
     predictions:pd.DataFrame, # image_id, one p_<code> per class; other columns are kept
     label_set:LabelSet, # classes and their order
     where:str='predictions', # what errors call the table, such as its path
+    sums:bool=True, # whether the probabilities of each row must sum to 1
 ) -> pd.DataFrame: # the same rows; image_id str, probabilities float64
     "A predictions table that can be scored, or a `ValueError` that names the row."
     table = _check_ids(predictions, where)
     _check_columns(table, label_set, where)
     columns = probability_columns(label_set)
     table = table.assign(**{c: _as_numbers(table, c, where) for c in columns})
-    _check_probabilities(table, columns, where)
+    _check_probabilities(table, columns, where, sums)
     return _known_splits(_without_lines(table))
 
 # %% ../../nbs/data/30_tables.ipynb #e52d6c59
@@ -148,6 +151,7 @@ def _without_lines(table):
 
 # %% ../../nbs/data/30_tables.ipynb #d882f1a5
 _TEXT_COLUMNS = (
+    'image',
     'image_id',
     'lesion_id',
     'patient_id',
@@ -223,13 +227,14 @@ def read_predictions(
     # classes and their order; None for the set that `infer_label_set` finds in the columns
     label_set:LabelSet|None=None,
     where:str|None=None, # what errors call the table; its path by default
+    sums:bool=True, # whether the probabilities of each row must sum to 1
 ) -> pd.DataFrame: # as `check_predictions` gives it, with `predicted`
-    "Read and check a predictions table."
+    "Read and check a predictions table, or the submission of an ISIC challenge (image, MEL, NV, ...)."
     where = where or ('predictions' if isinstance(source, bytes) else str(source))
-    read = _read_table(source, where)
+    read = read_submission(_read_table(source, where))
     label_set = label_set or infer_label_set(read, where=where)
     lines = dict(read.attrs)
-    table = check_predictions(read, label_set, where)
+    table = check_predictions(read, label_set, where, sums)
     table.attrs |= lines
     _check_predicted(table, label_set, where)
     table = _without_lines(table)
@@ -261,8 +266,10 @@ def read_labels(
     path:Path|str, # of the CSV; semicolons, tabs and a byte order mark are understood
     label_set:LabelSet, # classes; full names and aliases of them are understood
 ) -> pd.DataFrame: # as `check_labels` gives it
-    "Read and check a labels table."
-    return check_labels(_read_table(path), label_set, str(path))
+    "Read and check a labels table, or the ground truth of an ISIC challenge (image, MEL, NV, ...)."
+    table = _read_table(path)
+    places = [f'{path} row {_row(table, i)}' for i in range(len(table))]
+    return check_labels(read_ground_truth(table, places), label_set, str(path))
 
 # %% ../../nbs/data/30_tables.ipynb #d3d485bf
 def _named_label_set(name):
