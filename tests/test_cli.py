@@ -23,7 +23,7 @@ from skinlesion.evaluate.scorecard import scorecard
 from skinlesion.images import encode_png, read_image
 from skinlesion.model.bundle import load_bundle, save_bundle
 from skinlesion.pipeline.cli import app
-from skinlesion.taxonomy import get_label_set
+from skinlesion.taxonomy import CHALLENGES, get_label_set
 from skinlesion.use.predict import Predictor
 from tiny import build_bundle, build_pictures
 
@@ -518,3 +518,173 @@ def test_evaluate_says_that_malignancy_is_not_stated(tables, tmp_path, monkeypat
         and "does not say which" in ended.stdout
     )
     assert kept["all"]["accuracy"]["value"] is not None and kept["all"]["malignant"]["auroc"]["value"] is None
+
+# Confidences and true class of 17 and 22 images, ISIC_0035060 and on; below 2019's, score and validation weight too.
+# The numbers are random (numpy), rounded until some tie. What follows each table was printed by the challenge's own
+# scorer, isic-challenge-scoring 5.8.0 (in an environment of its own: it needs Python 3.13, pandas < 3, numpy < 2.4),
+# called as `isic-challenge-scoring classification truth.csv submission.csv`.
+OFFICIAL = dict(
+    isic2018=(
+        """
+.7 .3 .1 .4 .1 .2 .3 MEL
+.3 .8 .4 .6 .2 .4 .4 NV
+.2 .0 1.0 .2 .2 .5 .4 BCC
+.3 .5 .0 .8 .2 .1 .4 AKIEC
+.6 .1 .4 .2 .8 .4 .1 BKL
+.5 .4 .4 .5 .3 .9 .5 DF
+.1 .5 .2 .3 .1 .4 .6 VASC
+.5 .2 .3 .2 .4 .5 .1 DF
+.8 .5 .3 .6 .1 .5 .1 MEL
+.6 .8 .4 .6 .5 .5 .0 NV
+.2 .5 .1 .1 .5 .1 .2 NV
+.3 .9 .6 .4 .1 .3 .4 NV
+.0 .4 .2 .4 .4 .8 .3 DF
+.3 .1 .3 .1 .3 .3 .9 VASC
+.2 .0 .3 .1 .8 .2 .2 BKL
+.9 .2 .2 .2 .3 .1 .3 MEL
+1.0 .3 .4 .6 .5 .4 .5 MEL
+""",
+        """Overall: 0.9166666666666667
+Validation: 0.9166666666666667
+
+Per-category metrics:
+       accuracy  sensitivity  specificity      dice   ppv       npv       auc  auc_sens_80        ap
+MEL      0.8750     1.000000     0.846154  0.750000  0.60  1.000000  1.000000     1.000000  1.000000
+NV       0.9375     0.750000     1.000000  0.857143  1.00  0.923077  0.979167     0.953333  0.916667
+BCC      0.9375     1.000000     0.933333  0.666667  0.50  1.000000  1.000000     1.000000  1.000000
+AKIEC    0.8125     1.000000     0.800000  0.400000  0.25  1.000000  1.000000     1.000000  1.000000
+BKL      1.0000     1.000000     1.000000  1.000000  1.00  1.000000  1.000000     1.000000  1.000000
+DF       0.9375     0.666667     1.000000  0.800000  1.00  0.928571  0.974359     0.929231  0.866667
+VASC     1.0000     1.000000     1.000000  1.000000  1.00  1.000000  1.000000     1.000000  1.000000
+
+Macro averaged metrics:
+accuracy       0.928571
+sensitivity    0.916667
+specificity    0.939927
+dice           0.781973
+ppv            0.764286
+npv            0.978807
+auc            0.993361
+auc_sens_80    0.983223
+ap             0.969048
+
+Aggregate metrics:
+balanced_accuracy    0.916667
+""",
+    ),
+    isic2019=(
+        """
+.24 .08 .30 .04 .00 .01 .29 .04 .00 MEL 1 0
+.07 .41 .03 .04 .03 .18 .07 .03 .14 NV 1 0
+.13 .00 .74 .01 .03 .01 .04 .03 .02 BCC 1 1
+.01 .04 .01 .26 .09 .01 .38 .19 .00 AK 1 1
+.14 .02 .09 .10 .14 .06 .06 .38 .02 BKL 1 1
+.02 .00 .00 .00 .07 .55 .30 .02 .03 DF 1 1
+.08 .01 .02 .16 .01 .03 .63 .05 .01 VASC 1 1
+.05 .09 .07 .02 .23 .01 .01 .27 .26 SCC 1 1
+.02 .01 .01 .08 .01 .01 .10 .01 .76 UNK 1 0
+.07 .04 .07 .54 .03 .01 .14 .05 .04 VASC 0 0
+.03 .01 .01 .01 .01 .02 .01 .61 .30 SCC 1 1
+.74 .00 .16 .02 .00 .05 .01 .00 .00 MEL 1 1
+.00 .02 .07 .01 .03 .24 .00 .63 .01 SCC 1 0
+.01 .01 .04 .07 .52 .04 .11 .06 .14 BKL 1 1
+.03 .03 .24 .04 .56 .04 .00 .01 .05 BKL 1 1
+.01 .05 .01 .00 .09 .79 .00 .04 .01 DF 1 0
+.00 .02 .50 .39 .01 .02 .02 .02 .01 BCC 1 1
+.10 .37 .19 .02 .01 .09 .03 .03 .18 UNK 1 0
+.97 .01 .00 .01 .01 .00 .00 .00 .00 MEL 1 0
+.01 .01 .21 .13 .20 .00 .00 .44 .00 BCC 1 1
+.00 .01 .01 .84 .01 .00 .01 .01 .10 AK 0 1
+.05 .01 .01 .46 .02 .07 .02 .05 .31 DF 1 0
+""",
+        """Overall: 0.6296296296296295
+Validation: 0.8333333333333333
+
+Per-category metrics:
+      accuracy  sensitivity  specificity  dice  ppv       npv       auc  auc_sens_80        ap
+MEL   0.947368     0.666667          1.0   0.8  1.0  0.941176  1.000000     1.000000  1.000000
+NV    0.947368     0.000000          1.0   0.0  1.0  0.947368  1.000000     1.000000  1.000000
+BCC   0.894737     0.333333          1.0   0.5  1.0  0.888889  0.958333     0.875000  0.866667
+AK    0.947368     0.000000          1.0   0.0  1.0  0.947368  0.888889     0.888889  0.333333
+BKL   0.947368     0.666667          1.0   0.8  1.0  0.941176  0.958333     0.875000  0.866667
+DF    0.947368     0.666667          1.0   0.8  1.0  0.941176  0.937500     0.812500  0.833333
+VASC  1.000000     1.000000          1.0   1.0  1.0  1.000000  1.000000     1.000000  1.000000
+SCC   0.947368     0.666667          1.0   0.8  1.0  0.941176  0.958333     0.875000  0.866667
+UNK   0.947368     0.000000          1.0   0.0  1.0  0.947368  0.833333     0.833333  0.250000
+
+Macro averaged metrics:
+accuracy       0.947368
+sensitivity    0.444444
+specificity    1.000000
+dice           0.522222
+ppv            1.000000
+npv            0.943967
+auc            0.948302
+auc_sens_80    0.906636
+ap             0.779630
+
+Aggregate metrics:
+balanced_accuracy    0.62963
+""",
+    ),
+)
+
+
+def official_tables(challenge, folder):
+    "The two tables of OFFICIAL in the challenge's layout, in a folder."
+    columns = list(CHALLENGES[challenge])
+    weights = ["score_weight", "validation_weight"] if challenge == "isic2019" else []
+    rows = [row.split() for row in OFFICIAL[challenge][0].strip().splitlines()]
+    table = pd.DataFrame(rows, columns=[*columns, "truth", *weights])
+    table.insert(0, "image", [f"ISIC_{35060 + k:07}" for k in range(len(table))])
+    table[["image", *columns]].to_csv(folder / "submission.csv", index=False)
+    truth = table[["image", *weights]].join(pd.get_dummies(table.truth, dtype=float)[columns])
+    truth.to_csv(folder / "truth.csv", index=False)
+    return table
+
+
+@pytest.mark.parametrize("challenge", OFFICIAL)
+def test_official_scores_are_those_of_the_challenge(challenge, tmp_path):
+    "Of the challenge's tables and of ours: every character, the image that was withdrawn from 2018 (row 9) included."
+    table = official_tables(challenge, tmp_path)
+    expected = OFFICIAL[challenge][1]
+    codes = CHALLENGES[challenge]
+    ours = table.rename(columns={column: f"p_{code}" for column, code in codes.items()} | dict(image="image_id"))
+    ours = ours.assign(diagnosis=table.truth.map(codes))[::-1]
+    ours.drop(columns="diagnosis").to_csv(tmp_path / "p.csv", index=False)
+    ours.drop(columns=[f"p_{code}" for code in codes.values()]).to_csv(tmp_path / "l.csv", index=False)
+    for predictions, labels in (("submission.csv", "truth.csv"), ("p.csv", "l.csv")):
+        words = ("evaluate", tmp_path / predictions, tmp_path / labels, "--official", challenge)
+        assert cli(*words) == (0, expected, "")
+
+
+def test_a_class_without_an_image_is_left_out_of_official_scores(tmp_path):
+    "ISIC 2019 without UNK, in predictions or in labels; without either option there is nothing to do."
+    table = official_tables("isic2019", tmp_path)
+    (tmp_path / "labels.csv").write_text(
+        "image_id,diagnosis\n" + "".join(f"{i},{t}\n" for i, t in zip(table.image, table.truth) if t != "UNK")
+    )
+    submission = pd.read_csv(tmp_path / "submission.csv").drop(columns="UNK")
+    submission.to_csv(tmp_path / "eight.csv", index=False)
+    words = ("evaluate", tmp_path / "eight.csv", tmp_path / "labels.csv", "--partial", "--official", "isic2019")
+    code, out, err = cli(*words)
+    assert code == 0 and "\nSCC  " in out and "UNK" not in out
+    assert "eight.csv: no class unk, so the confidence in UNK is taken as 0\n" in err
+    assert "labels.csv: no image of UNK, left out of rows and means; the challenge's own scorer stops there\n" in err
+    assert cli(*words[:-2])[0] == 2 and "give a folder for the evaluation" in cli(*words[:-2])[2]
+
+
+def test_predict_writes_what_a_challenge_takes(made, tmp_path):
+    "The submission of a bundle is its predictions table; of classes that no challenge has there is none."
+    folder, bundle, pictures = made
+    words = ("predict", *pictures.values(), "--bundle", bundle)
+    assert cli(*words, "--csv", tmp_path / "table.csv")[0] == 0
+    code, out, err = cli(*words, "--format", "isic", "--csv", tmp_path / "isic.csv")
+    assert code == 0 and "3 picture(s)" in out, err
+    head, first = (tmp_path / "isic.csv").read_text().splitlines()[:2]
+    assert head == "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC" and first.startswith("a,0.")
+    table, submission = (read_predictions(tmp_path / name) for name in ("table.csv", "isic.csv"))
+    assert table[submission.columns].equals(submission)
+    two = build_bundle(tmp_path / "two", get_label_set("melanoma"))
+    code, _, err = cli(*words[:-1], two, "--format", "isic", "--csv", tmp_path / "no.csv")
+    assert code == 1 and "two, --format isic: no ISIC challenge has the classes benign, mel" in err

@@ -263,7 +263,7 @@ def find_images(
     return files
 
 # %% ../../nbs/pipeline/112_cli.ipynb #fc3e0649
-def _predictions_text(table, path, predictor):
+def _predictions_text(table, path, predictor, challenge):
     "How many images were predicted as what, and what the table is not for."
     from skinlesion.taxonomy import DISCLAIMER
     counts = table.predicted[~table.abstain].value_counts()
@@ -272,10 +272,12 @@ def _predictions_text(table, path, predictor):
         answers.append(f'no answer {table.abstain.sum()}')
     lines = [f"{path}: {len(table)} picture(s), {', '.join(answers)}"]
     if table.abstain.any():
+        why = "the challenge's table cannot say so" if challenge else 'the column abstain_reason says why'
         lines.append(
-            f'{table.abstain.sum()} of them without an answer: the column abstain_reason says why, and '
-            'their predicted class is not to be used'
+            f'{table.abstain.sum()} of them without an answer: {why}, and their predicted class is not to be used'
         )
+    if challenge == 'isic2019' and 'unk' not in predictor.label_set:
+        lines.append('UNK is 0.0: the bundle has no class unk, and the challenge asks for every column')
     return '\n'.join([*lines, f'bundle {predictor.bundle_id}. {DISCLAIMER}'])
 
 # %% ../../nbs/pipeline/112_cli.ipynb #d5df31c2
@@ -291,6 +293,9 @@ def predict(
     images:Annotated[list[Path], typer.Argument(help='Images, or folders of images.')],
     bundle:_Bundle,
     csv:Annotated[Path, typer.Option('--csv', help='Predictions table to write: image_id, p_<class>, predicted, ...')],
+    layout:Annotated[
+        str, typer.Option('--format', help='table, or isic: the CSV that the ISIC challenges of 2018 and 2019 take.')
+    ]='table',
     metadata:_Metadata=None,
     skip_bad:option(bool, '--skip-bad', help='Leave out images that cannot be read, and list them.')=False,
 ):
@@ -300,18 +305,23 @@ def predict(
     Examples:
       skinlesion predict photo.jpg --bundle artifacts/ensemble --csv out.csv
       skinlesion predict data/images --bundle artifacts/ensemble --metadata data/metadata.csv --csv out.csv
+      skinlesion predict ISIC2018_Task3_Test_Input --bundle artifacts/ensemble --format isic --csv submission.csv
     """
+    from skinlesion.checks import check_choice
+    from skinlesion.data.challenges import find_challenge, write_challenge
     from skinlesion.data.tables import write_predictions
     from skinlesion.use.predict import Predictor, read_metadata
+    check_choice(layout, ('table', 'isic'), '--format')
     check_place(csv)
     persons = metadata and read_metadata(metadata)
     paths = find_images(images)
     predictor = Predictor(bundle)
+    challenge = find_challenge(predictor.label_set.codes, f'{bundle}, --format isic') if layout == 'isic' else ''
     table = predictor.predict_many(paths, persons, skip_bad, counter('pictures'))
-    write_predictions(table, csv)
+    (write_challenge if challenge else write_predictions)(table, csv)
     for sentence in table.attrs['skipped']:
         say(f'skipped: {sentence}', err=True)
-    say('\n'.join([_predictions_text(table, csv, predictor), *_unused_metadata(metadata, predictor)]))
+    say('\n'.join([_predictions_text(table, csv, predictor, challenge), *_unused_metadata(metadata, predictor)]))
 
 # %% ../../nbs/pipeline/112_cli.ipynb #acf9774d
 def _person(metadata, image):
@@ -460,14 +470,25 @@ _MEASURE = dict(
 
 # %% ../../nbs/pipeline/112_cli.ipynb #c3c580c5
 _Predictions = Annotated[
-    Path, typer.Argument(help='CSV: image_id, one column p_<class> per class, optional split.')
+    Path, typer.Argument(help='CSV: image_id, one column p_<class> per class, optional split; or image, MEL, NV, ...')
 ]
 _LabelTable = Annotated[
     Path,
-    typer.Argument(help='CSV: image_id, diagnosis, optional lesion_id, split, age, sex, site, skin_tone, source.'),
+    typer.Argument(
+        help='CSV: image_id, diagnosis, optional lesion_id, split, age, sex, site, skin_tone, source; or the ground '
+        'truth of an ISIC challenge: image, MEL, NV, ...'
+    ),
 ]
 _EvaluationOut = option(
-    Path, '--out', help='Folder for metrics.json, report.html and the curves; an earlier evaluation there is replaced.'
+    Path|None,
+    '--out',
+    help='Folder for metrics.json, report.html and the curves; an earlier evaluation there is replaced.',
+)
+_Official = option(
+    str|None,
+    '--official',
+    help='isic2018 (task 3) or isic2019: print the score as the scorer of that ISIC challenge does. --out may then '
+    'be left out.',
 )
 _Images = option(
     Path|None,
@@ -478,7 +499,10 @@ _Images = option(
 # %% ../../nbs/pipeline/112_cli.ipynb #d4abf533
 @app.command('evaluate')
 @with_options(_EVALUATE | _MEASURE)
-def evaluate(predictions:_Predictions, labels:_LabelTable, out:_EvaluationOut, images:_Images=None, **options):
+def evaluate(
+    predictions:_Predictions, labels:_LabelTable, out:_EvaluationOut=None, images:_Images=None,
+    official:_Official=None, **options,
+):
     """Score any system's predictions: every metric with its interval, and a page to read.
 
     Where the tables hold the splits valid and test, calibration, threshold and prediction sets are fitted on the
@@ -489,8 +513,16 @@ def evaluate(predictions:_Predictions, labels:_LabelTable, out:_EvaluationOut, i
       skinlesion evaluate predictions.csv labels.csv --out evaluation
       skinlesion evaluate artifacts/predictions/ensemble.csv data/metadata.csv --partial \\
         --images data/images --out evaluation
+      skinlesion evaluate submission.csv ISIC2018_Task3_Test_GroundTruth.csv --official isic2018
     """
-    check_out(out)
+    if out is None and official is None:
+        raise typer.BadParameter('give a folder for the evaluation', param_hint='--out')
+    if out is not None:
+        check_out(out)
+    if official is not None:
+        _score_official(predictions, labels, official, options['split'], options['partial'])
+    if out is None:
+        return
     from skinlesion.report.clinical import folder_images, write_evaluation
     pictures = images and folder_images(images)
     result, sources, left_out = _evaluate_files(predictions, labels, **options)
@@ -498,6 +530,28 @@ def evaluate(predictions:_Predictions, labels:_LabelTable, out:_EvaluationOut, i
     for sentence in filter(None, [left_out, _about_malignancy(result.label_set)]):
         say(sentence, err=True)
     say(f'{evaluation_text(result.card, result.part)}\n{out}: metrics.json, report.html')
+
+# %% ../../nbs/pipeline/112_cli.ipynb #c3f8f950
+def _score_official(predictions, labels, challenge, split, partial):
+    "Print what the scorer of a challenge prints; what it leaves out goes to stderr."
+    from skinlesion.checks import check_choice
+    from skinlesion.data.challenges import challenge_labels
+    from skinlesion.data.tables import narrow_tables, read_labels, read_predictions
+    from skinlesion.evaluate.official import score_challenge
+    from skinlesion.taxonomy import CHALLENGES
+    label_set = challenge_labels(check_choice(challenge, CHALLENGES, '--official'))
+    table = read_predictions(predictions, sums=False)
+    table, truth, left_out = narrow_tables(table, read_labels(labels, label_set), split, partial)
+    score = score_challenge(table, truth, challenge, str(predictions))
+    notes = [left_out]
+    if 'unk' in label_set and 'p_unk' not in table:
+        notes.append(f"{predictions}: no class unk, so the confidence in UNK is taken as 0")
+    if score.left_out:
+        notes.append(f"{labels}: no image of {', '.join(score.left_out)}, left out of rows and means; the challenge's "
+                     "own scorer stops there")
+    for sentence in filter(None, notes):
+        say(sentence, err=True)
+    say(str(score))
 
 # %% ../../nbs/pipeline/112_cli.ipynb #bcc099fa
 def _about_malignancy(label_set):

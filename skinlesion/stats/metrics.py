@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ECE_BINS', 'LOG_FLOOR', 'WHOLE', 'PER_CLASS', 'METRICS', 'BINARY', 'weight_blocks', 'group_sums', 'confusion_counts',
            'ratio', 'class_rates', 'agreement', 'RankCounts', 'rank_counter', 'weighted_auroc',
-           'weighted_average_precision', 'weighted_spearman', 'confidence_bins', 'weighted_ece', 'Metric',
-           'weighted_metrics', 'malignancy_masks', 'malignancy_probability', 'Malignancy', 'malignancy_of',
-           'malignancy_metrics']
+           'weighted_average_precision', 'weighted_partial_auroc', 'weighted_spearman', 'confidence_bins',
+           'weighted_ece', 'Metric', 'weighted_metrics', 'malignancy_masks', 'malignancy_probability', 'Malignancy',
+           'malignancy_of', 'malignancy_metrics']
 
 # %% ../../nbs/stats/10_metrics.ipynb #bad8fd21
 from dataclasses import dataclass
@@ -266,6 +266,17 @@ def _partial_areas(counts, level=.8):
     area = ratio(above, P * N)
     spare = ratio(N - (crosses * cut).sum(0), N)
     return dict(pauc80_isic2019=area + level * spare, pauc80_isic2024=area)
+
+# %% ../../nbs/stats/10_metrics.ipynb #ee09ebc3
+def weighted_partial_auroc(
+    positive:np.ndarray, # (N,) bool or 0/1
+    score:np.ndarray, # (N,) higher means more likely positive
+    weights:np.ndarray=None, # (R,N) multiplicities; None takes each image once
+) -> np.ndarray: # (R,) in [0, 1]; NaN in a resample without positives or without negatives
+    "Area under the ROC curve from where it reaches 80 % sensitivity, down to 0, as ISIC 2019 has it."
+    def area(counts):
+        return _partial_areas(counts)['pauc80_isic2019']
+    return _over_blocks(area, positive, score, weights)
 
 # %% ../../nbs/stats/10_metrics.ipynb #9cccd3b1
 _EPS = 1e-9 # images: a share of .9 of ten images is reached by nine
