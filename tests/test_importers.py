@@ -145,6 +145,23 @@ def test_a_folder_with_other_things_in_it(tmp_path):
     )
 
 
+def test_pictures_are_known_by_their_content(tmp_path):
+    jpeg = jpeg_with_gps()
+    files = {
+        "mel/a.JPG": jpeg,
+        "mel/b.jfif": jpeg,
+        "nv/c": jpeg,
+        "nv/d.dat": jpeg,
+        "nv/e.HEIC": b"heic",
+        "nv/f": b"GIF89a",
+    }
+    report = import_folder(lay(tmp_path / "src", **files), tmp_path / "out")
+    assert read_dataset(tmp_path / "out").table.image_id.tolist() == ["a", "b", "c", "d.dat"]
+    assert report.unread == tuple(
+        f"src/nv/{n} is not read; export it as JPEG or PNG" for n in ("e.HEIC: HEIC", "f: GIF")
+    ) and "pictures of a kind that is not read, not imported: 2" in str(report)
+
+
 # ---- label sets
 
 
@@ -323,8 +340,8 @@ GOOD = "image_id,diagnosis\np1,mel\np2,nv\n"
 @pytest.mark.parametrize("text, expected", [
     (GOOD + "/etc/passwd,nv\n",
      "t.csv row 4: image '/etc/passwd' is an absolute path; write it relative to the table"),
-    (GOOD + "C:\\p3.png,nv\n", "t.csv row 4: image 'C:\\p3.png' is an absolute path"),
-    (GOOD + "~/p3.png,nv\n", "t.csv row 4: image '~/p3.png' is an absolute path"),
+    (GOOD + "C:\\p4.png,nv\n", "t.csv row 4: image 'C:\\p4.png' is an absolute path"),
+    (GOOD + "~/p4.png,nv\n", "t.csv row 4: image '~/p4.png' is an absolute path"),
     (GOOD + "../secret.png,nv\n",
      "t.csv row 4: image '../secret.png' leaves what was given; give the folder it lies in too, or correct the path"),
     (GOOD + "photos/../../secret.png,nv\n", "t.csv row 4: image 'photos/../../secret.png' leaves what was given"),
@@ -350,6 +367,49 @@ def test_a_table_that_cannot_be_used(tmp_path, text, expected):
     (tmp_path / "in" / "photos" / "link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "in" / "t.csv").write_text(text)
     refused(tmp_path, expected, import_csv, tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("cell, file", [
+    ("IMG_0.jpg", "photos/IMG_0.JPG"),
+    ("img_0", "photos/IMG_0.jpeg"),
+    ("IMG_0.jpg", "photos/IMG_0.png"),
+    ("IMG_0.jpg", "photos/IMG_0"),
+    ("img_0.jpg", "photos/IMG_0.jpg.jpg"),
+    ("IMG_0 .jpg ", "photos/IMG_0.jpg"),
+    ("IMG_0.jpg", "photos/ IMG_0 .jpg"),
+    ("img%200.jpg", "IMG 0.jpg"),
+    ("IMG\u00a00.jpg", "IMG 0.jpg"),
+    ("IMG\u200b_0.jpg", "IMG_0.jpg"),
+    ("cafe\u0301.jpg", "photos/caf\u00e9.JPG"),
+    ("old\\IMG_0.jpg", "photos/IMG_0.jpg"),
+    ("Photos /IMG_0.jpg", "photos/IMG_0.jpg"),
+    ("C:\\Users\\x\\IMG_0.jpg", "photos/IMG_0.jpg"),
+    ("/home/x/IMG_0.jpg", "photos/IMG_0.jpg"),
+    ("https://host.example/IMG_0.jpg?x=1", "photos/IMG_0.jpg"),
+    ("../IMG_0.jpg", "photos/IMG_0.jpg")])
+def test_a_cell_means_the_one_file_that_differs_in_form_only(tmp_path, cell, file):
+    lay(tmp_path / "in", "p1.png", file)
+    (tmp_path / "in" / "t.csv").write_text(f"id,file,diagnosis\nA,{cell},mel\nB,p1.png,nv\n", encoding="utf-8")
+    report = import_csv(tmp_path / "in", tmp_path / "out", columns=Columns(image="file", id="id"))
+    assert report.n_images == 2 and f"'{cell.strip()}' is in/{file}" in report.notes[-1], report.notes
+
+
+@pytest.mark.parametrize("cell, files, expected", [
+    ("IMG_9.jpg", ["IMG_O.jpg"],
+     "there is no image 'IMG_9.jpg' in what was given; the nearest file is in/IMG_O.jpg. Correct the name"),
+    ("1E+05", ["photos/100000.png"],
+     "there is no image '1E+05' in what was given; the nearest file is in/photos/100000.png"),
+    ("IMG_1.jpg", ["IMG_1.HEIC"],
+     "'IMG_1.jpg' that can be read: in/IMG_1.HEIC is there, but HEIC is not read; export it"),
+    ("IMG_1.HEIC", ["IMG_1.HEIC"], "'IMG_1.HEIC' that can be read: in/IMG_1.HEIC is there, but HEIC is not read"),
+    ("b/x.jpg", ["a/X.png", "c/x.PNG"], "in/a/X.png and in/c/x.PNG differ; give only the one that is meant"),
+    ("P1.JPG", ["a.png"],
+     "there is no image 'P1.JPG' in what was given; give its archive or folder, or remove the row")])
+def test_a_cell_that_no_file_fits_is_told_the_nearest(tmp_path, cell, files, expected):
+    lay(tmp_path / "in", "p1.png", **{f: b"heic" if "HEIC" in f else png(k) for k, f in enumerate(files, 5)})
+    (tmp_path / "in" / "t.csv").write_text(f"id,file,diagnosis\nA,{cell},mel\nB,p1.png,nv\n")
+    columns = Columns(image="file", id="id")
+    refused(tmp_path, expected, import_csv, tmp_path / "in", tmp_path / "out", columns=columns)
 
 
 def test_every_bad_row_is_named_at_once(tmp_path):

@@ -282,6 +282,21 @@ def test_part_of_isic2018_without_groupings(tmp_path):
     assert read_dataset(tmp_path / "data").table.split.unique().tolist() == ["train"]
 
 
+def test_names_that_differ_in_form_only(tmp_path):
+    "Ids with a suffix in the table, another case and suffix on the disk; a mask in another case."
+    files = changed(HAM, metadata=("I_1,", "i_1.JPG,"))
+    files = {n.replace("I_2.jpg", "I_2.JPEG"): d for n, d in files.items()}
+    out = io.BytesIO()
+    Image.new("L", (20, 16), 255).save(out, "PNG")
+    files["masks/i_3_Segmentation.PNG"] = out.getvalue()
+    report = SOURCES["ham10000"](lay(tmp_path / "in", files), tmp_path / "data")
+    assert (report.n_images, report.n_masks, report.images_without_row) == (3, 1, ())
+    assert read_dataset(tmp_path / "data").table.image_id.tolist() == ["i_1", "I_2", "I_3"]
+    assert report.notes == (
+        "1 images are called otherwise in the table: 'i_1.JPG' is in/HAM10000_images_part_1.zip/I_1.jpg",
+    )
+
+
 def changed(files, **edits):
     "The layout with words replaced in the tables whose names hold a key, or files removed (None)."
     out = dict(files)

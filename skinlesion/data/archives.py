@@ -28,6 +28,7 @@ from threading import Lock
 
 from .schema import DatasetError, read_table, split_delimiter
 from ..images import IMAGE_SUFFIXES, MAX_BYTES, ImageError
+from ..names import image_stem, is_picture, unread_kind, unread_remedy
 
 # %% ../../nbs/data/21_archives.ipynb #5c9f3b87
 _MAX_FILES = 1_000_000  # in all archives together
@@ -303,7 +304,14 @@ class GivenFiles:
     evidence:dict = field(default_factory=lambda: defaultdict(list)) # image_id -> entries; pixels that cause the class
     artefacts:dict = field(default_factory=lambda: defaultdict(list)) # image_id -> entries; hair, ruler, ink
     tables:list = field(default_factory=list) # (entry, column names)
+    unread:dict = field(default_factory=dict) # label -> kind; pictures of a kind that is not read, such as HEIC
+    missing:dict = field(default_factory=dict) # image_id -> why there is no image for it
+    similar:dict = field(default_factory=dict) # cell of a table -> label of its file, where the names differ in form
     others:list = field(default_factory=list) # labels of what is not read
+
+    def unread_sentences(self) -> tuple: # of str
+        "Each picture of a kind that is not read, with the remedy."
+        return tuple(f'{label}: {unread_remedy(kind)}' for label, kind in self.unread.items())
 
 # %% ../../nbs/data/21_archives.ipynb #3f85265b
 def _columns(entry):
@@ -313,17 +321,28 @@ def _columns(entry):
     cells = next((cells for cells in lines if any(map(str.strip, cells))), [])
     return [] if any('\0' in c for c in cells) else [c.strip().strip('"') for c in cells]
 
+# %% ../../nbs/data/21_archives.ipynb #0a24b07e
+def _first_bytes(entry):
+    "What tells the kind of a file; nothing where it cannot be read, which only matters for a file that is needed."
+    try:
+        return entry.head(512)
+    except ImageError:
+        return b''
+
 # %% ../../nbs/data/21_archives.ipynb #a6d7ea11
 def _sort_entry(entry, given, ignore):
     "Put an entry where it belongs."
-    stem, suffix = os.path.splitext(entry.name)
+    suffix = os.path.splitext(entry.name)[1].lower()
+    stem = image_stem(entry.name)
+    head = b'' if suffix in IMAGE_SUFFIXES else _first_bytes(entry)
     if any(fnmatch(entry.name, pattern) for pattern in ignore):
         given.others.append(entry.label)
-    elif suffix.lower() in IMAGE_SUFFIXES and stem.endswith('_segmentation'):
-        given.masks[stem.removesuffix('_segmentation')].append(entry)
-    elif suffix.lower() in IMAGE_SUFFIXES:
-        given.images[stem].append(entry)
-    elif suffix.lower() in ('.csv', '.tab', '.tsv', '.txt', ''):
+    elif suffix in IMAGE_SUFFIXES or is_picture(entry.name, head):
+        masked = re.sub('_segmentation$', '', stem, flags=re.I)
+        (given.images if masked == stem else given.masks)[masked].append(entry)
+    elif kind := unread_kind(entry.name, head):
+        given.unread[entry.label] = kind
+    elif suffix in ('.csv', '.tab', '.tsv', '.txt', ''):
         given.tables.append((entry, _columns(entry)))
     else:
         given.others.append(entry.label)
@@ -382,8 +401,9 @@ def describe_tables(
     text = f"tables seen: {'; '.join(tables) or 'none'}"
     if any(len(names) == 1 and '|' in names[0] for _, names in given.tables):
         text += " (where all is one column, comma, semicolon or tab must divide them)"
-    if given.others:
-        more = f" and {len(given.others) - 5} more" if len(given.others) > 5 else ''
+    others = [*given.others, *given.unread]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ''
         text += "; of a kind that is not read (a table is CSV, an archive zip or tar): "
-        text += ', '.join(given.others[:5]) + more
+        text += ', '.join(others[:5]) + more
     return text

@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..checks import check_choice
 from .challenges import one_hot_codes
 from .archives import collect, describe_tables, open_table
 from .downloads import DownloadError, RemoteFile, fetch_file
 from .imports import ImportReport, row_places, write_import
 from .schema import DatasetError, DatasetInfo, check_target
+from ..names import image_stem, split_cell, stem_key
 from ..taxonomy import CHALLENGES, nearest
 
 # %% ../../nbs/data/23_collections.ipynb #0a88de5e
@@ -146,6 +148,14 @@ class _Rows:
     def places(self):
         return row_places(self.tables, self.lines, len(self.table))
 
+# %% ../../nbs/data/23_collections.ipynb #b7232f46
+def _bare_id(cell):
+    "The id of an image whose cell may hold folders below the table and a suffix; any other path stays, to be refused."
+    path = cell.replace('\\', '/')
+    if re.match(r'[/~]|[A-Za-z]:|.*://', path) or '..' in path.split('/'):
+        return cell
+    return image_stem(split_cell(cell)[1])
+
 # %% ../../nbs/data/23_collections.ipynb #63aa281c
 def _read_rows(entry, columns, optional, collection):
     "Read and rename; a missing column is an error."
@@ -160,35 +170,34 @@ def _read_rows(entry, columns, optional, collection):
                 for n in missing
             ],
         )
-    return _Rows(raw.rename(columns=columns), [entry.label] * len(raw), lines.tolist())
+    table = raw.rename(columns=columns)
+    if 'image_id' in table:
+        cells = table.image_id.str.strip()
+        table = table.assign(image_id=cells.map(_bare_id), _cell=cells)
+    return _Rows(table, [entry.label] * len(raw), lines.tolist())
 
 # %% ../../nbs/data/23_collections.ipynb #3671504f
 def _join(rows, extra):
-    "Add the columns of a second table."
+    "Add the columns of a second table; its ids may differ in case and suffix."
     at = {}
-    here = rows.places
-    there = extra.places
     label = rows.tables[0] if rows.tables else 'the first table'
     extra_label = extra.tables[0] if extra.tables else 'the second table'
-    for k, i in enumerate(extra.table.image_id):
-        if i in at:
-            rows.faults.append(f"{there[k]}: image '{i}' is already in row {extra.lines[at[i]]}; keep one")
-        else:
-            at[i] = k
-    ids = set(rows.table.image_id)
+    keys = [stem_key(i) for i in rows.table.image_id]
+    known = set(keys)
+    for k, (i, place) in enumerate(zip(extra.table.image_id, extra.places)):
+        first = at.setdefault(stem_key(i), k)
+        if first != k:
+            rows.faults.append(f"{place}: image '{i}' is already in row {extra.lines[first]}; keep one")
+        elif stem_key(i) not in known:
+            rows.faults.append(f"{place}: image '{i}' has no row in {label}; give the table that belongs to it")
     rows.faults += [
-        f"{p}: image '{i}' has no row in {extra_label}; give the table that belongs to it"
-        for i, p in zip(rows.table.image_id, here)
-        if i not in at
-    ]
-    rows.faults += [
-        f"{there[k]}: image '{i}' has no row in {label}; give the table that belongs to it"
-        for i, k in at.items()
-        if i not in ids
+        f"{place}: image '{i}' has no row in {extra_label}; give the table that belongs to it"
+        for i, key, place in zip(rows.table.image_id, keys, rows.places)
+        if key not in at
     ]
     if rows.faults:
         return
-    more = extra.table.iloc[[at[i] for i in rows.table.image_id]].reset_index(drop=True)
+    more = extra.table.iloc[[at[key] for key in keys]].reset_index(drop=True)
     rows.table = rows.table.join(more[[n for n in more if n not in rows.table]])
 
 # %% ../../nbs/data/23_collections.ipynb #63f86d59
@@ -286,11 +295,7 @@ def import_collection(
     word_map:dict|None=None, # words of diagnosis, site and sex -> words that are known
 ) -> ImportReport:
     "Import a published collection; a row without an image is an error, an image without a row is listed and left out."
-    if name not in COLLECTIONS:
-        raise ValueError(
-            f"collection '{name}' is not known; choose one of {', '.join(COLLECTIONS)}.{nearest(name, COLLECTIONS)}"
-        )
-    collection = COLLECTIONS[name]
+    collection = COLLECTIONS[check_choice(name, COLLECTIONS, 'collection')]
     out = check_target(out, collection.info.name)
     with ExitStack() as stack:
         given = collect(paths, out, stack, collection.ignore)
@@ -307,6 +312,7 @@ def import_collection(
             given,
             where=where,
             lines=rows.lines,
+            cells=rows.table.pop('_cell'),
             skip_bad=skip_bad,
             word_map=word_map,
             progress=progress,

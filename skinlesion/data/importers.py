@@ -17,8 +17,9 @@ import pandas as pd
 
 from .archives import GivenFiles, bare_name, collect, describe_tables, open_table, resolve_paths
 from .classes import About, as_options, describe_dataset, read_flag
-from .imports import ImportReport, write_import
+from .imports import ImportReport, find_masks, match_files, write_import
 from .schema import DatasetError, check_target
+from ..names import image_stem, stem_key
 from ..taxonomy import SPLITS, comparable, comparable_map, is_missing, nearest, parse_split
 
 # %% ../../nbs/data/32_importers.ipynb #c377bc22
@@ -54,6 +55,7 @@ def _gather(paths, out, stack):
             whole.masks.setdefault(image_id, []).extend(masks)
         whole.tables += given.tables
         whole.others += given.others
+        whole.unread |= given.unread
     return whole, placed
 
 # %% ../../nbs/data/32_importers.ipynb #6a4effe8
@@ -87,7 +89,7 @@ def _folder_rows(placed, path_ids):
     rows = {}
     problems = []
     for entry, (split, word) in placed:
-        stem = os.path.splitext(entry.name)[0]
+        stem = image_stem(entry.name)
         image_id = '-'.join(p for p in (split, word, stem) if p) if path_ids else stem
         entries, *place = rows.setdefault(image_id, ([], word, split))
         entries.append(entry)
@@ -103,9 +105,10 @@ def _folder_rows(placed, path_ids):
 # %% ../../nbs/data/32_importers.ipynb #9148a7c6
 def _folder_files(given, rows):
     "The given files, with images and masks under the image_id of their row."
+    by_key = {stem_key(name): entries for name, entries in given.masks.items()}
     masks = {}
     for image_id, (entries, *_) in rows.items():
-        own = [mask for e in entries for mask in given.masks.get(os.path.splitext(e.name)[0], ())]
+        own = [mask for e in entries for mask in by_key.get(stem_key(e.name), ())]
         if own:
             masks[image_id] = own
     return replace(given, images={i: entries for i, (entries, *_) in rows.items()}, masks=masks)
@@ -307,7 +310,7 @@ class _ImageFinder:
         at = self.on_disk(table)
         self.home = None if at is None else at.parent
         for parts in self.entries:
-            for name in {parts[-1], os.path.splitext(parts[-1])[0]}:
+            for name in {parts[-1], image_stem(parts[-1])}:
                 self.by_name[name].append(parts)
 
     def on_disk(self, parts):
@@ -322,13 +325,17 @@ class _ImageFinder:
             for path in map(self.on_disk, (parts[:k] for k in range(2, len(parts) + 1)))
         )
 
+# %% ../../nbs/data/32_importers.ipynb #2f350515
+class _Elsewhere(ValueError):
+    "A cell that names a place outside of what was given."
+
 # %% ../../nbs/data/32_importers.ipynb #41fb2125
 def _climb(files, parts, cell):
     "The label that a path with '..' means, starting from the table's own folder."
     target = None if files.home is None else Path(os.path.normpath(files.home.joinpath(*parts)))
     root = None if target is None else next((p for p in files.paths if p in target.parents), None)
     if root is None:
-        raise ValueError(f"image '{cell}' leaves what was given; give the folder it lies in too, or correct the path")
+        raise _Elsewhere(f"image '{cell}' leaves what was given; give the folder it lies in too, or correct the path")
     return target.relative_to(root.parent).parts
 
 # %% ../../nbs/data/32_importers.ipynb #ca56577d
@@ -345,9 +352,9 @@ def _find(files, cell):
     "Labels (as parts) that a cell may mean, [] where there is no such file; `ValueError` for a path that is refused."
     text = cell.strip().replace('\\', '/')
     if '://' in text:
-        raise ValueError(f"image '{cell}' is an address; fetch the files first, and name them relative to the table")
+        raise _Elsewhere(f"image '{cell}' is an address; fetch the files first, and name them relative to the table")
     if text.startswith(('/', '~')) or re.match(r'[A-Za-z]:', text):
-        raise ValueError(f"image '{cell}' is an absolute path; write it relative to the table")
+        raise _Elsewhere(f"image '{cell}' is an absolute path; write it relative to the table")
     parts = tuple(p for p in text.split('/') if p not in ('', '.'))
     if not parts:
         raise ValueError("the image is empty; name its file, or remove the row")
@@ -405,32 +412,48 @@ def _name_images(raw, columns, where):
     return cells, stems.str.replace(r'\.(jpe?g|png|webp|bmp|tiff?)$', '', regex=True, case=False)
 
 # %% ../../nbs/data/32_importers.ipynb #a1345f20
-def _match(given, finder, cells, ids, places):
-    "Give every row its file; what no row names stays under its label."
+def _exact_hits(finder, cells, ids, places):
+    "image_id -> labels (as parts) that its cell names as it is written; refusals that a similar name may mend; faults."
     problems = []
-    images = {}
+    elsewhere = {}
+    hits = {}
     users = {}
-    masks = {}
     for cell, image_id, place in zip(cells, ids, places):
         try:
-            hits = _find(finder, cell)
+            found = _find(finder, cell)
+        except _Elsewhere as e:
+            elsewhere[image_id] = f'{place}: {e}'
+            continue
         except ValueError as e:
             problems.append(f'{place}: {e}')
             continue
-        for parts in hits:
+        for parts in found:
             first = users.setdefault(parts, (place, image_id))
             if first[1] != image_id:
                 problems.append(
                     f"{place}: image '{cell}' is already in row {first[0].split(' row ')[-1]}; every image has one row"
                 )
-        if hits:
-            images[image_id] = [e for p in hits for e in finder.entries[p]]
-        stems = {os.path.splitext(p[-1])[0] for p in hits} or {image_id}
-        masks |= {image_id: m for s in stems if (m := given.masks.get(s))}
+        if found:
+            hits[image_id] = found
+    return hits, elsewhere, problems
+
+# %% ../../nbs/data/32_importers.ipynb #8e83751a
+def _match(given, finder, cells, ids, places):
+    "The given files with every row's own under its image_id; what no row names stays under its label."
+    hits, elsewhere, problems = _exact_hits(finder, cells, ids, places)
+    used = {parts for found in hits.values() for parts in found}
+    images = {i: [e for parts in found for e in finder.entries[parts]] for i, found in hits.items()}
+    spare = {'/'.join(parts): entries for parts, entries in finder.entries.items() if parts not in used}
+    matched = match_files(replace(given, images=images | spare, masks={}), ids, cells)
+    problems += [sentence for i, sentence in elsewhere.items() if i in matched.missing]
+    problems += [
+        f"{place}: image '{cell}' is a symbolic link; give the file itself"
+        for cell, i, place in zip(cells, ids, places)
+        if i not in hits and any(finder.is_link(e.parts) for e in matched.images.get(i, ()))
+    ]
     if problems:
-        raise DatasetError(places[0].rsplit(' row ')[0], problems)
-    spare = {'/'.join(p): entries for p, entries in finder.entries.items() if p not in users}
-    return images | spare, masks
+        raise DatasetError(places[0].rsplit(' row ')[0], list(dict.fromkeys(problems)))
+    return replace(matched, masks=find_masks(given.masks, {i: matched.images[i] for i in ids if i in matched.images}))
 
 # %% ../../nbs/data/32_importers.ipynb #0ba69028
 def import_csv(
@@ -462,7 +485,7 @@ def import_csv(
         info, table, notes, left = settle_table(
             about, name, table.assign(image_id=ids), places, word_map, 'a table of its own', unlabelled
         )
-        given.images, given.masks = _match(given, finder, cells, ids, places)
+        given = _match(given, finder, cells, ids, places)
         return write_import(
             out, info, table, given, where=entry.label, lines=lines, used_tables=[entry.label],
             skip_bad=skip_bad, word_map=left, progress=progress, notes=notes,
