@@ -151,6 +151,27 @@ def test_explain_draws_over_the_picture_as_it_was_taken(made):
     )
 
 
+def test_doctor_finds_what_a_tree_lacks(tmp_path, monkeypatch):
+    tree = tmp_path / "tree"
+    (tree / ".dvc").mkdir(parents=True)
+    (tree / "settings.ini").touch()
+    (tree / "constraints.txt").write_text("torch==0.1\nno-such-package==2.0\n")
+    (tree / "data.dvc").write_text("outs:\n- md5: 00aa.dir\n")
+    (tree / ".dvc/config").write_text("[core]\n    remote = own\n['remote \"own\"']\n    url = remote\n")
+    monkeypatch.chdir(tree)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    code, out, _ = cli("doctor")
+    assert code == 1, out
+    for sentence in (
+        "1 of 2 missing, such as no-such-package 2.0; 1 of another version, such as torch ",
+        "this tree is no git repository, as after a download of its ZIP; DVC needs one",
+        "remote lacks 1 of the 1 objects of data.dvc, such as 00aa.dir",
+    ):
+        assert sentence in out
+    code, out, _ = cli("doctor", "--problems")
+    assert code == 1 and {line.split()[0] for line in out.splitlines()} == {"problem", "what", "problems:"}, out
+
+
 @pytest.mark.parametrize("words, said", [
     (["verify", "nowhere"], "nothing to verify here"),
     (["predict", "missing.png", "--bundle", "B", "--csv", "o.csv"], "missing.png: no such image file"),

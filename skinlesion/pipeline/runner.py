@@ -193,6 +193,8 @@ def _failure_text(
     if 'No space left' in cause or 'disk is full' in cause:
         lines.append('Free some space on the disk that holds this repository (df -h .).')
     look = f'look at it (jupyter lab {failed}), ' if failed else ''
+    if progress.current is None and not progress.seconds and not isinstance(error, Stopped):
+        look = '`skinlesion doctor` tells what this machine or tree lacks; '
     lines.append(f'Next: {look}mend the cause, then dvc repro')
     return '\n'.join(lines)
 
