@@ -55,13 +55,17 @@ $(STAMP): constraints.txt pyproject.toml setup.py settings.ini
 	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# After a failure: what this machine or tree lacks, if anything.
+DOCTOR := { python -m skinlesion.pipeline.cli doctor --problems >&2; exit 1; }
+
 # `data/` is fetched only where it is absent, into a scratch folder first: what stands at `data/` is whole, or the user's own.
 data: $(STAMP) ## fetch the embedded dataset, unless data/ is there
 	@if [ -e data ]; then echo "data/ is there: left as it is"; else \
-		rm -rf .work/data; mkdir -p .work; dvc fetch --quiet data.dvc; dvc get --quiet . data --out .work/data; [ -e data ] || mv .work/data data; fi
+		rm -rf .work/data; mkdir -p .work; { dvc fetch data.dvc >/dev/null && dvc get --quiet . data --out .work/data; } || $(DOCTOR); \
+		[ -e data ] || mv .work/data data; fi
 
 repro: data ## rebuild everything that is out of date, from data to reports
-	@dvc repro
+	@dvc repro || $(DOCTOR)
 	@python -m skinlesion.pipeline.cli metrics
 	@echo "reports: $(CURDIR)/reports/index.html"
 

@@ -51,6 +51,7 @@ case "$1" in
   get) while [ $# -gt 0 ]; do case "$1" in -o|--out) out=$2 ;; --out=*) out=${1#--out=} ;; esac; shift; done ;;
   pull|checkout) out=data ;;
 esac
+[ "$1 ${STUB_DVC:-}" != "repro stage" ] || exit 255
 [ -n "$out" ] || exit 0
 [ ! -e "$out" ] || { echo "stub: $out is in the way" >&2; exit 1; }
 mkdir -p "$out"; echo first > "$out/first.txt"
@@ -243,6 +244,40 @@ def test_data_imported_during_a_fetch_is_left_alone(ready):
 def test_repro_brings_the_data_first(ready):
     assert ready.make("repro")[0] == 0 and ready.data() == WHOLE
     assert ready.calls.index("dvc repro") == max(i for i, call in enumerate(ready.calls) if call.startswith("dvc"))
+
+
+@pytest.mark.parametrize("target, how", [("data", "fails"), ("repro", "stage")])
+def test_a_failure_is_followed_by_what_is_missing_here(ready, target, how):
+    assert ready.make(target, STUB_DVC=how)[0] != 0
+    assert ready.calls[-1].endswith("-m skinlesion.pipeline.cli doctor --problems")
+    assert ready.make(target)[0] == 0 and not any("doctor" in call for call in ready.calls)
+
+
+# ---- the start of a stage
+
+def start(folder, *words):
+    "Start a stage as dvc.yaml does; (exit code, stderr)."
+    script = ROOT / "nbs/stages/start.sh"
+    folder.log.write_text("")
+    command = [shutil.which("sh"), script, *words]
+    done = subprocess.run(command, cwd=folder.root, env=folder.env, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_a_stage_is_started_by_the_python_that_has_the_packages(bare):
+    assert start(bare, "prepare") == (1, START_FAULT)  # there is no Python at all
+    bare.python("python3").make("setup")
+    assert start(bare, "train", "--member", "a")[0] == 0  # .venv was not activated
+    assert bare.calls[-1] == "python 3.12.1 -m skinlesion.pipeline.cli run train --member a"
+    for name, runs in (("own", True), ("stray", False)):  # one on the PATH comes first, where it has the packages
+        bare.stub(bare.bin / "python", f"#!/bin/bash\necho {name} $* >> $STUB_LOG\nexit {int(not runs)}\n")
+        assert start(bare, "report")[0] == 0 and bare.calls[-1].startswith("own" if runs else "python"), name
+
+
+START_FAULT = (
+    "error: neither python on the PATH nor .venv/bin/python has the packages of constraints.txt. Remedy: make setup "
+    '(without make: the lines under "Two commands" in README.md), then the same command again\n'
+)
 
 
 # ---- the rest

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'main', 'audit', 'run', 'fit', 'models', 'find_images', 'predict', 'explain', 'evaluate', 'compare', 'serve',
-           'verify_path', 'verify', 'metrics']
+           'verify_path', 'verify', 'doctor', 'metrics']
 
 # %% ../../nbs/pipeline/112_cli.ipynb #c25278c7
 from importlib.metadata import version as package_version
@@ -710,6 +710,29 @@ def verify(
       skinlesion verify data
     """
     say(f'ok: {path}: {verify_path(path)}')
+
+# %% ../../nbs/pipeline/112_cli.ipynb #a53fa2ad
+@app.command('doctor')
+def doctor(
+    problems:Annotated[bool, typer.Option('--problems', help='Print nothing but problems.')]=False,
+):
+    """Check what the pipeline needs of this machine and tree; exit code 1 where there is a problem.
+
+    One line each, with the remedy: Python, packages against constraints.txt, kernel, fonts, cores, memory, disk, GPU,
+    /dev/shm, locale, git, the data in the DVC remote, rights to write. No stage is started and torch is not
+    imported: the GPU is asked through nvidia-smi.
+
+    \b
+    Examples:
+      skinlesion doctor
+    """
+    from skinlesion.pipeline.doctor import checks_text, run_checks
+    checks = run_checks()
+    found = [check for check in checks if check.level == 'problem']
+    if found or not problems:
+        say(checks_text(found if problems else checks))
+    if found:
+        raise typer.Exit(1)
 
 # %% ../../nbs/pipeline/112_cli.ipynb #3eb4809e
 @app.command('metrics')

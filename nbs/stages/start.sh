@@ -1,0 +1,12 @@
+#!/bin/sh
+# dvc.yaml starts every stage by this, in the root of the repository: with the Python on the PATH where it has the
+# packages, else with the one of .venv; so `dvc repro` also works where .venv was not activated.
+for python in python .venv/bin/python; do
+    if "$python" -c 'from importlib.util import find_spec
+raise SystemExit(not all(map(find_spec, ("typer", "papermill", "torch"))))' 2>/dev/null; then
+        exec "$python" -m skinlesion.pipeline.cli run "$@"
+    fi
+done
+echo "error: neither python on the PATH nor .venv/bin/python has the packages of constraints.txt. Remedy: make setup" \
+    '(without make: the lines under "Two commands" in README.md), then the same command again' >&2
+exit 1
