@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .archives import Entry, GivenFiles, resolve_paths
-from .classes import About, as_options, choose_label_set, label_set_fits
+from .classes import About, as_options, choose_label_set, recode
 from .imports import ImportReport, write_import
 from .schema import COLUMNS, DatasetError, DatasetInfo, check_target, file_key, read_dataset
 from ..files import sha256_file
@@ -48,15 +48,11 @@ def _target(parts, about, name):
 def _recoded(part, target, forms, used):
     "code -> code of the target, None where it has no place; words of the map that occur are added to `used`."
     def read(code):
-        spellings = [code, part.label_set.names[code]]
-        hits = [f for w in spellings if (f := comparable(w)) in forms]
+        hits = [f for w in (code, part.label_set.names[code]) if (f := comparable(w)) in forms]
         used.update(hits)
         if hits:
             return target.parse(forms[hits[0]][1], f"--map '{'='.join(forms[hits[0]])}'")
-        if part.label_set in LABEL_SETS.values():
-            # 'akiec' is named actinic keratoses, but also holds Bowen's disease: it is not 'ak'
-            spellings = spellings[:1]
-        return next((target.parse(w) for w in spellings if label_set_fits(target, [w])), None)
+        return recode(code, part.label_set, target)
     return {'': ''} | {code: read(code) for code in part.table.diagnosis.unique() if code}
 
 # %% ../../nbs/data/34_merge.ipynb #9cd72377
@@ -246,6 +242,8 @@ def _together(parts, tables, rename, same):
     whole = pd.concat(kept, ignore_index=True)
     prefix = [re.sub(r'[^\w.+-]+', '_', parts[k].info.name).strip('._') or 'data' for k in whole.part]
     whole['image_id'] = [f'{p}-{i}' if i in rename else i for p, i in zip(prefix, whole.image_id)]
+    if len(parts) == 1 and 'source' not in parts[0].table:
+        whole = whole.drop(columns='source') # one dataset, read in other classes
     whole = whole.assign(**{c: whole[c].fillna('') for c in whole if c not in ('age', 'part')})
     return whole.drop(columns=[c for c in whole if c not in COLUMNS and (whole[c] == '').all()])
 
@@ -281,7 +279,7 @@ def _merged_info(parts, name, target, about):
 
 # %% ../../nbs/data/34_merge.ipynb #a3fe778d
 def merge_datasets(
-    paths, # dataset folders, in order: of a picture that several hold, the first one's row is kept
+    paths, # dataset folders, in order; of a picture that several hold, the first one's row is kept
     out:Path|str, # dataset folder to write; an older one of the same name is replaced, anything else is refused
     *,
     about:About|dict=About(), # name ('a+b' by default), label set; licence and citation come from the datasets
@@ -290,11 +288,14 @@ def merge_datasets(
     progress=None, # called with (images done, images in all) after each
     word_map:dict|None=None, # {'code': 'code of the label set'}
 ) -> ImportReport:
-    "Join dataset folders; ids of different sources are kept apart, pictures that are the same become one."
+    "Join dataset folders, or read one in other classes; ids of different sources are kept apart."
     about = as_options(About, about)
     parts = [read_dataset(p) for p in resolve_paths(paths)]
-    if len(parts) < 2:
-        raise ValueError(f"{len(parts)} dataset to merge; give two folders or more")
+    if len(parts) < 2 and not (about.label_set or about.labels or word_map):
+        raise ValueError(
+            f"{len(parts)} dataset to merge; give two folders or more, or one and the classes to read it in "
+            "(--label-set, --labels, --map)"
+        )
     name = about.name or '+'.join(dict.fromkeys(p.info.name for p in parts))
     out = check_target(out, name)
     target = _target(parts, about, name)

@@ -50,6 +50,7 @@ def write_tables(
     split:pd.Series, # split of each row of `dataset.table`, indexed like it
     pairs:pd.DataFrame, # verified duplicates: image_id_a, image_id_b, kind
     traits:pd.DataFrame, # one row per image, in the order of the table: image_id and what was measured
+    left_out:tuple=(), # sentences on the classes that are left out
 ) -> None:
     "Write everything of a prepared folder but its images."
     folder = Path(folder)
@@ -68,7 +69,13 @@ def write_tables(
     write_json(folder/'labels.json', dataset.label_set.to_dict())
     write_json(
         folder/'dataset.json',
-        dict(name=info.name, licence=info.licence, citation=info.citation, source=info.source),
+        dict(
+            name=info.name,
+            licence=info.licence,
+            citation=info.citation,
+            source=info.source,
+            left_out='; '.join(left_out),
+        ),
     )
 
 # %% ../../nbs/data/31_prepared.ipynb #8cf8d737
@@ -244,7 +251,7 @@ class Prepared:
     duplicates:pd.DataFrame # image_id_a, image_id_b, kind: pairs of one picture
     label_set:LabelSet # of the diagnoses
     encoder:MetadataEncoder # of age, sex and site
-    info:dict # name, licence, citation and source of the data set
+    info:dict # name, licence, citation and source of the data set, and which classes were left out
     store:ImageStore # the images
 
     @classmethod
@@ -284,9 +291,10 @@ def write_prepared(
     image_size:int, # side of the stored square, pixels
     colour:str='none', # colour correction of the stored images, of `skinlesion.colour.COLOURS`
     work_dir:Path|str|None=None, # keeps finished shards of images for a build after a kill
+    left_out:tuple=(), # sentences on the classes that are left out
 ) -> Prepared: # the folder, opened
     "Write a prepared folder: tables, label set, encoder and images."
     with scratch_folder(folder) as scratch:
-        write_tables(scratch, dataset, split, pairs, traits)
+        write_tables(scratch, dataset, split, pairs, traits, left_out)
         build_store(dataset, scratch/'store', image_size, colour=colour, work_dir=work_dir)
     return Prepared.open(folder)

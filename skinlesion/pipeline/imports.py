@@ -41,7 +41,10 @@ _Out = option(
     help='Dataset folder to write; an older import of the same dataset is replaced, anything else is left alone.',
 )
 _WORDS = dict(
-    skip_bad=(option(bool, '--skip-bad', help='Leave out what cannot be read, and list it.'), False),
+    skip_bad=(
+        option(bool, '--skip-bad', help='Leave out what cannot be read, or has no place in the label set; list it.'),
+        False,
+    ),
     words=(
         option(
             list[str]|None,
@@ -55,13 +58,14 @@ _WORDS = dict(
 )
 
 # %% ../../nbs/pipeline/111_imports.ipynb #55c9c97c
+_NAME = dict(name=(option(str, '--name', help='Name of the dataset; by default that of the first path.'), ''))
 _CLASSES = dict(
-    name=(option(str, '--name', help='Name of the dataset; by default that of the first path.'), ''),
     label_set=(
         option(
             str|None,
             '--label-set',
-            help="ham10000, isic2019 or melanoma; by default the first that knows every class, else the data's own.",
+            help="Read the classes in ham10000, isic2019 or melanoma; by default in the publisher's set, for data of "
+            "your own in the first that knows every class, else in a set of their own.",
         ),
         None,
     ),
@@ -168,10 +172,10 @@ def _fetch(name, paths, out):
 # %% ../../nbs/pipeline/111_imports.ipynb #9a695090
 def _add_collection(name, title, files):
     "Add the command that imports a published collection."
-    @with_options(_WORDS)
+    @with_options(_CLASSES | _WORDS)
     def command(paths:_Paths, out:_Out, download:_Download=False, **options):
         from skinlesion.data.collections import SOURCES
-        arguments = _importer_arguments(options)
+        arguments = _importer_arguments(options) | {key: options[key] for key in _CLASSES}
         if download:
             paths = _fetch(name, paths, out)
         say(str(SOURCES[name](paths, out, **arguments)))
@@ -215,7 +219,7 @@ _PathIds = option(
 )
 
 @imports.command('folder')
-@with_options(_CLASSES | _RIGHTS | _WORDS)
+@with_options(_UNLABELLED | _NAME | _CLASSES | _RIGHTS | _WORDS)
 def folder(paths:_Paths, out:_Out, path_ids:_PathIds=False, **options):
     """Import class folders: CLASS/image, or train|val|test/CLASS/image.
 
@@ -226,12 +230,12 @@ def folder(paths:_Paths, out:_Out, path_ids:_PathIds=False, **options):
       skinlesion import folder photos --out data --labels classes.csv
     """
     from skinlesion.data.importers import import_folder
-    arguments = _importer_arguments(options)
+    arguments = _importer_arguments(options) | dict(unlabelled=options['unlabelled'])
     say(str(import_folder(paths, out, about=_about(options), path_ids=path_ids, **arguments)))
 
 # %% ../../nbs/pipeline/111_imports.ipynb #0de7f167
 @imports.command('csv')
-@with_options(_COLUMNS | _UNLABELLED | _CLASSES | _RIGHTS | _WORDS)
+@with_options(_COLUMNS | _UNLABELLED | _NAME | _CLASSES | _RIGHTS | _WORDS)
 def csv(paths:_Paths, out:_Out, **options):
     """Import any table and its images; columns that are not named are kept as they are.
 
@@ -251,7 +255,7 @@ _Source = Annotated[str, typer.Argument(help='Name on the hub, a Parquet file, a
 _Revision = option(str|None, '--revision', help='Branch, tag or commit of a dataset on the hub.')
 
 @imports.command('hf')
-@with_options(_COLUMNS | _UNLABELLED | _CLASSES | _RIGHTS | _WORDS)
+@with_options(_COLUMNS | _UNLABELLED | _NAME | _CLASSES | _RIGHTS | _WORDS)
 def hf(source:_Source, out:_Out, revision:_Revision=None, **options):
     """Import a Hugging Face dataset (needs the extra `hf`); its splits become the column `split`.
 
@@ -276,14 +280,15 @@ _Prefix = option(
 )
 
 @imports.command('merge')
-@with_options(_CLASSES | _WORDS)
+@with_options(_NAME | _CLASSES | _WORDS)
 def merge(paths:_Datasets, out:_Out, prefix_on_collision:_Prefix=False, **options):
-    """Join dataset folders into one; lesions and patients of different sources stay apart.
+    """Join dataset folders into one, or read one in other classes; lesions of different sources stay apart.
 
     \b
     Examples:
       skinlesion import merge ham clinic --out data
       skinlesion import merge ham isic2019 --label-set isic2019 --skip-bad --out data
+      skinlesion import merge isic2019 --label-set melanoma --map nv=benign --skip-bad --out two_classes
     """
     from skinlesion.data.merge import merge_datasets
     arguments = _importer_arguments(options) | dict(prefix_on_collision=prefix_on_collision)

@@ -50,7 +50,11 @@ def _data_facts(run):
         reference_standard=f'{standards} of {len(test):,} test images',
     )
     external = run.ensemble.part('external').sum()
-    return facts | (dict(external=f'{external} images of a source that was kept apart') if external else {})
+    if external:
+        facts['external'] = f'{external} images of a source that was kept apart'
+    if info.get('left_out'):
+        facts['excluded'] = f"classes for which no model was trained: {info['left_out']}"
+    return facts
 
 # %% ../../nbs/report/91_ensemble.ipynb #c0870009
 def _model_facts(run):
