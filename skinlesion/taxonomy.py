@@ -232,6 +232,21 @@ def from_dict(cls:LabelSet,
     "Read a set back; an unknown or missing key is an error."
     return cls(**_checked_keys(values))
 
+# %% ../nbs/00_taxonomy.ipynb #574ac5e2
+@patch
+def without(self:LabelSet,
+    codes, # of the set, to leave out
+) -> LabelSet: # itself where nothing is left out
+    "The set without some classes, in the same order; its name tells which."
+    left_out = [code for code in self.codes if code in codes]
+    kept = [code for code in self.codes if code not in left_out]
+    if not left_out:
+        return self
+    values = self.to_dict() | dict(name=f"{self.name} without {', '.join(left_out)}", codes=kept)
+    for key in ('malignant', 'undecided'):
+        values[key] = None if values[key] is None else [code for code in values[key] if code in kept]
+    return LabelSet.from_dict(values | dict(names={code: self.names[code] for code in kept}))
+
 # %% ../nbs/00_taxonomy.ipynb #1e06faef
 def _built_in(name, codes, undecided=''):
     "A set of known codes."

@@ -13,6 +13,8 @@ import pytest
 from madeup import ROOT
 from skinlesion.audit.audit import audit_dataset, check_findings, open_stops, scan_images
 from skinlesion.audit.labels import label_findings
+from skinlesion.data.merge import merge_datasets
+from skinlesion.data.prepared import Prepared
 from skinlesion.data.schema import read_dataset
 from skinlesion.data.splits import split_groups
 from skinlesion.report.audit_page import audit_report, write_audit
@@ -242,3 +244,15 @@ def test_prepare_stops_on_an_unexplained_duplicate_and_takes_an_accepted_one(tmp
     assert json.loads((tmp_path / "reports/prepare/metrics.json").read_text())["audit"]["stop"]["value"] == 1
     log = run_prepare(tmp_path, data, audit=dict(accept=["duplicates-across-split"]))
     assert "Did you mean 'duplicates-across-splits'?" in log, log
+
+
+@pytest.mark.slow
+def test_prepare_leaves_out_a_class_without_images_and_an_undecided_one(clean, tmp_path):
+    "As with ISIC 2019, whose tables have the column UNK and no image of it."
+    options = dict(about=dict(label_set="isic2019", name="nine"), word_map=dict(akiec="ak", df="unk"))
+    merge_datasets(clean[0].root, tmp_path / "nine", **options)
+    log = run_prepare(tmp_path, tmp_path / "nine")
+    prepared = Prepared.open(tmp_path / "artifacts/prepared")
+    assert prepared.label_set.name == "isic2019 without df, scc, unk", log
+    assert set(prepared.splits.diagnosis) == {"ak", "bcc", "bkl", "mel", "nv", "vasc"}
+    assert prepared.info["left_out"].startswith("no image of df, scc; undecided in label set isic2019, so neither")

@@ -195,6 +195,62 @@ def test_a_built_in_set_only_where_every_class_is_in_it(tmp_path):
     )
 
 
+@pytest.mark.parametrize("word", ["", " ", "-", "nan", "N/A", "#N/A", "#NAME?", "#DIV/0!", "?", "unknown", "NULL"])
+def test_a_word_for_unknown_is_no_class_and_no_patient(tmp_path, word):
+    lay(tmp_path / "in", "a.png", "b.png", "c.png", "d.png")
+    rows = f"image_id,diagnosis,patient_id,lesion_id\na,mel,{word},{word}\nb,nv,{word},{word}\nc,{word},P1,\nd,nv,P2,\n"
+    (tmp_path / "in" / "t.csv").write_text(rows)
+    refused(tmp_path, "t.csv row 4: the diagnosis is ", import_csv, tmp_path / "in", tmp_path / "out")
+    import_csv(tmp_path / "in", tmp_path / "out", unlabelled=True)
+    data = read_dataset(tmp_path / "out")
+    assert (data.info.label_set, data.table.diagnosis.tolist()) == ("ham10000", ["mel", "nv", "", "nv"])
+    assert data.table.patient_id.tolist() == ["", "", "P1", "P2"] and data.table.lesion_id.tolist() == list("abcd")
+
+
+def test_a_folder_of_unknown_diagnoses(tmp_path):
+    source = lay(tmp_path / "src", "mel/a.png", "nv/b.png", "unknown/c.png")
+    refused(tmp_path, "c.png: the diagnosis is 'unknown', which stands for", import_folder, source, tmp_path / "out")
+    assert cli("import", "folder", source, "--unlabelled", "--out", tmp_path / "out").exit_code == 0
+    assert read_dataset(tmp_path / "out").table.diagnosis.tolist() == ["mel", "nv", ""]
+
+
+def test_each_cause_has_one_line_with_its_count_and_first_row(tmp_path):
+    lay(tmp_path / "in", "p.png")
+    rows = [f"i{k},lesion {'abcdefghijklmnopqrstuvwxy'[k % 25]},{900 if k == 7 else 50}" for k in range(3000)]
+    (tmp_path / "in" / "t.csv").write_text("\n".join(["image_id,diagnosis,age", "p,melanma,1", *rows, ""]))
+    with pytest.raises(DatasetError) as caught:
+        import_csv(tmp_path / "in", tmp_path / "out", about=About(label_set="ham10000"))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "in/t.csv: 3002 problems" and len(lines) == 1 + 1 + 25 + 1
+    assert lines[1].startswith("  in/t.csv row 2: diagnosis 'melanma' is not in label set ham10000")
+    assert "Did you mean 'melanoma'?" in lines[1]
+    assert lines[2].startswith("  in/t.csv row 3 and 119 more rows: diagnosis 'lesion a' is not in label set ham10000")
+    assert any(line.startswith("  in/t.csv row 10: age '900' is not a number") for line in lines)
+
+
+def test_classes_that_no_model_can_learn_are_told(tmp_path):
+    source = lay(tmp_path / "src", "nevus/a.png", "melanoma/b.png", "bcc/c.png")
+    report = import_folder(source, tmp_path / "out")
+    assert report.notes[1:3] == (
+        "the licence was not stated (--licence TEXT); without it the images may not be passed on",
+        "left out of training: no image of akiec, bkl, df, vasc",
+    )
+    assert report.notes[3].startswith("too few lesions for the stage prepare, which needs 3 of a class (train, valid, ")
+    only = lay(tmp_path / "only", "unk/a.png", "melanoma/b.png")
+    message = "no model can be trained on these images, which needs two classes: no image of ak, bcc"
+    refused(tmp_path, message, import_folder, only, tmp_path / "none", about=About(label_set="isic2019"))
+
+
+@pytest.mark.parametrize("name, size, expected", [
+    ("blank.png", (1, 1), "1x1 pixels, less than the 8 allowed for a side"),
+    ("strip.png", (3, 2000), "2000x3 pixels, less than the 8 allowed for a side"),
+    ("ribbon.png", (10, 400), "400x10 pixels, one side more than 10 times the other")])
+def test_a_placeholder_or_a_strip_is_refused_by_name(tmp_path, name, size, expected):
+    source = lay(tmp_path / "src", "mel/a.png", "nv/b.png", **{f"nv/{name}": encode_png(noise(9, size))})
+    refused(tmp_path, f"src/nv/{name}: {expected}", import_folder, source, tmp_path / "out")
+    assert name in import_folder(source, tmp_path / "out", skip_bad=True).skipped[0]
+
+
 # ---- tables
 
 

@@ -260,7 +260,7 @@ def test_isic2020(expected):
     ]
     assert table.age["I_3"] == 0 and (report.n_patients, report.age_zero) == (2, 0)
     assert table.duplicate_of.tolist() == ["", "", "I_1"] and report.duplicates == ("I_3",)
-    assert report.notes == ("isic2020/ISIC_2020_Training_Duplicates.csv: 1 of 2 pairs name an image that has no row",)
+    assert report.notes[0] == "isic2020/ISIC_2020_Training_Duplicates.csv: 1 of 2 pairs name an image that has no row"
     assert report.other_files == ("isic2020/ISIC_2020_Training_GroundTruth.csv",)  # the older edition has no lesions
 
 
@@ -414,6 +414,28 @@ def test_all_faults_of_a_table_come_at_once(tmp_path):
     with pytest.raises(ValueError) as caught:
         SOURCES["isic2019"](source, tmp_path / "data")
     assert len(caught.value.problems) == 5 + 3 + 1 and "ISIC 2019: 9 problems" in str(caught.value)
+
+
+@pytest.mark.parametrize("name, options, wanted", [
+    ("isic2019", dict(label_set="ham10000", word_map=dict(scc="bkl", unk="bkl")), ["nv", "bkl", "akiec", "bkl"]),
+    ("isic2019", dict(label_set="ham10000", skip_bad=True), ["nv", "akiec"]),
+    ("isic2019", dict(label_set="isic2019"), ["nv", "scc", "ak", "unk"]),
+    ("ham10000", dict(label_set="melanoma", word_map=dict(nv="benign")), ["benign", "benign", "mel"]),
+    ("ham10000", dict(label_set="isic2019"), ["nv", "nv", "mel"])])
+def test_a_collection_in_another_label_set(tmp_path, name, options, wanted):
+    report = SOURCES[name](lay(tmp_path / "in", LAYOUTS[name]), tmp_path / "data", **options)
+    data = read_dataset(tmp_path / "data")
+    assert (data.table.diagnosis.tolist(), data.info.label_set) == (wanted, options["label_set"])
+    if "skip_bad" in options:
+        assert "left out: 1 images of class 'scc', not in label set ham10000" in report.notes
+
+
+def test_a_class_without_a_place_is_named_before_an_image_is_read(tmp_path):
+    files = {n: (b"no picture" if n.endswith("jpg") else d) for n, d in ISIC2019.items()}
+    with pytest.raises(ValueError, match=r"row 3: diagnosis 'scc' is not in label set ham10000 .* --map 'scc=KNOWN W"):
+        SOURCES["isic2019"](lay(tmp_path / "in", files), tmp_path / "data", label_set="ham10000")
+    with pytest.raises(ValueError, match="label set 'ham1000' is not built in"):
+        SOURCES["isic2019"](tmp_path / "nowhere", tmp_path / "data", label_set="ham1000")
 
 
 @pytest.mark.parametrize("name, given, message", [

@@ -9,7 +9,7 @@ __all__ = ['COLLECTIONS', 'SOURCES', 'import_ham10000', 'import_isic2018', 'impo
 # %% ../../nbs/data/23_collections.ipynb #f55688f7
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,12 @@ import pandas as pd
 from ..checks import check_choice
 from .challenges import one_hot_codes
 from .archives import collect, describe_tables, open_table
+from .classes import choose_label_set, recode
 from .downloads import DownloadError, RemoteFile, fetch_file
 from .imports import ImportReport, row_places, write_import
 from .schema import DatasetError, DatasetInfo, check_target
 from ..names import image_stem, split_cell, stem_key
-from ..taxonomy import CHALLENGES, nearest
+from ..taxonomy import CHALLENGES, LABEL_SETS, comparable, comparable_map, nearest
 
 # %% ../../nbs/data/23_collections.ipynb #0a88de5e
 @dataclass(frozen=True)
@@ -147,6 +148,12 @@ class _Rows:
     @property
     def places(self):
         return row_places(self.tables, self.lines, len(self.table))
+
+    def keep(self, rows):
+        "Leave out all but some rows; `rows` is (N,) bool."
+        self.tables = [table for table, kept in zip(self.tables, rows) if kept]
+        self.lines = [line for line, kept in zip(self.lines, rows) if kept]
+        self.table = self.table[rows.to_numpy()].reset_index(drop=True)
 
 # %% ../../nbs/data/23_collections.ipynb #b7232f46
 def _bare_id(cell):
@@ -284,43 +291,62 @@ def _all_rows(given, collection):
         _mark_copies(rows, given, collection)
     return rows
 
+# %% ../../nbs/data/23_collections.ipynb #1f5589f6
+def _in_label_set(rows, info, target, word_map, skip_bad):
+    "Read the rows in another label set, and what the dataset then says of itself."
+    own = info.labels()
+    forms = comparable_map(word_map)
+    code_of = {code: recode(code, own, target) for code in own.codes}
+    no_place = [c for c, new in code_of.items() if new is None and comparable(c) not in forms]
+    diagnosis = rows.table.diagnosis
+    if skip_bad:
+        counts = diagnosis[diagnosis.isin(no_place)].value_counts()
+        for code, count in counts.items():
+            rows.notes.append(f"left out: {count} images of class '{code}', not in label set {target.name}")
+        rows.keep(~diagnosis.isin(no_place))
+    rows.table = rows.table.assign(diagnosis=rows.table.diagnosis.map(lambda c: code_of.get(c) or c))
+    return replace(info, label_set=target.name if target in LABEL_SETS.values() else target.to_dict())
+
+# %% ../../nbs/data/23_collections.ipynb #7edb7482
+def _row_options(rows, collection):
+    "What `write_import` is told of the rows: their places, ages of 0, copies, and notes."
+    empty = pd.Series('', rows.table.index)
+    lesions = rows.table.get('lesion_id', empty)
+    copies = rows.table.get('duplicate_of', empty)
+    return dict(
+        where=rows.tables[0] if len(set(rows.tables)) == 1 else rows.tables,
+        lines=rows.lines,
+        cells=rows.table['_cell'],
+        age_zero=lesions.str.match(collection.age_zero).to_numpy() if collection.age_zero else False,
+        duplicates=tuple(rows.table.image_id[copies != '']),
+        notes=rows.notes,
+        used_tables=rows.used,
+    )
+
 # %% ../../nbs/data/23_collections.ipynb #c69c4189
 def import_collection(
     name:str, # one of COLLECTIONS
     paths, # a path or several, in any order: folders, archives, images, masks, tables
     out:Path|str, # dataset folder to write; an older one of the same collection is replaced, anything else is refused
     *,
-    skip_bad:bool=False, # leave out and list images and masks that cannot be used, instead of stopping
+    label_set:str|None=None, # built-in label set to read it in, instead of its own
+    labels:Path|str|None=None, # table code,name,malignant, instead of a built-in set
+    skip_bad:bool=False, # leave out and list images, masks and classes that cannot be used, instead of stopping
     progress=None, # called with (images done, images in all) after each
     word_map:dict|None=None, # words of diagnosis, site and sex -> words that are known
 ) -> ImportReport:
     "Import a published collection; a row without an image is an error, an image without a row is listed and left out."
     collection = COLLECTIONS[check_choice(name, COLLECTIONS, 'collection')]
-    out = check_target(out, collection.info.name)
+    info = collection.info
+    target = choose_label_set((), info.name, label_set, labels) if label_set or labels else info.labels()
+    out = check_target(out, info.name)
     with ExitStack() as stack:
         given = collect(paths, out, stack, collection.ignore)
         rows = _all_rows(given, collection)
-        empty = pd.Series('', rows.table.index)
-        lesions = rows.table.get('lesion_id', empty)
-        copies = rows.table.get('duplicate_of', empty)
-        zero = lesions.str.match(collection.age_zero).to_numpy() if collection.age_zero else False
-        where = rows.tables[0] if len(set(rows.tables)) == 1 else rows.tables
-        return write_import(
-            out,
-            collection.info,
-            rows.table,
-            given,
-            where=where,
-            lines=rows.lines,
-            cells=rows.table.pop('_cell'),
-            skip_bad=skip_bad,
-            word_map=word_map,
-            progress=progress,
-            age_zero=zero,
-            duplicates=tuple(rows.table.image_id[copies != '']),
-            notes=rows.notes,
-            used_tables=rows.used,
-        )
+        if target != info.labels():
+            info = _in_label_set(rows, info, target, word_map, skip_bad)
+        options = dict(skip_bad=skip_bad, word_map=word_map, progress=progress) | _row_options(rows, collection)
+        return write_import(out, info, rows.table.drop(columns='_cell'), given, **options)
 
 # %% ../../nbs/data/23_collections.ipynb #2b289dd8
 _ISIC_FILES = 'https://isic-challenge-data.s3.amazonaws.com'
@@ -479,11 +505,14 @@ def _importer(name):
         paths, # a path or several, in any order: folders, archives, images, masks, tables
         out:Path|str, # dataset folder to write; one of the same collection is replaced, anything else is refused
         *,
-        skip_bad:bool=False, # leave out and list images and masks that cannot be used, instead of stopping
+        label_set:str|None=None, # built-in label set to read it in, instead of its own
+        labels:Path|str|None=None, # table code,name,malignant, instead of a built-in set
+        skip_bad:bool=False, # leave out and list images, masks and classes that cannot be used, instead of stopping
         progress=None, # called with (images done, images in all) after each
         word_map:dict|None=None, # words of diagnosis, site and sex -> words that are known
     ) -> ImportReport:
-        return import_collection(name, paths, out, skip_bad=skip_bad, progress=progress, word_map=word_map)
+        options = dict(skip_bad=skip_bad, progress=progress, word_map=word_map)
+        return import_collection(name, paths, out, label_set=label_set, labels=labels, **options)
     import_one.__name__ = import_one.__qualname__ = f'import_{name}'
     import_one.__doc__ = f"Import {COLLECTIONS[name].info.name} from the files of its publisher."
     return import_one

@@ -120,6 +120,7 @@ def import_folder(
     *,
     about:About|dict=About(), # name, classes, licence
     path_ids:bool=False, # make ids from split, class and file name, where file names alone are not unique
+    unlabelled:bool=False, # accept a folder such as `unknown`; its images serve pretraining only
     skip_bad:bool=False, # leave out and list images that cannot be used, instead of stopping
     progress=None, # called with (images done, images in all) after each
     word_map:dict|None=None, # {'old': 'new'} for class words
@@ -135,7 +136,8 @@ def import_folder(
         rows = _folder_rows(placed, path_ids)
         table = pd.DataFrame([(i, word, split) for i, (_, word, split) in rows.items()])
         table.columns = ['image_id', 'diagnosis', 'split']
-        info, notes = describe_dataset(about, name, table.diagnosis.tolist(), word_map, 'class folders')
+        words = table.diagnosis.tolist()
+        info, notes = describe_dataset(about, name, words, word_map, 'class folders', unlabelled)
         return write_import(
             out,
             info,
@@ -509,7 +511,7 @@ def settle_table(
     _check_map(table, word_map, places[0].split(' row ')[0] if ' row ' in places[0] else name)
     table, left, notes = _map_targets(table, word_map)
     table = _parse_targets(table, places)
-    if unlabelled and not (about.label_set or about.labels) and not table.diagnosis.str.strip().any():
+    if unlabelled and not (about.label_set or about.labels) and table.diagnosis.map(is_missing).all():
         about = replace(about, label_set='ham10000')
     info, class_notes = describe_dataset(about, name, table.diagnosis.tolist(), left, source, unlabelled)
     kept = [c for c in table if c not in _CANONICAL.values()]

@@ -24,6 +24,7 @@ from skinlesion.data.schema import (
     DatasetInfo,
     dataset_writer,
     read_dataset,
+    untrainable_classes,
     validate_table,
 )
 from ..images import ImageError, clean_image, clean_mask, image_size
@@ -374,7 +375,7 @@ def _report(dataset, given, rows, **more):
         if image_id not in rows
         for entry in entries
     ]
-    notes = [*more.pop('notes'), *_similar_note(given)]
+    notes = [*more.pop('notes'), *_similar_note(given), *_class_gaps(table, dataset.label_set)]
     if unlabelled:
         notes.append(f"{unlabelled} images without a diagnosis: for pretraining only")
     return ImportReport(
@@ -394,6 +395,28 @@ def _report(dataset, given, rows, **more):
         notes=tuple(notes),
         **more,
     )
+
+# %% ../../nbs/data/22_imports.ipynb #d8fd73c7
+_LEAST_LESIONS = 3 # of a class: one each for train, valid and test
+
+def _class_gaps(table, label_set):
+    "Sentences on the classes that are left out of training, and on those that are too few for it."
+    left_out, reasons = untrainable_classes(table, label_set)
+    trained = [code for code in label_set.codes if code not in left_out]
+    if (table.diagnosis != '').any() and len(trained) < 2:
+        raise ValueError(
+            f"no model can be trained on these images, which needs two classes: {'; '.join(reasons)}. "
+            "Read them in another label set (--label-set, --labels) or read words as others (--map OLD=NEW)"
+        )
+    notes = [f'left out of training: {reason}' for reason in reasons]
+    lesions = table.groupby('diagnosis').lesion_id.nunique()
+    few = [f'{code} {lesions[code]}' for code in trained if lesions[code] < _LEAST_LESIONS]
+    if few:
+        notes.append(
+            f"too few lesions for the stage prepare, which needs {_LEAST_LESIONS} of a class (train, valid, test): "
+            f"{', '.join(few)}. Add images, or read the class as another (--map OLD=NEW)"
+        )
+    return notes
 
 # %% ../../nbs/data/22_imports.ipynb #863349b0
 def write_import(
@@ -418,6 +441,7 @@ def write_import(
     words, mapped = _apply_word_map(_canonical(table).reset_index(drop=True), word_map, name)
     zero = (pd.to_numeric(words.age, errors='coerce') == 0).to_numpy() & age_zero
     checked = _validated(words.assign(age=words.age.mask(zero, '')), info, where, lines, word_map)
+    _class_gaps(checked, info.labels())
     places = row_places(where, lines, len(checked))
     given = _settled(given, checked.image_id.tolist(), cells, places, skip_bad, name)
     with dataset_writer(out, info) as writer:

@@ -16,6 +16,7 @@ from skinlesion.taxonomy import (
     LabelSet,
     comparable,
     get_label_set,
+    is_missing,
     nearest,
     parse_split,
     probability_columns,
@@ -241,6 +242,21 @@ def read_predictions(
     best = table[probability_columns(label_set)].to_numpy().argmax(1)
     return table.assign(predicted=np.array(label_set.codes, dtype=object)[best])
 
+# %% ../../nbs/data/30_tables.ipynb #7d8b99e9
+def _parse_diagnoses(table, names, label_set, where):
+    "word -> code; one error for all the words that the set has not."
+    codes = {}
+    problems = {}
+    for i, name in names.drop_duplicates().items():
+        try:
+            codes[name] = label_set.parse(name)
+        except ValueError as error:
+            problems[name] = str(error)
+    if problems:
+        rows = np.flatnonzero(names.isin(list(problems)))
+        raise DatasetError(where, [f'{_place(table, where, i)}: {problems[names[i]]}' for i in rows])
+    return codes
+
 # %% ../../nbs/data/30_tables.ipynb #d4296f14
 def check_labels(
     labels:pd.DataFrame, # image_id, diagnosis, optional lesion_id; other columns are kept as they are
@@ -253,10 +269,10 @@ def check_labels(
         raise ValueError(f"{where}: no column diagnosis; found {', '.join(map(str, table.columns))}."
                          f"{nearest('diagnosis', map(str, table.columns))}")
     names = table['diagnosis'].fillna('').astype(str)
-    codes = {
-        name: label_set.parse(name, where=_place(table, where, i)) for i, name in names.drop_duplicates().items()
-    }
-    lesions = table['lesion_id'].fillna('').astype(str) if 'lesion_id' in table else ''
+    codes = _parse_diagnoses(table, names, label_set, where)
+    lesions = ''
+    if 'lesion_id' in table:
+        lesions = ['' if is_missing(lesion) else str(lesion) for lesion in table['lesion_id']]
     checked = pd.DataFrame(dict(image_id=table['image_id'], diagnosis=names.map(codes), lesion_id=lesions))
     others = table.drop(columns=[c for c in checked if c in table])
     return _known_splits(_without_lines(checked.join(others)))
@@ -293,7 +309,7 @@ def infer_label_set(
     # a built-in set, or a JSON file with a set or a dataset.json; None goes by the columns
     name_or_file:str|Path|None=None,
     where:str='predictions', # what errors call the table, such as its path
-) -> LabelSet: # one of its own named 'columns', malignancy unknown, where no built-in set has just these codes
+) -> LabelSet: # a built-in set or a part of it; one named 'columns', malignancy unknown, where none has these codes
     "The label set that a predictions table is over."
     if name_or_file is not None:
         return _named_label_set(name_or_file)
@@ -310,8 +326,9 @@ def infer_label_set(
         )
     forms = sorted(comparable(code) for code in codes)
     for known in LABEL_SETS.values():
-        if sorted(map(comparable, known.codes)) == forms:
-            return known
+        absent = [code for code in known.codes if comparable(code) not in forms]
+        if len(absent) + len(forms) == len(known):
+            return known.without(absent)
     return LabelSet('columns', tuple(codes))
 
 # %% ../../nbs/data/30_tables.ipynb #b322db47
