@@ -237,6 +237,31 @@ def test_skip_bad_lists_what_it_left_out(made):
     assert pd.read_csv(bad / "o.csv").image_id.tolist() == ["a"]
 
 
+def test_a_folder_stands_for_its_pictures_whatever_their_suffix(made, tmp_path):
+    "A JPEG or PNG of any name is answered; what is not read is named, counted, and changes the exit code."
+    _, bundle, pictures = made
+    folder = tmp_path / "photos"
+    picture = pictures["a"].read_bytes()
+    odd = {"e.HEIC": b"x", "f.gif": b"GIF89a", "g.jpg": b"\0\0\0\x18ftypavif"}
+    others = dict.fromkeys(("notes.txt", "Thumbs.db", ".DS_Store", "table.csv"), b"BMI,age")
+    for name, data in (dict.fromkeys(("a.JPG", "b.jfif", "c", "d.dat", "more/x.png"), picture) | odd | others).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    words = ("predict", folder, "--bundle", bundle, "--csv", tmp_path / "o.csv")
+    code, out, err = cli(*words)
+    assert code == 3 and pd.read_csv(tmp_path / "o.csv").image_id.tolist() == ["a", "b", "c", "d.dat"]
+    assert err.splitlines() == [
+        f"left out: {folder}/{name}" for name in (
+            "e.HEIC: HEIC is not read; export it as JPEG or PNG",
+            "f.gif: GIF is not read; export it as JPEG or PNG",
+            "g.jpg: AVIF is not read; export it as JPEG or PNG",
+            "more: a folder of pictures below the one named; name it too",
+        )
+    ]
+    assert "4 left out, named above" in out and "4 other file(s) in the folders are no pictures" in out
+    assert cli(*words, "--skip-bad")[0] == 0
+
+
 def test_models_measures_what_is_asked_for():
     code, out, _ = cli("models", "small_cnn_3", "small_cnn_4", "--size", 32)
     lines = [line.split() for line in out.splitlines()]

@@ -17,7 +17,8 @@ from ..evaluate.evaluation import Evaluation
 from ..evaluate.measures import confused_pairs, top_losses
 from ..evaluate.subgroups import gap_metrics, subgroup_table
 from ..files import atomic_write, scratch_folder, write_json
-from ..images import IMAGE_SUFFIXES, read_image
+from ..images import read_image
+from ..names import FileNames, find_pictures, image_stem
 from skinlesion.report.card import (
     calibration_sentence,
     counts_sentence,
@@ -846,14 +847,20 @@ def folder_images(
 ): # callable image_id -> (H,W,3) uint8, None where the folder has no such file
     "A reader of images by id, for the page."
     paths = {}
-    for path in sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-        other = paths.setdefault(path.stem, path)
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder of images; check the path")
+    for path in find_pictures([folder]).files:
+        image_id = image_stem(path.name)
+        other = paths.setdefault(image_id, path)
         if other != path:
-            raise ValueError(f"{folder}: {other.name} and {path.name} both are the image '{path.stem}'; keep one")
+            raise ValueError(f"{folder}: {other.name} and {path.name} both are the image '{image_id}'; keep one")
+    names = FileNames(path.name for path in paths.values())
+    by_name = {path.name: path for path in paths.values()}
     def read(image_id):
-        if image_id not in paths:
+        found = names.find(image_id)
+        if len(found) != 1:
             return None
-        image = read_image(paths[image_id])
+        image = read_image(by_name[found[0]])
         scale = size / max(image.shape[:2])
         return image if scale >= 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return read
