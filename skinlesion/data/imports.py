@@ -375,7 +375,7 @@ def _report(dataset, given, rows, **more):
         if image_id not in rows
         for entry in entries
     ]
-    notes = [*more.pop('notes'), *_similar_note(given), *_class_gaps(table, dataset.label_set)]
+    notes = [*more.pop('notes'), *_class_gaps(table, dataset.label_set), *_similar_note(given)]
     if unlabelled:
         notes.append(f"{unlabelled} images without a diagnosis: for pretraining only")
     return ImportReport(
