@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLLECTIONS', 'SOURCES', 'import_ham10000', 'import_isic2018', 'import_isic2019', 'import_isic2020', 'Details',
-           'Collection', 'import_collection', 'download_source']
+           'Collection', 'given_sources', 'import_collection', 'download_source']
 
 # %% ../../nbs/data/23_collections.ipynb #f55688f7
 import re
@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..checks import check_choice
 from .challenges import one_hot_codes
-from .archives import collect, describe_tables, open_table
+from .archives import GivenFiles, collect, describe_tables, open_table
 from .classes import choose_label_set, recode
 from .downloads import DownloadError, RemoteFile, fetch_file
 from .imports import ImportReport, row_places, write_import
@@ -55,13 +55,18 @@ class Collection:
     age_zero:str = '' # pattern of lesion_ids whose age of 0 stands for a missing one
     files:tuple = () # RemoteFile, where the publisher offers them
 
+# %% ../../nbs/data/23_collections.ipynb #2c50b02e
+def given_sources(
+    given:GivenFiles, # what an import was given
+) -> list: # of str: 'isic' for the ISIC archive, or names in COLLECTIONS
+    "The importers whose tables were given."
+    keys = {name: {*o.key, *o.classes} for name, o in COLLECTIONS.items()} | dict(isic={'isic_id', 'diagnosis_1'})
+    return sorted(name for name, key in keys.items() if any(key <= set(names) for _, names in given.tables))
+
 # %% ../../nbs/data/23_collections.ipynb #f90b4600
 def _no_table(given, collection, what, columns, example):
     "The error of a table that was not given, with what was."
-    others = {name: o for name, o in COLLECTIONS.items() if o is not collection}
-    meant = sorted(
-        {name for name, o in others.items() for _, names in given.tables if {*o.key, *o.classes} <= set(names)}
-    )
+    meant = [name for name in given_sources(given) if COLLECTIONS.get(name) is not collection]
     hint = f" What was given is of {' and '.join(meant)}: skinlesion import {meant[0]}" if meant else ''
     return DatasetError(
         collection.info.name,
