@@ -13,6 +13,7 @@ _NAMES = {
     'data.collections': ['import_ham10000', 'import_isic2018', 'import_isic2019', 'import_isic2020'],
     'data.hub': ['import_hf'],
     'data.importers': ['import_csv', 'import_folder'],
+    'data.isic': ['import_isic'],
     'data.merge': ['merge_datasets'],
     'data.prepared': ['Prepared'],
     'synthetic.truth': ['make_synthetic'],

@@ -15,12 +15,15 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from skinlesion.data import downloads
 from skinlesion.data.schema import read_dataset
 from skinlesion.data.collections import COLLECTIONS, SOURCES, download_source
 from skinlesion.data.downloads import DownloadError, RemoteFile, fetch_file
+from skinlesion.data.isic import import_isic
 from skinlesion.files import repo_root
+from skinlesion.pipeline.cli import app
 
 REAL = repo_root(Path(__file__).parent).parent / "shared" / "data"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no real data in ../shared/data")
@@ -112,7 +115,26 @@ ISIC2020 = {
     "ISIC_2020_Training_Duplicates.csv": csv("image_name_1,image_name_2", "I_3,I_1", "I_8,I_2"),
     **{f"ISIC_2020_Training_JPEG.zip/train/I_{i}.jpg": picture(i) for i in (1, 2, 3)},
 }
-LAYOUTS = dict(ham10000=HAM, isic2018=ISIC2018, isic2019=ISIC2019, isic2020=ISIC2020)
+# As isic-cli 12.7 writes it: three columns, then in alphabetical order those fields that some image has.
+NEVUS = "Benign,Benign melanocytic proliferations,Nevus"
+MELANOMA = "Malignant,Malignant melanocytic proliferations (Melanoma),Melanoma in situ"
+ISIC = {
+    "metadata.csv": csv(
+        "isic_id,attribution,copyright_license,age_approx,anatom_site_1,anatom_site_2,anatom_site_general,"
+        "concomitant_biopsy,diagnosis_1,diagnosis_2,diagnosis_3,diagnosis_confirm_type,image_type,lesion_id,"
+        "melanocytic,patient_id,sex",
+        f"ISIC_1,Clinic A,CC-0,45,Lower extremity,Foot,lower extremity,True,{NEVUS},histopathology,dermoscopic,IL_1,"
+        "True,IP_1,female",
+        f"ISIC_2,Clinic A,CC-BY-NC,85+,,,anterior torso,,{MELANOMA},,dermoscopic,IL_2,True,IP_2,male",
+        f"ISIC_3,Anonymous,CC-0,,,,,,{NEVUS},,dermoscopic,IL_3,True,IP_2,",
+        f"ISIC_4,Anonymous,CC-0,,,,,,{NEVUS},,clinical: overview,IL_3,True,IP_2,",
+    ),
+    **{f"ISIC_{i}.jpg": picture(i) for i in (1, 2, 3, 4)},
+    "attribution.txt": b"Clinic A\n\nAnonymous",
+    "licenses/CC-0.txt": b"No rights reserved.",
+}
+LAYOUTS = dict(ham10000=HAM, isic2018=ISIC2018, isic2019=ISIC2019, isic2020=ISIC2020, isic=ISIC)
+IMPORTERS = SOURCES | dict(isic=import_isic)
 
 
 def in_zip(files):
@@ -184,15 +206,15 @@ def expected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("expected")
     reports = {}
     for name, files in LAYOUTS.items():
-        reports[name] = SOURCES[name](lay(folder / "in" / name, packed(files, in_zip)), folder / name)
+        reports[name] = IMPORTERS[name](lay(folder / "in" / name, packed(files, in_zip)), folder / name)
     return folder, reports
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", IMPORTERS)
 def test_any_packing_gives_the_same_bytes(expected, tmp_path, name, packing):
     files = PACKINGS[packing](LAYOUTS[name])
-    SOURCES[name](lay(tmp_path / "in", files), tmp_path / "data")
+    IMPORTERS[name](lay(tmp_path / "in", files), tmp_path / "data")
     assert sums(tmp_path / "data") == sums(expected[0] / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "in"]  # no spooled file is left
 
@@ -243,6 +265,34 @@ def test_isic2019(expected):
         "I_3",
         "I_9",
     ]
+
+
+def test_isic(expected):
+    "Other types of images are left out and counted, licences are counted, the archive's words become ours."
+    table = table_of(expected, "isic")
+    report = expected[1]["isic"]
+    assert table.diagnosis.to_dict() == dict(ISIC_1="nv", ISIC_2="mel", ISIC_3="nv")
+    assert table.site.tolist() == ["foot", "trunk", ""] and table.age.tolist() == [45, 85, -1]
+    assert table.lesion_id.tolist() == ["IL_1", "IL_2", "IL_3"] and table.patient_id["ISIC_3"] == "IP_2"
+    assert table.diagnosis_confirm_type["ISIC_1"] == "histopathology" and table.concomitant_biopsy["ISIC_1"] == "True"
+    assert table.copyright_license.tolist() == ["CC-0", "CC-BY-NC", "CC-0"]
+    assert report.licence == "CC-0 (2 images), CC-BY-NC (1 image)"
+    assert "1 images left out, not dermoscopic: clinical: overview (1); --image-type all keeps them" in report.notes
+    assert (report.images_without_row, report.other_files) == ((), ())
+
+
+def test_isic_options_reach_the_import(tmp_path):
+    "All types of images, another label set, an image without a diagnosis, a class for one that has none, a name."
+    files = changed(ISIC, metadata=(f"ISIC_3,Anonymous,CC-0,,,,,,{NEVUS}", "ISIC_3,Anonymous,CC-0,,,,,,,,"))
+    files = changed(files, metadata=("Melanoma in situ", "Melanoma metastasis"))
+    words = ["--image-type", "all", "--label-set", "melanoma", "--unlabelled", "--map", "Melanoma metastasis=mel"]
+    source = lay(tmp_path / "in", files)
+    command = ["import", "isic", str(source), *words, "--name", "mine", "--out", str(tmp_path / "data")]
+    ended = CliRunner().invoke(app, command)
+    assert ended.exit_code == 0, ended.output
+    assert "1 images kept without a diagnosis, of no class of melanoma: none stated (1)" in ended.output
+    data = read_dataset(tmp_path / "data")
+    assert data.info.name == "mine" and data.table.diagnosis.tolist() == ["benign", "mel", "", "benign"]
 
 
 def test_isic2020(expected):
@@ -396,6 +446,18 @@ BAD = [
         "row 3: there is no image 'I_2' in what was given; give its archive or folder, or remove the row",
     ),
     ("ham10000", dict(metadata=("mel", "mole x")), "row 4: diagnosis 'mole x' is not in label set ham10000"),
+    (
+        "isic",
+        dict(metadata=("Melanoma in situ", "Melanoma metastasis")),
+        "row 3: diagnosis 'Melanoma metastasis' (Malignant:Malignant melanocytic proliferations (Melanoma):Melanoma "
+        "metastasis) is of no class of label set isic2019",
+    ),
+    ("isic", dict(metadata=(NEVUS, ",,")), "row 2 and 1 more row: the image has no diagnosis; leave such images out"),
+    ("isic", dict(metadata=("diagnosis_1", "diagnosis")), "row 1: the column 'diagnosis_1' is missing"),
+    ("isic", dict(metadata=("dermoscopic", "RCM: tile")), "none of the 4 images is dermoscopic, they are: RCM: tile"),
+    ("isic", dict(metadata=("anterior torso", "anterior trso")), "row 3: site 'anterior trso' is not known"),
+    ("isic", {"ISIC_2.jpg": None}, "metadata.csv row 3: there is no image 'ISIC_2' in what was given"),
+    ("isic", {"metadata.csv": None}, "no metadata table (a table with the columns isic_id and diagnosis_1"),
 ]
 
 
@@ -403,7 +465,7 @@ BAD = [
 def test_a_fault_is_named_and_leaves_no_folder(tmp_path, name, edits, message):
     source = lay(tmp_path / "in", {n.replace(".zip/", "/"): d for n, d in changed(LAYOUTS[name], **edits).items()})
     with pytest.raises(ValueError) as caught:
-        SOURCES[name](source, tmp_path / "data")
+        IMPORTERS[name](source, tmp_path / "data")
     assert message in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
@@ -440,12 +502,14 @@ def test_a_class_without_a_place_is_named_before_an_image_is_read(tmp_path):
 
 @pytest.mark.parametrize("name, given, message", [
     ("isic2018", "isic2019", "What was given is of isic2019: skinlesion import isic2019"),
+    ("isic2019", "isic", "What was given is of isic: skinlesion import isic"),
+    ("isic", "isic2019", "What was given is of isic2019: skinlesion import isic2019"),
     ("isic2020", "ham10000", "What was given is of ham10000: skinlesion import ham10000"),
     ("ham10000", "isic2020",
      "no metadata table (a table with the columns image_id and dx, such as HAM10000_metadata.csv) was given")])
 def test_a_collection_under_another_name(tmp_path, name, given, message):
     with pytest.raises(ValueError) as caught:
-        SOURCES[name](lay(tmp_path / "in", LAYOUTS[given]), tmp_path / "data")
+        IMPORTERS[name](lay(tmp_path / "in", LAYOUTS[given]), tmp_path / "data")
     assert message in str(caught.value) and not (tmp_path / "data").exists()
 
 

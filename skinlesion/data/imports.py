@@ -418,6 +418,21 @@ def _class_gaps(table, label_set):
         )
     return notes
 
+# %% ../../nbs/data/22_imports.ipynb #cc9b1fdb
+def _with_licences(info, table, column):
+    "The info with the licences of all images as its licence, the most frequent first."
+    if column not in table:
+        return info
+    counts = sorted(Counter(table[column]).items(), key=lambda pair: (-pair[1], pair[0]))
+    terms = [f"{name or 'not stated'} ({n} image{'s' * (n > 1)})" for name, n in counts]
+    return replace(info, licence=', '.join(terms))
+
+# %% ../../nbs/data/22_imports.ipynb #64a2df5b
+def _finished(writer, table, licence_column):
+    "The dataset, written whole."
+    writer.info = _with_licences(writer.info, table, licence_column)
+    return writer.finish(table)
+
 # %% ../../nbs/data/22_imports.ipynb #863349b0
 def write_import(
     out:Path|str, # dataset folder to write; an older one of the same name is replaced as a whole
@@ -435,6 +450,7 @@ def write_import(
     notes:tuple=(), # sentences for the report
     used_tables:tuple=(), # labels of the tables that were read
     cells=None, # (N,) str: how the table writes the name of each image; the image_ids by default
+    licence_column:str='', # with the licence of each image, which `dataset.json` then counts
 ) -> ImportReport:
     "Write a dataset folder from a table and files; a fault is named with its row, and leaves what stood there."
     name = where if isinstance(where, str) else info.name
@@ -447,11 +463,10 @@ def write_import(
     with dataset_writer(out, info) as writer:
         prepared = _prepared(checked.image_id.tolist(), places, given)
         written, masked, converted, problems = _write_files(writer, prepared, len(checked), progress)
-        dataset = writer.finish(_kept(checked, written, problems, skip_bad, name))
+        dataset = _finished(writer, _kept(checked, written, problems, skip_bad, name), licence_column)
     return _report(
         dataset, given, set(checked.image_id),
-        mapped=mapped,
-        n_masks=len(masked),
+        mapped=mapped, n_masks=len(masked),
         converted=converted,
         skipped=problems,
         age_zero=len(set(checked.image_id[zero]) & written),
