@@ -201,8 +201,12 @@ def test_fit_gives_the_bytes_of_the_pipeline(repo, tmp_path):
 
 
 def test_metrics_and_plots_show(repo):
-    shown = run(repo, "dvc", "metrics", "show", "--json").stdout
-    assert "auroc_macro" in shown and "ensemble" in shown
+    lines = run(repo, "dvc", "metrics", "show").stdout.splitlines()
+    assert len(lines) == 6 and max(map(len, lines)) <= 120, lines  # a heading and five files
+    assert sum("reports/evaluate/summary.json" in line for line in lines) == 1 and "auroc_macro" in lines[0]
+    evaluated = json.loads((repo / "reports/evaluate/metrics.json").read_text())["test"]["ensemble"]
+    summary = json.loads((repo / "reports/evaluate/summary.json").read_text())
+    assert summary["auroc_macro"] == evaluated["auroc_macro"]["value"]
     run(repo, "dvc", "plots", "show", "-o", repo / ".work/plots")
     page = (repo / ".work/plots/index.html").read_text()
     drawn = ("ROC", "Precision_and_recall", "Confusion", "Reliability", "Risk_and_coverage", "Decision_curve")

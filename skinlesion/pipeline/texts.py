@@ -60,16 +60,16 @@ def metrics_text(
     split:str='test', # whose numbers
 ) -> str: # a table, one line per system
     "The headline metrics of the ensemble and its members, with their 95 % intervals."
+    from skinlesion.stats.cards import HEADLINE
     from skinlesion.stats.intervals import format_leaf
     if split not in metrics:
         raise ValueError(
             f"reports/evaluate/metrics.json: no numbers for '{split}' ({', '.join(metrics)}); run dvc repro"
         )
     systems = {'ensemble': metrics[split]['ensemble'], **metrics[split]['members']}
-    names = ('accuracy', 'balanced_accuracy', 'auroc_macro', 'ece')
-    rows = [[split, *(name.replace('_', ' ') for name in names)]]
+    rows = [[split, *(name.replace('_', ' ') for name in HEADLINE)]]
     for system, card in systems.items():
-        rows.append([system, *(format_leaf(card[name], 3) for name in names)])
+        rows.append([system, *(format_leaf(card[name], 3) for name in HEADLINE)])
     count = systems['ensemble']['accuracy']
     last = f"{count['n']} images of {count['n_lesions']} lesions; 95 % intervals by resampling lesions"
     return '\n'.join([*_text_table(rows), last])
