@@ -12,7 +12,6 @@ import logging
 import platform
 import re
 import subprocess
-import sys
 import time
 import traceback
 from datetime import datetime, timezone
@@ -26,7 +25,7 @@ from nbconvert.filters import strip_ansi
 import skinlesion
 from ..files import atomic_write, repo_root, sha256_bytes, sha256_file, write_json
 from .closure import import_closure
-from .execution import Progress, cell_title, execute_cells
+from .execution import Progress, cell_title, execute_cells, progress_streams, say_everywhere
 from skinlesion.pipeline.notebooks import (
     StageError,
     Stopped,
@@ -279,7 +278,7 @@ def _report_failure(root, notebook, report_dir, progress, error):
     clear_resume(root, stage, empty=True)
     source = nbformat.read(root/notebook, as_version=4)
     failed = _keep_failed(root, report_dir, progress, source, progress.folders)
-    print(_failure_text(stage, error, progress, failed, progress.folders), file=progress.line.stream, flush=True)
+    say_everywhere(progress, _failure_text(stage, error, progress, failed, progress.folders))
     wrapped = StageError(f"{stage} {error if isinstance(error, Stopped) else 'failed'}; see above")
     wrapped.exit_code = getattr(error, 'exit_code', 1)
     return wrapped
@@ -294,14 +293,14 @@ def run_notebook(
     root:Path|str, # of the repository
     stage:str='', # name on progress lines; by default the notebook's
     code:list[str]=(), # library modules in its import closure
-    stream:TextIO|None=None, # for progress and errors; stderr by default
+    stream:TextIO|None=None, # for progress and errors; by default those of `progress_streams`
 ) -> None:
     "Run a notebook in a mirror and swap its outputs in; `StageError` after the cause was printed."
     root = Path(root).resolve()
     stage = stage or PurePosixPath(notebook).stem
     check_parameters(nbformat.read(root/notebook, as_version=4), parameters, notebook)
     with run_lock(root, stage) as lock, stop_signals() as hold:
-        progress = Progress(stage, stream or sys.stderr)
+        progress = Progress(stage, *([stream] if stream else progress_streams()))
         progress.folders = [root]
         scratch = fresh_scratch(root, stage, outputs)
         try:
@@ -341,7 +340,7 @@ def run_stage(
     stage:str, # prepare, train, evaluate, explain or report
     member:str|None=None, # for `train` only
     root:Path|str|None=None, # of the repository; found from the working directory by default
-    stream:TextIO|None=None, # for progress and errors; stderr by default
+    stream:TextIO|None=None, # for progress and errors; by default those of `progress_streams`
 ) -> None:
     "Run one stage of the pipeline; `StageError` (with `exit_code`) or `ParamsError` where it cannot be done."
     root = repo_root(root).resolve()
