@@ -97,18 +97,24 @@ def _tick(line, ended):
             line.show('\n')
 
 # %% ../../nbs/pipeline/106_execution.ipynb #34b1e5eb
-def _take_print(line, text):
+def _take_print(lines, text):
     "Keep the last line that a cell printed; a log shows it now and then. A line beginning with ↻ is shown at once."
-    lines = [part.strip() for part in text.splitlines() if part.strip()]
-    for resumed in [part for part in lines if part.startswith('↻ ')]:
-        _write(line.stream, f"{_CLEAR_LINE if line.terminal else ''}{line.stage}  {resumed}\n")
-    line.printed = lines[-1] if lines else line.printed
-    now = time.monotonic()
-    if lines and not line.terminal and not line.ended.is_set() and now - line.logged >= _LOG_PAUSE:
-        line.logged = now
-        line.show('\n')
+    printed = [part.strip() for part in text.splitlines() if part.strip()]
+    for line in lines if printed else []:
+        for resumed in [part for part in printed if part.startswith('↻ ')]:
+            _write(line.stream, f"{_CLEAR_LINE if line.terminal else ''}{line.stage}  {resumed}\n")
+        line.printed = printed[-1]
+        now = time.monotonic()
+        if not line.terminal and not line.ended.is_set() and now - line.logged >= _LOG_PAUSE:
+            line.logged = now
+            line.show('\n')
 
 # %% ../../nbs/pipeline/106_execution.ipynb #5d0c7e19
+def _start(lines, title):
+    "A cell begins."
+    for line in lines:
+        line.start(title)
+
 def _leave(lines):
     "End the lines of the running cell as they are."
     for line in lines:
@@ -132,8 +138,7 @@ def progress_streams() -> list: # of streams
 # %% ../../nbs/pipeline/106_execution.ipynb #af638c69
 class Progress:
     "Where a run stands: shown on streams, and kept for the record."
-    def __init__(
-        self,
+    def __init__(self,
         stage:str, # named on each line
         *streams:TextIO, # each a terminal, a pipe or a file
     ):
@@ -154,8 +159,7 @@ class Progress:
         if cell_index in self.order:
             self.current = cell_index
             number = self.order.index(cell_index) + 1
-            for line in self.lines:
-                line.start(f'cell {number}/{len(self.order)}  "{cell_title(self.nb, cell_index)}"')
+            _start(self.lines, f'cell {number}/{len(self.order)}  "{cell_title(self.nb, cell_index)}"')
 
     def done(self, cell=None, cell_index:int=0, **_): # called after a cell ran, well or not
         "A cell has ended."
@@ -163,8 +167,7 @@ class Progress:
 
     def write(self, text:str): # what the running cell prints
         "Take what a cell prints, as a stream does."
-        for line in self.lines:
-            _take_print(line, text)
+        _take_print(self.lines, text)
 
     def flush(self):
         "Nothing waits: papermill calls this after each `write`."
