@@ -187,8 +187,17 @@ def _problem(error, rows):
         return f"{key} is empty; give at least one: {row.get('meaning', '')}"
     value = 'null' if error['input'] is None else repr(error['input'])
     allowed = f"{row.get('allowed', 'a mapping')} ({row.get('meaning', error['msg'])})"
-    guess = _nearest_word(error)
+    guess = _list_hint(error, row) or _nearest_word(error)
     return f"{key} is {value}; allowed: {allowed}{'.' if guess else ''}{guess}"
+
+# %% ../nbs/06_options.ipynb #fa05706c
+def _list_hint(error, row):
+    "How to write a list, for a word in the place of one; '' for any other fault."
+    word = error['input']
+    if error['type'] != 'tuple_type' or not isinstance(word, str):
+        return ''
+    is_element = word in row.get('allowed', '').removeprefix('list of ').split(', ')
+    return f" Write a list, also of one: [{word if is_element else '...'}]"
 
 # %% ../nbs/06_options.ipynb #817f3222
 def _nearest_word(error):

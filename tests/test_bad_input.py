@@ -509,6 +509,8 @@ def run_here(repo, expected, words=("prepare",), params=None):
      "alone (stable without memory), or as the column `split` of metadata.csv says). Did you mean 'column'?"),
     ("[gradcam, eigencam, scorecam]", "[gradcm]",
      "explain.methods[0] is 'gradcm'; allowed: list of gradcam, eigencam, scorecam"),
+    ("views: [none, flips, d4]", "views: none",
+     "is taken as it is). Write a list, also of one: [none]"),
     ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.2]", "[0.7, 0.2, 0.2] sums to 1.1; give three shares"),
     ("base:", "base: [", "params.yaml line 6, column 3")])
 def test_a_parameter_that_cannot_be_used(repo, old, new, expected):

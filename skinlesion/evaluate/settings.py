@@ -28,7 +28,7 @@ class ChoiceOptions(Options):
     views: ViewSets = Field(
         ('none', 'flips', 'd4'),
         min_length=1,
-        description='sets of views of an image to choose from; one alone is taken as it is',
+        description='sets of views of an image to choose from; a list of one is taken as it is',
     )
     combination: Literal[
         'auto', 'mean', 'logit_mean', 'tempered_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking'
@@ -66,7 +66,7 @@ class MeasureOptions(Options):
     min_lesions: int = Field(20, ge=2, le=100_000, description='a subgroup of fewer lesions gets no figure')
     stress: Corruptions = Field(
         ('hair', 'ruler', 'ink', 'vignette', 'blur', 'brightness', 'colour_cast', 'jpeg', 'rotation'),
-        description='corruptions of the test images, in five grades each, to measure what is lost; none for no test',
+        description='corruptions of the test images, in five grades each, to measure what is lost; [] for no test',
     )
     stress_images: int = Field(
         200, ge=10, le=1_000_000, description='at most so many test images are corrupted, of as many lesions as can be'

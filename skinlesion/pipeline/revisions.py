@@ -88,14 +88,18 @@ class RevisionFiles:
         return [Path(f) for f in source.glob(pattern)]
 
 # %% ../../nbs/pipeline/108_revisions.ipynb #80324733
-def _remedy(rev):
+def _remedy(files):
     "How to restore outputs that are missing."
+    rev = files.rev
     if rev == _WORKSPACE:
         return 'run `dvc repro`, or `dvc checkout` where it has been run'
-    return (
-        "bring them from a remote with `dvc fetch -r REMOTE`, or make them anew: `dvc exp apply "
-        f"{rev}` or `git checkout {rev}`, then `dvc repro`"
-    )
+    if rev == 'HEAD':
+        how = '`dvc repro` on the files as committed (where some differ, between `git stash` and `git stash pop`)'
+    elif rev in experiment_names(files.root):
+        how = f'`dvc exp apply {rev}`, then `dvc repro`'
+    else:
+        how = f'`git checkout {rev}`, then `dvc repro`, then `git checkout -`'
+    return f'bring them from a remote with `dvc fetch -r REMOTE`, or make them anew: {how}'
 
 # %% ../../nbs/pipeline/108_revisions.ipynb #2d60c0e4
 def _read(files, path):
@@ -107,7 +111,7 @@ def _read(files, path):
     except Exception: # DVC's layers have no common error for an object that no storage holds
         raise RevisionError(
             f"revision '{files.rev}': {path} is neither in git nor in a cache that can be read here; "
-            f"{_remedy(files.rev)}"
+            f"{_remedy(files)}"
         ) from None
 
 # %% ../../nbs/pipeline/108_revisions.ipynb #fea12202
@@ -118,7 +122,7 @@ def _table_names(files):
     except Exception: # as in `_read`
         names = []
     if not names:
-        raise RevisionError(f"revision '{files.rev}': no predictions in {_PREDICTIONS}; {_remedy(files.rev)}")
+        raise RevisionError(f"revision '{files.rev}': no predictions in {_PREDICTIONS}; {_remedy(files)}")
     return names
 
 # %% ../../nbs/pipeline/108_revisions.ipynb #217a2f40

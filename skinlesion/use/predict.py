@@ -115,11 +115,13 @@ def read_metadata(
 def image_ids(
     paths, # of image files
 ) -> list: # of str, in the same order
-    "The ids of files; two files with one id are an error."
+    "The ids of files; a file that is given twice is an error, and so are two with one id."
     seen = {}
     for path in map(Path, paths):
         image_id = image_stem(path.name)
         if image_id in seen:
+            if path.resolve() == seen[image_id].resolve():
+                raise ValueError(f"{path} is given twice, by itself or in a folder; name each picture once")
             raise ValueError(
                 f"{path} and {seen[image_id]} have the same image_id '{image_id}' (the name without "
                 "suffix); rename one"
