@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from skinlesion.data import downloads
 from skinlesion.data.schema import read_dataset
-from skinlesion.data.collections import COLLECTIONS, SOURCES, download_source
+from skinlesion.data.collections import download_source
+from skinlesion.data.published import COLLECTIONS, SOURCES
 from skinlesion.data.downloads import DownloadError, RemoteFile, fetch_file
 from skinlesion.data.isic import import_isic
 from skinlesion.files import repo_root
@@ -35,6 +36,13 @@ def picture(seed, size=(20, 16)):
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(
         out, "JPEG"
     )
+    return out.getvalue()
+
+
+def grey():
+    "A mask that is white all over."
+    out = io.BytesIO()
+    Image.new("L", (20, 16), 255).save(out, "BMP")
     return out.getvalue()
 
 
@@ -135,6 +143,122 @@ ISIC = {
 }
 LAYOUTS = dict(ham10000=HAM, isic2018=ISIC2018, isic2019=ISIC2019, isic2020=ISIC2020, isic=ISIC)
 IMPORTERS = SOURCES | dict(isic=import_isic)
+PH2 = {
+    "PH2Dataset/PH2_dataset.txt": b"""
+|| Name   || Histological Diagnosis || Clinical Diagnosis || Asymmetry | Pigment Network || Colors ||
+|| IMD003 ||                        ||                  0 ||         0 |               T ||     4  ||
+|| IMD006 ||                        ||                  1 ||         0 |              AT ||     4  ||
+|| IMD058 ||               Melanoma ||                  2 ||         2 |              AT ||  3  4  ||
+
+Clinical Diagnosis: 0 - Common Nevus; 1 - Atypical Nevus; 2 - Melanoma.
+""".strip(b"\n"),
+    **{f"PH2Dataset/PH2 Dataset images/IMD{i}/IMD{i}_Dermoscopic_Image/IMD{i}.bmp": picture(int(i)) for i in
+       ("003", "006", "058")},
+    "PH2Dataset/PH2 Dataset images/IMD058/IMD058_lesion/IMD058_lesion.bmp": grey(),
+    "PH2Dataset/PH2 Dataset images/IMD058/IMD058_roi/IMD058_R1_Label4.bmp": grey(),
+    "PH2Dataset/PH2_dataset.xlsx": b"PK",
+}
+DERM7PT = {
+    "release_v0/meta/meta.csv": csv(
+        "case_num,diagnosis,seven_point_score,pigment_network,level_of_diagnostic_difficulty,location,sex,clinic,derm,"
+        "case_id,notes",
+        "1,clark nevus,0,absent,low,lower limbs,female,NEL/Nel025.jpg,NEL/Nel026.jpg,,",
+        "2,melanoma (less than 0.76 mm),4,atypical,high,head neck,male,Fel/Fel053.jpg,Fel/FEL051.JPG,,",
+        "3,miscellaneous,1,absent,low,genital areas,male,Aal/Aal001.jpg,Aal/Aal002.jpg,,",
+    ),
+    **{f"release_v0/meta/{part}_indexes.csv": csv("indexes", str(k)) for k, part in
+       enumerate(("train", "valid", "test"))},
+    **{f"release_v0/images/{name}": picture(k) for k, name in enumerate(
+        ("NEL/Nel025.jpg", "NEL/Nel026.jpg", "Fel/Fel053.jpg", "Fel/Fel051.jpg", "Aal/Aal001.jpg", "Aal/Aal002.jpg"))},
+}
+PAD = {
+    "metadata.csv": csv(
+        "patient_id,lesion_id,smoke,drink,age,gender,fitspatrick,region,diagnostic,itch,img_id,biopsed",
+        "PAT_1516,1765,,,8,,,ARM,NEV,FALSE,PAT_1516_1765_530.png,False",
+        "PAT_46,881,False,False,55,FEMALE,3.0,NECK,BCC,True,PAT_46_881_939.png,True",
+        "PAT_46,881,False,False,55,FEMALE,3.0,NECK,BCC,True,PAT_46_881_14.png,True",
+        "PAT_9,15,False,False,77,MALE,2.0,FACE,ACK,True,PAT_9_15_1.png,False",
+    ),
+    **{f"images/imgs_part_{k % 3 + 1}.zip/imgs_part_{k % 3 + 1}/{n}.png": picture(k) for k, n in enumerate(
+        ("PAT_1516_1765_530", "PAT_46_881_939", "PAT_46_881_14", "PAT_9_15_1"))},
+}
+BCN = {
+    "bcn_20k_train.csv": csv(
+        "bcn_filename,age_approx,anatom_site_general,diagnosis,lesion_id,capture_date,sex,split",
+        "BCN_0000000001.jpg,55.0,anterior torso,MEL,BCN_0003884,2012-05-16,male,train",
+        "BCN_0000000003.jpg,50.0,anterior torso,MEL,BCN_0003884,2015-07-09,female,train",
+        "BCN_0000000004.jpg,85.0,head/neck,SCC,BCN_0002287,2015-11-23,male,train",
+        "BCN_0000000006.jpg,,,NV,BCN_0006584,2015-05-12,,train",
+    ),
+    "bcn_20k_test.csv": csv("bcn_filename,age_approx,anatom_site_general,lesion_id,sex,split", "BCN_9.jpg,5,,L,,test"),
+    **{f"BCN_20k_train.zip/bcn_20k_train/BCN_000000000{k}.jpg": picture(k) for k in (1, 3, 4, 6)},
+}
+FITZPATRICK = {
+    "fitzpatrick17k.csv": csv(
+        "md5hash,fitzpatrick_scale,fitzpatrick_centaur,label,nine_partition_label,three_partition_label,qc,url,url_alphanum",
+        "5e82a45bc5d78bd24ae9202d194423f8,3,3,drug induced pigmentary "
+        "changes,inflammatory,non-neoplastic,,http://x/1,x1.jpg",
+        "fa2911a9b13b6f8af79cb700937cc14f,-1,1,photodermatoses,inflammatory,non-neoplastic,,http://x/2,x2.jpg",
+        "d2bac3c9e4499032ca8e9b07c7d3bc40,2,3,superficial spreading melanoma ssm,malignant "
+        "melanoma,malignant,,http://x/3,x3",
+    ),
+    **{
+        f"photos/{n}.jpg": picture(k)
+        for k, n in enumerate(
+            ("5e82a45bc5d78bd24ae9202d194423f8", "fa2911a9b13b6f8af79cb700937cc14f", "d2bac3c9e4499032ca8e9b07c7d3bc40")
+        )
+    },
+}
+DDI = {
+    "ddidiversedermatologyimages/ddi_metadata.csv": csv(
+        ",DDI_ID,DDI_file,skin_tone,malignant,disease",
+        "0,1,000001.png,56,True,melanoma-in-situ",
+        "1,2,000002.png,56,True,melanoma-in-situ",
+        "2,3,000003.png,12,False,mycosis-fungoides",
+    ),
+    **{f"ddidiversedermatologyimages/00000{k}.png": picture(k) for k in (1, 2, 3)},
+}
+SCIN = {
+    "dataset/scin_cases.csv": csv(
+        "case_id,source,release,year,age_group,sex_at_birth,fitzpatrick_skin_type,image_1_path,image_2_path,image_3_path",
+        "-1,SCIN,1.0.0,2023,AGE_30_TO_39,FEMALE,FST2,dataset/images/-11.png,dataset/images/-12.png,",
+        "-2,SCIN,1.0.0,2023,AGE_UNKNOWN,OTHER_OR_UNSPECIFIED,,dataset/images/-21.png,,",
+        "-3,SCIN,1.0.0,2023,AGE_UNKNOWN,MALE,,dataset/images/-31.png,,",
+        "-4,SCIN,1.0.0,2023,AGE_UNKNOWN,MALE,,dataset/images/-41.png,,",
+    ),
+    "dataset/scin_labels.csv": csv(
+        "case_id,dermatologist_skin_condition_on_label_name,weighted_skin_condition_label",
+        "-1,\"['Eczema', 'Psoriasis']\",\"{'Eczema': 0.6, 'Psoriasis': 0.4}\"",
+        "-2,\"['Inflicted skin lesions']\",{'Inflicted skin lesions': 1.0}",
+        "-3,[],{}",
+        "-4,\"['Acne', 'Tinea']\",\"{'Acne': 0.5, 'Tinea': 0.5}\"",
+    ),
+    **{f"dataset/images/-{k}.png": picture(k) for k in (11, 12, 21, 31, 41)},
+}
+MILK = {
+    "MILK10k_Training_GroundTruth.csv": one_hot(
+        "AKIEC BCC BEN_OTH BKL DF INF MAL_OTH MEL NV SCCKA VASC", dict(IL_1="BCC", IL_2="INF", IL_3="NV"), "lesion_id"
+    ),
+    "MILK10k_Training_Metadata.csv": csv(
+        "lesion_id,image_type,isic_id,attribution,copyright_license,age_approx,sex,skin_tone_class,site,MONET_hair",
+        "IL_1,clinical: close-up,ISIC_1,MILK,CC-BY-NC,60.0,male,3,head_neck_face,0.1",
+        "IL_1,dermoscopic,ISIC_2,MILK,CC-BY-NC,60.0,male,3,head_neck_face,0.1",
+        "IL_2,dermoscopic,ISIC_3,MILK,CC-BY-NC,,female,,trunk,0.1",
+        "IL_2,clinical: close-up,ISIC_4,MILK,CC-BY-NC,,female,,trunk,0.1",
+        "IL_3,dermoscopic,ISIC_5,MILK,CC-BY-NC,40,female,2,lower_extremity,0.1",
+        "IL_3,clinical: close-up,ISIC_6,MILK,CC-BY-NC,40,female,2,lower_extremity,0.1",
+    ),
+    "MILK10k_Test_Metadata.csv": csv(
+        "lesion_id,image_type,isic_id,age_approx,sex,site", "IL_9,dermoscopic,ISIC_9,1,male,"
+    ),
+    **{
+        f"MILK10k_Training_Input.zip/MILK10k_Training_Input/IL_{(k + 1) // 2}/ISIC_{k}.jpg": picture(k)
+        for k in range(1, 7)
+    },
+}
+DESCRIBED = dict(
+    ph2=PH2, derm7pt=DERM7PT, padufes20=PAD, bcn20000=BCN, fitzpatrick17k=FITZPATRICK, ddi=DDI, scin=SCIN, milk10k=MILK
+)
 
 
 def in_zip(files):
@@ -211,7 +335,7 @@ def expected(tmp_path_factory):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("name", IMPORTERS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_any_packing_gives_the_same_bytes(expected, tmp_path, name, packing):
     files = PACKINGS[packing](LAYOUTS[name])
     IMPORTERS[name](lay(tmp_path / "in", files), tmp_path / "data")
@@ -347,6 +471,78 @@ def test_names_that_differ_in_form_only(tmp_path):
     )
 
 
+WANTED = dict(
+    ph2=(dict(IMD003="common_nevus", IMD006="atypical_nevus", IMD058="mel"), ["mel"], []),
+    derm7pt=(
+        dict(Nel026="nv", FEL051="mel", Aal002="misc"), ["bcc", "mel"],
+        ["left out: 3 images of type 'clinical: close-up' (--clinical reads them too)"],
+    ),
+    padufes20=(
+        dict(PAT_1516_1765_530="nv", PAT_46_881_939="bcc", PAT_46_881_14="bcc", PAT_9_15_1="ak"), ["bcc", "mel", "scc"],
+        ["clinical photographs, not dermatoscopic images"],
+    ),
+    bcn20000=(
+        dict(BCN_0000000001="mel", BCN_0000000003="mel", BCN_0000000004="scc", BCN_0000000006="nv"),
+        ["ak", "bcc", "mel", "scc"], [],
+    ),
+    fitzpatrick17k=(
+        {"5e82a45bc5d78bd24ae9202d194423f8": "inflammatory", "fa2911a9b13b6f8af79cb700937cc14f": "inflammatory",
+         "d2bac3c9e4499032ca8e9b07c7d3bc40": "malignant_melanoma"},
+        ["malignant_cutaneous_lymphoma", "malignant_dermal", "malignant_epidermal", "malignant_melanoma"],
+        ["clinical photographs", "the collection holds duplicates and wrong labels"],
+    ),
+    ddi=({"000001": "malignant", "000002": "malignant", "000003": "benign"}, ["malignant"], ["clinical photographs"]),
+    scin=(
+        {"-11": "eczema", "-12": "eczema", "-21": "inflicted_skin_lesions"}, None,
+        ["clinical photographs", "left out: 2 images without a diagnosis; no dermatologist named a condition, or two"],
+    ),
+    milk10k=(
+        dict(ISIC_2="bcc", ISIC_3="inf", ISIC_5="nv"), ["akiec", "bcc", "mal_oth", "mel", "sccka"],
+        ["left out: 3 images of type 'clinical: close-up' (--clinical reads them too)"],
+    ),
+)
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+@pytest.mark.parametrize("packing", ["published", "zip_of_zips"])
+def test_a_collection_by_description(tmp_path, name, packing):
+    diagnoses, malignant, notes = WANTED[name]
+    report = SOURCES[name](lay(tmp_path / "in", PACKINGS[packing](DESCRIBED[name])), tmp_path / "data")
+    data = read_dataset(tmp_path / "data")
+    assert data.table.set_index("image_id").diagnosis.to_dict() == diagnoses
+    assert data.label_set.to_dict()["malignant"] == malignant
+    for note in notes:
+        assert any(n.startswith(note) for n in report.notes), report.notes
+    assert data.info.licence and data.info.citation and data.info.source.startswith("https://")
+
+
+def test_what_the_tables_of_the_described_tell(tmp_path):
+    "Masks, splits, patients, lesions, sites and confirmations."
+    def table(name, **options):
+        SOURCES[name](lay(tmp_path / name / "in", DESCRIBED[name]), tmp_path / name / "out", **options)
+        return read_dataset(tmp_path / name / "out")
+    ph2 = table("ph2")
+    assert ph2.mask_path("IMD058") and not ph2.mask_path("IMD003") and ph2.table.Colors.tolist() == ["4", "4", "3  4"]
+    derm = table("derm7pt", clinical=True).table
+    assert derm.lesion_id.tolist() == ["1", "1", "2", "2", "3", "3"] and derm.image_type.nunique() == 2
+    assert derm.split.tolist() == ["train"] * 2 + ["valid"] * 2 + ["test"] * 2
+    assert derm.site.tolist()[::2] == ["lower extremity", "head/neck", "genital"]
+    pad = table("padufes20").table
+    assert pad.patient_id.nunique() == 3 and pad.lesion_id.nunique() == 3 and pad.age.tolist() == [8, 55, 55, 77]
+    assert pad.diagnosis_confirm_type.tolist() == ["clinical consensus"] + ["histopathology"] * 2 + [
+        "clinical consensus"
+    ]
+    fitz = table("fitzpatrick17k").table
+    assert fitz.fitzpatrick.tolist() == ["3", "", "2"] and fitz.diagnosis_fine[1] == "photodermatoses"
+    assert set(table("ddi").table.diagnosis_confirm_type) == {"histopathology"}
+    scin = table("scin").table
+    assert scin.lesion_id.tolist() == ["-1", "-1", "-2"] and scin.sex.tolist() == ["female", "female", ""]
+    milk = table("milk10k").table
+    assert milk.site.tolist() == ["head/neck", "trunk", "lower extremity"] and milk.lesion_id[0] == "IL_1"
+    seven = table("padufes20", label_set="ham10000").table
+    assert seven.diagnosis.tolist() == ["nv", "bcc", "bcc", "akiec"]
+
+
 def changed(files, **edits):
     "The layout with words replaced in the tables whose names hold a key, or files removed (None)."
     out = dict(files)
@@ -458,12 +654,76 @@ BAD = [
     ("isic", dict(metadata=("anterior torso", "anterior trso")), "row 3: site 'anterior trso' is not known"),
     ("isic", {"ISIC_2.jpg": None}, "metadata.csv row 3: there is no image 'ISIC_2' in what was given"),
     ("isic", {"metadata.csv": None}, "no metadata table (a table with the columns isic_id and diagnosis_1"),
+    ("ph2", dict(txt=("|               T ||", "||")), "PH2_dataset.txt row 2: 5 cells where the header has 6; restore"),
+    (
+        "ph2",
+        dict(txt=("                  2 ||", "3||")),
+        "row 4: diagnosis '3' is not in label set ph2 (common_nevus, atyp",
+    ),
+    (
+        "ph2",
+        dict(txt=None),
+        "(a table with the columns Name and Clinical Diagnosis, such as PH2_dataset.txt) was given",
+    ),
+    (
+        "derm7pt",
+        {"meta.csv": ("clark nevus", "clerk nevus")},
+        "row 2: diagnosis 'clerk nevus' is not in label set derm7p",
+    ),
+    (
+        "derm7pt",
+        dict(valid_indexes=None),
+        "no valid_indexes.csv was given; give it beside test_indexes.csv, train_indexes",
+    ),
+    ("derm7pt", dict(valid_indexes=("1", "0")), "valid_indexes.csv row 2: row number 0 is in train already; keep one"),
+    (
+        "derm7pt",
+        dict(valid_indexes=("1", "7")),
+        "valid_indexes.csv row 2: '7' is no row of the table; allowed are 0 to 2",
+    ),
+    (
+        "padufes20",
+        dict(metadata=(",NEV,", ",NEW,")),
+        "row 2: diagnosis 'NEW' is not in label set pad-ufes-20 (ak, bcc,",
+    ),
+    (
+        "padufes20",
+        dict(metadata=("gender", "sex")),
+        "row 1: the column 'gender' is missing; PAD-UFES-20 has img_id, patien",
+    ),
+    (
+        "fitzpatrick17k",
+        {"fa2911a9b13b6f8af79cb700937cc14f.jpg": None},
+        "there is no image 'fa2911a9b13b6f8af79cb700937cc14f' in what was given",
+    ),
+    (
+        "ddi",
+        dict(metadata=("56,True", "56,Tru")),
+        "row 2 and 1 more row: diagnosis 'Tru' is not in label set ddi (benign, malignant).",
+    ),
+    (
+        "scin",
+        dict(labels=("{'Eczema': 0.6, 'Psoriasis': 0.4}", "Eczema")),
+        "'Eczema' is no mapping of conditions to weig",
+    ),
+    (
+        "scin",
+        dict(cases=("-2,SCIN", "-5,SCIN")),
+        "scin_cases.csv row 3: lesion_id '-5' has no row in in/dataset/scin_labe",
+    ),
+    (
+        "milk10k",
+        dict(GroundTruth=("IL_1", "IL_2")),
+        "GroundTruth.csv row 3: lesion_id 'IL_2' is already in row 2; keep one",
+    ),
+    ("milk10k", dict(Training_Metadata=None), "no table of details for in/MILK10k_Training_GroundTruth.csv"),
 ]
 
 
 @pytest.mark.parametrize("name, edits, message", BAD)
 def test_a_fault_is_named_and_leaves_no_folder(tmp_path, name, edits, message):
-    source = lay(tmp_path / "in", {n.replace(".zip/", "/"): d for n, d in changed(LAYOUTS[name], **edits).items()})
+    files = changed((LAYOUTS | DESCRIBED)[name], **edits)
+    source = lay(tmp_path / "in", {n.replace(".zip/", "/"): d for n, d in files.items()})
     with pytest.raises(ValueError) as caught:
         IMPORTERS[name](source, tmp_path / "data")
     assert message in str(caught.value)
@@ -824,7 +1084,7 @@ def test_a_source_is_fetched_and_imported(tmp_path):
         with mock.patch.dict(COLLECTIONS, ham10000=c):
             got = download_source("ham10000", tmp_path / "in")
     assert SOURCES["ham10000"](got, tmp_path / "data").n_images == 3
-    for name in COLLECTIONS:  # every address is one of the publisher's, every file has a name of its own
+    for name in LAYOUTS:  # every address is one of the publisher's, every file has a name of its own
         assert all(f.url.startswith("https://") for f in COLLECTIONS[name].files)
         assert len({f.name for f in COLLECTIONS[name].files}) == len(COLLECTIONS[name].files) > 0
     with pytest.raises(ValueError, match="'folder' offers no plain files; choose one of ham10000, isic2018"):

@@ -317,6 +317,8 @@ class GivenFiles:
 def _columns(entry):
     "The column names of what may be a table; none where it is no text in UTF-8."
     text, delimiter, _ = split_delimiter(entry.head(65536).decode('utf-8', 'replace').lstrip('\ufeff'))
+    if text.lstrip().startswith('||'): # PH2 draws its table with bars
+        return [c.strip() for c in text.strip().split('\n')[0].strip('| \r').replace('||', '|').split('|')]
     lines = (line.split(delimiter) for line in text.split('\n'))
     cells = next((cells for cells in lines if any(map(str.strip, cells))), [])
     return [] if any('\0' in c for c in cells) else [c.strip().strip('"') for c in cells]
@@ -330,7 +332,7 @@ def _first_bytes(entry):
         return b''
 
 # %% ../../nbs/data/21_archives.ipynb #a6d7ea11
-def _sort_entry(entry, given, ignore):
+def _sort_entry(entry, given, ignore, mask):
     "Put an entry where it belongs."
     suffix = os.path.splitext(entry.name)[1].lower()
     stem = image_stem(entry.name)
@@ -338,7 +340,7 @@ def _sort_entry(entry, given, ignore):
     if any(fnmatch(entry.name, pattern) for pattern in ignore):
         given.others.append(entry.label)
     elif suffix in IMAGE_SUFFIXES or is_picture(entry.name, head):
-        masked = re.sub('_segmentation$', '', stem, flags=re.I)
+        masked = re.sub(f'{mask}$', '', stem, flags=re.I)
         (given.images if masked == stem else given.masks)[masked].append(entry)
     elif kind := unread_kind(entry.name, head):
         given.unread[entry.label] = kind
@@ -367,6 +369,7 @@ def collect(
     out:Path|str, # the folder that is to be written; what lies in it is left out
     stack:ExitStack, # keeps archives and temporary files open
     ignore:tuple=(), # patterns of file names that are listed as others, such as 'ISIC2018_Task3_Test*'
+    mask:str='_segmentation', # how the file name of a lesion mask ends, before its suffix
     max_files:int=_MAX_FILES, # in all archives together
     max_bytes:int=_MAX_UNPACKED, # that they unpack to
 ) -> GivenFiles: # entries, to be read while `stack` is open
@@ -381,7 +384,7 @@ def collect(
                 continue
             read.add(file)
             for entry in _expand(Entry(label, partial(open, file, 'rb')), room, stack):
-                _sort_entry(entry, given, ignore)
+                _sort_entry(entry, given, ignore, mask)
     return given
 
 # %% ../../nbs/data/21_archives.ipynb #ce4e27dd

@@ -155,6 +155,12 @@ def _other_delimiter(name, header):
         "comma, semicolon and tab. Save the table with one of them"
     ]
 
+# %% ../../nbs/data/19_schema.ipynb #2500d733
+def _are_row_numbers(rows):
+    "Whether the first cells are whole numbers, each once, as a data frame writes them before its columns."
+    cells = [row[0].strip() for _, row in rows]
+    return all(map(str.isdecimal, cells)) and len(set(cells)) == len(cells)
+
 # %% ../../nbs/data/19_schema.ipynb #4c87af55
 def _header_faults(name, header, rows):
     "What is wrong with the names of the columns, and with rows of another length."
@@ -168,7 +174,7 @@ def _header_faults(name, header, rows):
     ]
     for k, column in enumerate(header):
         cell = next(((line, row[k]) for line, row in rows if row[k:] and row[k].strip()), None)
-        if cell and not column:
+        if cell and not column and not (k == 0 and _are_row_numbers(rows)):
             problems.append(
                 f"{name} row 1: column {k + 1} has no name, and row {cell[0]} holds '{cell[1]}' there; name it, or "
                 "empty its cells"
