@@ -475,7 +475,7 @@ WANTED = dict(
     ph2=(dict(IMD003="common_nevus", IMD006="atypical_nevus", IMD058="mel"), ["mel"], []),
     derm7pt=(
         dict(Nel026="nv", FEL051="mel", Aal002="misc"), ["bcc", "mel"],
-        ["left out: 3 images of type 'clinical: close-up' (--clinical reads them too)"],
+        ["left out: 3 images of type 'clinical: close-up'; --image-type all keeps them"],
     ),
     padufes20=(
         dict(PAT_1516_1765_530="nv", PAT_46_881_939="bcc", PAT_46_881_14="bcc", PAT_9_15_1="ak"), ["bcc", "mel", "scc"],
@@ -498,7 +498,7 @@ WANTED = dict(
     ),
     milk10k=(
         dict(ISIC_2="bcc", ISIC_3="inf", ISIC_5="nv"), ["akiec", "bcc", "mal_oth", "mel", "sccka"],
-        ["left out: 3 images of type 'clinical: close-up' (--clinical reads them too)"],
+        ["left out: 3 images of type 'clinical: close-up'; --image-type all keeps them"],
     ),
 )
 
@@ -523,7 +523,7 @@ def test_what_the_tables_of_the_described_tell(tmp_path):
         return read_dataset(tmp_path / name / "out")
     ph2 = table("ph2")
     assert ph2.mask_path("IMD058") and not ph2.mask_path("IMD003") and ph2.table.Colors.tolist() == ["4", "4", "3  4"]
-    derm = table("derm7pt", clinical=True).table
+    derm = table("derm7pt", image_type="all").table
     assert derm.lesion_id.tolist() == ["1", "1", "2", "2", "3", "3"] and derm.image_type.nunique() == 2
     assert derm.split.tolist() == ["train"] * 2 + ["valid"] * 2 + ["test"] * 2
     assert derm.site.tolist()[::2] == ["lower extremity", "head/neck", "genital"]

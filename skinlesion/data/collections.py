@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLLECTIONS', 'SOURCES', 'import_ham10000', 'import_isic2018', 'import_isic2019', 'import_isic2020', 'Details',
-           'Collection', 'given_sources', 'import_collection', 'download_source']
+           'Collection', 'given_sources', 'import_collection', 'register', 'download_source']
 
 # %% ../../nbs/data/23_collections.ipynb #f55688f7
 import re
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..checks import check_choice
+from ..checks import check_choice, choices
 from .challenges import one_hot_codes
 from .archives import GivenFiles, collect, describe_tables, open_table
 from .classes import choose_label_set, recode
@@ -23,7 +23,7 @@ from .downloads import DownloadError, RemoteFile, fetch_file
 from .imports import ImportReport, row_places, write_import
 from .schema import DatasetError, DatasetInfo, check_target
 from ..names import image_stem, split_cell, stem_key
-from ..taxonomy import CHALLENGES, LABEL_SETS, comparable, comparable_map, nearest
+from ..taxonomy import CHALLENGES, LABEL_SETS, comparable, comparable_map, is_missing, nearest
 
 # %% ../../nbs/data/23_collections.ipynb #0a88de5e
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Details:
     optional:tuple = () # of the columns that may be missing
     needed:bool = True # whether the import stops without it
     parts:tuple = () # of the collection that have it; empty for all
+    by:str = 'image_id' # column here that joins the two; where it is another, this table has the rows of the images
 
 # %% ../../nbs/data/23_collections.ipynb #53301717
 @dataclass(frozen=True)
@@ -54,6 +55,16 @@ class Collection:
     ignore:tuple = () # names of files that belong to something else
     age_zero:str = '' # pattern of lesion_ids whose age of 0 stands for a missing one
     files:tuple = () # RemoteFile, where the publisher offers them
+    values:dict = field(default_factory=dict) # column here -> {the publisher's word: word here}, or function of a word
+    constants:dict = field(default_factory=dict) # column here -> what holds for every image
+    images:dict = field(default_factory=dict) # columns that each name an image of a row -> type of the image
+    types:tuple = () # types of its images, where there are several; the dermoscopic ones are read by default
+    numbered:dict = field(default_factory=dict) # file name of a table of row numbers, from 0 -> split
+    reader:object = open_table # of its table
+    mask:str = '_segmentation' # how the file name of a lesion mask ends
+    undiagnosed:str = '' # why rows have no diagnosis and are left out; empty where that is an error
+    notes:tuple = () # sentences for every report
+    unchecked:bool = False # whether the layout was never held against the publisher's own files
 
 # %% ../../nbs/data/23_collections.ipynb #2c50b02e
 def given_sources(
@@ -169,9 +180,9 @@ def _bare_id(cell):
     return image_stem(split_cell(cell)[1])
 
 # %% ../../nbs/data/23_collections.ipynb #63aa281c
-def _read_rows(entry, columns, optional, collection):
+def _read_rows(entry, columns, optional, collection, reader=open_table):
     "Read and rename; a missing column is an error."
-    raw, lines = open_table(entry)
+    raw, lines = reader(entry)
     missing = [n for n in columns if n not in raw and n not in optional]
     if missing:
         raise DatasetError(
@@ -189,7 +200,7 @@ def _read_rows(entry, columns, optional, collection):
     return _Rows(table, [entry.label] * len(raw), lines.tolist())
 
 # %% ../../nbs/data/23_collections.ipynb #3671504f
-def _join(rows, extra):
+def _join(rows, extra, by='image_id'):
     "Add the columns of a second table; its ids may differ in case and suffix."
     at = {}
     label = rows.tables[0] if rows.tables else 'the first table'
@@ -211,6 +222,106 @@ def _join(rows, extra):
         return
     more = extra.table.iloc[[at[key] for key in keys]].reset_index(drop=True)
     rows.table = rows.table.join(more[[n for n in more if n not in rows.table]])
+
+# %% ../../nbs/data/23_collections.ipynb #72254aa5
+def _join_groups(rows, extra, by):
+    "A row for every row of the second table, with the columns of the lesion or case that it belongs to."
+    at = {}
+    for k, (value, place) in enumerate(zip(rows.table[by], rows.places)):
+        first = at.setdefault(value, k)
+        if first != k:
+            rows.faults.append(f"{place}: {by} '{value}' is already in row {rows.lines[first]}; keep one")
+    pairs = (
+        (extra.table[by], extra.places, at, rows.tables),
+        (rows.table[by], rows.places, set(extra.table[by]), extra.tables),
+    )
+    for values, places, known, tables in pairs:
+        rows.faults += [
+            f"{place}: {by} '{value}' has no row in {tables[0] if tables else 'the other table'}; give the table that "
+            "belongs to it"
+            for value, place in zip(values, places)
+            if value not in known
+        ]
+    if rows.faults:
+        return
+    first = rows.table.iloc[[at[value] for value in extra.table[by]]].reset_index(drop=True)
+    rows.table = extra.table.join(first[[n for n in first if n not in extra.table]])
+    rows.tables = extra.tables
+    rows.lines = extra.lines
+
+# %% ../../nbs/data/23_collections.ipynb #92bbb5b9
+def _settle_columns(rows, collection):
+    "Read words as words here, add what holds for all, and give each image of a row a row of its own."
+    table = rows.table.assign(**collection.constants)
+    for column, read in collection.values.items():
+        if column in table:
+            meaning = {w: read.get(w, w) if isinstance(read, dict) else read(w) for w in table[column].unique()}
+            table[column] = table[column].map(meaning)
+    rows.table = table
+    named = [c for c in collection.images if c in table]
+    if not named:
+        return
+    at = [(k, c) for k in range(len(table)) for c in named if not is_missing(table[c].iloc[k])]
+    cells = pd.Series([table[c].iloc[k].strip() for k, c in at], dtype=object)
+    rows.tables = [rows.tables[k] for k, _ in at]
+    rows.lines = [rows.lines[k] for k, _ in at]
+    rows.table = table.iloc[[k for k, _ in at]].drop(columns=named).reset_index(drop=True).assign(
+        image_id=cells.map(_bare_id), _cell=cells, image_type=[collection.images[c] for _, c in at]
+    )
+
+# %% ../../nbs/data/23_collections.ipynb #9ccbb321
+def _number_splits(rows, given, collection):
+    "Add the column `split` from tables that hold row numbers, from 0; all of them or none."
+    tables = {e.name.lower(): e for e, _ in given.tables if e.name.lower() in collection.numbered}
+    if not tables:
+        return
+    splits = {}
+    for name, split in collection.numbered.items():
+        if name not in tables:
+            raise DatasetError(collection.info.name, [f"no {name} was given; give it beside {', '.join(tables)}"])
+        raw, lines = open_table(tables[name])
+        rows.used.append(tables[name].label)
+        for number, line in zip(raw.iloc[:, 0], lines):
+            place = f'{tables[name].label} row {line}'
+            if not number.isdecimal() or int(number) >= len(rows.table):
+                rows.faults.append(
+                    f"{place}: '{number}' is no row of the table; allowed are 0 to {len(rows.table) - 1}"
+                )
+            elif splits.setdefault(int(number), split) != split:
+                rows.faults.append(f"{place}: row number {number} is in {splits[int(number)]} already; keep one")
+    rows.faults += [
+        f"{place}: row number {k} is in none of {', '.join(tables)}; give the tables that belong to it"
+        for k, place in enumerate(rows.places)
+        if k not in splits
+    ]
+    rows.table = rows.table.assign(split=[splits.get(k, '') for k in range(len(rows.table))])
+
+# %% ../../nbs/data/23_collections.ipynb #6fcee3fa
+def _leave_out(rows, collection, image_type):
+    "Leave out, and count, the types of images that are not asked for and the rows that the publisher did not diagnose."
+    name = collection.info.name
+    allowed = ('all', *(collection.types or ('dermoscopic',)))
+    if image_type not in allowed:
+        only = '' if collection.types else f" ({name} holds images of one type)"
+        raise ValueError(f"--image-type '{image_type}' is not known{only}; {choices(image_type, allowed)}")
+    if collection.types and image_type != 'all':
+        wanted = rows.table.image_type == image_type
+        for kind, count in rows.table.image_type[~wanted].value_counts().items():
+            rows.notes.append(f"left out: {count} images of type '{kind}'; --image-type all keeps them")
+        rows.keep(wanted)
+    if collection.undiagnosed:
+        diagnosed = ~rows.table.diagnosis.map(is_missing).astype(bool)
+        if not diagnosed.all():
+            rows.notes.append(f'left out: {(~diagnosed).sum()} images without a diagnosis; {collection.undiagnosed}')
+        rows.keep(diagnosed)
+
+# %% ../../nbs/data/23_collections.ipynb #732d032b
+def _own_classes(rows, name, word_map):
+    "The classes of a collection without a closed list: the publisher's own words."
+    forms = comparable_map(word_map)
+    words = [forms.get(comparable(w), (w, w))[1] for w in rows.table.diagnosis]
+    chosen = choose_label_set(words, name)
+    return chosen.name if chosen in LABEL_SETS.values() else chosen.to_dict()
 
 # %% ../../nbs/data/23_collections.ipynb #63f86d59
 def _copies(ids, pairs):
@@ -251,7 +362,8 @@ def _mark_copies(rows, given, collection):
 # %% ../../nbs/data/23_collections.ipynb #ecf7f2af
 def _part_rows(given, collection, part, entry):
     "The rows of one part, with its classes and its second table."
-    rows = _read_rows(entry, collection.columns, collection.optional, collection)
+    rows = _read_rows(entry, collection.columns, collection.optional, collection, collection.reader)
+    _number_splits(rows, given, collection)
     if collection.classes:
         codes, rows.faults = one_hot_codes(rows.table, collection.classes, rows.places)
         rows.table = rows.table.drop(columns=list(collection.classes)).assign(diagnosis=codes)
@@ -264,12 +376,14 @@ def _part_rows(given, collection, part, entry):
         rows.table = rows.table.assign(split=part)
     details = _details_table(given, collection, part, entry)
     if details:
-        _join(rows, _read_rows(details, collection.details.columns, collection.details.optional, collection))
+        extra = _read_rows(details, collection.details.columns, collection.details.optional, collection)
+        (_join if collection.details.by == 'image_id' else _join_groups)(rows, extra, collection.details.by)
     elif collection.details and part in (collection.details.parts or (part,)):
         rows.notes.append(
             f"no {collection.details.example} was given: every image of {entry.label} counts as a lesion of its own"
         )
-    rows.used = [entry.label, *([details.label] if details else [])]
+    rows.used += [entry.label, *([details.label] if details else [])]
+    _settle_columns(rows, collection)
     return rows
 
 # %% ../../nbs/data/23_collections.ipynb #de280cb6
@@ -282,7 +396,7 @@ def _disagreeing(rows, column, value, word):
     ]
 
 # %% ../../nbs/data/23_collections.ipynb #bae2261d
-def _all_rows(given, collection):
+def _all_rows(given, collection, image_type='dermoscopic'):
     "The rows of all parts."
     parts = [_part_rows(given, collection, part, entry) for part, entry in _truth_tables(given, collection).items()]
     faults = [f for p in parts for f in p.faults]
@@ -291,9 +405,12 @@ def _all_rows(given, collection):
     def together(name):
         return [v for p in parts for v in getattr(p, name)]
     table = pd.concat([p.table for p in parts], ignore_index=True).fillna('')
-    rows = _Rows(table, together('tables'), together('lines'), [], together('used'), together('notes'))
+    rows = _Rows(
+        table, together('tables'), together('lines'), [], together('used'), [*together('notes'), *collection.notes]
+    )
     if collection.pairs:
         _mark_copies(rows, given, collection)
+    _leave_out(rows, collection, image_type)
     return rows
 
 # %% ../../nbs/data/23_collections.ipynb #1f5589f6
@@ -339,16 +456,19 @@ def import_collection(
     skip_bad:bool=False, # leave out and list images, masks and classes that cannot be used, instead of stopping
     progress=None, # called with (images done, images in all) after each
     word_map:dict|None=None, # words of diagnosis, site and sex -> words that are known
+    image_type:str='dermoscopic', # of a collection that holds several: one of its types, or 'all'
 ) -> ImportReport:
     "Import a published collection; a row without an image is an error, an image without a row is listed and left out."
     collection = COLLECTIONS[check_choice(name, COLLECTIONS, 'collection')]
     info = collection.info
-    target = choose_label_set((), info.name, label_set, labels) if label_set or labels else info.labels()
+    target = choose_label_set((), info.name, label_set, labels) if label_set or labels else None
     out = check_target(out, info.name)
     with ExitStack() as stack:
-        given = collect(paths, out, stack, collection.ignore)
-        rows = _all_rows(given, collection)
-        if target != info.labels():
+        given = collect(paths, out, stack, collection.ignore, collection.mask)
+        rows = _all_rows(given, collection, image_type)
+        if not info.label_set:
+            info = replace(info, label_set=_own_classes(rows, info.name, word_map))
+        if target not in (None, info.labels()):
             info = _in_label_set(rows, info, target, word_map, skip_bad)
         options = dict(skip_bad=skip_bad, word_map=word_map, progress=progress) | _row_options(rows, collection)
         return write_import(out, info, rows.table.drop(columns='_cell'), given, **options)
@@ -515,14 +635,25 @@ def _importer(name):
         skip_bad:bool=False, # leave out and list images, masks and classes that cannot be used, instead of stopping
         progress=None, # called with (images done, images in all) after each
         word_map:dict|None=None, # words of diagnosis, site and sex -> words that are known
+        image_type:str='dermoscopic', # of a collection that holds several: one of its types, or 'all'
     ) -> ImportReport:
-        options = dict(skip_bad=skip_bad, progress=progress, word_map=word_map)
+        options = dict(skip_bad=skip_bad, progress=progress, word_map=word_map, image_type=image_type)
         return import_collection(name, paths, out, label_set=label_set, labels=labels, **options)
     import_one.__name__ = import_one.__qualname__ = f'import_{name}'
     import_one.__doc__ = f"Import {COLLECTIONS[name].info.name} from the files of its publisher."
     return import_one
 
 SOURCES = {name: _importer(name) for name in COLLECTIONS}
+
+def register(
+    name:str, # by which the command and `import_collection` know it
+    collection:Collection, # its description
+):
+    "Add a collection to COLLECTIONS and SOURCES; a name that is taken is an error."
+    if COLLECTIONS.setdefault(name, collection) != collection:
+        raise ValueError(f"collection '{name}' is there already; choose another name")
+    SOURCES[name] = _importer(name)
+
 import_ham10000, import_isic2018, import_isic2019, import_isic2020 = SOURCES.values()
 
 # %% ../../nbs/data/23_collections.ipynb #aab26e93

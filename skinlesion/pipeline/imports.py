@@ -213,6 +213,83 @@ _COLLECTION_FILES = dict(
 for _name, (_title, _files) in _COLLECTION_FILES.items():
     _add_collection(_name, _title, _files)
 
+# %% ../../nbs/pipeline/111_imports.ipynb #12407c90
+_BOTH = dict(
+    image_type=(
+        Annotated[
+            str, typer.Option('--image-type', help="all, dermoscopic or 'clinical: close-up'; others are left out.")
+        ],
+        'dermoscopic',
+    )
+)
+
+def _add_published(name, title, files, about, both):
+    "Add the command that imports a collection by description; `both` where it holds two types of images."
+    @with_options(_CLASSES | _WORDS | (_BOTH if both else {}))
+    def command(paths:_Paths, out:_Out, **options):
+        from skinlesion.data.published import SOURCES
+        keys = [*_CLASSES, *(_BOTH if both else ())]
+        arguments = _importer_arguments(options) | {key: options[key] for key in keys}
+        say(str(SOURCES[name](paths, out, **arguments)))
+    command.__doc__ = f"""Import {title} as its publisher lays it out.
+
+    {about}
+
+    The layout is as published; it was not checked against the publisher's files.
+
+    \b
+    Examples:
+      skinlesion import {name} ~/Downloads/{name} --out data
+      skinlesion import {name} {files} --out data
+    """
+    imports.command(name)(command)
+
+# %% ../../nbs/pipeline/111_imports.ipynb #9c4f7c57
+_PUBLISHED = dict(
+    ph2=(
+        'PH2', 'PH2_dataset.txt "PH2 Dataset images"',
+        'Classes: common nevus, atypical nevus, melanoma. The masks IMD*_lesion.bmp come with the images.', False,
+    ),
+    derm7pt=(
+        'Derm7pt', 'meta images', 'The splits come from meta/*_indexes.csv. The images of a case are one lesion.', True,
+    ),
+    bcn20000=(
+        'BCN20000', 'bcn_20k_train.csv BCN_20k_train.zip',
+        "The edition of the authors; for the archive's take skinlesion import isic. Its test images have no diagnosis.",
+        False,
+    ),
+    milk10k=(
+        'MILK10k', 'MILK10k_Training_GroundTruth.csv MILK10k_Training_Metadata.csv MILK10k_Training_Input.zip',
+        'Each lesion has a dermatoscopic and a clinical image.', True,
+    ),
+)
+
+# %% ../../nbs/pipeline/111_imports.ipynb #08442b7a
+_PHOTOGRAPHS = dict(
+    padufes20=(
+        'PAD-UFES-20', 'metadata.csv imgs_part_1.zip imgs_part_2.zip imgs_part_3.zip',
+        'Photographs of smartphones. Bowen disease is scc, and actinic keratosis no cancer, as published.',
+    ),
+    fitzpatrick17k=(
+        'Fitzpatrick17k', 'fitzpatrick17k.csv photos --skip-bad',
+        "To be fetched by hand from the column url and named MD5HASH.jpg. The classes are the publisher's nine groups.",
+    ),
+    ddi=(
+        'DDI', 'ddi_metadata.csv images',
+        'The classes are benign and malignant; each disease is kept as diagnosis_fine.',
+    ),
+    scin=(
+        'SCIN', 'scin_cases.csv scin_labels.csv images',
+        'The heaviest condition is the diagnosis; cases without one are left out and counted.',
+    ),
+)
+_PUBLISHED |= {
+    name: (title, files, f'Clinical photographs, not dermatoscopic images. {about}', False)
+    for name, (title, files, about) in _PHOTOGRAPHS.items()
+}
+for _name, _facts in _PUBLISHED.items():
+    _add_published(_name, *_facts)
+
 # %% ../../nbs/pipeline/111_imports.ipynb #89b95703
 _ImageType = Annotated[
     str,
