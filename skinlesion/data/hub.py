@@ -295,12 +295,16 @@ def import_hf(
         parts = {split: _hf_part(source, split, data, columns, unlabelled, allowed) for split, data in loaded.items()}
         entries = [e for part in parts.values() for e in part[1]]
         places = [e.label for e in entries]
+        faults = []
         origin = f'Hugging Face: {Path(source).name if Path(source).exists() else source}'
-        info, table, notes, left = settle_table(about, name, _hf_table(parts), places, word_map, origin, unlabelled)
+        info, table, notes, left = settle_table(
+            about, name, _hf_table(parts), places, word_map, origin, unlabelled, faults
+        )
         left_out = sorted({c for part in parts.values() for c in part[3]})
         if left_out:
             notes.append(f"columns of lists or bytes, left out: {', '.join(left_out)}")
         given = GivenFiles(images={i: [e] for i, e in zip(table.image_id, entries)})
         return write_import(
-            out, info, table, given, where=places, skip_bad=skip_bad, word_map=left, progress=progress, notes=notes
+            out, info, table, given, where=places, skip_bad=skip_bad, word_map=left, progress=progress, notes=notes,
+            faults=faults,
         )

@@ -248,19 +248,16 @@ def _split_word(word, where):
 _PARSERS = dict(split=_split_word, severity=_whole, infectious=read_flag, urgent=read_flag)
 
 # %% ../../nbs/data/32_importers.ipynb #c7b3faa0
-def _parse_targets(table, places):
-    "Parse the target columns; every fault with its row."
-    problems = []
+def _parse_targets(table, places, faults):
+    "Parse the target columns; every fault is added to `faults` with its row."
     def read(parse, column):
         for word, place in zip(table[column], places):
             try:
                 yield parse(word, f'{place}: {column}')
             except ValueError as e:
-                problems.append(str(e))
+                faults.append(str(e))
                 yield ''
     table = table.assign(**{c: list(read(parse, c)) for c, parse in _PARSERS.items() if c in table})
-    if problems:
-        raise DatasetError(places[0].split(' row ')[0], problems)
     if 'split' in table and (table.split == '').all():
         table = table.drop(columns='split')
     return table
@@ -484,13 +481,14 @@ def import_csv(
         cells, ids = _name_images(raw, columns, entry.label)
         table = rename_columns(raw, columns, entry.label, unlabelled, used=[columns.image or 'image_id'])
         finder = _ImageFinder([e for group in given.images.values() for e in group], paths, entry.label)
+        faults = []
         info, table, notes, left = settle_table(
-            about, name, table.assign(image_id=ids), places, word_map, 'a table of its own', unlabelled
+            about, name, table.assign(image_id=ids), places, word_map, 'a table of its own', unlabelled, faults
         )
         given = _match(given, finder, cells, ids, places)
         return write_import(
             out, info, table, given, where=entry.label, lines=lines, used_tables=[entry.label],
-            skip_bad=skip_bad, word_map=left, progress=progress, notes=notes,
+            skip_bad=skip_bad, word_map=left, progress=progress, notes=notes, faults=faults,
         )
 
 # %% ../../nbs/data/32_importers.ipynb #958fd132
@@ -502,6 +500,7 @@ def settle_table(
     word_map:dict|None, # {'old': 'new'}
     source:str, # where the images came from, for people
     unlabelled:bool, # whether rows may lack a diagnosis
+    faults:list, # of str; receives a sentence for each cell that cannot be read
 ) -> tuple: # DatasetInfo, table, list of sentences for the report, and the part of the map that is left
     "Choose the classes, apply the map and parse the targets."
     if not len(table):
@@ -510,7 +509,7 @@ def settle_table(
         table = table.assign(diagnosis='')
     _check_map(table, word_map, places[0].split(' row ')[0] if ' row ' in places[0] else name)
     table, left, notes = _map_targets(table, word_map)
-    table = _parse_targets(table, places)
+    table = _parse_targets(table, places, faults)
     if unlabelled and not (about.label_set or about.labels) and table.diagnosis.map(is_missing).all():
         about = replace(about, label_set='ham10000')
     info, class_notes = describe_dataset(about, name, table.diagnosis.tolist(), left, source, unlabelled)

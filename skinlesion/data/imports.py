@@ -266,13 +266,23 @@ def _similar_note(given):
     return [f"{len(given.similar)} images are called otherwise in the table: {', '.join(shown + more)}"]
 
 # %% ../../nbs/data/22_imports.ipynb #7596cb0b
-def _settled(given, ids, cells, places, skip_bad, where):
-    "The given files matched with their rows, or an error with every row that has none, before any pixel is read."
+def _checked_rows(words, info, given, cells, where, lines, word_map, skip_bad, faults):
+    "The canonical table and the files matched with its rows, or every fault of all rows at once; no pixel is read."
+    faults = list(faults)
+    ids = words.image_id.astype(str).str.strip().tolist()
+    places = row_places(where, lines, len(words))
     given = match_files(given, ids, ids if cells is None else cells)
-    absent = [f'{place}: {given.missing[i]}' for i, place in zip(ids, places) if i in given.missing]
-    if absent and not skip_bad:
-        raise DatasetError(f'{where}: nothing was imported', [f'{p}, or leave it out with --skip-bad' for p in absent])
-    return given
+    if not skip_bad:
+        absent = [f'{place}: {given.missing[i]}' for i, place in zip(ids, places) if i in given.missing]
+        faults += [f'{problem}, or leave it out with --skip-bad' for problem in absent]
+    try:
+        checked = _validated(words, info, where, lines, word_map)
+    except DatasetError as e:
+        faults = e.problems + faults
+    if faults:
+        raise DatasetError(f'{where if isinstance(where, str) else info.name}: nothing was imported', faults)
+    _class_gaps(checked, info.labels())
+    return checked, given, places
 
 # %% ../../nbs/data/22_imports.ipynb #a881242c
 _LAYERS = ('masks', 'evidence', 'artefacts')
@@ -450,16 +460,16 @@ def write_import(
     notes:tuple=(), # sentences for the report
     used_tables:tuple=(), # labels of the tables that were read
     cells=None, # (N,) str: how the table writes the name of each image; the image_ids by default
+    faults:tuple=(), # sentences on rows, found earlier; they are raised together with those found here
     licence_column:str='', # with the licence of each image, which `dataset.json` then counts
 ) -> ImportReport:
     "Write a dataset folder from a table and files; a fault is named with its row, and leaves what stood there."
     name = where if isinstance(where, str) else info.name
     words, mapped = _apply_word_map(_canonical(table).reset_index(drop=True), word_map, name)
     zero = (pd.to_numeric(words.age, errors='coerce') == 0).to_numpy() & age_zero
-    checked = _validated(words.assign(age=words.age.mask(zero, '')), info, where, lines, word_map)
-    _class_gaps(checked, info.labels())
-    places = row_places(where, lines, len(checked))
-    given = _settled(given, checked.image_id.tolist(), cells, places, skip_bad, name)
+    words = words.assign(age=words.age.mask(zero, ''))
+    rows = (words, info, given, cells, where, lines, word_map, skip_bad, faults)
+    checked, given, places = _checked_rows(*rows)
     with dataset_writer(out, info) as writer:
         prepared = _prepared(checked.image_id.tolist(), places, given)
         written, masked, converted, problems = _write_files(writer, prepared, len(checked), progress)
