@@ -1,17 +1,20 @@
 """Time the import of a download of the ISIC archive, and how soon it refuses one that needs no pixels to be refused.
 
-    python benchmarks/import_isic.py [--images 10000] [--size 160x120] [--refusals-only]
+    python benchmarks/import_isic.py [--images 10000] [--size 160x120] [--rounds 3] [--refusals-only]
 
 The download is made here: noise with a spot as JPEG, a metadata.csv of all columns that isic-cli writes, diagnoses
 from the archive's vocabulary. Baseline, in the same run: every file is read, decoded with Pillow and written as it is.
 The import also checks the table, cleans and measures every file, reads the folder back, flushes the disk and swaps the
-folder in. Each refusal is a command in a process of its own, so the time holds the start of Python.
+folder in. Each refusal is a command in a process of its own; its baseline is a command that reads nothing but its
+options, so the start of Python and of the command. Seconds are the least of the rounds, of the wall clock and of
+the processor: where other work shares the cores, the second tell more.
 Targets: 10,000 images in 60 s on 2 cores; each refusal in 3 s.
 """
 import argparse
 import csv
 import io
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -73,6 +76,12 @@ def plain(folder, out):
         (out / path.name).write_bytes(data)
 
 
+def processor_seconds():
+    "Of the commands that have ended."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def timed(work):
     "Seconds of wall clock, and what the work gave."
     start = time.perf_counter()
@@ -93,6 +102,7 @@ def refusals(rows):
     good = [HEADER, *rows]
     last = len(rows) - 1
     return {
+        "(nothing to read)": (good, ("--label-set", "isic2018")),
         "a diagnosis of no class": (edited(rows, last, "diagnosis_1", "Benignn"), ()),
         "no diagnosis_1": (edited(rows, last, "diagnosis_1", None), ()),
         "a site that is not known": (edited(rows, last, "anatom_site_1", "Elsewhere"), ()),
@@ -101,13 +111,12 @@ def refusals(rows):
         "a row without an image": (edited(rows, last, "isic_id", "ISIC_9999999"), ()),
         "no image of that type": (good, ("--image-type", "RCM: tile")),
         "a type that is not known": (good, ("--image-type", "photo")),
-        "a label set that is not known": (good, ("--label-set", "isic2018")),
         "a word to map that is nowhere": (good, ("--map", "freckle=nv")),
         "no table": (None, ()),
     }
 
 
-def refuse(folder, rows):
+def refuse(folder, rows, rounds):
     "Print how long each refusal takes; whether all of them are soon enough."
     slowest = 0
     for name, (table, words) in refusals(rows).items():
@@ -118,11 +127,18 @@ def refuse(folder, rows):
                 csv.writer(file).writerows(table)
         command = [sys.executable, "-m", "skinlesion.pipeline.cli", "import", "isic", str(folder), *words]
         command += ["--out", str(folder.parent / "no")]
-        seconds, done = timed(lambda: subprocess.run(command, capture_output=True, text=True))
-        if done.returncode == 0 or (folder.parent / "no").exists():
-            sys.exit(f"{name}: nothing was refused")
-        slowest = max(slowest, seconds)
-        print(f"{seconds:6.2f} s  {name}: {done.stderr.strip().splitlines()[0][:110]}")
+        wall = []
+        processor = []
+        for _ in range(rounds):
+            before = processor_seconds()
+            seconds, done = timed(lambda: subprocess.run(command, capture_output=True, text=True))
+            wall.append(seconds)
+            processor.append(processor_seconds() - before)
+            if done.returncode == 0 or (folder.parent / "no").exists():
+                sys.exit(f"{name}: nothing was refused")
+        slowest = max(slowest, min(wall))
+        first = done.stderr.strip().splitlines()[0]
+        print(f"{min(wall):5.2f} s wall, {min(processor):.2f} s processor  {name}: {first[:100]}", flush=True)
     print(f"slowest refusal {slowest:.2f} s; target 3 s: {'met' if slowest <= 3 else 'missed'}")
 
 
@@ -130,6 +146,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--size", default="160x120")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--refusals-only", action="store_true")
     options = parser.parse_args()
     size = tuple(map(int, options.size.split("x")))
@@ -143,7 +160,7 @@ def main():
             print(f"import_isic: {wall:.1f} s, {report.n_images} images, {report.n_images / wall:.0f} images/s")
             print(f"ratio import / plain: {wall / base:.2f}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; "
                   f"target 60 s: {'met' if wall <= 60 else 'missed'}")
-        refuse(scratch / "download", rows)
+        refuse(scratch / "download", rows, options.rounds)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from threading import Lock
 
@@ -34,6 +35,7 @@ from ..names import image_stem, is_picture, unread_kind, unread_remedy
 _MAX_FILES = 1_000_000  # in all archives together
 _MAX_UNPACKED = 200 << 30  # bytes that they unpack to, in all
 _MAX_DEPTH = 4  # of archives inside archives
+_MAX_TABLE = 1 << 30  # bytes of a table; one of the whole ISIC archive has some hundred megabytes
 _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -62,7 +64,7 @@ class Entry:
     @property
     def name(self) -> str: # with suffix
         "The file name."
-        return self.parts[-1]
+        return self.label.rpartition('/')[2]
 
     def head(self,
         size:int, # bytes at most
@@ -231,7 +233,7 @@ _ARCHIVES = ('.zip', '.tar', '.tgz', '.tbz2', '.txz', '.gz', '.bz2', '.xz')
 
 def _archive_kind(entry):
     "'zip', 'tar', 'gz', 'bz2', 'xz' by content, or '' for what is no archive."
-    suffix = PurePosixPath(entry.name).suffix.lower()
+    suffix = os.path.splitext(entry.name)[1].lower()
     if suffix and suffix not in _ARCHIVES:
         return ''
     head = entry.head(512)
@@ -274,21 +276,37 @@ def _is_junk(name):
     "Hidden files and folders, and what the archiver of macOS adds."
     return any(part.startswith('.') or part == '__MACOSX' for part in name.split('/'))
 
+# %% ../../nbs/data/21_archives.ipynb #21fc17f4
+def _below(folder, label, out):
+    "(entry, label) of all but junk below a folder, in the order of the names; `out` is left out."
+    for entry in sorted(os.scandir(folder), key=attrgetter('name')):
+        here = f'{label}/{entry.name}'
+        if _is_junk(entry.name):
+            continue
+        if not entry.is_dir(follow_symlinks=False):
+            yield entry, here
+        elif entry.path != out:
+            yield from _below(entry.path, here, out)
+
 # %% ../../nbs/data/21_archives.ipynb #5a715938
 def _files(path, out):
-    "(file, label) of what lies on the disk; a link that leads to no file is an error."
+    "(path as str, label) of the files on the disk; a link that leads to no file is an error."
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; check the path")
-    for p in sorted(path.rglob('*')) if path.is_dir() else [path]:
-        if out in p.parents or p != path and _is_junk(p.relative_to(path).as_posix()):
-            continue
-        if p.is_file():
-            yield p, (p.relative_to(path.parent).as_posix() if p.suffix.lower() not in _ARCHIVES else p.name)
-        elif p.is_symlink():
+    if out == path or out in path.parents:
+        return
+    if not path.is_dir():
+        yield str(path), path.name
+        return
+    for entry, label in _below(path, path.name, str(out)):
+        if entry.is_file():
+            is_archive = os.path.splitext(entry.name)[1].lower() in _ARCHIVES
+            yield entry.path, entry.name if is_archive else label
+        elif entry.is_symlink():
             target = 'nothing; remove it, or give what it stood for'
-            if p.is_dir():
+            if entry.is_dir():
                 target = 'a folder, which is not followed; give that folder itself'
-            raise DatasetError(p, [f"{p}: it is a link to {target}"])
+            raise DatasetError(entry.path, [f"{entry.path}: it is a link to {target}"])
 
 # %% ../../nbs/data/21_archives.ipynb #da2039a9
 def _spool_folder(out):
@@ -392,7 +410,7 @@ def open_table(
     entry:Entry, # of a CSV, tab or semicolon separated
 ) -> tuple: # a DataFrame of str, and an int array: the line of each row
     "Read a table as words."
-    return read_table(entry.read(), entry.label)
+    return read_table(entry.read(_MAX_TABLE), entry.label)
 
 # %% ../../nbs/data/21_archives.ipynb #f03a1d92
 def describe_tables(

@@ -45,15 +45,16 @@ def _tables(given):
 
 # %% ../../nbs/data/24_isic.ipynb #fea718f5
 def _read(entry):
-    "The rows of one table, missing words empty; indexed by table and line."
+    "The rows of one table, indexed by table and line; missing words of what is read as a path are empty."
     raw, lines = open_table(entry)
     if 'diagnosis_1' not in raw:
         raise DatasetError(entry.label, [
             f"{entry.label} row 1: the column 'diagnosis_1' is missing; download the images with a new isic-cli."
             f"{nearest('diagnosis_1', raw.columns)}"
         ])
-    table = raw.apply(lambda column: column.map({word: '' if is_missing(word) else word for word in column.unique()}))
-    return table.set_index(pd.MultiIndex.from_product([[entry.label], lines], names=['table', 'line']))
+    for name in raw.columns[raw.columns.str.match(r'diagnosis_\d|anatom_site|image_type')]:
+        raw[name] = raw[name].map({word: '' if is_missing(word) else word for word in raw[name].unique()})
+    return raw.set_index(pd.MultiIndex.from_product([[entry.label], lines], names=['table', 'line']))
 
 # %% ../../nbs/data/24_isic.ipynb #887c81b0
 def _rows(entries):

@@ -12,7 +12,6 @@ import csv
 import io
 import numpy as np
 import pandas as pd
-import pandera.pandas as pa
 import re
 import unicodedata
 from contextlib import contextmanager
@@ -218,8 +217,9 @@ _FILE_NAME = r'^(?![.\s])[^\x00-\x1f/\\:*?"<>|]+(?<![.\s])$'
 def _table_schema(
     label_set:LabelSet, # whose codes `diagnosis` may hold
     unlabelled:bool=False, # whether it may also be empty
-) -> pa.DataFrameSchema: # for a table whose words are translated
+): # a pandera schema for a table whose words are translated
     "What a canonical table must be."
+    import pandera.pandas as pa # here, since it takes half a second
     def word(allowed):
         return pa.Column(str, pa.Check.isin(list(allowed)))
     return pa.DataFrameSchema(
@@ -249,12 +249,12 @@ def _translate(column, parse):
             return parse(word)
         except ValueError:
             return word
-    return column.map({w: known(w) for w in column.unique()}).astype(str)
+    return column.map({w: known(w) for w in column.unique().tolist()}).astype(str)
 
 # %% ../../nbs/data/19_schema.ipynb #9ab36544
 def _is_missing(column):
     "Where a cell stands for an unknown value."
-    return column.map({w: is_missing(w) for w in column.unique()}).astype(bool)
+    return column.map({w: is_missing(w) for w in column.unique().tolist()}).astype(bool)
 
 # %% ../../nbs/data/19_schema.ipynb #8cecbcb0
 def _years(column):
@@ -303,9 +303,10 @@ def _fault(column, word, first, label_set):
 # %% ../../nbs/data/19_schema.ipynb #b6a72d2f
 def _faults(table, raw, lines, where, label_set, unlabelled):
     "Every failed cell as a sentence, in the order of the file."
+    from pandera.errors import SchemaErrors # here, since it takes half a second
     try:
         _table_schema(label_set, unlabelled).validate(table, lazy=True)
-    except pa.errors.SchemaErrors as e:
+    except SchemaErrors as e:
         cases = e.failure_cases
     else:
         return []
