@@ -71,15 +71,22 @@ repro: data ## rebuild everything that is out of date, from data to reports
 
 # Two processes of one thread each: the small tensors of a test gain nothing from more. The order is that of
 # tests/conftest.py, where the long files come first.
-PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder --continue-on-collection-errors
 test test-all: export OMP_NUM_THREADS := 1
+# $(call TESTS,options of nbdev_test,options of pytest): all of both, then what is red.
+define TESTS
+	@mkdir -p .work; red=; \
+	nbdev_test --n_workers 2 --path nbs $(1) 2>&1 | tee .work/notebooks.log || \
+		red="notebooks $$(echo $$(sed -n 's/^\t\(.*\.ipynb\)$$/\1/p' .work/notebooks.log))"; \
+	pytest $(PARALLEL) $(2) || red="$${red:+$$red; }tests (pytest names them above)"; \
+	[ -z "$$red" ] || { echo "red: $$red" >&2; exit 1; }
+endef
+
 test: $(STAMP) ## every check: the notebooks, then tests/
-	@nbdev_test --n_workers 2 --path nbs
-	@pytest $(PARALLEL) -m "not slow"
+	$(call TESTS,,-m "not slow")
 
 test-all: $(STAMP) ## the same with the long series
-	@nbdev_test --n_workers 2 --path nbs --flags slow
-	@pytest $(PARALLEL)
+	$(call TESTS,--flags slow,)
 
 export: $(STAMP) ## after an edit in nbs/: library, clean notebooks, dvc.yaml's deps and README.md
 	@nbdev_export && nbdev_clean

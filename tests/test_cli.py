@@ -176,7 +176,7 @@ def test_doctor_finds_what_a_tree_lacks(tmp_path, monkeypatch):
     (["verify", "nowhere"], "nothing to verify here"),
     (["predict", "missing.png", "--bundle", "B", "--csv", "o.csv"], "missing.png: no such image file"),
     (["predict", "a.png", "--bundle", "nowhere", "--csv", "o.csv"], "nowhere"),
-    (["predict", "a.png", "a.png", "--bundle", "B", "--csv", "o.csv"], "a.png is given twice, by itself or in a folder"),
+    (["predict", "a.png", "a.png", "--bundle", "B", "--csv", "o.csv"], "a.png is given twice, by itself or in a"),
     (["predict", ".", "b.png", "--bundle", "B", "--csv", "o.csv"], "b.png is given twice, by itself or in a folder"),
     (
         ["predict", "a.png", "--bundle", "B", "--csv", "o.csv", "--metadata", "short.csv"],

@@ -12,7 +12,7 @@ import pytest
 
 from madeup import ROOT
 
-TOOLS = "awk bash cat cp dirname env find ln mkdir mktemp mv rm rmdir sh sleep stat test touch true xargs".split()
+TOOLS = "awk bash cat cp dirname env find ln mkdir mktemp mv rm rmdir sed sh sleep stat tee test touch true".split()
 MADE = (
     "artifacts/models/m.bin",
     "reports/index.html",
@@ -309,6 +309,21 @@ def test_bench_goes_on_after_a_failure_and_fails_at_the_end(ready):
 def test_tests_run_within_the_venv(ready):
     assert ready.make("test")[0] == 0
     assert [call.split()[0] for call in ready.calls] == ["nbdev_test", "pytest"]
+
+
+@pytest.mark.parametrize("red, said", [
+    ("nbdev_test", "red: notebooks 05_checks.ipynb 99_doctor.ipynb\n"),
+    ("pytest", "red: tests (pytest names them above)\n"),
+    ("nbdev_test pytest", "red: notebooks 05_checks.ipynb 99_doctor.ipynb; tests (pytest names them above)\n"),
+])
+@pytest.mark.parametrize("target", ["test", "test-all"])
+def test_all_checks_run_and_then_what_is_red_is_said(ready, target, red, said):
+    for tool in ("nbdev_test", "pytest"):
+        fault = "nbdev Tests Failed On The Following Notebooks:\\n==\\n\\t05_checks.ipynb\\n\\t99_doctor.ipynb\\n"
+        text = f"#!/bin/bash\necho {tool} >> $STUB_LOG\nprintf '{fault}' >&2\nexit {int(tool in red)}\n"
+        ready.stub(ready.root / ".venv/bin" / tool, text)
+    code, _, err = ready.make(target)
+    assert code != 0 and said in err and ready.calls == ["nbdev_test", "pytest"]
 
 
 def test_help_lists_every_target(bare):
