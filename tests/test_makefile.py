@@ -270,7 +270,7 @@ def test_a_stage_is_started_by_the_python_that_has_the_packages(bare):
     assert start(bare, "train", "--member", "a")[0] == 0  # .venv was not activated
     assert bare.calls[-1] == "python 3.12.1 -m skinlesion.pipeline.cli run train --member a"
     for name, runs in (("own", True), ("stray", False)):  # one on the PATH comes first, where it has the packages
-        bare.stub(bare.bin / "python", f"#!/bin/bash\necho {name} $* >> $STUB_LOG\nexit {int(not runs)}\n")
+        bare.stub(bare.bin / "python", f"#!/bin/bash\necho {name} $* >> \"$STUB_LOG\"\nexit {int(not runs)}\n")
         assert start(bare, "report")[0] == 0 and bare.calls[-1].startswith("own" if runs else "python"), name
 
 
@@ -320,7 +320,7 @@ def test_tests_run_within_the_venv(ready):
 def test_all_checks_run_and_then_what_is_red_is_said(ready, target, red, said):
     for tool in ("nbdev_test", "pytest"):
         fault = "nbdev Tests Failed On The Following Notebooks:\\n==\\n\\t05_checks.ipynb\\n\\t99_doctor.ipynb\\n"
-        text = f"#!/bin/bash\necho {tool} >> $STUB_LOG\nprintf '{fault}' >&2\nexit {int(tool in red)}\n"
+        text = f"#!/bin/bash\necho {tool} >> \"$STUB_LOG\"\nprintf '{fault}' >&2\nexit {int(tool in red)}\n"
         ready.stub(ready.root / ".venv/bin" / tool, text)
     code, _, err = ready.make(target)
     assert code != 0 and said in err and ready.calls == ["nbdev_test", "pytest"]
