@@ -648,7 +648,7 @@ BAD = [
         "row 3: diagnosis 'Melanoma metastasis' (Malignant:Malignant melanocytic proliferations (Melanoma):Melanoma "
         "metastasis) is of no class of label set isic2019",
     ),
-    ("isic", dict(metadata=(NEVUS, ",,")), "row 2 and 1 more row: the image has no diagnosis; leave such images out"),
+    ("isic", dict(metadata=(NEVUS, ",,")), "row 2: the image has no diagnosis; leave such images out"),
     ("isic", dict(metadata=("diagnosis_1", "diagnosis")), "row 1: the column 'diagnosis_1' is missing"),
     ("isic", dict(metadata=("dermoscopic", "RCM: tile")), "none of the 4 images is dermoscopic, they are: RCM: tile"),
     ("isic", dict(metadata=("anterior torso", "anterior trso")), "row 3: site 'anterior trso' is not known"),
@@ -699,7 +699,7 @@ BAD = [
     (
         "ddi",
         dict(metadata=("56,True", "56,Tru")),
-        "row 2 and 1 more row: diagnosis 'Tru' is not in label set ddi (benign, malignant).",
+        "row 2: diagnosis 'Tru' is not in label set ddi (benign, malignant).",
     ),
     (
         "scin",

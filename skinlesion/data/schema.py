@@ -28,19 +28,15 @@ COLUMNS = ('image_id', 'lesion_id', 'patient_id', 'diagnosis', 'diagnosis_confir
 
 # %% ../../nbs/data/19_schema.ipynb #45cf8b17
 def _by_cause(problems):
-    "One line for each distinct cause: its first place, and how many more places have it."
+    "One line for each distinct cause: its first place, and how many places have it."
     places = {}
     for problem in problems:
         place, colon, cause = problem.partition(': ')
         places.setdefault(cause if colon else problem, []).append(place)
     lines = []
     for cause, (first, *others) in places.items():
-        if not others:
-            lines.append(f'{first}: {cause}' if first != cause else cause)
-            continue
-        kind = 'rows' if len(others) > 1 else 'row'
-        more = f"{len(others)} more{f' {kind}' if ' row ' in first else ''}"
-        lines.append(f'{first} and {more}: {cause}')
+        count = f" ({len(others) + 1} {'rows' if ' row ' in first else 'such'})" if others else ''
+        lines.append((f'{first}: {cause}' if first != cause else cause) + count)
     return lines
 
 # %% ../../nbs/data/19_schema.ipynb #17a5571b

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from .schema import DatasetError
 from ..taxonomy import APART, SPLITS, age_band, nearest, parse_site, parse_split, site_region
 
 # %% ../../nbs/data/25_splits.ipynb #f064f332
@@ -75,13 +76,14 @@ def _check_values(
             "choose the split policy 'stratified'"
         )
     values = table['split'].fillna('').astype(str)
-    for row in np.flatnonzero(~values.isin(_SIDES))[:1]:
-        value = values.iloc[row]
-        raise ValueError(
-            f"metadata.csv row {row + 2} (image '{table['image_id'].iloc[row]}'): split '{value}' is not "
-            f"one of {', '.join(SPLITS)}.{nearest(value, SPLITS)} Give every row a split ({', '.join(APART)} "
-            "keep an image out of these three), or choose the split policy 'stratified'"
-        )
+    problems = [
+        f"metadata.csv row {row + 2} (image '{table['image_id'].iloc[row]}'): split '{values.iloc[row]}' is not "
+        f"one of {', '.join(SPLITS)}.{nearest(values.iloc[row], SPLITS)} Give every row a split ({', '.join(APART)} "
+        "keep an image out of these three), or choose the split policy 'stratified'"
+        for row in np.flatnonzero(~values.isin(_SIDES))
+    ]
+    if problems:
+        raise DatasetError('metadata.csv', problems)
 
 # %% ../../nbs/data/25_splits.ipynb #8efb34ea
 def _crossing(

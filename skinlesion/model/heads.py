@@ -21,6 +21,7 @@ from .losses import SCALE
 from .recipe import PRIMARY, HeadOptions, check_head_names, level_form
 from ..options import check_options
 from ..stats.metrics import weighted_auroc
+from ..data.schema import DatasetError
 from ..taxonomy import LabelSet, is_missing, nearest
 
 # %% ../../nbs/model/52_heads.ipynb #a3bc19ac
@@ -140,23 +141,19 @@ def _read_column(table, spec, label_set, where):
     known = {level_form(level): i for i, level in enumerate(spec.levels)}
     if spec.kind == 'binary' and spec.levels == _YES_NO:
         known = _YES_NO_WORDS
-    levels = {}
     cells = [_cell_text(value) for value in table[spec.column].tolist()]
-    for row, cell in enumerate(cells):
-        if cell not in levels:
-            levels[cell] = _level(cell, row, table, spec, known, where)
+    levels = {cell: known.get(level_form(cell), MISSING) for cell in set(cells)}
+    unknown = {cell for cell in levels if level_form(cell) not in known and not is_missing(cell)}
+    problems = [_unknown_level(cell, row, table, spec, where) for row, cell in enumerate(cells) if cell in unknown]
+    if problems:
+        raise DatasetError(where or 'table', problems)
     return [levels[cell] for cell in cells]
 
 # %% ../../nbs/model/52_heads.ipynb #7fd9619d
-def _level(cell, row, table, spec, known, where):
-    "Position of one cell in the levels, -1 where it is unknown."
-    form = level_form(cell)
-    if form in known:
-        return known[form]
-    if is_missing(cell):
-        return MISSING
+def _unknown_level(cell, row, table, spec, where):
+    "The error of a cell that is no level."
     place = f"row {row + 2}" + (f" (image '{table['image_id'].iloc[row]}')" if 'image_id' in table else '')
-    raise ValueError(
+    return (
         f"{f'{where} {place}'.strip()}: {spec.column} '{cell}' is no level of head '{spec.name}' "
         f"({', '.join(spec.levels)}), "
         f"nor empty for unknown.{nearest(cell, spec.levels)}"
