@@ -412,19 +412,16 @@ def _name_images(raw, columns, where):
 
 # %% ../../nbs/data/32_importers.ipynb #a1345f20
 def _exact_hits(finder, cells, ids, places):
-    "image_id -> labels (as parts) that its cell names as it is written; refusals that a similar name may mend; faults."
+    "image_id -> labels (as parts) that its cell names as it is written; image_id -> why it is refused; faults."
     problems = []
-    elsewhere = {}
+    refused = {}
     hits = {}
     users = {}
     for cell, image_id, place in zip(cells, ids, places):
         try:
             found = _find(finder, cell)
-        except _Elsewhere as e:
-            elsewhere[image_id] = f'{place}: {e}'
-            continue
         except ValueError as e:
-            problems.append(f'{place}: {e}')
+            refused[image_id] = e
             continue
         for parts in found:
             first = users.setdefault(parts, (place, image_id))
@@ -434,25 +431,31 @@ def _exact_hits(finder, cells, ids, places):
                 )
         if found:
             hits[image_id] = found
-    return hits, elsewhere, problems
+    return hits, refused, problems
 
 # %% ../../nbs/data/32_importers.ipynb #8e83751a
 def _match(given, finder, cells, ids, places):
     "The given files with every row's own under its image_id; what no row names stays under its label."
-    hits, elsewhere, problems = _exact_hits(finder, cells, ids, places)
+    hits, refused, problems = _exact_hits(finder, cells, ids, places)
+    if problems:
+        raise DatasetError(places[0].rsplit(' row ')[0], problems)
     used = {parts for found in hits.values() for parts in found}
     images = {i: [e for parts in found for e in finder.entries[parts]] for i, found in hits.items()}
     spare = {'/'.join(parts): entries for parts, entries in finder.entries.items() if parts not in used}
     matched = match_files(replace(given, images=images | spare, masks={}), ids, cells)
-    problems += [sentence for i, sentence in elsewhere.items() if i in matched.missing]
-    problems += [
-        f"{place}: image '{cell}' is a symbolic link; give the file itself"
-        for cell, i, place in zip(cells, ids, places)
-        if i not in hits and any(finder.is_link(e.parts) for e in matched.images.get(i, ()))
-    ]
-    if problems:
-        raise DatasetError(places[0].rsplit(' row ')[0], list(dict.fromkeys(problems)))
-    return replace(matched, masks=find_masks(given.masks, {i: matched.images[i] for i in ids if i in matched.images}))
+    images = dict(matched.images)
+    missing = dict(matched.missing)
+    for cell, image_id in zip(cells, ids):
+        reason = refused.get(image_id)
+        if isinstance(reason, _Elsewhere) and image_id in images:
+            reason = None # what it names lies elsewhere, but a file of that name was given
+        if image_id not in hits and any(finder.is_link(e.parts) for e in images.get(image_id, ())):
+            reason = f"image '{cell}' is a symbolic link; give the file itself"
+        if reason:
+            images.pop(image_id, None)
+            missing[image_id] = str(reason)
+    masks = find_masks(given.masks, {i: images[i] for i in ids if i in images})
+    return replace(matched, images=images, masks=masks, missing=missing)
 
 # %% ../../nbs/data/32_importers.ipynb #0ba69028
 def import_csv(

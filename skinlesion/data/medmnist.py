@@ -117,9 +117,9 @@ _ABHISHEK = (
 def _variant(path, arrays):
     "'', '-C' or '-E': by the number of images, else by the name of the file."
     counts = tuple(len(images) for images, _ in arrays.values())
-    name = path.name.lower()
-    by_name = '-C' if 'correct' in name else '-E' if 'extend' in name else ''
-    return _COUNTS.get(counts, by_name)
+    words = dict(correct='-C', extend='-E')
+    by_name = [variant for word, variant in words.items() if word in path.name.lower()]
+    return _COUNTS.get(counts, by_name[0] if by_name else '')
 
 # %% ../../nbs/data/36_medmnist.ipynb #b38b76d1
 def _by_table(entry, arrays):
