@@ -243,8 +243,8 @@ def read_predictions(
     return table.assign(predicted=np.array(label_set.codes, dtype=object)[best])
 
 # %% ../../nbs/data/30_tables.ipynb #7d8b99e9
-def _parse_diagnoses(table, names, label_set, where):
-    "word -> code; one error for all the words that the set has not."
+def _parse_diagnoses(table, names, label_set, where, scored):
+    "word -> code; one error for all the words that the set has not, in rows that are scored."
     codes = {}
     problems = {}
     for i, name in names.drop_duplicates().items():
@@ -252,8 +252,11 @@ def _parse_diagnoses(table, names, label_set, where):
             codes[name] = label_set.parse(name)
         except ValueError as error:
             problems[name] = str(error)
-    if problems:
-        rows = np.flatnonzero(names.isin(list(problems)))
+    unknown = names.isin(list(problems))
+    if scored is not None:
+        unknown &= table['image_id'].isin(scored)
+    if unknown.any():
+        rows = np.flatnonzero(unknown)
         raise DatasetError(where, [f'{_place(table, where, i)}: {problems[names[i]]}' for i in rows])
     return codes
 
@@ -262,14 +265,15 @@ def check_labels(
     labels:pd.DataFrame, # image_id, diagnosis, optional lesion_id; other columns are kept as they are
     label_set:LabelSet, # classes; full names and aliases of them are understood
     where:str='labels', # what errors call the table, such as its path
-) -> pd.DataFrame: # image_id, diagnosis (codes), lesion_id ('' where unknown), then the others
+    scored=None, # image_ids whose diagnosis must be of the set; None for all
+) -> pd.DataFrame: # image_id, diagnosis (codes; NaN where none is needed), lesion_id ('' where unknown), then others
     "A labels table that can be scored against, or a `ValueError` that names the row."
     table = _check_ids(labels, where)
     if 'diagnosis' not in table:
         raise ValueError(f"{where}: no column diagnosis; found {', '.join(map(str, table.columns))}."
                          f"{nearest('diagnosis', map(str, table.columns))}")
     names = table['diagnosis'].fillna('').astype(str)
-    codes = _parse_diagnoses(table, names, label_set, where)
+    codes = _parse_diagnoses(table, names, label_set, where, scored)
     lesions = ''
     if 'lesion_id' in table:
         lesions = ['' if is_missing(lesion) else str(lesion) for lesion in table['lesion_id']]
@@ -281,11 +285,12 @@ def check_labels(
 def read_labels(
     path:Path|str, # of the CSV; semicolons, tabs and a byte order mark are understood
     label_set:LabelSet, # classes; full names and aliases of them are understood
+    scored=None, # image_ids whose diagnosis must be of the set; None for all
 ) -> pd.DataFrame: # as `check_labels` gives it
     "Read and check a labels table, or the ground truth of an ISIC challenge (image, MEL, NV, ...)."
     table = _read_table(path)
     places = [f'{path} row {_row(table, i)}' for i in range(len(table))]
-    return check_labels(read_ground_truth(table, places), label_set, str(path))
+    return check_labels(read_ground_truth(table, places), label_set, str(path), scored)
 
 # %% ../../nbs/data/30_tables.ipynb #d3d485bf
 def _named_label_set(name):

@@ -593,7 +593,8 @@ def _evaluate_files(
     given = {} if facts is None else check_facts(read_json(facts))
     table = read_predictions(predictions, named)
     codes = named or infer_label_set(table)
-    table, truth, left_out = narrow_tables(table, read_labels(labels, codes), split, partial)
+    truth = read_labels(labels, codes, table.image_id if partial else None)
+    table, truth, left_out = narrow_tables(table, truth, split, partial)
     identity = identify(identity, truth if 'split' in truth else None)
     known = dict(excluded=left_out) if left_out else {}
     if split:
