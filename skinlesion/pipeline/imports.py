@@ -315,16 +315,17 @@ _ImageType = Annotated[
     str,
     typer.Option('--image-type', help="all, or one of the archive's types; other images are left out and counted."),
 ]
-_NO_CLASS = dict(
+_ISIC = dict(
+    name=(option(str, '--name', help='Name of the dataset; ISIC archive by default.'), ''),
     unlabelled=(
         option(bool, '--unlabelled', help='Keep images whose diagnosis is of no class; they serve pretraining only.'),
         False,
-    )
+    ),
 )
 
 # %% ../../nbs/pipeline/111_imports.ipynb #8309f781
 @imports.command('isic')
-@with_options(_NO_CLASS | _NAME | _CLASSES | _WORDS)
+@with_options(_ISIC | _CLASSES | _WORDS)
 def isic(paths:_Paths, out:_Out, image_type:_ImageType='dermoscopic', **options):
     """Import a download of the ISIC archive, as isic-cli writes it: metadata.csv and ISIC_*.jpg.
 
