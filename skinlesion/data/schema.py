@@ -475,7 +475,9 @@ def _list_files(root, kind, ids, problems):
         if name.startswith('.'):
             continue
         if dot + suffix not in _FOLDERS[kind]:
-            problems.append(f"{kind}/{name}: only {' and '.join(_FOLDERS[kind])} belong here; remove or convert it")
+            is_capital = dot + suffix.lower() in _FOLDERS[kind]
+            remedy = 'write its suffix in small letters' if is_capital else 'remove or convert it'
+            problems.append(f"{kind}/{name}: only {' and '.join(_FOLDERS[kind])} belong here; {remedy}")
         elif stem in names:
             problems.append(f"{kind}/{name}: {names[stem]} has the same image_id; remove one")
         elif stem not in ids:

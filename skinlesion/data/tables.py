@@ -23,6 +23,7 @@ from skinlesion.taxonomy import (
 )
 from .challenges import read_ground_truth, read_submission
 from ..files import atomic_write, read_json
+from ..names import stem_key
 from .schema import Dataset, DatasetError, read_table
 from .splits import APART, SPLITS
 from ..stats.cards import fill_lesions
@@ -420,6 +421,16 @@ def _unmatched_text(labels, predictions):
         return ''
     return f"{labels} image(s) of the labels have no prediction, {predictions} prediction(s) have no label"
 
+# %% ../../nbs/data/30_tables.ipynb #1c3406d6
+def _alike_text(predicted, labelled):
+    "A sentence where ids of the two tables differ in case, suffix or blanks only."
+    named = {stem_key(i): i for i in predicted}
+    alike = [(i, named[key]) for i in labelled if (key := stem_key(i)) in named]
+    if not alike:
+        return ''
+    first, second = alike[0]
+    return f". {len(alike)} differ in case, suffix or blanks only, such as '{first}' and '{second}': write them alike"
+
 # %% ../../nbs/data/30_tables.ipynb #4d1de8fe
 def narrow_tables(
     predictions:pd.DataFrame, # as `read_predictions` gives it
@@ -439,6 +450,7 @@ def narrow_tables(
         raise ValueError(
             f"{left_out}, such as {', '.join(map(repr, shown))}; give both tables the same images, name one "
             "split with --split, or leave these out with --partial"
+            + _alike_text(predictions.loc[~with_label, 'image_id'], labels.loc[~with_prediction, 'image_id'])
         )
     if not with_label.any():
         raise ValueError(

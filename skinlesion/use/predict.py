@@ -20,7 +20,7 @@ from ..data.schema import read_table
 from ..evaluate.policy import Policy, check_models, predict_members
 from ..images import ImageError, normalise, read_image, save_png
 from ..model.bundle import BundleError, load_bundle, member_of
-from ..names import FileNames, image_stem
+from ..names import FileNames, image_stem, near_file
 from ..taxonomy import DISCLAIMER, nearest, parse_sex, parse_site
 
 # %% ../../nbs/use/90_predict.ipynb #d85dabf8
@@ -198,6 +198,8 @@ def as_image(
     name:str|None=None, # what errors call it
 ) -> np.ndarray: # (H,W,3) uint8 RGB
     "The pixels of an image, through the image gate unless it is an array already."
+    if isinstance(image, (str, Path)) and not Path(image).exists():
+        raise ImageError(f"{name or image}: no such image file; check the path.{near_file(image)}")
     if not isinstance(image, np.ndarray):
         return read_image(image, name)
     if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
