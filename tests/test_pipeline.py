@@ -136,7 +136,7 @@ STAGES_READING = {  # modules of every floor -> the stages whose dependencies an
     "model/training.py": TRAINING,
     "model/fusion.py": ALL_STAGES - {"prepare", "report"},
     "evaluate/scorecard.py": {"evaluate"},
-    "evaluate/policy.py": {"evaluate"},
+    "evaluate/policy.py": {"evaluate", "explain"},
     "explain/cam.py": {"explain"},
     "report/clinical.py": {"evaluate"},
     "report/audit_page.py": set(),

@@ -402,19 +402,21 @@ class GalleryRow:
     image:np.ndarray # (H,W,3) uint8
     maps:dict # method -> (h,w) map in [0, 1]
     truth:str='' # the diagnosis in words; '' where unknown
-    predicted:str='' # the predicted class in words
+    predicted:str='' # the class in words that the model predicts by itself
     probability:float|None=None # of the predicted class
     mask:np.ndarray|None=None # (H,W) bool, the lesion
     label:str='' # image id, shown small
     notes:dict=field(default_factory=dict) # method -> a short line under its map
+    answer:str='' # what the ensemble answers, where another model draws the maps
 
 # %% ../../nbs/explain/80_cam.ipynb #a2db17ee
 def _row_title(
     row:GalleryRow, # the row to describe
-) -> str: # two lines; long names are wrapped
+) -> str: # two or three lines; long names are wrapped
     "What it is and what the model says, in words."
     sure = '' if row.probability is None else f' ({row.probability:.0%})'
     lines = [f'True: {row.truth}' if row.truth else '', f'Predicted: {row.predicted}{sure}' if row.predicted else '']
+    lines.append(row.answer)
     return '\n'.join(fill(line, 36) for line in lines if line) or row.label
 
 # %% ../../nbs/explain/80_cam.ipynb #3f350c45

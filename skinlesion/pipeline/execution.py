@@ -62,6 +62,7 @@ class _ProgressLine:
 
     def start(self, title):
         "A cell begins."
+        self.ended.set()
         self.title = title
         self.printed = ''
         self.begun = time.monotonic()
