@@ -93,20 +93,24 @@ def _with_hint(problem, word_map):
     return f"{problem} Or say what it means: --map '{m[1]}=KNOWN WORD'"
 
 # %% ../../nbs/data/22_imports.ipynb #c965c792
-def _validated(table, info, where, lines, word_map=None):
-    "The canonical table; unknown words come with a hint."
+def _validated(table, info, where, lines, word_map=None, faults=()):
+    "The canonical table, or all faults of its rows, those found earlier too; unknown words come with a hint."
     single = isinstance(where, str) and lines is not None
     name = where if single else '@'
     lines_here = lines if single else np.arange(1, len(table) + 1)
+    problems = []
     try:
-        return validate_table(table, info.labels(), name, lines_here, unlabelled=info.unlabelled)
+        checked = validate_table(table, info.labels(), name, lines_here, unlabelled=info.unlabelled)
     except DatasetError as e:
         problems = e.problems
         if not single:
             places = row_places(where, lines, len(table))
             problems = [_with_places(p, places, info.name) for p in problems]
+    if problems or faults:
         title = where if isinstance(where, str) else info.name
-        raise DatasetError(title, [_with_hint(p, word_map) for p in problems]) from None
+        problems = [_with_hint(p, word_map) for p in problems]
+        raise DatasetError(f'{title}: nothing was imported', [*problems, *faults])
+    return checked
 
 # %% ../../nbs/data/22_imports.ipynb #6ba40b88
 def _canonical(table):
@@ -266,23 +270,14 @@ def _similar_note(given):
     return [f"{len(given.similar)} images are called otherwise in the table: {', '.join(shown + more)}"]
 
 # %% ../../nbs/data/22_imports.ipynb #7596cb0b
-def _checked_rows(words, info, given, cells, where, lines, word_map, skip_bad, faults):
-    "The canonical table and the files matched with its rows, or every fault of all rows at once; no pixel is read."
-    faults = list(faults)
-    ids = words.image_id.astype(str).str.strip().tolist()
-    places = row_places(where, lines, len(words))
+def _matched(given, ids, cells, places, skip_bad):
+    "The given files matched with the rows, and a sentence for each row that has none; no pixel is read."
+    ids = ids.astype(str).str.strip().tolist()
     given = match_files(given, ids, ids if cells is None else cells)
-    if not skip_bad:
-        absent = [f'{place}: {given.missing[i]}' for i, place in zip(ids, places) if i in given.missing]
-        faults += [f'{problem}, or leave it out with --skip-bad' for problem in absent]
-    try:
-        checked = _validated(words, info, where, lines, word_map)
-    except DatasetError as e:
-        faults = e.problems + faults
-    if faults:
-        raise DatasetError(f'{where if isinstance(where, str) else info.name}: nothing was imported', faults)
-    _class_gaps(checked, info.labels())
-    return checked, given, places
+    if skip_bad:
+        return given, []
+    absent = [f'{place}: {given.missing[i]}' for i, place in zip(ids, places) if i in given.missing]
+    return given, [f'{problem}, or leave it out with --skip-bad' for problem in absent]
 
 # %% ../../nbs/data/22_imports.ipynb #a881242c
 _LAYERS = ('masks', 'evidence', 'artefacts')
@@ -468,17 +463,17 @@ def write_import(
     words, mapped = _apply_word_map(_canonical(table).reset_index(drop=True), word_map, name)
     zero = (pd.to_numeric(words.age, errors='coerce') == 0).to_numpy() & age_zero
     words = words.assign(age=words.age.mask(zero, ''))
-    rows = (words, info, given, cells, where, lines, word_map, skip_bad, faults)
-    checked, given, places = _checked_rows(*rows)
+    places = row_places(where, lines, len(words))
+    given, absent = _matched(given, words.image_id, cells, places, skip_bad)
+    checked = _validated(words, info, where, lines, word_map, [*faults, *absent])
+    _class_gaps(checked, info.labels())
     with dataset_writer(out, info) as writer:
         prepared = _prepared(checked.image_id.tolist(), places, given)
         written, masked, converted, problems = _write_files(writer, prepared, len(checked), progress)
         dataset = _finished(writer, _kept(checked, written, problems, skip_bad, name), licence_column)
     return _report(
         dataset, given, set(checked.image_id),
-        mapped=mapped, n_masks=len(masked),
-        converted=converted,
-        skipped=problems,
+        mapped=mapped, n_masks=len(masked), converted=converted, skipped=problems,
         age_zero=len(set(checked.image_id[zero]) & written),
         duplicates=tuple(i for i in duplicates if i in written),
         other_files=(*given.others, *(e.label for e, _ in given.tables if e.label not in used_tables)),
