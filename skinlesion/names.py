@@ -201,6 +201,8 @@ class FileNames:
         cell:str, # of a table
     ) -> list: # of labels: the closest ones, [] where there is none
         "The files that a cell may mean."
+        if not self.keys:
+            return []
         folders, name = split_cell(cell)
         wanted = name, name_key(name), stem_key(name)
         groups = [index.get(form, []) for index, form in zip(self.forms, wanted)] if name else []
@@ -211,6 +213,8 @@ class FileNames:
         cell:str, # of a table
     ) -> str: # a label, or '' where nothing is near
         "The file whose name is nearest to a cell, for an error."
+        if not self.keys:
+            return ''
         key = stem_key(split_cell(cell)[1])
         near = get_close_matches(_number(key), self._around(_number(key)), n=1, cutoff=.6) if key else []
         return self.forms[2][near[0]][0] if near else ''

@@ -360,7 +360,9 @@ def _find(files, cell):
     if '..' in parts:
         parts = _climb(files, parts, cell)
     near = [p for p in files.by_name.get(parts[-1], ()) if p[:-1][max(0, len(p) - len(parts)):] == parts[:-1]]
-    matches = [p for p in near if p[:-1] == (*files.table, *parts[:-1])] or near or _beside(files, parts)
+    matches = [p for p in near if p[:-1] == (*files.table, *parts[:-1])] or near
+    if not matches and len(parts) > 1:
+        matches = _beside(files, parts)
     if any(map(files.is_link, matches or [(*files.table, *parts)])):
         raise ValueError(f"image '{cell}' is a symbolic link; give the file itself")
     return matches

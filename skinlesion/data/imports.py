@@ -200,13 +200,15 @@ def _loose_hits(cells, hits, entries):
     return names, shared
 
 # %% ../../nbs/data/22_imports.ipynb #ca966697
+_NAMED = 20 # missing images that an error names one by one
+
 def _missing(cells, hits, names, given):
     "image_id -> why there is no file for it; the nearest is sought for the first few only, which an error shows."
     unread = FileNames(given.unread)
     nothing = FileNames(())
     absent = [i for i in cells if i not in hits]
     return {
-        i: missing_image(cells[i], names if k < 10 else nothing, unread, given.unread) for k, i in enumerate(absent)
+        i: missing_image(cells[i], names if k < _NAMED else nothing, unread, given.unread) for k, i in enumerate(absent)
     }
 
 # %% ../../nbs/data/22_imports.ipynb #43290ea8
@@ -277,7 +279,10 @@ def _matched(given, ids, cells, places, skip_bad):
     if skip_bad:
         return given, []
     absent = [f'{place}: {given.missing[i]}' for i, place in zip(ids, places) if i in given.missing]
-    return given, [f'{problem}, or leave it out with --skip-bad' for problem in absent]
+    faults = [f'{problem}, or leave it out with --skip-bad' for problem in absent[:_NAMED]]
+    if len(absent) > _NAMED:
+        faults.append(f'{len(absent) - _NAMED} more rows name images that are not in what was given')
+    return given, faults
 
 # %% ../../nbs/data/22_imports.ipynb #a881242c
 _LAYERS = ('masks', 'evidence', 'artefacts')
