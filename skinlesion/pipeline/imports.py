@@ -174,7 +174,7 @@ def _add_collection(name, title, files):
     "Add the command that imports a published collection."
     @with_options(_CLASSES | _WORDS)
     def command(paths:_Paths, out:_Out, download:_Download=False, **options):
-        from skinlesion.data.collections import SOURCES
+        from skinlesion.data.published import SOURCES
         arguments = _importer_arguments(options) | {key: options[key] for key in _CLASSES}
         if download:
             paths = _fetch(name, paths, out)
