@@ -240,4 +240,5 @@ def test_predictions_that_no_cache_holds(revisions, tmp_path, compare):
 
 def test_a_folder_that_is_no_repository(tmp_path, compare):
     (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
-    assert "not a git repository" in compare(tmp_path, "HEAD", "workspace")[2]
+    err = compare(tmp_path, "HEAD", "workspace")[2]
+    assert "not a git repository, as after a download of its ZIP, so it has no revisions; clone it" in err

@@ -41,6 +41,8 @@ def experiment_names(
 # %% ../../nbs/pipeline/108_revisions.ipynb #d2e16e00
 def _unknown_revision(rev, root, error):
     "The error for a revision that git does not know."
+    if 'not a git repository' in str(error):
+        return RevisionError(f"revision '{rev}': {error}, as after a download of its ZIP, so it has no revisions; clone it")
     try:
         names = experiment_names(root)
     except Exception:
