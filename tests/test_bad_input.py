@@ -671,4 +671,4 @@ def test_an_evaluation_that_cannot_be_written(evaluated, tmp_path):
         tmp_path / "new",
     )
     refused(tmp_path, "miss-cost", "evaluate", *tables, "--out", tmp_path / "new", "--miss-cost", "-1", code=2)
-    refused(tmp_path, "Missing option '--out'", "evaluate", *tables, code=2)
+    refused(tmp_path, "Invalid value for --out", "evaluate", *tables, code=2)

@@ -35,7 +35,8 @@ def _by_cause(problems):
         places.setdefault(cause if colon else problem, []).append(place)
     lines = []
     for cause, (first, *others) in places.items():
-        count = f" ({len(others) + 1} {'rows' if ' row ' in first else 'such'})" if others else ''
+        unit = 'rows' if ' row ' in first else 'such'
+        count = f' ({len(others) + 1} {unit})' if others else ''
         lines.append((f'{first}: {cause}' if first != cause else cause) + count)
     return lines
 
