@@ -9,7 +9,7 @@ __all__ = ['ANCESTORS', 'SITE_ANCESTORS', 'archive_diagnoses', 'archive_sites', 
 # %% ../../nbs/data/15_vocabulary.ipynb #cdab4250
 from functools import cache
 
-from ..taxonomy import LabelSet
+from ..taxonomy import LABEL_SETS, LabelSet, comparable
 
 # %% ../../nbs/data/15_vocabulary.ipynb #aaf7d5a9
 @cache
@@ -33,17 +33,14 @@ def archive_image_types() -> tuple: # of str, such as 'dermoscopic' and 'clinica
     return tuple(image_type.value for image_type in ImageTypeEnum)
 
 # %% ../../nbs/data/15_vocabulary.ipynb #7acda53f
-def _decided(
+def _deciding(
     path:str, # levels joined by ':'
     table:dict, # ancestor -> what it decides
 ) -> str: # '' where no ancestor is in the table
-    "What the deepest ancestor in the table decides, the path itself included."
+    "The deepest ancestor in the table, the path itself included."
     levels = path.split(':')
-    for depth in range(len(levels), 0, -1):
-        ancestor = ':'.join(levels[:depth])
-        if ancestor in table:
-            return table[ancestor]
-    return ''
+    ancestors = (':'.join(levels[:depth]) for depth in range(len(levels), 0, -1))
+    return next((ancestor for ancestor in ancestors if ancestor in table), '')
 
 # %% ../../nbs/data/15_vocabulary.ipynb #7fb3aca5
 _EPIDERMAL = 'Benign:Benign epidermal proliferations'
@@ -82,14 +79,44 @@ ANCESTORS = dict(
 )
 
 # %% ../../nbs/data/15_vocabulary.ipynb #791d24a1
-def _by_name(path, label_set):
-    "The code of the deepest level that a label set knows by name, or ''."
-    for level in reversed(path.split(':')):
-        try:
-            return label_set.parse(level)
-        except ValueError:
-            continue
-    return ''
+_NARROW = frozenset(
+    'bowens disease|bowen disease|intraepithelial carcinoma|seborrheic keratosis|seborrhoeic keratosis|'
+    'pigmented benign keratosis|solar lentigo|lichen planus like keratosis|lichenoid keratosis|lplk|sk|'
+    'melanoma in situ|lentigo maligna|lentigo maligna melanoma|angioma|hemangioma|haemangioma|cherry angioma|'
+    'angiokeratoma|pyogenic granuloma'.split('|')
+)
+
+@cache
+def _parsed(word, label_set):
+    "The code that a word means in a label set, or ''."
+    try:
+        return label_set.parse(word)
+    except ValueError:
+        return ''
+
+# %% ../../nbs/data/15_vocabulary.ipynb #2781129d
+def _meaning(code, label_set):
+    "The built-in code that a code of a label set means, or ''."
+    words = (code, label_set.names[code])
+    if any(comparable(word) in _NARROW for word in words):
+        return ''
+    known = [LABEL_SETS[name] for name in ('isic2019', 'ham10000', 'melanoma')] # 'ak' is narrower than 'akiec'
+    meanings = (_parsed(word, built_in) for word in words for built_in in known)
+    return next(filter(None, meanings), '')
+
+# %% ../../nbs/data/15_vocabulary.ipynb #d88e0975
+@cache
+def _tables(label_set):
+    "The tables of the built-in sets with the codes of another that mean the same, '' where it has none."
+    meant = {_meaning(code, label_set): code for code in reversed(label_set.codes)} | {'': ''}
+    return [{path: meant.get(code, '') for path, code in table.items()} for table in ANCESTORS.values()]
+
+# %% ../../nbs/data/15_vocabulary.ipynb #98feff94
+def _named_levels(path, label_set):
+    "Ancestor -> code, for the levels of a path that a label set knows by name."
+    levels = path.split(':')
+    codes = {':'.join(levels[:depth]): _parsed(level, label_set) for depth, level in enumerate(levels, 1)}
+    return {ancestor: code for ancestor, code in codes.items() if code}
 
 # %% ../../nbs/data/15_vocabulary.ipynb #72fc997e
 def archive_code(
@@ -97,9 +124,14 @@ def archive_code(
     label_set:LabelSet, # built in, fewer classes of a built-in one, or of one's own
 ) -> str: # code, or '' where the diagnosis is of no class of the set
     "The class of a diagnosis of the archive."
-    table = ANCESTORS.get(label_set.name)
-    code = _by_name(path, label_set) if table is None else _decided(path, table)
-    return code if code in label_set else ''
+    code = ''
+    depth = -1
+    for table in (_named_levels(path, label_set), *_tables(label_set)):
+        ancestor = _deciding(path, table)
+        if table.get(ancestor) and ancestor.count(':') > depth:
+            code = table[ancestor]
+            depth = ancestor.count(':')
+    return code
 
 # %% ../../nbs/data/15_vocabulary.ipynb #00cd3df2
 _HEAD = 'Head and neck:Head'
@@ -131,4 +163,4 @@ def archive_site(
     path:str, # a site of the archive, levels joined by ':'
 ) -> str: # one of SITES, or '' for a path that is not known
     "Our site for an anatomical site of the archive."
-    return _decided(path, SITE_ANCESTORS)
+    return SITE_ANCESTORS.get(_deciding(path, SITE_ANCESTORS), '')
