@@ -42,7 +42,8 @@ def experiment_names(
 def _unknown_revision(rev, root, error):
     "The error for a revision that git does not know."
     if 'not a git repository' in str(error):
-        return RevisionError(f"revision '{rev}': {error}, as after a download of its ZIP, so it has no revisions; clone it")
+        why = 'as after a download of its ZIP, so it has no revisions; clone it'
+        return RevisionError(f"revision '{rev}': {error}, {why}")
     try:
         names = experiment_names(root)
     except Exception:
