@@ -35,6 +35,7 @@ from .predict import Predictor
 def open_dataset(
     data, # a dataset folder, the report of an import, or a `Dataset`; with `imported` also a folder CLASS/image
     imported:Path|str|None=None, # dataset folder into which class folders are imported, unless it is there
+    progress=None, # called with the lines of the import's report that name what was left out
 ) -> Dataset:
     "Open a dataset; class folders are imported first."
     if isinstance(data, Dataset):
@@ -44,7 +45,9 @@ def open_dataset(
     if imported is None or (Path(data)/'dataset.json').is_file():
         return read_dataset(data)
     if not (Path(imported)/'dataset.json').is_file():
-        import_folder(data, imported)
+        report = import_folder(data, imported)
+        for sentence in report.unread if progress else ():
+            progress(f'left out: {sentence}')
     return read_dataset(imported)
 
 # %% ../../nbs/use/94_learner.ipynb #27acb29d
@@ -210,7 +213,7 @@ def fit(
     out = Path(out)
     recipes = _recipes(members, options, seed)
     measured = EvaluationSettings(**dict(seed=seed) | (evaluation or {}))
-    dataset = open_dataset(data, out/'data')
+    dataset = open_dataset(data, out/'data', progress)
     split = split or _default_split(dataset)
     settings = _settings(dataset, recipes, image_size, split, colour, accept, measured)
     _check_settings(out, settings)
