@@ -31,10 +31,12 @@ def trainable_dataset(
 ) -> tuple: # the dataset without what no model can learn, and a list of sentences on what is left out
     "Leave out classes without images and undecided ones, with the images of these."
     codes, reasons = untrainable_classes(dataset.table, dataset.label_set)
+    left = len(dataset.label_set) - len(codes)
+    if left < 2:
+        why = f"{left} class(es) are left, and a model needs two: {'; '.join(reasons)}"
+        remedy = 'Add images of other classes (skinlesion import merge)'
+        raise DatasetError(dataset.info.name, [f'{dataset.info.name}: {why}. {remedy}'])
     kept = dataset.label_set.without(codes)
-    if len(kept) < 2:
-        why = f"{len(kept)} class(es) are left, and a model needs two: {'; '.join(reasons)}"
-        raise DatasetError(dataset.info.name, [f'{dataset.info.name}: {why}'])
     rows = ~dataset.table.diagnosis.isin(codes)
     return replace(dataset, label_set=kept, table=dataset.table[rows].reset_index(drop=True)), reasons
 

@@ -18,7 +18,7 @@ import pandas as pd
 from ..checks import check_choice, choices
 from .challenges import one_hot_codes
 from .archives import GivenFiles, collect, describe_tables, open_table
-from .classes import choose_label_set, recode
+from .classes import choose_label_set, recode_diagnoses
 from .downloads import DownloadError, RemoteFile, fetch_file
 from .imports import ImportReport, row_places, write_import
 from .schema import DatasetError, DatasetInfo, check_target
@@ -306,6 +306,10 @@ def _leave_out(rows, collection, image_type):
         raise ValueError(f"--image-type '{image_type}' is not known{only}; {choices(image_type, allowed)}")
     if collection.types and image_type != 'all':
         wanted = rows.table.image_type == image_type
+        if not wanted.any():
+            kinds = ', '.join(f"'{kind}'" for kind in rows.table.image_type.unique())
+            problem = f"{name}: none of the {len(rows.table)} images is {image_type}, they are {kinds}"
+            raise DatasetError(name, [f'{problem}; --image-type all reads them'])
         for kind, count in rows.table.image_type[~wanted].value_counts().items():
             rows.notes.append(f"left out: {count} images of type '{kind}'; --image-type all keeps them")
         rows.keep(wanted)
@@ -416,17 +420,10 @@ def _all_rows(given, collection, image_type='dermoscopic'):
 # %% ../../nbs/data/23_collections.ipynb #1f5589f6
 def _in_label_set(rows, info, target, word_map, skip_bad):
     "Read the rows in another label set, and what the dataset then says of itself."
-    own = info.labels()
-    forms = comparable_map(word_map)
-    code_of = {code: recode(code, own, target) for code in own.codes}
-    no_place = [c for c, new in code_of.items() if new is None and comparable(c) not in forms]
-    diagnosis = rows.table.diagnosis
-    if skip_bad:
-        counts = diagnosis[diagnosis.isin(no_place)].value_counts()
-        for code, count in counts.items():
-            rows.notes.append(f"left out: {count} images of class '{code}', not in label set {target.name}")
-        rows.keep(~diagnosis.isin(no_place))
-    rows.table = rows.table.assign(diagnosis=rows.table.diagnosis.map(lambda c: code_of.get(c) or c))
+    read, notes = recode_diagnoses(rows.table.diagnosis, rows.places, info.labels(), target, word_map, skip_bad)
+    rows.table = rows.table.assign(diagnosis=read)
+    rows.keep(read.notna())
+    rows.notes += notes
     return replace(info, label_set=target.name if target in LABEL_SETS.values() else target.to_dict())
 
 # %% ../../nbs/data/23_collections.ipynb #7edb7482

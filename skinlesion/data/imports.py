@@ -351,7 +351,7 @@ def _write_files(writer, prepared, total, progress):
     return written, masked, tuple(converted), tuple(problems)
 
 # %% ../../nbs/data/22_imports.ipynb #f7c766ed
-def _kept(table, written, problems, skip_bad, where):
+def _kept(table, label_set, written, problems, skip_bad, where):
     "The rows whose images were written, or an error where some are missing and `skip_bad` is off."
     if problems and not skip_bad:
         raise DatasetError(
@@ -369,6 +369,7 @@ def _kept(table, written, problems, skip_bad, where):
                 f"mend images of another, the first: {problems[0]}"
             ],
         )
+    _class_gaps(kept, label_set, where)
     return kept
 
 # %% ../../nbs/data/22_imports.ipynb #029eee49
@@ -409,15 +410,16 @@ def _report(dataset, given, rows, **more):
 # %% ../../nbs/data/22_imports.ipynb #d8fd73c7
 _LEAST_LESIONS = 3 # of a class: one each for train, valid and test
 
-def _class_gaps(table, label_set):
+def _class_gaps(table, label_set, where=''):
     "Sentences on the classes that are left out of training, and on those that are too few for it."
     left_out, reasons = untrainable_classes(table, label_set)
     trained = [code for code in label_set.codes if code not in left_out]
     if (table.diagnosis != '').any() and len(trained) < 2:
-        raise ValueError(
-            f"no model can be trained on these images, which needs two classes: {'; '.join(reasons)}. "
+        problem = (
+            f"{where}: no model can be trained on these images, which needs two classes: {'; '.join(reasons)}. "
             "Read them in another label set (--label-set, --labels) or read words as others (--map OLD=NEW)"
         )
+        raise DatasetError(where, [problem])
     notes = [f'left out of training: {reason}' for reason in reasons]
     lesions = table.groupby('diagnosis').lesion_id.nunique()
     few = [f'{code} {lesions[code]}' for code in trained if lesions[code] < _LEAST_LESIONS]
@@ -471,11 +473,11 @@ def write_import(
     places = row_places(where, lines, len(words))
     given, absent = _matched(given, words.image_id, cells, places, skip_bad)
     checked = _validated(words, info, where, lines, word_map, [*faults, *absent])
-    _class_gaps(checked, info.labels())
+    _class_gaps(checked, info.labels(), name)
     with dataset_writer(out, info) as writer:
         prepared = _prepared(checked.image_id.tolist(), places, given)
         written, masked, converted, problems = _write_files(writer, prepared, len(checked), progress)
-        dataset = _finished(writer, _kept(checked, written, problems, skip_bad, name), licence_column)
+        dataset = _finished(writer, _kept(checked, info.labels(), written, problems, skip_bad, name), licence_column)
     return _report(
         dataset, given, set(checked.image_id),
         mapped=mapped, n_masks=len(masked), converted=converted, skipped=problems,

@@ -17,12 +17,12 @@ import numpy as np
 import pandas as pd
 
 from .archives import Entry, collect, open_table, resolve_paths
-from .classes import choose_label_set, recode
+from .classes import choose_label_set, recode_diagnoses
 from .imports import ImportReport, write_import
 from .schema import DatasetError, DatasetInfo, check_target
 from ..images import ImageError, encode_png
 from ..names import stem_key
-from ..taxonomy import LABEL_SETS, comparable, comparable_map, get_label_set
+from ..taxonomy import LABEL_SETS, comparable, get_label_set
 
 # %% ../../nbs/data/36_medmnist.ipynb #0dc02f51
 _PARTS = dict(train='train', val='valid', test='test') # part of the file -> split
@@ -273,25 +273,13 @@ def _crossing(table):
     return int((known.groupby('lesion_id').split.nunique() > 1).sum()) if len(known) else 0
 
 # %% ../../nbs/data/36_medmnist.ipynb #52587c52
-def _recoded(table, target, word_map, skip_bad):
+def _recoded(table, places, target, word_map, skip_bad):
     "The table in another label set, and sentences for the report; a class that has no place there is an error."
     own = get_label_set('ham10000')
     if target == own:
         return table, []
-    renamed = comparable_map(word_map)
-    code_of = {c: c if comparable(c) in renamed else recode(c, own, target) for c in table.diagnosis.unique()}
-    counts = table.diagnosis.value_counts()
-    lost = [
-        f"{counts[c]} images of class '{c}' have no place in label set {target.name}"
-        for c, new in code_of.items()
-        if not new
-    ]
-    if lost and not skip_bad:
-        raise DatasetError(
-            'DermaMNIST', [f"{f}; say what they are (--map), or leave them out (--skip-bad)" for f in lost]
-        )
-    table = table.assign(diagnosis=table.diagnosis.map(code_of)).dropna(subset=['diagnosis'])
-    return table.reset_index(drop=True), [f'left out: {sentence}' for sentence in lost]
+    read, notes = recode_diagnoses(table.diagnosis, places, own, target, word_map, skip_bad)
+    return table.assign(diagnosis=read)[read.notna()].reset_index(drop=True), notes
 
 # %% ../../nbs/data/36_medmnist.ipynb #2ab45761
 def _npz_file(paths):
@@ -337,7 +325,9 @@ def import_medmnist(
     with ExitStack() as stack:
         given = collect([p for p in paths if p != path], out, stack)
         rows, notes, used = _find_lesions(given, arrays)
-        table, left_out = _recoded(_table(arrays, rows), target, word_map, skip_bad)
+        table = _table(arrays, rows)
+        places = [f'{path.name}[{i}]' for i in table.image_id]
+        table, left_out = _recoded(table, places, target, word_map, skip_bad)
         notes = [*notes, *left_out, *_split_notes(info, table)]
         given.images = {i: [_entry(path, arrays, i)] for i in table.image_id}
         given.masks = {}
