@@ -747,7 +747,7 @@ def test_all_faults_of_a_table_come_at_once(tmp_path):
     ("ham10000", dict(label_set="melanoma", word_map=dict(nv="benign")), ["benign", "benign", "mel"]),
     ("ham10000", dict(label_set="isic2019"), ["nv", "nv", "mel"])])
 def test_a_collection_in_another_label_set(tmp_path, name, options, wanted):
-    report = SOURCES[name](lay(tmp_path / "in", LAYOUTS[name]), tmp_path / "data", **options)
+    report = SOURCES[name](lay(tmp_path / "in", (LAYOUTS | DESCRIBED)[name]), tmp_path / "data", **options)
     data = read_dataset(tmp_path / "data")
     assert (data.table.diagnosis.tolist(), data.info.label_set) == (wanted, options["label_set"])
     if "skip_bad" in options:

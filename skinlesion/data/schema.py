@@ -142,12 +142,12 @@ def _table_text(source, name):
     return split_delimiter(text)
 
 # %% ../../nbs/data/19_schema.ipynb #f45ce808
-def _other_delimiter(name, header):
+def _other_delimiter(place, header):
     "What is wrong with a header that another sign divides."
     if len(header) > 1 or '|' not in header[0]:
         return []
     return [
-        f"{name} row 1: one column is called '{header[0]}', as if '|' divided columns; allowed are "
+        f"{place}: one column is called '{header[0]}', as if '|' divided columns; allowed are "
         "comma, semicolon and tab. Save the table with one of them"
     ]
 
@@ -158,11 +158,11 @@ def _are_row_numbers(rows):
     return all(map(str.isdecimal, cells)) and len(set(cells)) == len(cells)
 
 # %% ../../nbs/data/19_schema.ipynb #4c87af55
-def _header_faults(name, header, rows):
+def _header_faults(place, name, header, rows):
     "What is wrong with the names of the columns, and with rows of another length."
     doubled = sorted({c for c in header if c and header.count(c) > 1})
-    problems = [f"{name} row 1: the column '{c}' is there twice; rename one" for c in doubled]
-    problems += _other_delimiter(name, header)
+    problems = [f"{place}: the column '{c}' is there twice; rename one" for c in doubled]
+    problems += _other_delimiter(place, header)
     problems += [
         f"{name} row {line}: {len(row)} cells where the header has {len(header)}; quote cells that hold a comma"
         for line, row in rows
@@ -172,7 +172,7 @@ def _header_faults(name, header, rows):
         cell = next(((line, row[k]) for line, row in rows if row[k:] and row[k].strip()), None)
         if cell and not column and not (k == 0 and _are_row_numbers(rows)):
             problems.append(
-                f"{name} row 1: column {k + 1} has no name, and row {cell[0]} holds '{cell[1]}' there; name it, or "
+                f"{place}: column {k + 1} has no name, and row {cell[0]} holds '{cell[1]}' there; name it, or "
                 "empty its cells"
             )
     return problems
@@ -199,9 +199,9 @@ def read_table(
         ) from None
     if not filled:
         raise DatasetError(name, [f"{name}: the table is empty; its first row must name the columns"])
-    (_, header), *rows = filled
+    (line, header), *rows = filled
     header = [c.strip() for c in header]
-    problems = _header_faults(name, header, rows)
+    problems = _header_faults(f'{name} row {line}', name, header, rows)
     if problems:
         raise DatasetError(name, problems)
     table = pd.DataFrame([row for _, row in rows], columns=header, dtype=str)
