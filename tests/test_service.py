@@ -160,6 +160,7 @@ IGNORED = {  # name: what is sent beside a form, or in its place; the sentence
     "address": ({"params": {"age": 80}, "files": [PICTURE]}, "'age' stands in the address, which is not read"),
     "address, unknown": ({"params": {"localization": "back"}, "files": [PICTURE]}, "'localization' is not known; all"),
     "json": ({"json": {"Age": 80}}, "the body is application/json, which is not read; JSON field 'Age' is not known"),
+    "nested": ({"content": b"[" * 200_000, "headers": {"content-type": "application/json"}}, "is not read. Send"),
     "no form": ({"content": b"x", "headers": {"content-type": "image/png"}}, "the body is image/png, which is not"),
     "two files": ({"files": [PICTURE, PICTURE]}, "form field 'file' is there 2 times; send it once"),
     "another file": ({"files": [PICTURE, ("mask", ("m.png", b"x"))]}, "form field 'mask' is not known; allowed are"),

@@ -211,7 +211,7 @@ async def _json_faults(request):
     "Sentences for the fields of a JSON body."
     try:
         fields = await request.json()
-    except ValueError:
+    except (ValueError, RecursionError): # no JSON, or lists in lists without end
         fields = {}
     names = [str(name) for name in fields] if isinstance(fields, dict) else []
     return [_unknown_field(name, 'JSON field') for name in names if name not in _FIELDS]
