@@ -766,12 +766,13 @@ def test_a_class_without_a_place_is_named_before_an_image_is_read(tmp_path):
     ("isic2018", "isic2019", "What was given is of isic2019: skinlesion import isic2019"),
     ("isic2019", "isic", "What was given is of isic: skinlesion import isic"),
     ("isic", "isic2019", "What was given is of isic2019: skinlesion import isic2019"),
+    ("isic", "milk10k", "What was given is of milk10k: skinlesion import milk10k"), # it has a column isic_id too
     ("isic2020", "ham10000", "What was given is of ham10000: skinlesion import ham10000"),
     ("ham10000", "isic2020",
      "no metadata table (a table with the columns image_id and dx, such as HAM10000_metadata.csv) was given")])
 def test_a_collection_under_another_name(tmp_path, name, given, message):
     with pytest.raises(ValueError) as caught:
-        IMPORTERS[name](lay(tmp_path / "in", LAYOUTS[given]), tmp_path / "data")
+        IMPORTERS[name](lay(tmp_path / "in", (LAYOUTS | DESCRIBED)[given]), tmp_path / "data")
     assert message in str(caught.value) and not (tmp_path / "data").exists()
 
 

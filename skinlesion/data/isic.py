@@ -34,9 +34,9 @@ _NAME = 'ISIC archive'
 def _tables(given):
     "The entries of the metadata tables."
     entries = [entry for entry, names in given.tables if 'isic_id' in names]
-    if entries:
-        return entries
     meant = given_sources(given)
+    if 'isic' in meant or entries and not meant:
+        return entries
     hint = f" What was given is of {' and '.join(meant)}: skinlesion import {meant[0]}" if meant else ''
     raise DatasetError(_NAME, [
         f"no metadata table (a table with the columns isic_id and diagnosis_1, such as metadata.csv) was given; "
@@ -49,7 +49,7 @@ def _read(entry):
     raw, lines = open_table(entry)
     if 'diagnosis_1' not in raw:
         raise DatasetError(entry.label, [
-            f"{entry.label} row 1: the column 'diagnosis_1' is missing; download the images with a new isic-cli."
+            f"{entry.label} row 1: the column 'diagnosis_1' is missing; give the metadata.csv of a new isic-cli."
             f"{nearest('diagnosis_1', raw.columns)}"
         ])
     for name in raw.columns[raw.columns.str.match(r'diagnosis_\d|anatom_site|image_type')]:

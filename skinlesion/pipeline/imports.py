@@ -338,6 +338,7 @@ def isic(paths:_Paths, out:_Out, image_type:_ImageType='dermoscopic', **options)
       skinlesion import isic cc0 cc-by-nc.zip --label-set ham10000 --skip-bad --out data
       skinlesion import isic ~/Downloads/isic --image-type all --map "Keratoacanthoma=scc" --out data
     """
+    from skinlesion.data import published # noqa: F401 - its collections are known then, and offered in an error
     from skinlesion.data.isic import import_isic
     arguments = _importer_arguments(options) | dict(unlabelled=options['unlabelled'], image_type=image_type)
     say(str(import_isic(paths, out, about=_about(options), **arguments)))
