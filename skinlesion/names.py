@@ -199,6 +199,7 @@ class FileNames:
 
     def find(self,
         cell:str, # of a table
+        in_folder:bool=False, # only files in the folders that the cell names
     ) -> list: # of labels: the closest ones, [] where there is none
         "The files that a cell may mean."
         if not self.keys:
@@ -207,7 +208,7 @@ class FileNames:
         wanted = name, name_key(name), stem_key(name)
         groups = [index.get(form, []) for index, form in zip(self.forms, wanted)] if name else []
         below = [[label for label in group if _is_below(label, folders)] for group in groups]
-        return next((group for group in [*below, *groups] if group), [])
+        return next((group for group in (below if in_folder else [*below, *groups]) if group), [])
 
     def nearest(self,
         cell:str, # of a table

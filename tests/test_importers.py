@@ -451,6 +451,22 @@ def test_a_cell_means_the_one_file_that_differs_in_form_only(tmp_path, cell, fil
     assert report.n_images == 2 and f"'{cell.strip()}' is in/{file}" in report.notes[-1], report.notes
 
 
+def test_a_name_that_many_folders_hold_is_found_in_its_own_folder_only(tmp_path):
+    "Else the diagnosis of one patient would go to the picture of another."
+    lay(tmp_path / "in", "patient_1/Image.JPG", "patient_8/image.jpg")
+    rows = "id,file,diagnosis\nA,patient_1/image.jpg,mel\nB,patient_7/image.jpg,nv\n"
+    (tmp_path / "in" / "t.csv").write_text(rows)
+    columns = Columns(image="file", id="id")
+    expected = "row 3: there is no image 'patient_7/image.jpg' in what was given; the nearest file is in/patient_"
+    refused(tmp_path, expected, import_csv, tmp_path / "in", tmp_path / "out", columns=columns)
+    (tmp_path / "in" / "t.csv").write_text(rows.replace("patient_7", "PATIENT_8"))
+    import_csv(tmp_path / "in", tmp_path / "out", columns=columns)
+    rows = "id,file,diagnosis\nA,IMAGE.jpg,mel\nB,IMAGE.jpg,nv\nC,patient_1/Image.JPG,nv\n"
+    (tmp_path / "in" / "t.csv").write_text(rows)
+    expected = "row 3: the file in/patient_8/image.jpg is the nearest to 'IMAGE.jpg', but 'IMAGE.jpg' of another row"
+    refused(tmp_path, expected, import_csv, tmp_path / "in", tmp_path / "new", columns=columns)
+
+
 @pytest.mark.parametrize("cell, files, expected", [
     ("IMG_9.jpg", ["IMG_O.jpg"],
      "there is no image 'IMG_9.jpg' in what was given; the nearest file is in/IMG_O.jpg. Correct the name"),

@@ -19,7 +19,7 @@ from .archives import GivenFiles, bare_name, collect, describe_tables, open_tabl
 from .classes import About, as_options, describe_dataset, read_flag
 from .imports import ImportReport, find_masks, match_files, write_import
 from .schema import DatasetError, check_target
-from ..names import image_stem, stem_key
+from ..names import image_stem, split_cell, stem_key
 from ..taxonomy import SPLITS, comparable, comparable_map, is_missing, nearest, parse_split
 
 # %% ../../nbs/data/32_importers.ipynb #c377bc22
@@ -409,8 +409,7 @@ def _name_images(raw, columns, where):
     named = columns.id or ('image_id' if 'image_id' in raw else None)
     if named and named != image and named in raw:
         return cells, raw[named].str.strip()
-    stems = cells.str.replace('\\', '/').str.split('/').str[-1]
-    return cells, stems.str.replace(r'\.(jpe?g|png|webp|bmp|tiff?)$', '', regex=True, case=False)
+    return cells, cells.map(lambda cell: image_stem(split_cell(cell)[1]))
 
 # %% ../../nbs/data/32_importers.ipynb #a1345f20
 def _exact_hits(finder, cells, ids, places):

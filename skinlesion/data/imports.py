@@ -28,7 +28,7 @@ from skinlesion.data.schema import (
     validate_table,
 )
 from ..images import ImageError, clean_image, clean_mask, image_size
-from ..names import FileNames, image_stem, missing_image, stem_key
+from ..names import FileNames, image_stem, missing_image, split_cell, stem_key
 from ..taxonomy import DISCLAIMER, comparable, comparable_map, nearest
 
 # %% ../../nbs/data/22_imports.ipynb #3ba6e9ea
@@ -184,17 +184,21 @@ def _report_text(report):
     return '\n'.join([*lines, *r.notes, f"licence: {r.licence or 'not stated'}", DISCLAIMER])
 
 # %% ../../nbs/data/22_imports.ipynb #f2d9cffb
-def _loose_hits(cells, hits, entries):
+def _loose_hits(cells, all_cells, hits, entries):
     "The files of the cells that no exact name fits, among files that no other row has; and two rows for one file."
     taken = {label for labels in hits.values() for label in labels}
     names = FileNames(label for label in entries if label not in taken)
+    uses = Counter(stem_key(split_cell(cell)[1]) for cell in all_cells) # image.jpg of many folders: the folder tells
     owner = {}
     shared = {}
     for image_id, cell in cells.items():
-        found = names.find(cell)
-        first = owner.setdefault(found[0], cell) if found else cell
-        if first != cell:
-            shared[image_id] = f"the file {found[0]} is the nearest to '{cell}', but '{first}' means it too; rename one"
+        found = names.find(cell, in_folder=uses[stem_key(split_cell(cell)[1])] > 1)
+        first = owner.setdefault(found[0], image_id) if found else image_id
+        if first != image_id:
+            shared[image_id] = (
+                f"the file {found[0]} is the nearest to '{cell}', but '{cells[first]}' of another row means it too; "
+                "rename one"
+            )
         elif found:
             hits[image_id] = found
     return names, shared
@@ -253,7 +257,7 @@ def match_files(
         for entry in group:
             entries[entry.label].append(entry)
     hits = {i: [e.label for e in given.images[i]] for i in ids if i in given.images}
-    names, shared = _loose_hits(open_cells, hits, entries)
+    names, shared = _loose_hits(open_cells, cells, hits, entries)
     used = {label for labels in hits.values() for label in labels}
     images = {i: [e for label in dict.fromkeys(labels) for e in entries[label]] for i, labels in hits.items()}
     spare = {label: group for label, group in entries.items() if label not in used}
