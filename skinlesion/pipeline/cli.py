@@ -297,7 +297,7 @@ def _say_skipped(table):
 # %% ../../nbs/pipeline/112_cli.ipynb #b348fba4
 @app.command('predict')
 def predict(
-    images:Annotated[list[Path], typer.Argument(help='Images, or folders of images.')],
+    images:Annotated[list[Path], typer.Argument(help='Images, or folders of images; each image once.')],
     bundle:_Bundle,
     csv:Annotated[Path, typer.Option('--csv', help='Predictions table to write: image_id, p_<class>, predicted, ...')],
     layout:Annotated[
