@@ -249,14 +249,26 @@ def _join_groups(rows, extra, by):
     rows.tables = extra.tables
     rows.lines = extra.lines
 
+# %% ../../nbs/data/23_collections.ipynb #9c7be1a8
+def _read_values(column, read, rows):
+    "The words of a column as they are meant here; what cannot be read is a fault of its row."
+    meanings = {}
+    faults = {}
+    for word in column.unique():
+        try:
+            meanings[word] = read.get(word, word) if isinstance(read, dict) else read(word)
+        except ValueError as error:
+            faults[word] = str(error)
+    rows.faults += [f'{place}: {faults[word]}' for word, place in zip(column, rows.places) if word in faults]
+    return column.map(meanings)
+
 # %% ../../nbs/data/23_collections.ipynb #92bbb5b9
 def _settle_columns(rows, collection):
     "Read words as words here, add what holds for all, and give each image of a row a row of its own."
     table = rows.table.assign(**collection.constants)
     for column, read in collection.values.items():
         if column in table:
-            meaning = {w: read.get(w, w) if isinstance(read, dict) else read(w) for w in table[column].unique()}
-            table[column] = table[column].map(meaning)
+            table[column] = _read_values(table[column], read, rows)
     rows.table = table
     named = [c for c in collection.images if c in table]
     if not named:

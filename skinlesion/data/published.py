@@ -256,9 +256,8 @@ def _heaviest(cell):
     try:
         weights = {str(name): float(weight) for name, weight in ast.literal_eval(cell).items()}
     except (ValueError, SyntaxError, AttributeError, TypeError):
-        raise DatasetError(
-            'SCIN', [f"weighted_skin_condition_label '{cell[:60]}' is no mapping of conditions to weights"]
-        ) from None
+        shown = f"weighted_skin_condition_label '{cell[:60]}'"
+        raise ValueError(f'{shown} is no mapping of conditions to weights; fetch the table again') from None
     heaviest = [name for name, weight in weights.items() if weight == max(weights.values())]
     return heaviest[0] if len(heaviest) == 1 else ''
 
