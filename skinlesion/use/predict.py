@@ -16,7 +16,7 @@ import torch
 
 from ..colour import prepare_image
 from ..data.metadata import parse_age
-from ..data.schema import read_table
+from ..data.schema import DatasetError, read_table
 from ..evaluate.policy import Policy, check_models, predict_members
 from ..images import ImageError, normalise, read_image, save_png
 from ..model.bundle import BundleError, load_bundle, member_of
@@ -80,12 +80,28 @@ def prediction_text(
         lines.append(f'malignancy {prediction.malignancy:.0%} {relation} the threshold of {prediction.threshold:.2g}')
     return '\n'.join(lines)
 
+# %% ../../nbs/use/90_predict.ipynb #5c9da097
+def _id_faults(ids, places):
+    "A sentence for each row whose image_id is empty or there before."
+    faults = [f"{p}: image_id is empty; it is the file's name without suffix" for i, p in zip(ids, places) if not i]
+    repeated = ids.duplicated() & ids.ne('')
+    return faults + [
+        f"{place}: image_id '{image_id}' is there twice; keep one row for each image"
+        for image_id, place, again in zip(ids, places, repeated)
+        if again
+    ]
+
 # %% ../../nbs/use/90_predict.ipynb #a2f6b942
-def _metadata_row(row, where):
-    "One row, parsed."
-    if not row['image_id']:
-        raise ValueError(f"{where}: image_id is empty; it is the file's name without suffix")
-    return row['image_id'], parse_age(row['age'], where), parse_sex(row['sex'], where), parse_site(row['site'], where)
+def _parse_cells(parse, cells, places, faults):
+    "The value of each cell, None where it has a fault; `faults` takes the sentences."
+    values = []
+    for cell, place in zip(cells, places):
+        try:
+            values.append(parse(cell, place))
+        except ValueError as error:
+            faults.append(str(error))
+            values.append(None)
+    return values
 
 # %% ../../nbs/use/90_predict.ipynb #9826ff8e
 METADATA_COLUMNS = ('image_id', 'age', 'sex', 'site')
@@ -101,14 +117,14 @@ def read_metadata(
                 f"{path}: column '{column}' is missing; the table needs {', '.join(METADATA_COLUMNS)} (empty cells "
                 f"where unknown). It has {', '.join(table.columns)}.{nearest(column, table.columns)}"
             )
-    rows = [_metadata_row(row, f'{path} row {line}') for line, row in zip(lines, table.to_dict('records'))]
-    table = pd.DataFrame(rows, columns=METADATA_COLUMNS).astype(dict(age=float))
+    places = [f'{path} row {line}' for line in lines]
+    faults = _id_faults(table.image_id, places)
+    parsers = dict(age=parse_age, sex=parse_sex, site=parse_site)
+    values = {name: _parse_cells(parse, table[name], places, faults) for name, parse in parsers.items()}
+    if faults:
+        raise DatasetError(path, faults)
+    table = pd.DataFrame(dict(image_id=table.image_id) | values).astype(dict(age=float))
     table.attrs['name'] = str(path)
-    repeated = np.flatnonzero(table.image_id.duplicated())
-    if len(repeated):
-        i = repeated[0]
-        where = f"{path} row {lines[i]}: image_id '{table.image_id[i]}'"
-        raise ValueError(f"{where} is there twice; keep one row for each image")
     return table
 
 # %% ../../nbs/use/90_predict.ipynb #ce542f03
