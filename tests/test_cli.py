@@ -719,6 +719,9 @@ def test_a_class_without_an_image_is_left_out_of_official_scores(tmp_path):
     assert code == 0 and "\nSCC  " in out and "UNK" not in out
     assert "eight.csv: no class unk, so the confidence in UNK is taken as 0\n" in err
     assert "labels.csv: no image of UNK, left out of rows and means; the challenge's own scorer stops there\n" in err
+    with (tmp_path / "labels.csv").open("a") as labels: # a row that is not scored
+        labels.write("other,wart\n")
+    assert cli(*words)[:2] == (0, out)
     assert cli(*words[:-2])[0] == 2 and "give a folder for the evaluation" in cli(*words[:-2])[2]
 
 

@@ -81,16 +81,13 @@ def read_submission(
 def read_ground_truth(
     table:pd.DataFrame, # image and a 1 in one class of a challenge; or any other table
     places:list, # the place of each row, for errors
-) -> pd.DataFrame: # image_id and diagnosis, then the other columns; another table as it is
+) -> tuple: # image_id and diagnosis, then the other columns; another table as it is. And a sentence for each bad row
     "The ground truth of a challenge as a labels table."
     classes = _challenge_columns(table.columns)
     if not classes:
-        return table
+        return table, []
     codes, faults = one_hot_codes(table, classes, places)
-    if faults:
-        more = f' ({len(faults) - 1} more such rows)' if len(faults) > 1 else ''
-        raise ValueError(faults[0] + more)
-    return _with_ids(table).drop(columns=list(classes)).assign(diagnosis=codes)
+    return _with_ids(table).drop(columns=list(classes)).assign(diagnosis=codes), faults
 
 # %% ../../nbs/data/16_challenges.ipynb #df334639
 def find_challenge(

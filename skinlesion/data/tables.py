@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_predictions', 'write_predictions', 'read_predictions', 'check_labels', 'read_labels', 'infer_label_set',
-           'Aligned', 'align_tables', 'narrow_tables', 'read_split_table']
+           'Aligned', 'align_tables', 'narrow_tables', 'read_scored_labels', 'read_split_table']
 
 # %% ../../nbs/data/30_tables.ipynb #30a1a5b1
 from pathlib import Path
@@ -291,7 +291,10 @@ def read_labels(
     "Read and check a labels table, or the ground truth of an ISIC challenge (image, MEL, NV, ...)."
     table = _read_table(path)
     places = [f'{path} row {_row(table, i)}' for i in range(len(table))]
-    return check_labels(read_ground_truth(table, places), label_set, str(path), scored)
+    labels, faults = read_ground_truth(table, places)
+    if faults:
+        raise DatasetError(path, faults)
+    return check_labels(labels, label_set, str(path), scored)
 
 # %% ../../nbs/data/30_tables.ipynb #d3d485bf
 def _named_label_set(name):
@@ -460,6 +463,21 @@ def narrow_tables(
     predictions = predictions[with_label].reset_index(drop=True)
     labels = labels[with_prediction].reset_index(drop=True)
     return predictions, labels, left_out and f'{left_out}; they were left out'
+
+# %% ../../nbs/data/30_tables.ipynb #1e2fe955
+def read_scored_labels(
+    path:Path|str, # of the CSV, as for `read_labels`
+    predictions:pd.DataFrame, # as `read_predictions` gives it
+    label_set:LabelSet, # classes; only the images that are scored must be of them
+    split:str|None=None, # keep only this split
+    partial:bool=False, # leave out images that only one table holds
+) -> tuple: # predictions, labels of the same images, a sentence on what was left out or ''
+    "Labels of the images that are scored, beside their predictions; a `ValueError` names what does not fit."
+    tables = narrow_tables(predictions, read_labels(path, label_set, scored=()), split, partial)
+    scored = tables[1]
+    if scored['diagnosis'].isna().any():
+        read_labels(path, label_set, scored['image_id']) # the error of these rows
+    return tables
 
 # %% ../../nbs/data/30_tables.ipynb #e8e3430b
 def _split_faults(path, table, lines, dataset):

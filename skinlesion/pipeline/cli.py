@@ -543,12 +543,12 @@ def _score_official(predictions, labels, challenge, split, partial):
     "Print what the scorer of a challenge prints; what it leaves out goes to stderr."
     from skinlesion.checks import check_choice
     from skinlesion.data.challenges import challenge_labels
-    from skinlesion.data.tables import narrow_tables, read_labels, read_predictions
+    from skinlesion.data.tables import read_predictions, read_scored_labels
     from skinlesion.evaluate.official import score_challenge
     from skinlesion.taxonomy import CHALLENGES
     label_set = challenge_labels(check_choice(challenge, CHALLENGES, '--official'))
     table = read_predictions(predictions, sums=False)
-    table, truth, left_out = narrow_tables(table, read_labels(labels, label_set), split, partial)
+    table, truth, left_out = read_scored_labels(labels, table, label_set, split, partial)
     score = score_challenge(table, truth, challenge, str(predictions))
     notes = [left_out]
     if 'unk' in label_set and 'p_unk' not in table:
@@ -582,7 +582,7 @@ def _evaluate_files(
     coverage, benchmark,
 ):
     "The evaluation of two files, the hashes of what was read, and what was left out."
-    from skinlesion.data.tables import infer_label_set, narrow_tables, read_labels, read_predictions
+    from skinlesion.data.tables import infer_label_set, read_predictions, read_scored_labels
     from skinlesion.evaluate.benchmarks import BenchmarkId, identify, parse_benchmark
     from skinlesion.evaluate.decisions import cost_matrix
     from skinlesion.evaluate.evaluation import evaluate_tables
@@ -593,8 +593,7 @@ def _evaluate_files(
     given = {} if facts is None else check_facts(read_json(facts))
     table = read_predictions(predictions, named)
     codes = named or infer_label_set(table)
-    truth = read_labels(labels, codes, table.image_id if partial else None)
-    table, truth, left_out = narrow_tables(table, truth, split, partial)
+    table, truth, left_out = read_scored_labels(labels, table, codes, split, partial)
     identity = identify(identity, truth if 'split' in truth else None)
     known = dict(excluded=left_out) if left_out else {}
     if split:
