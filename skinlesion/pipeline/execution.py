@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -131,10 +132,20 @@ def _same_file(one, other):
     except (OSError, ValueError, AttributeError):
         return True
 
+def _is_pipe(stream):
+    "Whether a stream goes to another process."
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError, AttributeError):
+        return False
+
 def progress_streams() -> list: # of streams
-    "Where the lines of a stage go: stderr, and stdout too where that alone is sent to a file or pipe."
-    redirected = not sys.stdout.isatty() and not _same_file(sys.stdout, sys.stderr)
-    return [sys.stderr, sys.stdout] if redirected else [sys.stderr]
+    "Where the lines of a stage go: stderr, and stdout where that goes elsewhere; to a pipe beside a terminal alone."
+    if sys.stdout.isatty() or _same_file(sys.stdout, sys.stderr):
+        return [sys.stderr]
+    if _is_pipe(sys.stdout) and sys.stderr.isatty():
+        return [sys.stdout]
+    return [sys.stderr, sys.stdout]
 
 # %% ../../nbs/pipeline/106_execution.ipynb #af638c69
 class Progress:
