@@ -77,7 +77,7 @@ test test-all: export OMP_NUM_THREADS := 1
 define TESTS
 	@mkdir -p .work; red=; \
 	nbdev_test --n_workers 2 --path nbs $(1) 2>&1 | tee .work/notebooks.log || \
-		red="notebooks $$(echo $$(sed -n 's/^\t\(.*\.ipynb\)$$/\1/p' .work/notebooks.log))"; \
+		red="notebooks $$(echo $$(awk '/^\t.*\.ipynb$$/ {print $$1}' .work/notebooks.log))"; \
 	pytest $(PARALLEL) $(2) || red="$${red:+$$red; }tests (pytest names them above)"; \
 	[ -z "$$red" ] || { echo "red: $$red" >&2; exit 1; }
 endef

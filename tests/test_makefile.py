@@ -12,7 +12,7 @@ import pytest
 
 from madeup import ROOT
 
-TOOLS = "awk bash cat cp dirname env find ln mkdir mktemp mv rm rmdir sed sh sleep stat tee test touch true".split()
+TOOLS = "awk bash cat cp dirname env find ln mkdir mktemp mv rm rmdir sh sleep stat tee test touch true".split()
 MADE = (
     "artifacts/models/m.bin",
     "reports/index.html",
