@@ -189,6 +189,14 @@ def test_the_first_python_that_fits_is_the_one_that_was_chosen(bare):
     assert "with Python 3.11.9" in bare.make("setup")[1]
 
 
+def test_the_remedy_for_a_missing_package_installs_again(ready):
+    assert ready.make("setup")[0] == 0 and ready.calls == []
+    command = re.search(r"Remedy: (.*) make setup", START_FAULT)[1]
+    subprocess.run(command, shell=True, cwd=ready.root, check=True)
+    assert ready.make("setup")[0] == 0
+    assert any("--requirement constraints.txt" in call for call in ready.calls)
+
+
 def test_an_unfit_python3_is_passed_over(bare):
     bare.python("python3", "3.14.0", fits=False).python("python3.12").python("python3.11", "3.11.9")
     assert "with Python 3.12.1" in bare.make("setup")[1]
@@ -275,8 +283,9 @@ def test_a_stage_is_started_by_the_python_that_has_the_packages(bare):
 
 
 START_FAULT = (
-    "error: neither python on the PATH nor .venv/bin/python has the packages of constraints.txt. Remedy: make setup "
-    '(without make: the lines under "Two commands" in README.md), then the same command again\n'
+    "error: neither python on the PATH nor .venv/bin/python has the packages of constraints.txt. Remedy: "
+    'rm -f .venv/.installed; make setup (without make: the lines under "Two commands" in README.md), '
+    "then the same command again\n"
 )
 
 

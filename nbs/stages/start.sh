@@ -7,6 +7,6 @@ raise SystemExit(not all(map(find_spec, ("typer", "papermill", "torch"))))' 2>/d
         exec "$python" -m skinlesion.pipeline.cli run "$@"
     fi
 done
-echo "error: neither python on the PATH nor .venv/bin/python has the packages of constraints.txt. Remedy: make setup" \
-    '(without make: the lines under "Two commands" in README.md), then the same command again' >&2
+echo "error: neither python on the PATH nor .venv/bin/python has the packages of constraints.txt. Remedy:" \
+    'rm -f .venv/.installed; make setup (without make: the lines under "Two commands" in README.md), then the same command again' >&2
 exit 1

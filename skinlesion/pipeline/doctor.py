@@ -50,7 +50,8 @@ def checks_text(
     return '\n'.join([*lines, 'problems: {}, warnings: {}'.format(*counts)])
 
 # %% ../../nbs/pipeline/99_doctor.ipynb #7f156644
-_SET_UP = 'make setup; without make the lines under "Two commands" in README.md'
+# without its stamp, since make takes a .venv that is newer than the pins for whole
+_SET_UP = 'rm -f .venv/.installed; make setup; without make the lines under "Two commands" in README.md'
 
 def check_python(
     version:tuple, # (major, minor, micro)
@@ -135,7 +136,8 @@ def check_fonts(
     "Whether matplotlib has the font that the figures are drawn with."
     if (folder/'DejaVuSans.ttf').is_file():
         return Check('fonts', 'ok', 'DejaVu Sans of matplotlib')
-    return Check('fonts', 'problem', f'{folder/"DejaVuSans.ttf"} is missing, so no figure can be drawn', _SET_UP)
+    remedy = 'uv pip install --reinstall-package matplotlib -r constraints.txt'
+    return Check('fonts', 'problem', f'{folder/"DejaVuSans.ttf"} is missing, so no figure can be drawn', remedy)
 
 # %% ../../nbs/pipeline/99_doctor.ipynb #e4d5bcf2
 def check_cores(
