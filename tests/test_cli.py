@@ -704,6 +704,10 @@ def test_official_scores_are_those_of_the_challenge(challenge, tmp_path):
     for predictions, labels in (("submission.csv", "truth.csv"), ("p.csv", "l.csv")):
         words = ("evaluate", tmp_path / predictions, tmp_path / labels, "--official", challenge)
         assert cli(*words) == (0, expected, "")
+    labels = pd.read_csv(tmp_path / "l.csv")
+    labels.assign(image_id=labels.image_id + ".JPG").to_csv(tmp_path / "l.csv", index=False)
+    code, out, err = cli(*words)
+    assert (code, out) == (0, expected) and f"{len(ours)} images are called otherwise in the labels: '" in err
 
 
 def test_a_class_without_an_image_is_left_out_of_official_scores(tmp_path):

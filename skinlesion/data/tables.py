@@ -434,6 +434,29 @@ def _alike_text(predicted, labelled):
     first, second = alike[0]
     return f". {len(alike)} differ in case, suffix or blanks only, such as '{first}' and '{second}': write them alike"
 
+# %% ../../nbs/data/30_tables.ipynb #cb8fc416
+def _by_stem(ids):
+    "Form without case, suffix and blanks -> id, of the ids that alone have this form."
+    keys = ids.map(stem_key)
+    alone = ~keys.duplicated(keep=False)
+    return dict(zip(keys[alone], ids[alone]))
+
+def _alike_ids(predictions, labels):
+    "Id in the labels -> id in the predictions, where these two differ in case, suffix or blanks only."
+    if labels['image_id'].isin(predictions['image_id']).all():
+        return {}
+    predicted = _by_stem(predictions['image_id'])
+    labelled = _by_stem(labels['image_id'])
+    return {i: predicted[key] for key, i in labelled.items() if i != predicted.get(key, i)}
+
+def _renamed_text(renamed):
+    "A sentence about labels that were matched with predictions of another id; '' for none."
+    if not renamed:
+        return ''
+    shown = [f"'{i}' is '{own}'" for i, own in list(renamed.items())[:3]]
+    more = [f'and {len(renamed) - 3} more'] if len(renamed) > 3 else []
+    return f"{len(renamed)} images are called otherwise in the labels: {', '.join(shown + more)}"
+
 # %% ../../nbs/data/30_tables.ipynb #4d1de8fe
 def narrow_tables(
     predictions:pd.DataFrame, # as `read_predictions` gives it
@@ -441,7 +464,9 @@ def narrow_tables(
     split:str|None=None, # keep only this split
     partial:bool=False, # leave out images that only one table holds
 ) -> tuple: # predictions, labels of the same images, a sentence on what was left out or ''
-    "Two tables over the same images; `ValueError` with the remedy where they do not fit together."
+    "Two tables over the same images, or a `ValueError`; `.attrs['renamed']` of the labels tells whose id was changed."
+    renamed = _alike_ids(predictions, labels)
+    labels = labels.assign(image_id=[renamed.get(i, i) for i in labels['image_id']])
     labels = _share_split(predictions, labels)
     if split:
         predictions, labels = _of_split(predictions, labels, split)
@@ -462,6 +487,7 @@ def narrow_tables(
         )
     predictions = predictions[with_label].reset_index(drop=True)
     labels = labels[with_prediction].reset_index(drop=True)
+    labels.attrs['renamed'] = _renamed_text(renamed)
     return predictions, labels, left_out and f'{left_out}; they were left out'
 
 # %% ../../nbs/data/30_tables.ipynb #1e2fe955
@@ -473,10 +499,12 @@ def read_scored_labels(
     partial:bool=False, # leave out images that only one table holds
 ) -> tuple: # predictions, labels of the same images, a sentence on what was left out or ''
     "Labels of the images that are scored, beside their predictions; a `ValueError` names what does not fit."
-    tables = narrow_tables(predictions, read_labels(path, label_set, scored=()), split, partial)
+    labels = read_labels(path, label_set, scored=())
+    tables = narrow_tables(predictions, labels, split, partial)
     scored = tables[1]
     if scored['diagnosis'].isna().any():
-        read_labels(path, label_set, scored['image_id']) # the error of these rows
+        own_ids = {i: own for own, i in _alike_ids(predictions, labels).items()}
+        read_labels(path, label_set, [own_ids.get(i, i) for i in scored['image_id']]) # the error of these rows
     return tables
 
 # %% ../../nbs/data/30_tables.ipynb #e8e3430b

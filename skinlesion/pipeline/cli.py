@@ -532,9 +532,9 @@ def evaluate(
         return
     from skinlesion.report.clinical import folder_images, write_evaluation
     pictures = images and folder_images(images)
-    result, sources, left_out = _evaluate_files(predictions, labels, **options)
+    result, sources, notes = _evaluate_files(predictions, labels, **options)
     write_evaluation(result, out, pictures, provenance=sources)
-    for sentence in filter(None, [left_out, _about_malignancy(result.label_set)]):
+    for sentence in filter(None, [*notes, _about_malignancy(result.label_set)]):
         say(sentence, err=True)
     say(f'{evaluation_text(result.card, result.part)}\n{out}: metrics.json, report.html')
 
@@ -550,7 +550,7 @@ def _score_official(predictions, labels, challenge, split, partial):
     table = read_predictions(predictions, sums=False)
     table, truth, left_out = read_scored_labels(labels, table, label_set, split, partial)
     score = score_challenge(table, truth, challenge, str(predictions))
-    notes = [left_out]
+    notes = [truth.attrs['renamed'], left_out]
     if 'unk' in label_set and 'p_unk' not in table:
         notes.append(f"{predictions}: no class unk, so the confidence in UNK is taken as 0")
     if score.left_out:
@@ -581,7 +581,7 @@ def _evaluate_files(
     predictions, labels, label_set, split, partial, facts, resamples, seed, stratified, miss_cost, target_sensitivity,
     coverage, benchmark,
 ):
-    "The evaluation of two files, the hashes of what was read, and what was left out."
+    "The evaluation of two files, the hashes of what was read, and sentences on renamed ids and what was left out."
     from skinlesion.data.tables import infer_label_set, read_predictions, read_scored_labels
     from skinlesion.evaluate.benchmarks import BenchmarkId, identify, parse_benchmark
     from skinlesion.evaluate.decisions import cost_matrix
@@ -603,7 +603,7 @@ def _evaluate_files(
     result = evaluate_tables(
         table, truth, codes, *measured, identity=identity, facts=known | given, name=labels.stem
     )
-    return result, _file_hashes(predictions=predictions, labels=labels), left_out
+    return result, _file_hashes(predictions=predictions, labels=labels), [truth.attrs['renamed'], left_out]
 
 # %% ../../nbs/pipeline/112_cli.ipynb #742f49fe
 @app.command('compare')
