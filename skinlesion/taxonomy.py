@@ -176,9 +176,13 @@ class LabelSet:
 # %% ../nbs/00_taxonomy.ipynb #7357c112
 def _unknown(label_set, word, where=''):
     "The error of a word that is not in the set."
-    problem = f"diagnosis '{word}' is not" if comparable(word) else 'the diagnosis is empty; it must be'
+    problem = f"diagnosis '{word}' is not"
+    if is_missing(word):
+        state = f"'{word}', which stands for an unknown one" if comparable(word) else 'empty'
+        problem = f'the diagnosis is {state}; it must be'
     place = f'{where}: ' if where else ''
-    known = [*label_set.codes, *label_set.names.values()]
+    aliases = [alias for alias, codes in _CODES_OF.items() if set(codes) & set(label_set.codes)]
+    known = [*label_set.codes, *label_set.names.values(), *aliases]
     return f"{place}{problem} in label set {label_set.name} ({', '.join(label_set.codes)}).{nearest(word, known)}"
 
 # %% ../nbs/00_taxonomy.ipynb #d37fa7be

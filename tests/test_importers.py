@@ -406,6 +406,7 @@ GOOD = "image_id,diagnosis\np1,mel\np2,nv\n"
     (GOOD + "https://nowhere.example/p.png,nv\n",
      "t.csv row 4: image 'https://nowhere.example/p.png' is an address; fetch the files first"),
     (GOOD + ",nv\n", "t.csv row 4: the image is empty; name its file, or remove the row"),
+    (GOOD + "#N/A,nv\n", "t.csv row 4: the image is empty; name its file, or remove the row"),
     (GOOD + "p9,nv\n", "t.csv row 4: there is no image 'p9' in what was given"),
     (GOOD + "p1.png,nv\n", "image_id 'p1' is already in row 2"),
     (GOOD.replace("diagnosis", "dx"), "no table has the columns image_id, diagnosis; tables seen: "),

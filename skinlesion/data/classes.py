@@ -99,10 +99,10 @@ def read_label_set(
             flags[code] = read_flag(flag, f"{path} row {line}: malignant")
         except ValueError as e:
             problems.append(str(e))
-        for form in {comparable(code), comparable(full or code)}:
+        for form, word in {comparable(code): code, comparable(full or code): full or code}.items():
             if form in first_row:
                 problems.append(
-                    f"{path} row {line}: '{full or code}' is already in row {first_row[form]}; every code "
+                    f"{path} row {line}: '{word}' is already in row {first_row[form]}; every code "
                     "and every name stands once"
                 )
         first_row |= {comparable(code): line, comparable(full or code): line}

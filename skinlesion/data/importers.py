@@ -350,6 +350,8 @@ def _beside(files, parts):
 def _find(files, cell):
     "Labels (as parts) that a cell may mean, [] where there is no such file; `ValueError` for a path that is refused."
     text = cell.strip().replace('\\', '/')
+    if is_missing(text):
+        raise ValueError('the image is empty; name its file, or remove the row')
     if '://' in text:
         raise _Elsewhere(f"image '{cell}' is an address; fetch the files first, and name them relative to the table")
     if text.startswith(('/', '~')) or re.match(r'[A-Za-z]:', text):

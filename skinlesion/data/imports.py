@@ -29,7 +29,7 @@ from skinlesion.data.schema import (
 )
 from ..images import ImageError, clean_image, clean_mask, image_size
 from ..names import FileNames, image_stem, missing_image, split_cell, stem_key
-from ..taxonomy import DISCLAIMER, comparable, comparable_map, nearest
+from ..taxonomy import DISCLAIMER, SPLITS, comparable, comparable_map, is_missing, nearest
 
 # %% ../../nbs/data/22_imports.ipynb #3ba6e9ea
 _MAPPED_COLUMNS = ('diagnosis', 'site', 'sex')
@@ -411,6 +411,33 @@ def _report(dataset, given, rows, **more):
         **more,
     )
 
+# %% ../../nbs/data/22_imports.ipynb #afe5f068
+def _split_gaps(table, trained):
+    "A sentence on the classes that the column `split` leaves without an image in a split."
+    gaps = []
+    for split in SPLITS if 'split' in table else ():
+        held = set(table.diagnosis[table.split == split])
+        absent = [code for code in trained if code not in held]
+        if absent:
+            gaps.append(f"{split} ({', '.join(absent) if len(absent) < len(trained) else 'every class'})")
+    if not gaps:
+        return []
+    return [f"the split policy column needs every class in every split; without an image are: {', '.join(gaps)}"]
+
+def _unknown_ids(words):
+    "Sentences on lesions, patients and splits that are known for some rows only."
+    meanings = dict(
+        lesion_id=': each such image counts as a lesion of its own',
+        patient_id=': images of one patient may then come into several splits',
+        split='',
+    )
+    notes = []
+    for column, meaning in meanings.items():
+        unknown = words[column].map(is_missing).sum() if column in words else 0
+        if 0 < unknown < len(words):
+            notes.append(f'{column} is unknown in {unknown} of {len(words)} rows{meaning}')
+    return notes
+
 # %% ../../nbs/data/22_imports.ipynb #d8fd73c7
 _LEAST_LESIONS = 3 # of a class: one each for train, valid and test
 
@@ -432,7 +459,7 @@ def _class_gaps(table, label_set, where=''):
             f"too few lesions for the stage prepare, which needs {_LEAST_LESIONS} of a class (train, valid, test): "
             f"{', '.join(few)}. Add images, or read the class as another (--map OLD=NEW)"
         )
-    return notes
+    return notes + _split_gaps(table, trained)
 
 # %% ../../nbs/data/22_imports.ipynb #cc9b1fdb
 def _with_licences(info, table, column):
@@ -488,5 +515,5 @@ def write_import(
         age_zero=len(set(checked.image_id[zero]) & written),
         duplicates=tuple(i for i in duplicates if i in written),
         other_files=(*given.others, *(e.label for e, _ in given.tables if e.label not in used_tables)),
-        notes=tuple(notes),
+        notes=(*notes, *_unknown_ids(words)),
     )

@@ -276,19 +276,14 @@ def _parse_diagnosis(label_set, word):
 # %% ../../nbs/data/19_schema.ipynb #c465fbc4
 def _fault(column, word, first, label_set):
     "What is wrong with one cell."
-    if column == 'diagnosis' and is_missing(word):
-        state = f"'{word}', which stands for an unknown one" if word else 'empty'
-        return (
-            f"the diagnosis is {state}; it must be in label set {label_set.name} ({', '.join(label_set.codes)}). "
-            "Only a dataset that says so (--unlabelled) may hold rows without one, for pretraining"
-        )
     try:
         if column == 'diagnosis':
             label_set.parse(word)
         if column in ('sex', 'site'):
             (parse_sex if column == 'sex' else parse_site)(word)
     except ValueError as e:
-        return str(e)
+        unlabelled = ' Only a dataset that says so (--unlabelled) may hold rows without one, for pretraining'
+        return f'{e}{unlabelled}' if column == 'diagnosis' and is_missing(word) else str(e)
     if column == 'age':
         return f"age '{word}' is not a number of years from 0 to 120; correct it, or leave it empty if unknown"
     if is_missing(word):

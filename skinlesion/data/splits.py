@@ -196,13 +196,14 @@ def _check_presence(
 ):
     "Raise where a class has no image in a split."
     counts = pd.crosstab(diagnosis, split).reindex(columns=list(SPLITS), fill_value=0)
-    for code, row in counts.iterrows():
-        for name in SPLITS:
-            if not row[name]:
-                raise ValueError(
-                    f"class '{code}' has no image in split '{name}' "
-                    f"({', '.join(f'{s} {row[s]}' for s in SPLITS)}). " + _REMEDIES[policy].format(code=code)
-                )
+    problems = [
+        f"class '{code}' has no image in split '{next(name for name in SPLITS if not row[name])}' "
+        f"({', '.join(f'{s} {row[s]}' for s in SPLITS)}). " + _REMEDIES[policy].format(code=code)
+        for code, row in counts.iterrows()
+        if not row[list(SPLITS)].all()
+    ]
+    if problems:
+        raise DatasetError('split', problems)
 
 # %% ../../nbs/data/25_splits.ipynb #2df23337
 def _order(
