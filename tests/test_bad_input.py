@@ -250,7 +250,7 @@ def test_pictures_that_are_none_or_two(made):
         made / "a.png",
         made / "twin" / "a.png",
     )
-    predict(made, "none of the 1 images can be read; the first: ", made / "text.jpg", "--skip-bad")
+    predict(made, "text.jpg: ", made / "text.jpg", "--skip-bad")
     explain(made, "empty: this is a folder; name one image file in it", "empty")
 
 

@@ -233,7 +233,10 @@ def test_skip_bad_lists_what_it_left_out(made):
     bad.mkdir(exist_ok=True)
     (bad / "z.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
     words = [str(w) for w in ("predict", pictures["a"], bad / "z.jpg", "--bundle", bundle, "--csv", bad / "o.csv")]
-    assert CliRunner().invoke(app, words).exit_code == 1 and not (bad / "o.csv").exists()
+    code, _, err = cli(*words, bad / "gone.jpg")
+    assert code == 1 and not (bad / "o.csv").exists()
+    assert "2 of the 3 images cannot be read; correct them, or leave them out with --skip-bad:\n" in err
+    assert [line.split(": ")[0] for line in err.splitlines()[-2:]] == [f"  {bad / name}.jpg" for name in ("z", "gone")]
     ended = CliRunner().invoke(app, [*words, "--skip-bad"])
     assert ended.exit_code == 0 and "skipped: " in ended.stderr and "z.jpg" in ended.stderr
     assert pd.read_csv(bad / "o.csv").image_id.tolist() == ["a"]

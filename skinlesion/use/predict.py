@@ -319,6 +319,15 @@ def _row(prediction):
     )
 
 # %% ../../nbs/use/90_predict.ipynb #852b43a8
+def _unread_text(bad, total):
+    "The error about pictures that cannot be read: a line for each; the remedy --skip-bad where others are left."
+    if total == 1:
+        return bad[0]
+    head = f'none of the {total} images can be read'
+    if len(bad) < total:
+        head = f'{len(bad)} of the {total} images cannot be read; correct them, or leave them out with --skip-bad'
+    return '\n  '.join([f'{head}:', *bad]) if len(bad) > 1 else f'{head}: {bad[0]}'
+
 def _predict_many(predictor, paths, metadata, skip_bad, progress):
     "The predictions table of image files."
     paths = [Path(p) for p in paths]
@@ -329,15 +338,16 @@ def _predict_many(predictor, paths, metadata, skip_bad, progress):
     skipped = []
     for i, (path, image_id, person) in enumerate(zip(paths, ids, find_persons(ids, metadata))):
         try:
-            rows.append(_row(predictor.predict(path, *person, image_id=image_id)))
+            if skipped and not skip_bad:
+                as_image(path) # no table comes any more, but each bad picture is to be named
+            else:
+                rows.append(_row(predictor.predict(path, *person, image_id=image_id)))
         except ImageError as e:
-            if not skip_bad:
-                raise
             skipped.append(str(e))
         if progress:
             progress(i + 1, len(paths))
-    if not rows:
-        raise ImageError(f"none of the {len(paths)} images can be read; the first: {skipped[0]}")
+    if not rows or skipped and not skip_bad:
+        raise ImageError(_unread_text(skipped, len(paths)))
     table = pd.DataFrame(rows)
     table.attrs['skipped'] = skipped
     return table
