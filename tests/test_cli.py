@@ -157,7 +157,9 @@ def test_doctor_finds_what_a_tree_lacks(tmp_path, monkeypatch):
     (tree / "settings.ini").touch()
     (tree / "constraints.txt").write_text("torch==0.1\nno-such-package==2.0\n")
     (tree / "data.dvc").write_text("outs:\n- md5: 00aa.dir\n")
-    (tree / ".dvc/config").write_text("[core]\n    remote = own\n['remote \"own\"']\n    url = remote\n")
+    (tree / ".dvc/config").write_text("[core]\n    remote = own\n['remote \"own\"']\n    url = 100%remote\n")
+    (tmp_path / "site/half-1.0.dist-info").mkdir(parents=True)  # a package whose removal stopped halfway
+    monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.chdir(tree)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     code, out, _ = cli("doctor")

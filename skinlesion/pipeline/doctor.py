@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Check', 'checks_text', 'check_python', 'read_pins', 'check_pins', 'check_library', 'check_kernel', 'check_fonts',
            'check_cores', 'check_memory', 'check_disk', 'check_shm', 'check_gpu', 'check_locale', 'check_git',
-           'remote_folder', 'missing_objects', 'check_data', 'check_writing', 'machine_checks', 'tree_checks',
-           'run_checks']
+           'remote_folder', 'cache_folder', 'missing_objects', 'check_data', 'check_writing', 'machine_checks',
+           'tree_checks', 'run_checks']
 
 # %% ../../nbs/pipeline/99_doctor.ipynb #05a01b19
 import configparser
@@ -223,30 +223,49 @@ def check_git(
     return Check('git', 'ok', 'the tree is a repository')
 
 # %% ../../nbs/pipeline/99_doctor.ipynb #994a39f9
+def _dvc_config(root):
+    "The settings of DVC in this tree; a % in a value stands for itself."
+    config = configparser.ConfigParser(interpolation=None)
+    config.read([root/'.dvc'/'config', root/'.dvc'/'config.local'], encoding='utf-8')
+    return config
+
 def remote_folder(
     root:Path, # of the tree
 ) -> Path|str: # the folder of the default remote; its address where it is no folder, '' where there is none
     "Where `dvc pull` takes data from."
-    config = configparser.ConfigParser()
-    config.read([root/'.dvc'/'config', root/'.dvc'/'config.local'], encoding='utf-8')
+    config = _dvc_config(root)
     name = config.get('core', 'remote', fallback='')
     url = config.get(f'\'remote "{name}"\'', 'url', fallback='')
     return url if not url or '://' in url else (root/'.dvc'/url).resolve()
+
+def cache_folder(
+    root:Path, # of the tree
+) -> Path:
+    "Where DVC keeps the objects that it brought or made."
+    folder = _dvc_config(root).get('cache', 'dir', fallback='cache')
+    return (root/'.dvc'/os.path.expanduser(folder)).resolve()
 
 # %% ../../nbs/pipeline/99_doctor.ipynb #91607b4d
 def _object(folder, md5):
     "Place of an object in a remote or a cache."
     return folder/'files'/'md5'/md5[:2]/md5[2:]
 
+def _listed(path):
+    "Hashes that the listing of a data folder names; None where it is missing or cut short."
+    try:
+        return {entry['md5'] for entry in json.loads(path.read_text(encoding='utf-8'))}
+    except (OSError, ValueError):
+        return None
+
 def missing_objects(
     stores:list, # folders of a remote and of a cache
     md5:str, # of a data folder, as data.dvc names it; ends with .dir
 ) -> tuple: # (hashes that neither holds, how many there are in all)
     "What cannot be brought back."
-    listing = next((path for folder in stores if (path := _object(folder, md5)).is_file()), None)
-    if listing is None:
+    listings = (_listed(_object(folder, md5)) for folder in stores)
+    hashes = next((one for one in listings if one is not None), None)
+    if hashes is None:
         return [md5], 1
-    hashes = {entry['md5'] for entry in json.loads(listing.read_text(encoding='utf-8'))}
     missing = [one for one in hashes if not any(_object(folder, one).is_file() for folder in stores)]
     return sorted(missing), len(hashes) + 1
 
@@ -334,6 +353,11 @@ def _torch_cuda():
     return found[1] if found else None
 
 # %% ../../nbs/pipeline/99_doctor.ipynb #39274370
+def _installed():
+    "Versions of the packages by name, without those whose removal stopped halfway."
+    found = ((dist.metadata.get('Name'), dist) for dist in importlib.metadata.distributions())
+    return {name: dist.version for name, dist in found if name}
+
 def _kernel_argv():
     "The words that start Jupyter's kernel `python3`."
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
@@ -349,7 +373,6 @@ def _fonts():
 # %% ../../nbs/pipeline/99_doctor.ipynb #49a0a02c
 def machine_checks() -> list: # of Check
     "What holds wherever the command is called."
-    installed = {dist.metadata['Name']: dist.version for dist in importlib.metadata.distributions()}
     memory = _memory()
     shm = shutil.disk_usage('/dev/shm').free if os.path.isdir('/dev/shm') else None
     encodings = {
@@ -359,7 +382,7 @@ def machine_checks() -> list: # of Check
     }
     return [
         check_python(sys.version_info[:3]),
-        check_kernel('ipykernel' in installed, _kernel_argv(), sys.executable),
+        check_kernel('ipykernel' in _installed(), _kernel_argv(), sys.executable),
         check_fonts(_fonts()),
         check_cores(_cores()),
         *([] if memory is None else [check_memory(memory)]),
@@ -374,19 +397,18 @@ def _objects(root, remote):
     md5 = re.search(r'^- md5: (\S+)', _read(root/'data.dvc'), re.M)
     if md5 is None or isinstance(remote, str):
         return [], 0
-    return missing_objects([remote, root/'.dvc'/'cache'], md5[1])
+    return missing_objects([remote, cache_folder(root)], md5[1])
 
 def tree_checks(
     root:Path, # of the tree
 ) -> list: # of Check
     "What belongs to the tree."
     import skinlesion
-    installed = {dist.metadata['Name']: dist.version for dist in importlib.metadata.distributions()}
     remote = remote_folder(root)
     folders = [root, *(root/name for name in ('artifacts', 'reports', '.work', '.dvc')), Path(tempfile.gettempdir())]
     refused = [folder for folder in folders if folder.exists() and not os.access(folder, os.W_OK)]
     return [
-        check_pins(read_pins(_read(root/'constraints.txt')), installed),
+        check_pins(read_pins(_read(root/'constraints.txt')), _installed()),
         check_library(Path(skinlesion.__file__).parents[1], root, shutil.which('dvc')),
         check_git(shutil.which('git') is not None, _answer('git', '-C', str(root), 'rev-parse') is not None),
         check_data((root/'data').exists(), remote, *_objects(root, remote)),
