@@ -16,6 +16,7 @@ import json
 import locale
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -212,15 +213,21 @@ def check_locale(
 # %% ../../nbs/pipeline/99_doctor.ipynb #6a6c3667
 def check_git(
     has_git:bool, # whether the PATH has the command
-    inside:bool, # whether the tree is a repository
+    fault:str, # what git says of the tree; '' where it is a repository
+    root:Path, # of the tree
 ) -> Check:
-    "DVC works in a git repository only, and a downloaded ZIP is none."
+    "DVC works in a git repository only; a downloaded ZIP is none, and git refuses the clone of another user."
     if not has_git:
         return Check('git', 'problem', 'no git on the PATH', 'Debian, Ubuntu: apt install git')
-    if not inside:
+    if not fault:
+        return Check('git', 'ok', 'the tree is a repository')
+    if 'not a git repository' in fault:
         text = 'this tree is no git repository, as after a download of its ZIP; DVC needs one'
         return Check('git', 'problem', text, 'git init, then the same command again; or git clone')
-    return Check('git', 'ok', 'the tree is a repository')
+    remedy = 'mend what git names, or clone again'
+    if 'safe.directory' in fault:
+        remedy = f'git config --global --add safe.directory {shlex.quote(str(root))}'
+    return Check('git', 'problem', f'git cannot read this tree: {fault.splitlines()[0]}', remedy)
 
 # %% ../../nbs/pipeline/99_doctor.ipynb #994a39f9
 def _dvc_config(root):
@@ -332,6 +339,15 @@ def _answer(*words):
         return None
     return done.stdout if done.returncode == 0 else None
 
+def _git_fault(root):
+    "What git says of a tree that it cannot read, in English; '' where it can."
+    words = ('git', '-C', str(root), 'rev-parse')
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, env=os.environ | {'LC_ALL': 'C'})
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return '' if done.returncode == 0 else done.stderr.strip() or f'it ended with {done.returncode}'
+
 def _gpu():
     "Name, memory and CUDA version of the first GPU as one line; None where there is none."
     listing = _answer('nvidia-smi', '--query-gpu=name,memory.total', '--format=csv,noheader')
@@ -410,7 +426,7 @@ def tree_checks(
     return [
         check_pins(read_pins(_read(root/'constraints.txt')), _installed()),
         check_library(Path(skinlesion.__file__).parents[1], root, shutil.which('dvc')),
-        check_git(shutil.which('git') is not None, _answer('git', '-C', str(root), 'rev-parse') is not None),
+        check_git(shutil.which('git') is not None, _git_fault(root), root),
         check_data((root/'data').exists(), remote, *_objects(root, remote)),
         check_disk(shutil.disk_usage(root).free),
         check_writing(refused),
