@@ -33,6 +33,12 @@ def test_what_the_guide_imports_is_there():
         assert hasattr(importlib.import_module(f"skinlesion.{module}"), name), (module, name)
 
 
+def test_a_red_notebook_is_not_hidden_by_green_tests():
+    "The line that stands for `make test` ends with the fault of either half."
+    for name in ("README.md", "nbs/index.ipynb", "nbs/guide/a_pipeline.ipynb"):
+        assert "--path nbs && pytest" in (ROOT / name).read_text(encoding="utf-8"), name
+
+
 def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, one_thread):
     drawn = make_synthetic(tmp_path / "drawn", n_images=140, size=(48, 64), seed=1)
     for image_id, diagnosis in zip(drawn.table.image_id, drawn.table.diagnosis):
