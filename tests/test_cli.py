@@ -414,6 +414,30 @@ def test_help_imports_nothing_slow():
     assert done.stdout.strip() == "[]"
 
 
+def test_refusals_that_need_no_pixels_do_not_wait_for_torch(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "bundle.json").write_text("{}")
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "a.zip").write_bytes(b"PK\3\4")
+    (tmp_path / "short.csv").write_text("image_id,age\na,1\n")
+    ends = "--bundle bundle --csv o.csv"
+    words = [
+        f"predict gone.png {ends}", f"predict a.png a.png {ends}", f"predict a.zip {ends}", f"predict empty {ends}",
+        f"predict a.png {ends} --format isc", f"predict a.png {ends} --metadata short.csv",
+        "predict a.png --bundle gone --csv o.csv", "predict a.png --bundle empty --csv o.csv",
+        "explain gone.png --bundle bundle --out m.png", "explain a.png --bundle gone --out m.png",
+    ]
+    code = (
+        "import sys; from typer.testing import CliRunner; from skinlesion.pipeline.cli import app\n"
+        "for words in sys.argv[1:]:\n"
+        "    assert CliRunner().invoke(app, words.split()).exit_code == 1, words\n"
+        "    assert 'torch' not in sys.modules, words"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_notebooks_are_checked_without_the_grammar_of_addresses():
     "Two seconds of each command less; a notebook that is none is still refused."
     code = (

@@ -143,6 +143,7 @@ FAULTS = {  # name: picture (None for a sound one), form fields, status, part of
     "damaged": (b"\xff\xd8\xff\xe0" + b"0" * 200, {}, 400, "damaged"),
     "large": (b"x" * ((20 << 20) + 1), {}, 413, "20,971,520 bytes allowed"),
     "word": (None, {"site": "bakc"}, 422, "Did you mean 'back'?"),
+    "words": (None, {"age": "eighty", "sex": "fem", "site": "bak"}, 422, "site 'bak'"),
     "case": (None, {"Age": "80"}, 422, "form field 'Age' is not known; allowed are file, age, sex, site. Did you mean"),
     "field": (None, {"gender": "male"}, 422, "'gender' is not known; allowed are file, age, sex, site. Did you mean"),
 }

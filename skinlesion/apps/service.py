@@ -25,10 +25,10 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as RoutingFault
 
-from ..data.metadata import parse_age
+from ..data.metadata import parse_person
 from ..images import IMAGE_TYPES, ImageError, encode_png, read_image, sniff_type
 from ..model.bundle import BundleError, verify_bundle
-from ..taxonomy import DISCLAIMER, nearest, parse_sex, parse_site
+from ..taxonomy import DISCLAIMER, nearest
 from ..use.predict import Prediction, Predictor
 
 # %% ../../nbs/apps/96_service.ipynb #bb3207e7
@@ -117,7 +117,7 @@ def _read_person(
 ) -> dict: # age, sex, site, checked
     "The form's metadata; `HTTPException` 422 where a word is unknown."
     try:
-        return dict(age=parse_age(age), sex=parse_sex(sex), site=parse_site(site))
+        return dict(zip(('age', 'sex', 'site'), parse_person(age, sex, site)))
     except ValueError as e:
         raise HTTPException(422, str(e)) from e
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 
+from ..checks import check_bundle_folder
 from ..colour import check_colour
 from ..data.metadata import MetadataEncoder
 from ..files import atomic_write, read_json, scratch_folder, verify_sums, write_json, write_sums
@@ -544,12 +545,8 @@ def verify_bundle(
 ) -> dict: # bundle_id, members (names), files (name -> SHA-256), facts (bundle.json)
     "Check sums, files and keys of a bundle without building a model; `BundleError` names what is off."
     folder = Path(folder)
-    if not (folder/'SHA256SUMS').is_file() and not (folder/'bundle.json').is_file():
-        raise BundleError(
-            f"{folder}: {_no_bundle(folder)} (bundle.json, SHA256SUMS and weights); name a bundle, such as "
-            "artifacts/ensemble after `dvc repro`"
-        )
     try:
+        check_bundle_folder(folder)
         sums = verify_sums(folder)
     except (ValueError, OSError) as e:
         raise BundleError(str(e)) from e
@@ -571,13 +568,6 @@ def verify_bundle(
                 "and its line in SHA256SUMS, or export the bundle anew"
             )
     return dict(bundle_id=bundle_id, members=names, files=sums, facts=facts)
-
-# %% ../../nbs/model/54_bundle.ipynb #b8c56c4b
-def _no_bundle(path):
-    "What stands at a path that is no bundle."
-    if path.is_dir():
-        return 'no model bundle is in this folder'
-    return 'this is a file' if path.exists() else 'no such folder'
 
 # %% ../../nbs/model/54_bundle.ipynb #a5ac369e
 def _member_names(members, where):

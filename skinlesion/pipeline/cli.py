@@ -294,6 +294,20 @@ def _say_skipped(table):
     for sentence in table.attrs['skipped']:
         say(f'skipped: {sentence}', err=True)
 
+# %% ../../nbs/pipeline/112_cli.ipynb #e23deca0
+def _check_given(images, bundle, metadata, skip_bad):
+    "The pictures and what is known of the persons, refused without torch where they cannot be used."
+    from skinlesion.checks import check_bundle_folder
+    from skinlesion.data.metadata import find_persons, image_ids, read_metadata
+    from skinlesion.names import check_picture
+    check_bundle_folder(bundle)
+    persons = metadata and read_metadata(metadata)
+    found = _find_pictures(images)
+    find_persons(image_ids(found.files), persons)
+    for file in () if skip_bad else found.files:
+        check_picture(file)
+    return found, persons
+
 # %% ../../nbs/pipeline/112_cli.ipynb #b348fba4
 @app.command('predict')
 def predict(
@@ -321,11 +335,10 @@ def predict(
     from skinlesion.checks import check_choice
     from skinlesion.data.challenges import find_challenge, write_challenge
     from skinlesion.data.tables import write_predictions
-    from skinlesion.use.predict import Predictor, read_metadata
     check_choice(layout, ('table', 'isic'), '--format')
     check_place(csv)
-    persons = metadata and read_metadata(metadata)
-    found = _find_pictures(images)
+    found, persons = _check_given(images, bundle, metadata, skip_bad)
+    from skinlesion.use.predict import Predictor # last: torch takes seconds
     predictor = Predictor(bundle)
     challenge = find_challenge(predictor.label_set.codes, f'{bundle}, --format isic') if layout == 'isic' else ''
     table = predictor.predict_many(found.files, persons, skip_bad, counter('pictures'))
@@ -341,7 +354,7 @@ def _person(metadata, image):
     "Age, sex and site of one picture; None where no table was given."
     if metadata is None:
         return None
-    from skinlesion.use.predict import find_persons, image_ids, read_metadata
+    from skinlesion.data.metadata import find_persons, image_ids, read_metadata
     person = find_persons(image_ids([image]), read_metadata(metadata))[0]
     return dict(zip(('age', 'sex', 'site'), person))
 
@@ -379,19 +392,23 @@ def explain(
       skinlesion explain photo.jpg --bundle artifacts/ensemble --out map.png
       skinlesion explain photo.jpg --bundle artifacts/ensemble --method scorecam --class melanoma --out map.png
     """
+    from skinlesion.checks import check_bundle_folder
+    from skinlesion.names import check_picture
     if out.suffix.lower() != '.png':
         raise ValueError(f"--out {out}: the map is written as PNG; give a name that ends in .png")
     check_place(out)
+    check_picture(image)
+    check_bundle_folder(bundle)
     say(_draw_map(image, bundle, out, _person(metadata, image), **options))
 
 # %% ../../nbs/pipeline/112_cli.ipynb #8453dceb
 def _draw_map(image, bundle, out, person, method, layer, target, member, opacity):
     "Write the map over the image; what it shows, as text."
-    from skinlesion.explain.cam import CAM_NAMES, is_flat
     from skinlesion.images import read_image
     from skinlesion.taxonomy import DISCLAIMER
-    from skinlesion.use.predict import Predictor, prediction_text
     pixels = read_image(image)
+    from skinlesion.explain.cam import CAM_NAMES, is_flat # last: torch takes seconds
+    from skinlesion.use.predict import Predictor, prediction_text
     predictor = Predictor(bundle)
     code = predictor.label_set.parse(target, '--class') if target else None
     explanation = predictor.explain(pixels, method, layer, code, member=member or 0, **(person or {}))
