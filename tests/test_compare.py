@@ -217,6 +217,7 @@ REFUSALS = {
     "split": (("low", "other"), "low and other may not be compared; split_sha256: low '"),
     "revision": (("low", "nowhere"), "revision 'nowhere': unknown Git revision"),
     "experiment": (("low", "bettr"), "experiments: better. Did you mean 'better'?"),
+    "both": (("nowhere", "bettr"), "experiments: better.\nrevision 'bettr': unknown Git revision"),
     "member": (("low", "better", "--member", "imag"), "Did you mean 'image'?"),
     "rows": (("low", "better", "--split", "train"), "revision 'low': no image in split 'train'; it has test, valid"),
 }

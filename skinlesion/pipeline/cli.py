@@ -643,8 +643,8 @@ def compare(
       skinlesion compare v1 my-experiment --member fused --split valid
     """
     root = repo_root()
-    from skinlesion.pipeline.revisions import compare_revisions, comparison_text, read_evaluation
-    a, b = (read_evaluation(rev, root) for rev in (rev_a, rev_b))
+    from skinlesion.pipeline.revisions import compare_revisions, comparison_text, read_evaluations
+    a, b = read_evaluations((rev_a, rev_b), root)
     say(comparison_text(compare_revisions(a, b, split, member, resamples, seed)))
 
 # %% ../../nbs/pipeline/112_cli.ipynb #722533e0
