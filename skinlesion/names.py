@@ -196,7 +196,7 @@ class FileNames:
     def __init__(self,
         labels, # iterable of str: the files with their folders, such as 'part_1.zip/train/ISIC_1.jpg'
     ):
-        self.forms = [defaultdict(list), defaultdict(list), defaultdict(list)] # as it is, one case, without suffix
+        self.forms = [defaultdict(list) for _ in range(4)] # as it is, one case, without suffix, as a whole number
         for label in dict.fromkeys(labels):
             name = label.rsplit('/', 1)[-1]
             for index, forms in zip(self.forms, _forms(name)):
@@ -216,7 +216,8 @@ class FileNames:
         wanted = name, name_key(name), stem_key(name)
         groups = [index.get(form, []) for index, form in zip(self.forms, wanted)] if name else []
         below = [[label for label in group if _is_below(label, folders)] for group in groups]
-        return next((group for group in (below if in_folder else [*below, *groups]) if group), [])
+        found = next((group for group in (below if in_folder else [*below, *groups]) if group), [])
+        return found or self._same_number(name, folders if in_folder else ())
 
     def nearest(self,
         cell:str, # of a table
@@ -230,10 +231,21 @@ class FileNames:
 
 # %% ../nbs/07_names.ipynb #d68f2fdf
 def _forms(name):
-    "The forms of a file name by which it may be called: as it is, in one case, without suffix."
+    "The forms of a file name by which it may be called: as it is, in one case, without suffix, as a whole number."
     bare = re.sub(r'(?<=.)\.[A-Za-z]\w{0,4}$', '', name)
     exact = {name, image_stem(name)}
-    return exact, {name_key(form) for form in exact}, {stem_key(name), name_key(bare)}
+    return exact, {name_key(form) for form in exact}, {stem_key(name), name_key(bare)}, {_whole_number(name)} - {''}
+
+def _whole_number(name):
+    "The number that a spreadsheet makes of a name: '100' for '0100.jpg' and for '100.0'; '' for other names."
+    digits = re.fullmatch(r'0*([0-9]+)(\.0+)?', stem_key(name))
+    return digits[1] if digits else ''
+
+@patch
+def _same_number(self:FileNames, name, folders):
+    "The only file that is the same whole number as a name, in a list; else []."
+    found = [label for label in self.forms[3].get(_whole_number(name), ()) if _is_below(label, folders)]
+    return found if len(found) == 1 else []
 
 def _is_below(label, folders):
     "Whether a file lies in these folders, case and blanks apart."
