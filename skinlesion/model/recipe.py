@@ -146,7 +146,10 @@ class ScheduleOptions(Options):
     learning_rate:float = Field(1e-3, gt=0, le=10, description='highest learning rate of the schedule')
     weight_decay:float = Field(.05, ge=0, le=10, description='weight decay of AdamW; none on norms and biases')
     warmup_epochs: float = Field(
-        1.0, ge=0, le=1000, description='epochs over which the learning rate rises; fewer than `epochs`'
+        1.0,
+        ge=0,
+        le=1000,
+        description='epochs over which the learning rate rises; fewer than `epochs`; by default 0 of one epoch',
     )
     patience:int = Field(5, ge=1, le=1000, description='epochs without a better `metric` before training stops')
     metric: Literal['auroc_macro', 'balanced_accuracy', 'accuracy', 'f1_macro', 'loss'] = Field(
@@ -216,8 +219,8 @@ def _check_schedule(
     "Stop at epochs or batches that leave nothing to do."
     if options.warmup_epochs >= options.epochs:
         raise ValueError(
-            f"warmup_epochs is {options.warmup_epochs:g} and epochs is {options.epochs}; warm up for "
-            "fewer epochs than are trained"
+            f"warmup_epochs is {options.warmup_epochs:g} and epochs is {options.epochs}; give warmup_epochs "
+            f"(--warmup-epochs) a number from 0 to below {options.epochs}, or train for more epochs"
         )
     if options.freeze_epochs >= options.epochs:
         raise ValueError(
@@ -316,6 +319,8 @@ def check_recipe(
 class Recipe(RunOptions, ImageOptions, ScheduleOptions, LossOptions, ModelOptions):
     "All options of one training run; a value that cannot work is refused at once."
     def __init__(self, **options):
+        if options.get('epochs') == 1: # the default of warmup_epochs would fill it
+            options = dict(warmup_epochs=0.) | options
         try:
             super().__init__(**options)
         except ValidationError as e:
