@@ -195,17 +195,24 @@ def _check_policy(policy):
         )
 
 # %% ../../nbs/evaluate/70_policy.ipynb #86e603ca
+def _apart(value, limit, digits, kind):
+    "Two numbers as text, with so many digits or as many more as tell them apart."
+    texts = [(f'{value:.{n}{kind}}', f'{limit:.{n}{kind}}') for n in range(digits, 18)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[0])
+
 def _ood_reason(ood, score):
     "Why an out-of-distribution image gets no prediction."
+    shown, limit = _apart(score, ood.threshold.value, 4, 'g')
     return (
-        f"the picture is unlike those of validation: its {ood.kind} score {score:.4g} is above "
-        f"{ood.threshold.value:.4g}, below which {ood.threshold.share:.0%} of them lie"
+        f"the picture is unlike those of validation: its {ood.kind} score {shown} is above "
+        f"{limit}, below which {ood.threshold.share:.0%} of them lie"
     )
 
 def _confidence_reason(abstention, confidence):
     "Why an image of low confidence gets no prediction."
+    shown, limit = _apart(confidence, abstention.value, 3, 'f')
     return (
-        f"the answer is unsure: its highest probability {confidence:.3f} is below {abstention.value:.3f}, "
+        f"the answer is unsure: its highest probability {shown} is below {limit}, "
         f"as for the least sure {abstention.reached:.0%} of validation"
     )
 
