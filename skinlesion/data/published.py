@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .collections import COLLECTIONS, SOURCES, Collection, Details, register
+from .collections import import_collection  # noqa: F401 -- here it knows these collections too
 from .schema import DatasetError, DatasetInfo
 from ..taxonomy import LabelSet, is_missing
 
