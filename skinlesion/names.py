@@ -28,6 +28,7 @@ _UNREAD_SUFFIXES = {
 } | dict.fromkeys(('.cr2', '.cr3', '.nef', '.arw', '.dng', '.orf', '.rw2', '.raf'), 'a raw camera format')
 _UNREAD_TYPES = dict(gif='GIF', pdf='PDF', dicom='DICOM')
 _NO_PICTURES = ('.rar', '.7z') # archives, whatever their first bytes are
+_ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', *_NO_PICTURES)
 
 def _suffix(name):
     "The suffix in lower case, or ''."
@@ -93,8 +94,12 @@ def _look_at(path):
             head = f.read(512)
     except OSError as e:
         return False, f'{path}: {(e.strerror or str(e)).lower()}; check the file and its rights'
+    if is_picture(path.name, head):
+        return True, ''
+    if _suffix(path.name) in _ARCHIVES:
+        return False, f'{path}: an archive, which is not read; unpack it, and name its folder'
     kind = unread_kind(path.name, head)
-    return is_picture(path.name, head), f'{path}: {unread_remedy(kind)}' if kind else ''
+    return False, f'{path}: {unread_remedy(kind)}' if kind else ''
 
 # %% ../nbs/07_names.ipynb #1754b5b8
 def _named_file(path):
@@ -140,8 +145,8 @@ def find_pictures(
         reasons = [reason for *_, reason in seen if reason]
         if not inside:
             why = ''.join(f'\n  left out: {reason}' for reason in reasons[:10])
-            suffixes = ', '.join(IMAGE_SUFFIXES)
-            raise ValueError(f"{path}: no image in this folder ({suffixes}); name a file or another folder{why}")
+            kinds = ', '.join(IMAGE_TYPES)
+            raise ValueError(f"{path}: no image in this folder ({kinds}, of any suffix); name another one{why}")
         files += inside
         left_out += reasons
         others += sum(p.is_file() for p, is_read, reason in seen if not (is_read or reason))

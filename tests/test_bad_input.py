@@ -242,7 +242,7 @@ def test_a_picture_that_cannot_be_read(made, name, expected):
 
 
 def test_pictures_that_are_none_or_two(made):
-    predict(made, "no image in this folder (.jpg, .jpeg, .png", made / "empty")
+    predict(made, "no image in this folder (jpeg, png, webp, bmp, tiff, of any suffix)", made / "empty")
     predict(made, "Missing argument", code=2)
     predict(
         made,

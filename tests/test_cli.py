@@ -246,6 +246,7 @@ def test_skip_bad_lists_what_it_left_out(made):
     assert [line.split(": ")[0] for line in err.splitlines()[-2:]] == [f"  {bad / name}.jpg" for name in ("z", "gone")]
     ended = CliRunner().invoke(app, [*words, "--skip-bad"])
     assert ended.exit_code == 0 and "skipped: " in ended.stderr and "z.jpg" in ended.stderr
+    assert "1 skipped, named above: pictures that cannot be read" in ended.stdout
     assert pd.read_csv(bad / "o.csv").image_id.tolist() == ["a"]
 
 

@@ -254,11 +254,13 @@ def _find_pictures(paths):
     return found
 
 # %% ../../nbs/pipeline/112_cli.ipynb #cb553931
-def _left_out_text(found):
+def _left_out_text(found, skipped):
     "Lines on what a folder holds beside the pictures that are read."
     lines = []
     if found.left_out:
-        lines.append(f'{len(found.left_out)} left out, named above: pictures or folders that are not read')
+        lines.append(f'{len(found.left_out)} left out, named above: pictures, archives or folders that are not read')
+    if skipped:
+        lines.append(f'{len(skipped)} skipped, named above: pictures that cannot be read')
     if found.others:
         lines.append(f'{found.others} other file(s) in the folders are no pictures')
     return lines
@@ -304,8 +306,8 @@ def _check_given(images, bundle, metadata, skip_bad):
     persons = metadata and read_metadata(metadata)
     found = _find_pictures(images)
     find_persons(image_ids(found.files), persons)
-    for file in () if skip_bad else found.files:
-        check_picture(file)
+    if len(found.files) == 1 and not skip_bad: # of several, `predict_many` names every bad one
+        check_picture(found.files[0])
     return found, persons
 
 # %% ../../nbs/pipeline/112_cli.ipynb #b348fba4
@@ -345,7 +347,7 @@ def predict(
     (write_challenge if challenge else write_predictions)(table, csv)
     _say_skipped(table)
     lines = [_predictions_text(table, csv, predictor, challenge), *_unused_metadata(metadata, predictor)]
-    say('\n'.join([*lines, *_left_out_text(found)]))
+    say('\n'.join([*lines, *_left_out_text(found, table.attrs['skipped'])]))
     if found.left_out and not skip_bad:
         raise typer.Exit(3)
 
