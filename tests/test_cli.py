@@ -422,12 +422,16 @@ def test_refusals_that_need_no_pixels_do_not_wait_for_torch(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "a.zip").write_bytes(b"PK\3\4")
     (tmp_path / "short.csv").write_text("image_id,age\na,1\n")
+    (tmp_path / "p.csv").write_text("image_id,p_mel,p_benign\na,1,0\n")
+    (tmp_path / "l.csv").write_text("image_id,diagnosis\na,melanma\n")
     ends = "--bundle bundle --csv o.csv"
     words = [
         f"predict gone.png {ends}", f"predict a.png a.png {ends}", f"predict a.zip {ends}", f"predict empty {ends}",
         f"predict a.png {ends} --format isc", f"predict a.png {ends} --metadata short.csv",
         "predict a.png --bundle gone --csv o.csv", "predict a.png --bundle empty --csv o.csv",
         "explain gone.png --bundle bundle --out m.png", "explain a.png --bundle gone --out m.png",
+        "fit gone --out run", "fit empty --out run --epochs 1 --warmup-epochs 1", "fit empty --out run --loss focall",
+        "evaluate short.csv short.csv --out scored", "evaluate p.csv l.csv --out scored",
     ]
     code = (
         "import sys; from typer.testing import CliRunner; from skinlesion.pipeline.cli import app\n"

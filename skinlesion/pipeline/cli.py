@@ -189,8 +189,12 @@ def fit(
       skinlesion fit photos --backbone convnext_base --epochs 20 --out run
       skinlesion fit data --backbone mobilenetv2_100 --pretrained timm --image-size 128 --out run
     """
-    from skinlesion.use.learner import fit as fit_run
+    from skinlesion.model.recipe import Recipe
     options = _recipe_values(options)
+    Recipe(seed=seed, **options) # refused before torch is loaded, which takes seconds
+    if not data.exists() and not (out/'data'/'dataset.json').is_file(): # an earlier run may have imported it
+        raise FileNotFoundError(f'{data}: no such file or folder; check the path')
+    from skinlesion.use.learner import fit as fit_run
     run = fit_run(data, out, image_size=image_size, seed=seed, progress=say, **options)
     say(metrics_text(run.metrics))
     say(f'{out}: bundle, predictions, metrics.json')
@@ -549,9 +553,10 @@ def evaluate(
         _score_official(predictions, labels, official, options['split'], options['partial'])
     if out is None:
         return
+    tables = _read_tables(predictions, labels, options.pop('label_set'), options['split'], options.pop('partial'))
     from skinlesion.report.clinical import folder_images, write_evaluation
     pictures = images and folder_images(images)
-    result, sources, notes = _evaluate_files(predictions, labels, **options)
+    result, sources, notes = _evaluate_files(predictions, labels, tables, **options)
     write_evaluation(result, out, pictures, provenance=sources)
     for sentence in filter(None, [*notes, _about_malignancy(result.label_set)]):
         say(sentence, err=True)
@@ -595,24 +600,29 @@ def _file_hashes(**paths):
     from skinlesion.files import sha256_file
     return {what: dict(file=path.name, sha256=sha256_file(path)) for what, path in paths.items()}
 
+# %% ../../nbs/pipeline/112_cli.ipynb #4bdc9d1d
+def _read_tables(predictions, labels, label_set, split, partial):
+    "The classes, both tables over the same images, and what was left out; faults come before torch is loaded."
+    from skinlesion.data.tables import infer_label_set, read_predictions, read_scored_labels
+    named = None if label_set is None else infer_label_set(None, label_set)
+    table = read_predictions(predictions, named)
+    codes = named or infer_label_set(table)
+    return codes, *read_scored_labels(labels, table, codes, split, partial)
+
 # %% ../../nbs/pipeline/112_cli.ipynb #f4a8aa3a
 def _evaluate_files(
-    predictions, labels, label_set, split, partial, facts, resamples, seed, stratified, miss_cost, target_sensitivity,
-    coverage, benchmark,
+    predictions, labels, tables, split, facts, resamples, seed, stratified, miss_cost, target_sensitivity, coverage,
+    benchmark,
 ):
     "The evaluation of two files, the hashes of what was read, and sentences on renamed ids and what was left out."
-    from skinlesion.data.tables import infer_label_set, read_predictions, read_scored_labels
     from skinlesion.evaluate.benchmarks import BenchmarkId, identify, parse_benchmark
     from skinlesion.evaluate.decisions import cost_matrix
     from skinlesion.evaluate.evaluation import evaluate_tables
     from skinlesion.report.guidelines import check_facts
     from skinlesion.files import read_json
-    named = None if label_set is None else infer_label_set(None, label_set)
+    codes, table, truth, left_out = tables
     identity = parse_benchmark(benchmark) if benchmark else BenchmarkId()
     given = {} if facts is None else check_facts(read_json(facts))
-    table = read_predictions(predictions, named)
-    codes = named or infer_label_set(table)
-    table, truth, left_out = read_scored_labels(labels, table, codes, split, partial)
     identity = identify(identity, truth if 'split' in truth else None)
     known = dict(excluded=left_out) if left_out else {}
     if split:
