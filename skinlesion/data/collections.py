@@ -658,9 +658,10 @@ def register(
     name:str, # by which the command and `import_collection` know it
     collection:Collection, # its description
 ):
-    "Add a collection to COLLECTIONS and SOURCES; a name that is taken is an error."
-    if COLLECTIONS.setdefault(name, collection) != collection:
+    "Add a collection to COLLECTIONS and SOURCES, or describe it anew; a name that another one has is an error."
+    if name in COLLECTIONS and COLLECTIONS[name].info != collection.info:
         raise ValueError(f"collection '{name}' is there already; choose another name")
+    COLLECTIONS[name] = collection
     SOURCES[name] = _importer(name)
 
 import_ham10000, import_isic2018, import_isic2019, import_isic2020 = SOURCES.values()
