@@ -123,7 +123,9 @@ def archive_code(
     path:str, # a diagnosis of the archive, levels joined by ':'
     label_set:LabelSet, # built in, fewer classes of a built-in one, or of one's own
 ) -> str: # code, or '' where the diagnosis is of no class of the set
-    "The class of a diagnosis of the archive."
+    "The class of a diagnosis of the archive; one whose first level the archive does not know is of none."
+    if path.partition(':')[0] not in {known.partition(':')[0] for known in archive_diagnoses()}:
+        return ''
     code = ''
     depth = -1
     for table in (_named_levels(path, label_set), *_tables(label_set)):
