@@ -65,7 +65,7 @@ class MetadataTokens(nn.Module):
 
 # %% ../../nbs/model/53_fusion.ipynb #b671c821
 class MetadataDropout(nn.Module):
-    "In training, now and then forget the age, the sex or the site."
+    "In training, now and then forget the age, the sex, the site, or all of them."
     def __init__(self,
         groups:list, # of dict(name, columns, missing), from `MetadataEncoder.groups()`; every column in one of them
         metadata_dim:int, # D
@@ -87,7 +87,9 @@ class MetadataDropout(nn.Module):
         "The metadata, some fields forgotten."
         if not self.training or self.rate == 0:
             return metadata
-        forgotten = torch.rand(len(metadata), len(self.belongs), device=metadata.device) < self.rate
+        draws = torch.rand(len(metadata), 1 + len(self.belongs), device=metadata.device)
+        everything = draws[:, :1] < self.rate / 2
+        forgotten = everything | (draws[:, 1:] < self.rate / (2 - self.rate))
         hidden = (forgotten[:, :, None] & self.belongs).any(1)
         return torch.where(hidden, self.missing.to(metadata.dtype), metadata)
 
