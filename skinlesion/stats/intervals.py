@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_UNDEFINED', 'lesion_numbers', 'lesion_weights', 'percentile_interval', 'expanded_level', 'effective_lesions',
            'shifted_interval', 'wilson_interval', 'newcombe_interval', 'interval_leaf', 'share_leaf', 'format_leaf',
-           'walk_leaves', 'find_leaf', 'paired_leaf', 'delong_interval', 'delong']
+           'walk_leaves', 'find_leaf', 'paired_leaf', 'difference_leaf', 'delong_interval', 'delong']
 
 # %% ../../nbs/stats/11_intervals.ipynb #9ace8d5a
 import numpy as np
@@ -288,6 +288,27 @@ def paired_leaf(
         method=method,
         fewest=fewest,
     )
+    return leaf | dict(verdict=_verdict(leaf['low'], leaf['high'], higher_is_better))
+
+# %% ../../nbs/stats/11_intervals.ipynb #d2a91693
+def difference_leaf(
+    first:dict, # leaf of one set of lesions
+    second:dict, # leaf of the same metric on other lesions
+    higher_is_better:bool=True, # False for errors such as ece
+) -> dict: # a leaf of first - second with a `verdict` on the first: better, worse, not distinguishable
+    "The difference between two sets of lesions that share none, with its interval."
+    leaf = dict(value=None, low=None, high=None, n=first['n'], n_lesions=first.get('n_lesions'))
+    leaf['method'] = 'from both intervals (Zou & Donner 2008)'
+    missing = next((side for side in (first, second) if side['value'] is None), None)
+    if missing:
+        return leaf | dict(reason=missing.get('reason', 'undefined'), verdict='not distinguishable')
+    leaf['value'] = difference = first['value'] - second['value']
+    missing = next((side for side in (first, second) if side.get('low') is None), None)
+    if missing:
+        return leaf | dict(reason=missing.get('reason', 'no interval'), verdict='not distinguishable')
+    down = np.hypot(first['value'] - first['low'], second['high'] - second['value'])
+    up = np.hypot(first['high'] - first['value'], second['value'] - second['low'])
+    leaf |= dict(low=float(difference - down), high=float(difference + up))
     return leaf | dict(verdict=_verdict(leaf['low'], leaf['high'], higher_is_better))
 
 # %% ../../nbs/stats/11_intervals.ipynb #e92b9da1

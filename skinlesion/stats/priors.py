@@ -34,8 +34,8 @@ def check_priors(
     for code, value in zip(codes, values):
         if not value > 0:
             raise ValueError(
-                f"{where}: the share of class '{code}' is {value:g}; each must be above 0, since a class of share 0 can "
-                "never be predicted: give a small one such as 0.001, or leave the class out of the label set"
+                f"{where}: the share of class '{code}' is {value:g}; each must be above 0, since a class of share 0 "
+                "can never be predicted: give a small one such as 0.001, or leave the class out of the label set"
             )
     if not abs(values.sum() - 1) <= _SUM_TOLERANCE:
         raise ValueError(f"{where}: the shares sum to {values.sum():.4g}; they must sum to 1: divide each by the sum")
