@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'risk_coverage', 'abstention_scorecard', 'LockedAbstention', 'lock_abstention', 'energy', 'Mahalanobis',
-           'fit_mahalanobis', 'crossfit_mahalanobis', 'LockedOod', 'lock_ood', 'foreign_images', 'ood_scorecard']
+           'fit_mahalanobis', 'crossfit_mahalanobis', 'LockedOod', 'lock_ood', 'ood_share', 'foreign_images',
+           'ood_scorecard']
 
 # %% ../../nbs/evaluate/69_abstention.ipynb #13040e81
 from dataclasses import dataclass, fields
@@ -168,7 +169,7 @@ def _lesion_shares(lesion_ids):
 class LockedAbstention(_NumericRecord):
     "The confidence below which no prediction is given."
     value:float # below it, the policy abstains
-    share:float # of the validation lesions to abstain from, at most
+    share:float # of the validation lesions to abstain from, at most; images declined for another reason included
     reached:float # share of the validation lesions below `value`
     n:int # validation images
     n_lesions:int # their lesions
@@ -184,15 +185,17 @@ def lock_abstention(
     confidence:np.ndarray, # (N,) of validation images, of predictions by fits without them
     lesion_ids:np.ndarray=None, # (N,) lesion of each; None where each is its own
     share:float=.1, # of the lesions to abstain from, at most; in [0, 1)
+    declined:np.ndarray=None, # (N,) bool, images without a prediction for another reason; they count towards `share`
 ) -> LockedAbstention:
-    "The highest confidence below which at most `share` of the validation lesions lie."
+    "The highest confidence below which, together with the images declined, at most `share` of the lesions lie."
     check_number(share, 'share', 'the share of lesions to abstain from,', least=0, below=1)
     confidence = _numbers(confidence, 'confidence')
     counts, n_lesions = _lesion_shares(_lesions(lesion_ids, len(confidence)))
     levels, level = np.unique(confidence, return_inverse=True)
-    share_at = np.bincount(level, counts) / n_lesions
-    share_below = np.cumsum(share_at) - share_at
-    value = rounded_down(levels[np.flatnonzero(share_below <= share + 1e-9)[-1]])
+    declined = np.zeros(len(confidence), bool) if declined is None else np.asarray(declined, bool)
+    share_at = np.bincount(level, counts * ~declined) / n_lesions
+    share_below = np.cumsum(share_at) - share_at + counts[declined].sum() / n_lesions
+    value = rounded_down(levels[max(np.flatnonzero(share_below <= share + 1e-9), default=0)])
     reached = rounded_down(counts[confidence < value].sum() / n_lesions)
     return LockedAbstention(value, float(share), reached, len(confidence), n_lesions)
 
@@ -374,6 +377,15 @@ def lock_ood(
         raise ValueError(f"{n_lesions} lesion(s) cannot promise that {share:.0%} of further ones are answered; "
                          f"give at least {int(np.ceil(share / (1 - share) - 1e-9))}, or ask for a smaller share")
     return LockedOod(rounded_up(scores[order[enough[0]]]), float(share), len(scores), n_lesions)
+
+# %% ../../nbs/evaluate/69_abstention.ipynb #0553da2e
+_MOST_OOD_SHARE = .05 # of lesions that an out-of-distribution limit may decline
+
+def ood_share(
+    abstain_share:float, # of the lesions that may go without a prediction, in (0, 1)
+) -> float: # for `lock_ood`
+    "The share of lesions that an out-of-distribution limit is to let pass."
+    return 1 - min(_MOST_OOD_SHARE, abstain_share / 2)
 
 # %% ../../nbs/evaluate/69_abstention.ipynb #f321464b
 FOREIGN = ('noise', 'flat', 'text', 'stripes', 'sky', 'shapes')

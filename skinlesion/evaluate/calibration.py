@@ -469,7 +469,8 @@ def choose_calibration(
     probs:np.ndarray, # (N,C) probabilities of validation images, rows sum to 1
     targets:np.ndarray, # (N,) int, true class
     lesion_ids:np.ndarray, # (N,) str or int, lesion of each image
-    kinds:tuple=CALIBRATIONS, # those to choose from, simplest first; the first stays unless another is clearly better
+    # those to choose from, simplest first; temperature (or the first without it) stays unless another is clearly better
+    kinds:tuple=CALIBRATIONS,
     folds:int=5, # of the cross-fit, at least 2
     seed:int=0, # of the folds and of the resamples
     n_resamples:int=1000, # of the lesions
@@ -491,7 +492,8 @@ def choose_calibration(
         kind: probs if kind == 'none' else crossfit(partial(fit_calibrator, kind), probs, targets, fold)
         for kind in kinds
     }
-    selection = choose_candidate(crossfitted, targets, lesion_ids, n_resamples=n_resamples, seed=seed)
+    baseline = 'temperature' if 'temperature' in kinds else kinds[0]
+    selection = choose_candidate(crossfitted, targets, lesion_ids, baseline, n_resamples, seed)
     if why_not:
         selection = replace(selection, reasons=(f"none stays: {why_not}",))
     return CalibrationChoice(fit_calibrator(selection.name, probs, targets), selection, crossfitted[selection.name])

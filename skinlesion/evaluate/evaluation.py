@@ -27,7 +27,7 @@ from skinlesion.evaluate.measures import (
     calibration_card, decision_cards, evaluation_curves, known_malignancy,
 )
 from skinlesion.evaluate.members import (
-    TrainedEnsemble, fit_ensemble_ood, load_ensemble, member_outputs, ood_scores, predict_ensemble,
+    TrainedEnsemble, calibration_scores, fit_ensemble_ood, load_ensemble, member_outputs, ood_scores, predict_ensemble,
     prediction_tables,
 )
 from skinlesion.evaluate.policy import (
@@ -228,18 +228,19 @@ class EnsembleRun:
 
 # %% ../../nbs/evaluate/79_evaluation.ipynb #c0790013
 def _run_ensemble(ensemble, settings):
-    "Predict all views, choose the policy on calibration rows, fit the out-of-distribution score."
+    "Predict all views, fit the out-of-distribution score, choose the policy on calibration rows."
     by_view = predict_ensemble(ensemble, settings.views)
     outputs = member_outputs(ensemble, by_view)
     fit = outputs.rows(ensemble.is_calibration_row)
     label_set = ensemble.prepared.label_set
     options = dict(n_resamples=settings.resamples, seed=settings.seed)
     names = ('views', 'combination', 'calibration', 'target_sensitivity', 'coverage', 'conformal', 'abstain_share')
-    choice = choose_policy(fit, label_set, **{name: getattr(settings, name) for name in names}, **options)
-    candidates = choices_table(choice, fit, outputs.rows(ensemble.part('test')), **options)
-    ood = fit_ensemble_ood(ensemble, settings.ood)
-    choice = replace(choice, policy=replace(choice.policy, ood=ood))
+    ood = fit_ensemble_ood(ensemble, settings.ood, settings.abstain_share)
     scores = ood_scores(ensemble, ood)
+    chosen = {name: getattr(settings, name) for name in names}
+    new_scores = calibration_scores(ensemble, ood, scores)
+    choice = choose_policy(fit, label_set, **chosen, ood=ood, ood_score=new_scores, **options)
+    candidates = choices_table(choice, fit, outputs.rows(ensemble.part('test')), **options)
     predictions = prediction_tables(ensemble, by_view, choice.policy, scores)
     return EnsembleRun(ensemble, settings, choice, candidates, predictions, scores)
 

@@ -115,6 +115,8 @@ def decision_cards(
         sureness=confidence_card(data, **options),
         abstention=abstention_scorecard(confidence, correct, data.lesion_ids, abstained, **options),
     )
+    if abstention is not None:
+        cards['abstention'] |= dict(abstain_share=dict(value=abstention.share, n=abstention.n))
     if threshold is not None:
         cards['decisions'] = _threshold_card(data, label_set, threshold, options)
     if conformal is not None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainedEnsemble', 'load_ensemble', 'predict_ensemble', 'member_outputs', 'fit_ensemble_ood', 'ood_scores',
-           'prediction_tables']
+           'calibration_scores', 'prediction_tables']
 
 # %% ../../nbs/evaluate/71_members.ipynb #c0710004
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..data.prepared import Prepared
+from .abstention import ood_share
+from .decisions import lesions_to_cover
 from .policy import MemberOutputs, OutOfDistribution, Policy, fit_ood
 from ..model.bundle import load_fits, member_of, shared_heads
 from ..model.heads import PRIMARY
@@ -108,37 +110,41 @@ def member_outputs(
     return MemberOutputs(ensemble.members, views, probs, targets, ensemble.rows.lesion_id.to_numpy())
 
 # %% ../../nbs/evaluate/71_members.ipynb #c071000d
-_FEWEST_OOD_LESIONS = 19 # fewer validation lesions cannot keep a limit at 95 %
-
 def _ood_model(ensemble):
     "The model that the score is read off; None where no member uses the image."
     first_fits = [fits[0] for fits in ensemble.fits.values()]
     with_image = [fit for fit in first_fits if fit.model.config['backbone']]
     return min(with_image, key=lambda fit: fit.model.takes_metadata, default=None)
 
+# %% ../../nbs/evaluate/71_members.ipynb #0d202280
+def _is_new(ensemble, model, rows):
+    "Which rows of training and validation a model was not trained on."
+    member = member_of(model)
+    out_of_fold = ensemble.out_of_fold[member]
+    if out_of_fold is None:
+        return (rows.split == 'valid').to_numpy()
+    return fold_of(out_of_fold, rows.image_id, member) == 0
+
 # %% ../../nbs/evaluate/71_members.ipynb #c071000e
 def fit_ensemble_ood(
     ensemble:TrainedEnsemble,
     kind:str='mahalanobis', # one of policy.OOD_KINDS; 'none' for no score
+    abstain_share:float=.1, # of the lesions that may go without a prediction; at most half of it is for this score
 ) -> OutOfDistribution|None: # None also where no member uses the image, or validation has too few lesions
     "Fit the out-of-distribution score on training images, and lock its limit on validation images."
     fit = _ood_model(ensemble)
-    if kind == 'none' or fit is None:
+    if kind == 'none' or fit is None or not abstain_share:
         return None
-    member = member_of(fit.name)
     rows = ensemble.prepared.rows('train', 'valid')
-    out_of_fold = ensemble.out_of_fold[member]
-    if out_of_fold is None:
-        is_new = (rows.split == 'valid').to_numpy()
-    else:
-        is_new = fold_of(out_of_fold, rows.image_id, member) == 0
-    if rows[is_new].lesion_id.nunique() < _FEWEST_OOD_LESIONS:
+    is_new = _is_new(ensemble, fit.name, rows)
+    share = ood_share(abstain_share)
+    if rows[is_new].lesion_id.nunique() < lesions_to_cover(share):
         return None
     training, validation = (
         predict_outputs(fit.model, ensemble.prepared.dataset(rows[keep])) for keep in (~is_new, is_new)
     )
     targets = rows[~is_new].diagnosis.map(ensemble.prepared.label_set.index).to_numpy()
-    return fit_ood(kind, fit.name, training, targets, validation, rows[is_new].lesion_id.to_numpy())
+    return fit_ood(kind, fit.name, training, targets, validation, rows[is_new].lesion_id.to_numpy(), share)
 
 # %% ../../nbs/evaluate/71_members.ipynb #c071000f
 def ood_scores(
@@ -154,6 +160,18 @@ def ood_scores(
     if data is None:
         data = ensemble.prepared.dataset(ensemble.rows)
     return ood.score(predict_outputs(model, data, metadata))
+
+# %% ../../nbs/evaluate/71_members.ipynb #7ce3578a
+def calibration_scores(
+    ensemble:TrainedEnsemble,
+    ood:OutOfDistribution|None,
+    ood_score:np.ndarray|None, # (N,) of `ensemble.rows`
+) -> np.ndarray|None: # (M,) of the calibration rows, NaN where the model of the score was trained on the image
+    "The out-of-distribution scores that rules may be locked on."
+    if ood is None:
+        return None
+    keep = ensemble.is_calibration_row
+    return np.where(_is_new(ensemble, ood.model, ensemble.rows[keep]), ood_score[keep], np.nan)
 
 # %% ../../nbs/evaluate/71_members.ipynb #c0710011
 def prediction_tables(

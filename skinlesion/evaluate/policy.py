@@ -406,7 +406,7 @@ class MemberOutputs:
 @dataclass(frozen=True, eq=False)
 class PolicyChoice:
     "A policy, and why it was chosen."
-    policy:Policy # without an `ood`, which needs images: dataclasses.replace(policy, ood=fit_ood(...))
+    policy:Policy
     views:object # calibration.Selection over the plain mean of the members
     combination:CombinationChoice # under the chosen views
     calibration:CalibrationChoice # of the chosen combination
@@ -429,6 +429,17 @@ def _lock_malignancy(probs, fit, label_set, target_sensitivity, **options):
     lesions = np.asarray(fit.lesion_ids)[known]
     return lock_threshold(malignant[known], score, lesions, target_sensitivity, **options)
 
+# %% ../../nbs/evaluate/70_policy.ipynb #914664ef
+def _lock_confidence(probs, fit, share, ood, ood_score):
+    "The limit of confidence: with the images that `ood` declines, `share` of the lesions; None for a share of 0."
+    if not share:
+        return None
+    if ood is None:
+        return lock_abstention(probs.max(1), fit.lesion_ids, share)
+    rows = np.isfinite(ood_score)
+    declined = ood.threshold.flags(ood_score[rows])
+    return lock_abstention(probs[rows].max(1), fit.lesion_ids[rows], share, declined)
+
 # %% ../../nbs/evaluate/70_policy.ipynb #5c59bbc1
 def choose_policy(
     fit:MemberOutputs, # of validation, or out of fold; never of test
@@ -439,7 +450,9 @@ def choose_policy(
     target_sensitivity:float=.95, # of the threshold for malignancy
     coverage:float=.9, # of the prediction sets
     conformal:str='class_conditional', # one of decisions.CONFORMAL
-    abstain_share:float=.1, # of lesions; 0 for no abstention
+    abstain_share:float=.1, # of lesions, those declined by `ood` included; 0 for no abstention
+    ood:OutOfDistribution|None=None, # of the policy
+    ood_score:np.ndarray|None=None, # (N,) where there is an `ood`; NaN where its model was trained on the image
     n_resamples:int=1000, # behind each comparison
     seed:int=0, # of folds and resamples
 ) -> PolicyChoice:
@@ -460,7 +473,8 @@ def choose_policy(
         chosen_views.name,
         _lock_malignancy(probs, fit, label_set, target_sensitivity, **options),
         fit_conformal(conformal, probs, **data, coverage=coverage),
-        lock_abstention(probs.max(1), fit.lesion_ids, abstain_share) if abstain_share else None,
+        _lock_confidence(probs, fit, abstain_share, ood, ood_score),
+        ood,
     )
     return PolicyChoice(policy, chosen_views, combined, calibrated, probs)
 
@@ -491,11 +505,11 @@ def _candidates(choice, fit, test):
     return dict(views=views, combination=combinations, calibration=calibrations)
 
 # %% ../../nbs/evaluate/70_policy.ipynb #81fa2b11
-def _test_columns(samples, first, level):
-    "The metrics of a candidate on test, and their differences from the first candidate."
+def _test_columns(samples, baseline, level):
+    "The metrics of a candidate on test, and their differences from the baseline."
     columns = {}
     for metric in _CHOICE_METRICS:
-        difference = samples[metric] - first[metric]
+        difference = samples[metric] - baseline[metric]
         low, high = percentile_interval(difference[1:], level)
         columns |= {
             f'test_{metric}': samples[metric][0],
@@ -539,8 +553,8 @@ def choices_table(
             name: weighted_metrics(test.targets, probs, resamples.weights, names=_CHOICE_METRICS)
             for name, probs in candidates[step].items()
         }
-        first = next(iter(samples.values()))
+        baseline = samples[selection.table.candidate[selection.table.verdict == 'baseline'].item()]
         for row in selection.table.itertuples():
             columns = _validation_columns(row, row.candidate == selection.name, test, resamples)
-            rows.append(dict(step=step) | columns | _test_columns(samples[row.candidate], first, level))
+            rows.append(dict(step=step) | columns | _test_columns(samples[row.candidate], baseline, level))
     return pd.DataFrame(rows)

@@ -34,7 +34,7 @@ class ChoiceOptions(Options):
         'auto', 'mean', 'logit_mean', 'tempered_mean', 'best_member', 'best_subset', 'convex', 'rank_mean', 'stacking'
     ] = Field('auto', description='of the members; auto: the plain mean, unless another is clearly better')
     calibration: Literal['auto', 'none', 'temperature', 'vector', 'dirichlet', 'isotonic'] = Field(
-        'auto', description='of the combined probabilities; auto: none, unless one clearly helps'
+        'auto', description='of the combined probabilities; auto: temperature, unless another is clearly better'
     )
 
 # %% ../../nbs/evaluate/48_settings.ipynb #c0640008
@@ -48,7 +48,7 @@ class DecisionOptions(Options):
         'class_conditional', description='coverage is kept in every class, or over all images together'
     )
     abstain_share: float = Field(
-        .1, ge=0, lt=1, description='share of lesions, of lowest confidence, that get no prediction; 0 for none'
+        .1, ge=0, lt=1, description='share of lesions without a prediction, for an unlike image or low confidence'
     )
     ood: Literal['none', 'energy', 'mahalanobis'] = Field(
         'mahalanobis', description='score that tells images of no lesion apart; none for no such score'

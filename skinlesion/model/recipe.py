@@ -97,7 +97,7 @@ class ModelOptions(Options):
     )
     drop_rate:float = Field(.2, ge=0, lt=1, description='dropout before the classifier')
     metadata_dropout: float = Field(
-        0.0, ge=0, lt=1, description='share of training images whose age is hidden; sex and site likewise, half together'
+        0.0, ge=0, lt=1, description='share of training images whose age is hidden; sex, site likewise, half together'
     )
     heads: Annotated[dict[str, HeadOptions], AfterValidator(check_head_names)] = Field(
         default_factory=dict, description='further heads by name'

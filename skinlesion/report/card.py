@@ -103,7 +103,7 @@ def _calibration_status(result):
     if kind == '':
         return 'no calibration is on record'
     if kind == 'none':
-        return 'no calibration was clearly better on validation'
+        return 'no calibration: validation took none'
     if result.calibrated:
         return f'calibrated on validation ({kind})'
     gain = find_leaf(result.blocks, 'calibration.difference.log_loss')

@@ -93,7 +93,7 @@ def ensemble_facts(
 
 # %% ../../nbs/report/91_ensemble.ipynb #c087000d
 def _difference(row, name):
-    "A difference of a candidate from the first one, with its interval; '' for the first one."
+    "A difference of a candidate from the baseline, with its interval; '' for the baseline."
     leaf = {key: row[f'{name}_{key}'] for key in ('low', 'high')}
     if np.isnan(leaf['low']) or leaf['low'] == leaf['high']:
         return ''
