@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TESTED', 'default_cfgs', 'SmallBlock', 'SmallCNN', 'small_cnn_3', 'small_cnn_4', 'check_backbone', 'BackboneConfig',
            'backbone_config', 'Standardise', 'built_size', 'size_problem', 'allowed_sizes', 'size_message',
-           'load_weights', 'create_backbone', 'channel_axis', 'to_maps', 'to_cells', 'along_channels',
+           'check_sides', 'load_weights', 'create_backbone', 'channel_axis', 'to_maps', 'to_cells', 'along_channels',
            'reads_class_token', 'backbone_layers', 'attends', 'describe_backbones']
 
 # %% ../../nbs/model/51_backbones.ipynb #ed83d996
@@ -326,6 +326,24 @@ def size_message(
         f"{where}{detail}; set image_size to one of {', '.join(map(str, sizes))} (it was made for {default_size}), "
         "or choose another backbone"
     )
+
+# %% ../../nbs/model/51_backbones.ipynb #79acc083
+def check_sides(
+    name:str, # of the backbone
+    sides, # pixels a side of the images of some epochs
+    image_size:int, # for which it is built, pixels
+):
+    "Stop at images that the backbone cannot take beside those it is built for."
+    for side in sides:
+        if side != image_size and backbone_config(name).fixed_size:
+            raise ValueError(
+                f"backbone '{name}' is built for one size of images, {image_size}, but sizes names {side}; leave sizes "
+                "out, or choose a convolutional backbone"
+            )
+        problem = size_problem(name, side)
+        if problem:
+            message = size_message(name, side, side, problem)
+            raise ValueError(message.replace('set image_size to one of', 'name in sizes some of'))
 
 # %% ../../nbs/model/51_backbones.ipynb #354402df
 _POSITIONS = ('pos_embed', 'relative_position', 'relative_coords', 'attn_mask')

@@ -88,8 +88,9 @@ def epoch_line(
 ) -> str:
     "One epoch in one line."
     more = f"  {metric} {row[f'valid_{metric}']:.4f}" if metric in ('accuracy', 'f1_macro') else ''
+    size = f"  at {row['image_size']} px" if 'image_size' in row else ''
     return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}  valid "
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}{size}  loss {row['train_loss']:.4f}  valid "
         f"{row['valid_loss']:.4f}  AUROC {row['valid_auroc_macro']:.4f}  balanced accuracy "
         f"{row['valid_balanced_accuracy']:.4f}{more}{'  best' if improved else ''}"
     )

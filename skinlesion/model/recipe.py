@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRIMARY', 'LOSS_OPTIONS', 'BALANCING', 'level_form', 'HeadOptions', 'check_head_names', 'ModelOptions', 'LossOptions',
            'ScheduleOptions', 'ImageOptions', 'RunOptions', 'check_recipe', 'Recipe', 'describe_recipe', 'fit_options',
-           'recipe_lines']
+           'epoch_side', 'check_sizes', 'recipe_lines']
 
 # %% ../../nbs/model/49_recipe.ipynb #1f47442e
 import re
@@ -183,6 +183,10 @@ class ImageOptions(Options):
         'none', description='training images are blended in pairs, or pasted into one another'
     )
     mix_alpha:float = Field(.2, gt=0, le=10, description='of the beta distribution from which `mix` draws its shares')
+    sizes: Annotated[tuple[Annotated[int, Field(ge=32, le=1024)], ...], Strict(False)] = Field(
+        (),
+        description='pixels a side of the training images in equal parts of the epochs; () for image_size throughout',
+    )
 
 # %% ../../nbs/model/49_recipe.ipynb #02d91a33
 _Precision = Annotated[Literal['auto', '32', 'bf16', 'fp16'], BeforeValidator(_unquoted)]
@@ -214,7 +218,7 @@ class RunOptions(Options):
 
 # %% ../../nbs/model/49_recipe.ipynb #2c6f65b3
 def _check_schedule(
-    options:Options, # with the options of `ScheduleOptions` and `RunOptions`
+    options:Options, # with the options of `ScheduleOptions`, `ImageOptions` and `RunOptions`
 ):
     "Stop at epochs or batches that leave nothing to do."
     if options.warmup_epochs >= options.epochs:
@@ -226,6 +230,11 @@ def _check_schedule(
         raise ValueError(
             f"freeze_epochs is {options.freeze_epochs} and epochs is {options.epochs}; thaw the backbone "
             "before training ends"
+        )
+    if len(options.sizes) > options.epochs:
+        raise ValueError(
+            f"sizes names {len(options.sizes)} sides and epochs is {options.epochs}; each needs an epoch, so name "
+            "fewer or train for more epochs"
         )
     if options.batch_size < 2 * options.devices:
         raise ValueError(
@@ -379,6 +388,27 @@ def fit_options(
     "The options that decide one fit of a model that is already made; a hash of them tells runs apart."
     others = {*ModelOptions.model_fields, 'folds', 'workers', 'devices', 'checkpoint_minutes', 'log'}
     return {name: value for name, value in recipe.to_dict().items() if name not in others}
+
+# %% ../../nbs/model/49_recipe.ipynb #21587302
+def epoch_side(
+    recipe:Recipe, # with `sizes` or without
+    epoch:int, # from 0
+) -> int|None: # pixels; None for the images as they are
+    "The side of the training images in one epoch."
+    return recipe.sizes[epoch * len(recipe.sizes) // recipe.epochs] if recipe.sizes else None
+
+# %% ../../nbs/model/49_recipe.ipynb #626fc598
+def check_sizes(
+    recipe:Options, # with the options of `ImageOptions`
+    image_size:int, # side of the images that are stored, pixels
+):
+    "Stop at a side that is larger than the images."
+    for side in recipe.sizes:
+        if side > image_size:
+            raise ValueError(
+                f"sizes names {side}, but image_size is {image_size}, and images are only made smaller; name sides "
+                f"of at most {image_size}, or set image_size to {side}"
+            )
 
 # %% ../../nbs/model/49_recipe.ipynb #969c5560
 def recipe_lines() -> list: # of str, such as "epochs = 10  # most passes over the training images"

@@ -22,7 +22,8 @@ import pandas as pd
 import torch
 
 from ..data.datasets import LesionDataset
-from .batches import BatchLoader, epoch_batches, mix_seed, plan_mix
+from .backbones import check_sides
+from .batches import BatchLoader, epoch_batches, mix_seed, plan_mix, shrink
 from skinlesion.model.checkpoint import (
     RESUMED,
     Checkpoint,
@@ -38,7 +39,7 @@ from .history import History, copy_weights, epoch_line, epoch_lines, validation_
 from .logs import LiveLine, RunLogger
 from .losses import class_weights, create_loss
 from .optim import WeightAverage, averaged, lr_factor, lr_sweep, param_groups
-from .recipe import BALANCING, Recipe, fit_options
+from .recipe import BALANCING, Recipe, check_sizes, epoch_side, fit_options
 from ..taxonomy import nearest
 
 # %% ../../nbs/model/60_training.ipynb #f1ac6f62
@@ -265,10 +266,12 @@ def _add_gradient(run, batch, keys, number, coefficients, last):
 
 # %% ../../nbs/model/60_training.ipynb #3f40d15f
 def _mixed(run, batch, seed):
-    "How the images of a batch are mixed, and the mixed images and metadata."
+    "How the images of a batch are mixed, and the images, of the epoch's size and mixed, and the metadata."
     recipe = run.recipe
     image = batch['image']
     metadata = batch.get('metadata')
+    if run.reads_images:
+        image = shrink(image, epoch_side(recipe, run.epoch))
     if recipe.mix == 'none':
         return None, image, metadata
     size = tuple(image.shape[-2:]) if run.reads_images else (run.train_ds.store.size,) * 2
@@ -405,6 +408,8 @@ def _end_epoch(run):
         _share_buffers(run)
     train_loss = _mean_loss(run.objective, run.epoch_sums.cpu())
     row = dict(epoch=run.epoch + 1, learning_rate=run.rate, train_loss=train_loss)
+    if run.recipe.sizes:
+        row['image_size'] = epoch_side(run.recipe, run.epoch)
     with averaged(run.model, run.average):
         row |= _validate(run)
         improved = run.history.add(row, run.model)
@@ -677,6 +682,9 @@ def _check_data(model, train_ds, valid_ds, recipe, processes=1):
     if not len(codes) == len(valid_ds.label_set.codes) == model.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes, but the label sets have {len(codes)} (training) "
                          f"and {len(valid_ds.label_set.codes)} (validation); use one label set for all three")
+    check_sizes(recipe, train_ds.store.size)
+    if model.config['backbone']:
+        check_sides(model.config['backbone'], recipe.sizes, train_ds.store.size)
     objective = Objective(model.head_specs, recipe, train_ds.targets, model.num_classes, codes)
     present = valid_ds.targets.unique().tolist()
     if len(present) < 2:

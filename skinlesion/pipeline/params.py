@@ -29,6 +29,7 @@ from skinlesion.model.recipe import (
     RunOptions,
     ScheduleOptions,
     check_recipe,
+    check_sizes,
     recipe_lines,
 )
 from ..options import OptionError, Options, check_options, check_unique, describe_options, repeat_options
@@ -202,6 +203,15 @@ class ExplainParams(Options):
     )
     _once = field_validator('methods')(check_unique)
 
+# %% ../../nbs/pipeline/100_params.ipynb #242e1380
+def _check_sides(params):
+    "Stop at a member whose training images would be larger than the stored ones."
+    for name in params.train.members:
+        try:
+            check_sizes(_member_recipe(params.train, name), params.base.image_size)
+        except ValueError as e:
+            raise ValueError(f"train.members.{name}: {e}") from None
+
 # %% ../../nbs/pipeline/100_params.ipynb #ee4185a0
 class Params(Options):
     "The whole of `params.yaml`."
@@ -230,12 +240,16 @@ class Params(Options):
         return self
 
     @model_validator(mode='after')
+    def _sides_fit_the_images(self):
+        _check_sides(self)
+        return self
+
+    @model_validator(mode='after')
     def _subsets_can_be_counted(self):
         if self.evaluate.combination == 'best_subset' and len(self.train.members) > 12:
             raise ValueError(
                 "evaluate.combination is 'best_subset', which tries every subset of up to 12 members, "
-                "and train.members has "
-                f"{len(self.train.members)}; take another combination, or fewer members"
+                f"and train.members has {len(self.train.members)}; take another combination, or fewer members"
             )
         return self
 
@@ -307,6 +321,7 @@ class TrainStage(repeat_options('_Recipe', Recipe, Recipe.model_fields, required
     @model_validator(mode='after')
     def _goes_together(self):
         check_recipe(self)
+        check_sizes(self, self.image_size)
         return self
 
 # %% ../../nbs/pipeline/100_params.ipynb #027460a7

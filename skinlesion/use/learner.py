@@ -26,7 +26,7 @@ from skinlesion.evaluate.evaluation import (
 from ..evaluate.settings import EvaluationSettings
 from ..files import read_json, scratch_folder, sha256_file, write_json
 from ..model.member import fit_member
-from ..model.recipe import Recipe
+from ..model.recipe import Recipe, check_sizes
 from ..report.ensemble import ensemble_card, ensemble_page
 from ..report.templates import Report
 from .predict import Predictor
@@ -212,6 +212,8 @@ def fit(
     "Prepare the data, train an ensemble, choose and lock how it predicts, and measure it on the test lesions."
     out = Path(out)
     recipes = _recipes(members, options, seed)
+    for recipe in recipes.values():
+        check_sizes(recipe, image_size)
     measured = EvaluationSettings(**dict(seed=seed) | (evaluation or {}))
     dataset = open_dataset(data, out/'data', progress)
     split = split or _default_split(dataset)
