@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['counts_sentence', 'headline_table', 'calibration_sentence', 'threshold_sentence', 'natural_frequencies',
-           'frequencies_sentence', 'gap_sentence', 'find_limits', 'per_class_table', 'interval_method', 'model_card']
+           'frequencies_sentence', 'gap_sentence', 'measure_title', 'elsewhere_sentence', 'find_limits',
+           'per_class_table', 'interval_method', 'model_card']
 
 # %% ../../nbs/report/86_card.ipynb #3ac34e1b
 import numpy as np
@@ -230,6 +231,43 @@ def gap_sentence(
         f"{len(gaps)} gaps are clear after correction for their number."
     )
 
+# %% ../../nbs/report/86_card.ipynb #e41f734e
+def measure_title(
+    name:str, # of `evaluate.scorecard.ELSEWHERE`
+) -> str:
+    "A figure that is compared between home and elsewhere, in words."
+    titles = dict(
+        malignant_auroc=metric_title('malignant.auroc'),
+        sensitivity='sensitivity at the locked threshold',
+        specificity='specificity at the locked threshold',
+        coverage='prediction sets that hold the diagnosis',
+        answered='share of images with an answer',
+    )
+    return titles.get(name) or metric_title(name)
+
+# %% ../../nbs/report/86_card.ipynb #99ffb05d
+def elsewhere_sentence(
+    result:Evaluation,
+) -> str: # Markdown; '' where nothing from elsewhere was measured
+    "What changes on images from elsewhere, in a sentence."
+    measures = find_leaf(result.blocks, 'elsewhere.measures')
+    if not measures:
+        return ''
+    worse = [measure_title(name) for name, row in measures.items() if row['difference']['verdict'] == 'worse']
+    first = measures['balanced_accuracy']
+    name = 'balanced_accuracy' if first['elsewhere']['value'] is not None else 'accuracy'
+    row = measures[name]
+    text = (
+        f"**Elsewhere:** on {measures['accuracy']['elsewhere']['n']:,} images of another source {metric_title(name)} "
+        f"is {leaf_text(row['elsewhere'])}, by {change_text(row['difference'])} against the test images at home; "
+        f"clearly worse: {', '.join(worse) or 'nothing'}."
+    )
+    kept = measures.get('sensitivity')
+    if kept and 'promised' in kept and kept['elsewhere']['value'] is not None:
+        promised = kept['promised']['value']
+        text += f" Of the sensitivity of {promised:.0%} promised, {leaf_text(kept['elsewhere'])} is kept."
+    return text
+
 # %% ../../nbs/report/86_card.ipynb #a5db77a5
 _FEW_LESIONS = 30 # of a class, below which the page warns of it
 
@@ -316,7 +354,7 @@ def find_limits(
             f'{leak:,} lesions stand in more than one of training, validation and test: the figures are too good.'
         )
     sentences += _cluster_limits(result)
-    if 'external' not in result.facts and 'external' not in result.cards:
+    if 'external' not in result.facts and 'external' not in result.cards and 'elsewhere' not in result.blocks:
         sentences.append('Not tested on lesions from elsewhere: another camera, clinic or population may differ.')
     sentences += _class_limits(result)
     if result.data.unknown_lesions:
@@ -365,6 +403,7 @@ def model_card(
 ) -> str: # Markdown, headings of the second level
     "What a model card says of performance, calibration, threshold, groups and limits."
     sentences = calibration_sentence(result), threshold_sentence(result), gap_sentence(result)
+    sentences = filter(None, (*sentences, elsewhere_sentence(result)))
     limits = find_limits(result)
     return f"""## Performance
 

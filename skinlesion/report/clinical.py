@@ -22,11 +22,13 @@ from ..names import FileNames, find_pictures, image_stem
 from skinlesion.report.card import (
     calibration_sentence,
     counts_sentence,
+    elsewhere_sentence,
     find_limits,
     frequencies_sentence,
     gap_sentence,
     headline_table,
     interval_method,
+    measure_title,
     per_class_table,
     threshold_sentence,
 )
@@ -198,10 +200,11 @@ def _summary_section(
         calibration_sentence(result),
         f'{threshold_sentence(result, short=True)} {frequencies_sentence(result, short=True)}'.strip(),
         gap_sentence(result),
+        elsewhere_sentence(result),
         f"**Limits:** {' '.join(limits[:2])}{more}",
     ]
     text = f'{counts_sentence(result)} Reference standard: {reference}. Model: {model}.'
-    after = '\n'.join(f'- {point}' for point in points)
+    after = '\n'.join(f'- {point}' for point in points if point)
     return _section(
         'Summary', ('CLAIM 2', 'TRIPOD+AI 2'), text, [Table(headline_table(result))], after, lead=True
     )
@@ -688,6 +691,82 @@ def _robustness_section(
         return _section('Robustness', (), _NOT_REPORTED)
     return _section('Robustness', ('CLAIM 30', 'TRIPOD+AI 27a'), _stress_sentence(tables), body)
 
+# %% ../../nbs/report/87_clinical.ipynb #ad8ea9c9
+def _elsewhere_rows(measures):
+    "Each figure at home, elsewhere, and the difference."
+    rows = []
+    for name, row in measures.items():
+        leaves = row['home'], row['elsewhere']
+        home, elsewhere = (leaf_text(leaf, leaf_decimals(name)) for leaf in leaves)
+        own = {'measure': measure_title(name), 'at home (test)': home, 'elsewhere': elsewhere}
+        own['elsewhere less home'] = change_text(row['difference'], leaf_decimals(name))
+        own['elsewhere it is'] = row['difference']['verdict']
+        own['promised'] = f"{row['promised']['value']:.0%}" if 'promised' in row else ''
+        over = [leaf['method'].partition('over ')[2] for leaf in leaves[:1] if 'classes: ' in leaf.get('method', '')]
+        rows.append(own | {'over': over[0] if over else 'all'})
+    table = pd.DataFrame(rows)
+    return table if (table['over'] != 'all').any() else table.drop(columns='over')
+
+# %% ../../nbs/report/87_clinical.ipynb #18192684
+def _class_mix_rows(block, label_set):
+    "How frequent each class is at home, elsewhere, at calibration, and as it is estimated without labels."
+    shares = block.get('priors', {}).get('shares', {})
+    rows = {}
+    for code, title in zip(label_set.codes, class_titles(label_set)):
+        row = {}
+        if 'classes' in block:
+            home, elsewhere = (block['classes'][code][side]['value'] for side in ('home', 'elsewhere'))
+            row = {'at home (test)': f'{home:.1%}', 'elsewhere': f'{elsewhere:.1%}'}
+        if shares:
+            row['at calibration'] = f"{shares[code]['calibration']['value']:.1%}"
+            row['estimated elsewhere, without labels'] = leaf_text(shares[code]['estimated'], 3)
+            row['adjusted to'] = f"{shares[code]['used']['value']:.1%}"
+        rows[title] = row
+    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('class')
+
+# %% ../../nbs/report/87_clinical.ipynb #0a18e9ca
+def _prior_sentence(priors):
+    "Whether the classes are as frequent as at calibration, and whether adjusting to it helps."
+    p_value = find_leaf(priors, 'test.p_value')
+    if p_value is None:
+        return ''
+    if p_value['value'] is None:
+        return f"**Shares of the classes:** not estimated: {p_value['reason']}."
+    differ = 'differ from' if p_value['value'] < .05 else 'cannot be told from'
+    difference = priors['difference']['log_loss']
+    doubt = find_leaf(priors, 'test.steps.reason')
+    return (
+        f"**Shares of the classes** elsewhere {differ} those at calibration (likelihood-ratio test, p = "
+        f"{p_value['value']:.2g}{'; ' + doubt if doubt else ''}). Adjusting the probabilities to them changes the log "
+        f"loss by {change_text(difference, 3)}: {difference['verdict']}. The adjustment assumes that the images of a "
+        'class look as at home; no figure above uses it.'
+    )
+
+# %% ../../nbs/report/87_clinical.ipynb #99a61fdf
+def _elsewhere_section(
+    result:Evaluation,
+) -> Section:
+    "The same rules on images from elsewhere, beside those of the test at home."
+    block = result.blocks['elsewhere']
+    body = []
+    text = 'The bundle holds no figures of its own test, so there is nothing to compare with.'
+    if block.get('measures'):
+        text = (
+            'Nothing was refitted: threshold, prediction sets and abstention are those locked at home. The difference '
+            'is between lesions of two places, its interval follows from both (Zou & Donner 2008).'
+        )
+        body.append(Table(_elsewhere_rows(block['measures']), 'At home and elsewhere, with 95 % intervals'))
+    mix = _class_mix_rows(block, result.label_set)
+    if len(mix.columns):
+        body.append(Table(mix, 'Share of the images that are of each class'))
+    priors = block.get('priors', {})
+    if 'difference' in priors:
+        table = _before_after(priors).rename(columns={'after calibration': 'after the adjustment'})
+        body.append(Table(table, 'Before and after adjusting to the shares of the classes'))
+    sentences = elsewhere_sentence(result), text, _prior_sentence(priors)
+    items = ('CLAIM 33',) if block.get('measures') else ()
+    return _section('What changes elsewhere', items, '\n\n'.join(filter(None, sentences)), body)
+
 # %% ../../nbs/report/87_clinical.ipynb #d86d3cf6
 def _draw_failures(rows, images):
     "Images in a grid, four a row: diagnosis, prediction, confidence."
@@ -807,6 +886,7 @@ def page_sections(
         abstention=_abstention_section(result),
         subgroups=_subgroups_section(result),
         robustness=_robustness_section(result),
+        **(dict(elsewhere=_elsewhere_section(result)) if 'elsewhere' in result.blocks else {}),
         failures=_failures_section(result, images),
         limits=_limits_section(result),
         study=_study_section(result),
