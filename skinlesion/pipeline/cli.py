@@ -18,7 +18,7 @@ from ..files import repo_root
 from .console import check_out, check_place, counter, option, say, use_own_tree, with_options
 from .console import SentenceGroup
 from .imports import imports
-from .texts import evaluation_text, findings_text, metrics_text, models_text
+from .texts import elsewhere_text, evaluation_text, findings_text, metrics_text, models_text
 
 # %% ../../nbs/pipeline/112_cli.ipynb #0214023d
 app = typer.Typer(
@@ -500,10 +500,11 @@ _MEASURE = dict(
 
 # %% ../../nbs/pipeline/112_cli.ipynb #c3c580c5
 _Predictions = Annotated[
-    Path, typer.Argument(help='CSV: image_id, one column p_<class> per class, optional split; or image, MEL, NV, ...')
+    Path|None,
+    typer.Argument(help='CSV: image_id, one column p_<class> per class, optional split; or image, MEL, NV, ...'),
 ]
 _LabelTable = Annotated[
-    Path,
+    Path|None,
     typer.Argument(
         help='CSV: image_id, diagnosis, optional lesion_id, split, age, sex, site, skin_tone, source; or the ground '
         'truth of an ISIC challenge: image, MEL, NV, ...'
@@ -526,17 +527,36 @@ _Images = option(
     help='Folder with the images, named by their id: the page then shows those that were mistaken.',
 )
 
+# %% ../../nbs/pipeline/112_cli.ipynb #2fd8136d
+_ELSEWHERE = dict(
+    bundle=(option(Path|None, '--bundle', help='Instead of tables: a bundle that answers the images of --data.'), None),
+    data=(option(Path|None, '--data', help='Dataset folder from elsewhere, as `skinlesion import` writes it.'), None),
+    priors=(
+        option(
+            str|None,
+            '--priors',
+            help='Shares of the classes in --data: estimate, mel=0.1,nv=0.9 or a JSON file; says what adjusting to '
+            'them brings, and writes adjusted.csv.',
+        ),
+        None,
+    ),
+    words=(option(list[str]|None, '--map', metavar='OLD=NEW', help='Read the diagnosis OLD of --data as NEW.'), None),
+    skip_bad=(
+        option(bool, '--skip-bad', help="Leave out images of --data whose class the bundle does not know."), False
+    ),
+)
+
 # %% ../../nbs/pipeline/112_cli.ipynb #d4abf533
 @app.command('evaluate')
-@with_options(_EVALUATE | _MEASURE)
+@with_options(_EVALUATE | _MEASURE | _ELSEWHERE)
 def evaluate(
-    predictions:_Predictions, labels:_LabelTable, out:_EvaluationOut=None, images:_Images=None,
+    predictions:_Predictions=None, labels:_LabelTable=None, out:_EvaluationOut=None, images:_Images=None,
     official:_Official=None, **options,
 ):
-    """Score any system's predictions: every metric with its interval, and a page to read.
+    """Score any system's predictions, or a bundle on other data: every metric with its interval, and a page to read.
 
     Where the tables hold the splits valid and test, calibration, threshold and prediction sets are fitted on the
-    first and measured on the second.
+    first and measured on the second. A bundle is measured by the rules that it has locked, beside its own test.
 
     \b
     Examples:
@@ -544,7 +564,71 @@ def evaluate(
       skinlesion evaluate artifacts/predictions/ensemble.csv data/metadata.csv --partial \\
         --images data/images --out evaluation
       skinlesion evaluate submission.csv ISIC2018_Task3_Test_GroundTruth.csv --official isic2018
+      skinlesion evaluate --bundle artifacts/ensemble --data other_clinic --priors estimate --out elsewhere
     """
+    elsewhere = {name: options.pop(name) for name in _ELSEWHERE}
+    if elsewhere['bundle'] or elsewhere['data']:
+        given = dict(predictions=predictions, labels=labels, images=images, official=official) | options
+        _evaluate_elsewhere(out, elsewhere, given)
+        return
+    _check_table_call(predictions, labels, elsewhere)
+    _evaluate_tables(predictions, labels, out, images, official, options)
+
+# %% ../../nbs/pipeline/112_cli.ipynb #7c752abf
+def _check_table_call(predictions, labels, elsewhere):
+    "Stop where neither two tables nor a bundle with data are given, or an option belongs to the other."
+    if predictions is None or labels is None:
+        raise typer.BadParameter('give a table of predictions and one of labels, or --bundle and --data')
+    for name, option_name in dict(priors='--priors', words='--map', skip_bad='--skip-bad').items():
+        if elsewhere[name]:
+            raise typer.BadParameter('it needs --bundle and --data', param_hint=option_name)
+
+# %% ../../nbs/pipeline/112_cli.ipynb #75e84153
+_MEASURED = ('resamples', 'seed', 'miss_cost') # options that a bundle's evaluation takes too
+
+def _check_bundle_call(out, elsewhere, given):
+    "Stop where an evaluation of a bundle lacks something, or is given what it cannot use."
+    for name in ('bundle', 'data'):
+        if elsewhere[name] is None:
+            raise typer.BadParameter('--bundle and --data belong together', param_hint=f'--{name}')
+    if out is None:
+        raise typer.BadParameter('give a folder for the evaluation', param_hint='--out')
+    defaults = {name: default for name, (_, default) in (_EVALUATE | _MEASURE).items()}
+    for name, value in given.items():
+        if name not in _MEASURED and value != defaults.get(name):
+            what = name if name in ('predictions', 'labels') else f"--{name.replace('_', '-')}"
+            raise typer.BadParameter('it belongs to tables; a bundle has its own rules: leave it out', param_hint=what)
+
+# %% ../../nbs/pipeline/112_cli.ipynb #3e8b7079
+def _evaluate_elsewhere(out, elsewhere, given):
+    "Measure a bundle on a dataset folder: metrics, page and tables."
+    from skinlesion.checks import check_bundle_folder
+    from skinlesion.data.schema import read_dataset
+    from skinlesion.data.tables import write_predictions
+    from skinlesion.evaluate.settings import EvaluationSettings
+    from .imports import word_map
+    _check_bundle_call(out, elsewhere, given)
+    check_out(out)
+    check_bundle_folder(elsewhere['bundle'])
+    dataset = read_dataset(elsewhere['data'])
+    settings = EvaluationSettings(**{name: given[name] for name in _MEASURED})
+    from skinlesion.report.clinical import folder_images, write_evaluation # last: torch takes seconds
+    from skinlesion.use.elsewhere import evaluate_bundle
+    words = word_map(elsewhere['words'])
+    how = elsewhere['priors'], words, elsewhere['skip_bad'], settings, counter('pictures')
+    found = evaluate_bundle(elsewhere['bundle'], dataset, *how)
+    hashes = _file_hashes(bundle=elsewhere['bundle']/'SHA256SUMS', labels=elsewhere['data']/'metadata.csv')
+    write_evaluation(found.result, out, folder_images(elsewhere['data']/'images'), provenance=hashes)
+    write_predictions(found.predictions, out/'predictions.csv')
+    if found.adjusted is not None:
+        write_predictions(found.adjusted, out/'adjusted.csv')
+    for sentence in found.notes:
+        say(sentence, err=True)
+    say(f'{elsewhere_text(found.result)}\n{out}: metrics.json, report.html, predictions.csv')
+
+# %% ../../nbs/pipeline/112_cli.ipynb #99e24cba
+def _evaluate_tables(predictions, labels, out, images, official, options):
+    "Score two tables: metrics, page and curves, or the score of a challenge."
     if out is None and official is None:
         raise typer.BadParameter('give a folder for the evaluation', param_hint='--out')
     if out is not None:
