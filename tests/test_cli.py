@@ -196,6 +196,7 @@ def test_doctor_finds_what_a_tree_lacks(tmp_path, monkeypatch):
         "layer 'layer9' is not in this model",
     ),
     (["models", "resnet5O"], "Did you mean"),
+    (["models", "--fetch"], "--fetch needs the names of backbones"),
     (["models", "swinv2_tiny_window8_256", "--size", "30"], "cannot take images of 30x30 pixels"),
     (["import", "ham10000", "nowhere", "--out", "data"], "nowhere")])
 def test_an_error_is_one_sentence_and_nothing_is_written(made, words, said, monkeypatch):

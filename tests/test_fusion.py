@@ -376,7 +376,7 @@ BAD = [
     (dict(backbone="", fusion="metadata", metadata_dim=21, pretrained="timm"), "pretrained 'timm'"),
     (dict(backbone="test_resnet", drop_rate=-0.1), "drop_rate is -0.1"),
     (dict(backbone="test_resnet", fusion="concat", metadata_dim=21, metadata_dropout=1), "metadata_dropout is 1.0"),
-    (dict(backbone="test_resnet", pretrained="/nowhere.safetensors"), "'/nowhere.safetensors' not found"),
+    (dict(backbone="test_resnet", pretrained="/nowhere.safetensors"), "there is no file '/nowhere.safetensors'"),
 ]
 
 

@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..images import IMAGENET_MEAN, IMAGENET_STD
+from ..weights import WEIGHT_PACKAGES, weights_error, wheel_weights
 
 # %% ../../nbs/model/51_backbones.ipynb #178aa0a8
 TESTED = (
@@ -44,6 +45,7 @@ TESTED = (
     'seresnext50_32x4d',
     'seresnext101_32x8d',
     'mobilenetv2_100',
+    'tf_efficientnet_lite0',
     'vit_small_patch14_dinov2',
 )
 
@@ -370,10 +372,7 @@ def _mismatches(expected, loaded, most=5):
 def _read_weights(name, path):
     "The tensors of a safetensors file."
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"pretrained weights '{path}' not found for backbone '{name}'; give the path of a "
-            "safetensors file, 'timm' or 'none'"
-        )
+        raise weights_error(name, f"there is no file '{path}'")
     try:
         return load_file(path)
     except SafetensorError as e:
@@ -381,15 +380,45 @@ def _read_weights(name, path):
             f"'{path}' is not a readable safetensors file ({e}); convert the weights with safetensors.torch.save_file"
         ) from e
 
+# %% ../../nbs/model/51_backbones.ipynb #370015d5
+_PORT_ENDS = dict(_conv_stem='conv_stem', _bn0='bn1', _conv_head='conv_head', _bn1='bn2', _fc='classifier')
+_PORT_FIRST = dict(_depthwise_conv='conv_dw', _bn1='bn1', _project_conv='conv_pw', _bn2='bn2') # without expansion
+_PORT_BLOCK = dict(
+    _expand_conv='conv_pw',
+    _bn0='bn1',
+    _depthwise_conv='conv_dw',
+    _bn1='bn2',
+    _project_conv='conv_pwl',
+    _bn2='bn3',
+) # the port's modules -> timm's
+
+# %% ../../nbs/model/51_backbones.ipynb #3fe497be
+def _timm_key(key, blocks, expanded):
+    "timm's name of a tensor; `blocks` are timm's blocks in order, `expanded` the numbers of those with an expansion."
+    module, _, rest = key.partition('.')
+    if module != '_blocks':
+        return f'{_PORT_ENDS[module]}.{rest}'
+    number, module, rest = rest.split('.', 2)
+    names = _PORT_BLOCK if number in expanded else _PORT_FIRST
+    return f'{blocks[int(number)]}.{names[module]}.{rest}'
+
+# %% ../../nbs/model/51_backbones.ipynb #11934ec3
+def _read_wheel(name, wanted):
+    "The tensors of a package under the names that timm has for them; `wanted` has timm's names."
+    state = torch.load(wheel_weights(name), map_location='cpu', weights_only=True)
+    blocks = list(dict.fromkeys('.'.join(key.split('.')[:3]) for key in wanted if key.startswith('blocks.')))
+    expanded = {key.split('.')[1] for key in state if '._expand_conv.' in key}
+    return {_timm_key(key, blocks, expanded): tensor for key, tensor in state.items()}
+
 # %% ../../nbs/model/51_backbones.ipynb #44a3fe9c
 def load_weights(
     backbone:nn.Module, # a timm model without classifier, filled in place
     name:str, # of the backbone, for errors
-    path:str, # of a safetensors file with the same architecture's weights; its classifier is left out
+    path:str, # of a safetensors file with the same architecture's weights, or 'wheel'; the classifier is left out
 ):
-    "Fill a backbone from a file, or stop with the keys that do not fit."
-    state = _read_weights(name, path)
+    "Fill a backbone from a file or a package, or stop with the keys that do not fit."
     wanted = backbone.state_dict()
+    state = _read_wheel(name, wanted) if path == 'wheel' else _read_weights(name, path)
     prefixes = backbone.pretrained_cfg.get('classifier') or ()
     prefixes = tuple(p + '.' for p in ([prefixes] if isinstance(prefixes, str) else prefixes))
     state = {k: v for k, v in state.items() if not k.startswith(prefixes or '\0')}
@@ -409,7 +438,7 @@ def load_weights(
 # %% ../../nbs/model/51_backbones.ipynb #03cb9413
 def create_backbone(
     name:str, # as `check_backbone` takes it
-    pretrained:str='none', # 'none' (random), 'timm' (hub) or the path of a local safetensors file
+    pretrained:str='none', # 'none' (random), 'timm' (hub), 'wheel' (package) or the path of a safetensors file
     image_size:int|None=None, # pixels a side of the square images; None takes the backbone's default size
     drop_path_rate:float=0., # stochastic depth, [0, 1), where the backbone has it
 ) -> nn.Module: # timm model without classifier, on the CPU, in training mode
@@ -421,9 +450,7 @@ def create_backbone(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is {image_size}; give the pixels a side of the images")
     if hub and not backbone_config(name).origin:
-        raise ValueError(
-            f"backbone '{name}' has no published weights; set pretrained to 'none' or the path of a safetensors file"
-        )
+        raise weights_error(name, 'timm knows no published ones')
     try:
         backbone = _build(name, hub, image_size, drop_path_rate)
     except Exception as e:
@@ -443,11 +470,7 @@ def _explain(error, name, hub, image_size, drop_path_rate):
         return ValueError(size_message(name, image_size, image_size, error))
     if not hub:
         return error
-    return RuntimeError(
-        f"no pretrained weights for backbone '{name}' from timm's hub ({type(error).__name__}: "
-        f"{str(error)[:200]}); "
-        "go online once, or set pretrained to the path of a local safetensors file, or to 'none'"
-    )
+    return weights_error(name, f"timm's hub gave none ({type(error).__name__}: {str(error)[:200]}); go online once")
 
 # %% ../../nbs/model/51_backbones.ipynb #17301ef2
 def channel_axis(
@@ -634,7 +657,7 @@ def describe_backbones(
                 gflops=gflops,
                 cpu_ms=_milliseconds(name, image_size, runs) if time else float('nan'),
                 licence=config.licence,
-                weights=config.origin,
+                weights=config.origin + (', wheel' if name in WEIGHT_PACKAGES else ''),
             )
         )
     return pd.DataFrame(rows, columns=['name', 'pixels', 'parameters', 'gflops', 'cpu_ms', 'licence', 'weights'])

@@ -378,7 +378,7 @@ def create_model(
     num_classes:int, # C, at least 2
     metadata_dim:int=0, # D of the MetadataEncoder; needed for every fusion but 'none'
     fusion:str='none', # one of `FUSIONS`
-    pretrained:str='none', # 'none' (random), 'timm' (hub) or the path of a local safetensors file
+    pretrained:str='none', # 'none' (random), 'timm' (hub), 'wheel' (package) or the path of a safetensors file
     heads=None, # further heads, as `heads.read_heads` takes them; the primary is always 'diagnosis'
     drop_rate:float=.2, # dropout before the heads and in the metadata branch, [0, 1)
     metadata_dropout:float=0., # probability that a field of a row is forgotten in training, [0, 1)

