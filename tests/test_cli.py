@@ -195,6 +195,7 @@ def test_doctor_finds_what_a_tree_lacks(tmp_path, monkeypatch):
         ["explain", "a.png", "--bundle", "B", "--layer", "layer9", "--out", "m.png"],
         "layer 'layer9' is not in this model",
     ),
+    (["evaluate", "--bundle", "B", "--data", "nowhere", "--out", "o"], "nowhere"),
     (["models", "resnet5O"], "Did you mean"),
     (["models", "--fetch"], "--fetch needs the names of backbones"),
     (["models", "swinv2_tiny_window8_256", "--size", "30"], "cannot take images of 30x30 pixels"),
@@ -474,6 +475,26 @@ def test_run_belongs_to_the_tree_it_is_called_in(tmp_path):
         env={**os.environ, "PYTHONPATH": here},
     )
     assert done.stdout.strip() == "the other tree runs ['run', 'prepare']", done.stderr
+
+
+def test_evaluate_measures_a_bundle_elsewhere(made, dataset, tmp_path):
+    "What it answers is what `predict` answers; an option of tables, and shares it cannot use, are refused."
+    _, bundle, _ = made
+    words = ["evaluate", "--bundle", bundle, "--data", dataset, "--out", tmp_path / "out", "--resamples", 40]
+    code, out, err = cli(*words)
+    assert code == 0 and "4 images of 4 lesions" in out and "no figures of its own test to compare with" in out, err
+    table = pd.read_csv(tmp_path / "out/predictions.csv")
+    predictor = Predictor(bundle)
+    assert table.predicted.tolist() == [predictor.predict(dataset / f"images/{i}.png").predicted for i in "abcd"]
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["all"]["accuracy"]["n"] == 4
+    assert "What changes elsewhere" in (tmp_path / "out/report.html").read_text()
+    for more, said in (
+        (["--priors", "estimate"], "does not state on how many images of each class it was calibrated"),
+        (["--split", "test"], "it belongs to tables"),
+    ):
+        code, _, err = cli(*words, *more)
+        assert code and said in err.replace("\n", " "), err
+    assert cli("evaluate", "--bundle", bundle, "--out", tmp_path / "no")[0] == cli("evaluate")[0] == 2
 
 
 @pytest.fixture(scope="module")

@@ -394,7 +394,15 @@ def _external_rows(
             f"{', '.join(map(repr, there[:10]))}"
             f"{' ...' if len(there) > 10 else ''}.{nearest(value, there)}"
         )
-    return column_values.isin([str(v) for v in external['values']]).to_numpy()
+    outside = column_values.isin([str(v) for v in external['values']]).to_numpy()
+    if not (outside & _labelled(table)).any():
+        named = ', '.join(map(str, external['values']))
+        raise ValueError(
+            f"external: none of the {outside.sum()} image(s) with '{column}' among {named} has a "
+            "diagnosis, so nothing can be tested on them; name values whose images are labelled, or set "
+            "prepare.split.external to null"
+        )
+    return outside
 
 # %% ../../nbs/data/25_splits.ipynb #07db2b4d
 def _read_previous(

@@ -84,6 +84,10 @@ def _shift_metrics(data, probs, resamples):
     return values | dict(balanced_accuracy=values.pop('sensitivity')[:, present].mean(1))
 
 # %% ../../nbs/evaluate/78_measures.ipynb #219292ce
+def _held_back(priors, old, n_lesions):
+    "Estimated shares, drawn towards the old ones by a lesion for each class: of few lesions no share is certain, or 0."
+    return (n_lesions * priors + len(old) * old) / (n_lesions + len(old))
+
 def _share_rows(data, counts, used, estimates, resamples):
     "Share of each class: at calibration, estimated without labels, by the labels, and the one adjusted to."
     total = sum(counts.values())
@@ -110,8 +114,8 @@ def prior_shift_card(
     calibrated_on = class_shares(np.repeat(np.arange(len(codes)), list(counts.values())), codes)
     old = check_priors(calibrated_on, codes, 'images of calibration')
     estimate = estimate_priors(data.probs, old)
-    used = estimate.priors if shares is None else np.asarray(shares)
     resamples = Resamples(data.lesion_ids, n_resamples, seed)
+    used = _held_back(estimate.priors, old, resamples.count()) if shares is None else np.asarray(shares)
     estimates = resampled_priors(data.probs, old, resamples.weights)
     n_lesions = resamples.count()
     p_value = dict(value=estimate.p_value(n_lesions), n=len(data.targets), n_lesions=n_lesions)
