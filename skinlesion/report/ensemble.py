@@ -6,6 +6,7 @@
 __all__ = ['COMPARED', 'ensemble_facts', 'ensemble_page', 'ensemble_card']
 
 # %% ../../nbs/report/91_ensemble.ipynb #c0870004
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -135,6 +136,37 @@ def _choices_section(
     )
     return Section(text=text, body=tables)
 
+# %% ../../nbs/report/91_ensemble.ipynb #b7ae0d99
+_SPREAD = dict(accuracy='accuracy', balanced_accuracy='balanced accuracy', auroc_macro='AUROC, macro')
+
+def _seed_groups(
+    recipes:dict, # member -> Recipe
+) -> list: # of tuples of members
+    "Members whose recipes differ in nothing but the seed, two or more together."
+    groups = {}
+    for name, recipe in recipes.items():
+        key = json.dumps(recipe.to_dict() | dict(seed=None), sort_keys=True)
+        groups.setdefault(key, []).append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+# %% ../../nbs/report/91_ensemble.ipynb #1ee6a835
+def _seed_table(
+    groups, # of `_seed_groups`
+    cards:dict, # member -> scorecard
+) -> pd.DataFrame: # members, measure, lowest, highest, spread, and a standard deviation from three members on
+    "How far the seed alone moves each figure."
+    rows = []
+    for names in groups:
+        for metric, title in _SPREAD.items():
+            values = [cards[name][metric]['value'] for name in names]
+            if None in values:
+                continue
+            row = {'members': ', '.join(names), 'measure': title, 'lowest': min(values), 'highest': max(values)}
+            row['highest less lowest'] = max(values) - min(values)
+            row['standard deviation'] = f'{np.std(values, ddof=1):.3f}' if len(values) > 2 else ''
+            rows.append(row)
+    return pd.DataFrame(rows)
+
 # %% ../../nbs/report/91_ensemble.ipynb #c0870011
 COMPARED = dict(
     balanced_accuracy='balanced accuracy',
@@ -164,7 +196,16 @@ def _members_section(
             for metric, title in COMPARED.items()
             if metric in leaves
         ]
-    return Section(body=(Table(pd.DataFrame(rows), 'The ensemble less each member, with 95 % intervals'),))
+    body = [Table(pd.DataFrame(rows), 'The ensemble less each member, with 95 % intervals')]
+    groups = _seed_groups(_recipes(run))
+    if not groups:
+        return Section(body=tuple(body))
+    body.append(Table(_seed_table(groups, result.member_cards['test']), 'Members that differ by their seed alone'))
+    text = (
+        'Some members differ by their seed alone. The last table shows how far that moves each figure on the test '
+        'images; a smaller difference between two recipes is no evidence for either.'
+    )
+    return Section(text=text, body=tuple(body))
 
 # %% ../../nbs/report/91_ensemble.ipynb #c0870012
 def _heads_section(
