@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['CALIBRATIONS', 'PRIOR_WIDTHS', 'crossfit_folds', 'crossfit', 'image_log_losses', 'check_probs', 'Selection',
-           'choose_candidate', 'Calibrator', 'fit_calibrator', 'CalibrationChoice', 'choose_calibration']
+           'choose_candidate', 'Calibrator', 'fit_calibrator', 'CalibrationChoice', 'choose_calibration',
+           'check_priors', 'parse_priors', 'class_shares', 'adjust_to_priors', 'PriorEstimate', 'estimate_priors',
+           'resampled_priors']
 
 # %% ../../nbs/evaluate/65_calibration.ipynb #855a03dd
 from dataclasses import dataclass, field, replace
@@ -13,12 +15,14 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq, isotonic_regression, minimize
+from scipy.stats import chi2
 
 from ..checks import Record, check_choice, choices, rounded
 from ..data.splits import group_folds
 from ..stats.intervals import expanded_level, format_leaf
 from ..stats.metrics import LOG_FLOOR
 from ..stats.resamples import Resamples
+from ..taxonomy import nearest
 
 # %% ../../nbs/evaluate/65_calibration.ipynb #258fd90d
 def crossfit_folds(
@@ -497,3 +501,130 @@ def choose_calibration(
     if why_not:
         selection = replace(selection, reasons=(f"none stays: {why_not}",))
     return CalibrationChoice(fit_calibrator(selection.name, probs, targets), selection, crossfitted[selection.name])
+
+# %% ../../nbs/evaluate/65_calibration.ipynb #ac210337
+_SUM_TOLERANCE = .01 # shares that were rounded for print are divided by their sum
+
+def check_priors(
+    priors:dict, # code -> share of the images, above 0; they sum to 1
+    codes, # classes in the order of the probabilities
+    where:str='priors', # what errors call them
+) -> np.ndarray: # (C,) float64, sums to 1
+    "Shares of the classes in their order; a `ValueError` names the class and the remedy."
+    codes = tuple(codes)
+    for code in priors:
+        if code not in codes:
+            raise ValueError(f"{where}: class '{code}' is none of {', '.join(codes)}.{nearest(str(code), codes)}")
+    absent = [code for code in codes if code not in priors]
+    if absent:
+        raise ValueError(f"{where}: no share of class {', '.join(absent)}; give one for each of {', '.join(codes)}")
+    values = np.array([priors[code] for code in codes], np.float64)
+    for code, value in zip(codes, values):
+        if not value > 0:
+            raise ValueError(
+                f"{where}: the share of class '{code}' is {value:g}; each must be above 0, since a class of share 0 "
+                "can never be predicted: give a small one such as 0.001, or leave the class out of the label set"
+            )
+    if not abs(values.sum() - 1) <= _SUM_TOLERANCE:
+        raise ValueError(f"{where}: the shares sum to {values.sum():.4g}; they must sum to 1: divide each by the sum")
+    return values / values.sum()
+
+# %% ../../nbs/evaluate/65_calibration.ipynb #4187deac
+def parse_priors(
+    text:str, # such as 'mel=0.3,nv=0.7'
+    codes, # classes in the order of the probabilities
+    where:str='priors', # what errors call it
+) -> np.ndarray: # (C,) float64, sums to 1
+    "Shares of the classes from a line of text."
+    shares = {}
+    for part in filter(None, map(str.strip, text.split(','))):
+        code, _, value = (word.strip() for word in part.partition('='))
+        try:
+            shares[code] = float(value)
+        except ValueError:
+            raise ValueError(f"{where}: '{part}' is no share of a class; write it as mel=0.05") from None
+    return check_priors(shares, codes, where)
+
+# %% ../../nbs/evaluate/65_calibration.ipynb #5da98ffe
+def class_shares(
+    targets:np.ndarray, # (N,) int, true class
+    codes, # classes in the order of their numbers
+) -> dict: # code -> share, 0 where no image is of the class
+    "How frequent each class is among some images."
+    counts = np.bincount(np.asarray(targets, np.int64), minlength=len(codes))
+    return dict(zip(codes, (counts / max(counts.sum(), 1)).tolist()))
+
+# %% ../../nbs/evaluate/65_calibration.ipynb #e7a7e396
+def adjust_to_priors(
+    probs:np.ndarray, # (N,C) calibrated probabilities, rows sum to 1
+    old:np.ndarray, # (C,) shares of the classes that they were calibrated on, above 0
+    new:np.ndarray, # (C,) shares among the images of `probs`, at least 0
+) -> np.ndarray: # (N,C) float64, rows sum to 1
+    "The probabilities where the classes are as frequent as `new` says."
+    scaled = np.asarray(probs, np.float64) * (np.asarray(new) / np.asarray(old))
+    total = scaled.sum(1, keepdims=True)
+    # an image of which only classes of share 0 were thought possible keeps its probabilities
+    return np.where(total > 0, scaled / np.where(total > 0, total, 1), probs)
+
+# %% ../../nbs/evaluate/65_calibration.ipynb #159e6fa2
+@dataclass(frozen=True, eq=False)
+class PriorEstimate:
+    "Shares of the classes among new images, estimated without a label."
+    priors:np.ndarray # (C,) at least 0, sums to 1
+    steps:int # of expectation maximisation
+    converged:bool # whether a step moved no share by more than the tolerance
+    gain:float # mean log likelihood ratio of an image against the old shares, at least 0
+
+    def p_value(self,
+        n_units:int, # independent lesions among the images
+    ) -> float: # in [0, 1]; small where the shares differ from the old ones
+        "Likelihood-ratio test that the shares are the old ones."
+        return float(chi2.sf(2 * n_units * max(self.gain, 0.), len(self.priors) - 1))
+
+# %% ../../nbs/evaluate/65_calibration.ipynb #866f6e49
+def _maximise(probs, old, weights, start, tolerance, max_steps):
+    "Shares (R,C) for each row of weights (R,N), the steps taken, and the largest change of the last one."
+    priors = np.array(start, np.float64)
+    total = weights.sum(1, keepdims=True)
+    for step in range(1, max_steps + 1):
+        ratios = priors / old
+        mixed = np.maximum(ratios @ probs.T, 1e-300)
+        moved = ratios * ((weights / mixed) @ probs) / total
+        change = np.abs(moved - priors).max()
+        priors = moved / moved.sum(1, keepdims=True)
+        if change <= tolerance:
+            break
+    return priors, step, change
+
+# %% ../../nbs/evaluate/65_calibration.ipynb #9a4e7360
+def estimate_priors(
+    probs:np.ndarray, # (N,C) calibrated probabilities of new images, rows sum to 1
+    old:np.ndarray, # (C,) shares of the classes that they were calibrated on, above 0
+    tolerance:float=1e-6, # largest change of a share that ends the search
+    max_steps:int=2000, # at most so many steps
+) -> PriorEstimate:
+    "Estimate the shares of the classes among images without labels, by expectation maximisation."
+    probs = np.asarray(probs, np.float64)
+    old = np.asarray(old, np.float64)
+    if probs.ndim != 2 or not len(probs) or old.shape != probs.shape[1:]:
+        raise ValueError(f"probs has shape {probs.shape}, old {old.shape}; give (N, C) with N above 0, and (C,)")
+    weights = np.ones((1, len(probs)))
+    priors, steps, change = _maximise(probs, old, weights, old[None], tolerance, max_steps)
+    gain = float(np.log(np.maximum(probs @ (priors[0] / old), 1e-300)).mean())
+    return PriorEstimate(priors[0], steps, bool(change <= tolerance), gain)
+
+# %% ../../nbs/evaluate/65_calibration.ipynb #7013d211
+def resampled_priors(
+    probs:np.ndarray, # (N,C) as for `estimate_priors`
+    old:np.ndarray, # (C,) as there
+    weights:np.ndarray, # (R,N) how often each image stands in each resample
+    tolerance:float=1e-5, # largest change of a share that ends the search
+    max_steps:int=500, # at most so many steps
+) -> np.ndarray: # (R,C)
+    "The estimate in each resample; it starts from that of all images."
+    start = estimate_priors(probs, old).priors
+    blocks = [
+        _maximise(np.asarray(probs), np.asarray(old), rows, np.tile(start, (len(rows), 1)), tolerance, max_steps)[0]
+        for rows in np.array_split(np.asarray(weights, np.float64), -(-len(weights) // 100))
+    ]
+    return np.concatenate(blocks)

@@ -10,6 +10,9 @@ __all__ = ['confidence_card', 'calibration_card', 'prior_shift_card', 'known_mal
 import numpy as np
 import pandas as pd
 
+from skinlesion.evaluate.calibration import (
+    adjust_to_priors, check_priors, class_shares, estimate_priors, resampled_priors,
+)
 from .abstention import LockedAbstention, abstention_scorecard, risk_coverage
 from ..stats.curves import confusion_points, pr_points, reliability_points, roc_points
 from skinlesion.evaluate.decisions import (
@@ -22,7 +25,6 @@ from skinlesion.evaluate.decisions import (
 from .net_benefit import decision_curve, net_benefit_scorecard
 from ..data.tables import Aligned
 from ..stats.metrics import METRICS, malignancy_of, weighted_metrics
-from ..stats.priors import adjust_to_priors, check_priors, class_shares, estimate_priors, resampled_priors
 from ..stats.resamples import Resamples
 from ..taxonomy import LabelSet
 

@@ -14,10 +14,10 @@ import pandas as pd
 
 from ..data.classes import recode_diagnoses
 from ..data.schema import Dataset
+from ..evaluate.calibration import adjust_to_priors, check_priors, class_shares, parse_priors
 from ..evaluate.evaluation import Evaluation, evaluate_elsewhere
 from ..evaluate.settings import EvaluationSettings
 from ..files import read_json
-from ..stats.priors import adjust_to_priors, check_priors, class_shares, parse_priors
 from ..taxonomy import LabelSet, comparable, comparable_map, probability_columns
 from .predict import Predictor
 
