@@ -8,11 +8,13 @@ __all__ = ['METADATA_COLUMNS', 'parse_age', 'MetadataEncoder', 'parse_person', '
 # %% ../../nbs/data/27_metadata.ipynb #11d72b24
 import math
 from dataclasses import asdict, dataclass, fields
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+from ..checks import check_choice
 from .schema import DatasetError, read_table
 from ..names import FileNames, image_stem
 from ..taxonomy import SITES, is_missing, nearest, parse_sex, parse_site
@@ -180,6 +182,43 @@ def groups(
     for column, name in enumerate(self.names):
         fields.setdefault(name.split('_')[0], []).append(column)
     return [dict(name=name, columns=columns, missing=[unknown[c] for c in columns]) for name, columns in fields.items()]
+
+# %% ../../nbs/data/27_metadata.ipynb #3cc8ac73
+@patch
+def patterns(
+    self:MetadataEncoder,
+) -> list: # of str: 'age+sex+site' (all known) first, 'none' last
+    "Every pattern of known fields."
+    names = [group['name'] for group in self.groups()]
+    subsets = (subset for size in range(len(names), -1, -1) for subset in combinations(names, size))
+    return ['+'.join(subset) or 'none' for subset in subsets]
+
+# %% ../../nbs/data/27_metadata.ipynb #b43bf13a
+@patch
+def known(
+    self:MetadataEncoder,
+    encoded:np.ndarray, # (N, dim) of `encode`
+) -> np.ndarray: # (N,) of str, each one of `patterns`
+    "The pattern of known fields of each row."
+    encoded = np.asarray(encoded)
+    known = {g['name']: (encoded[:, g['columns']] != g['missing']).any(1) for g in self.groups()}
+    rows = zip(*known.values())
+    return np.array(['+'.join(name for name, flag in zip(known, row) if flag) or 'none' for row in rows], object)
+
+# %% ../../nbs/data/27_metadata.ipynb #6ca8c412
+@patch
+def hide(
+    self:MetadataEncoder,
+    encoded:np.ndarray, # (N, dim) of `encode`
+    pattern:str, # one of `patterns`: the fields that stay as they are
+) -> np.ndarray: # (N, dim) float32
+    "The rows as they were with every other field unknown."
+    check_choice(pattern, self.patterns(), 'pattern of known fields')
+    hidden = np.array(encoded, np.float32)
+    for group in self.groups():
+        if group['name'] not in pattern.split('+'):
+            hidden[:, group['columns']] = group['missing']
+    return hidden
 
 # %% ../../nbs/data/27_metadata.ipynb #5c9da097
 def _id_faults(ids, places):

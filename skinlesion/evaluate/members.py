@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainedEnsemble', 'load_ensemble', 'predict_ensemble', 'member_outputs', 'fit_ensemble_ood', 'ood_scores',
-           'calibration_scores', 'prediction_tables']
+           'calibration_scores', 'prediction_tables', 'known_predictions']
 
 # %% ../../nbs/evaluate/71_members.ipynb #c0710004
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..data.prepared import Prepared
 from .abstention import ood_share
@@ -22,7 +23,7 @@ from ..model.heads import PRIMARY
 from skinlesion.model.inference import (
     fold_of,
     mean_tables,
-    member_views,
+    member_versions,
     output_columns,
     predict_outputs,
     read_out_of_fold,
@@ -70,6 +71,18 @@ class TrainedEnsemble:
         "The probability columns of a prediction table."
         return output_columns(self.prepared.label_set, shared_heads(self.models).values())
 
+# %% ../../nbs/evaluate/71_members.ipynb #7c86cbde
+@patch(as_prop=True)
+def takes_metadata(self:TrainedEnsemble) -> bool:
+    "Whether a member reads age, sex and site."
+    return any(model.model.takes_metadata for model in self.models)
+
+# %% ../../nbs/evaluate/71_members.ipynb #cc6cc7f5
+@patch(as_prop=True)
+def known(self:TrainedEnsemble) -> np.ndarray: # (N,) of str
+    "The pattern of known fields of each row."
+    return self.prepared.encoder.known(self.prepared.encoder.encode(self.rows))
+
 # %% ../../nbs/evaluate/71_members.ipynb #c071001a
 def load_ensemble(
     prepared:Prepared, # the data that the members were trained on
@@ -87,20 +100,26 @@ def load_ensemble(
 def predict_ensemble(
     ensemble:TrainedEnsemble,
     views=('none',), # sets of views.VIEW_SETS that are wanted
-) -> dict: # member -> view -> table: image_id, p_<code>, <head>.<level>; a row for each of `ensemble.rows`, in order
-    "The predictions of each member for each image under each view."
+) -> dict: # pattern of known fields -> member -> view -> table: p_<code>, <head>.<level>; as `ensemble.rows`
+    "The predictions of each member for each image under each view: with all that is known, then with fields hidden."
     largest = max(views, key=lambda name: len(view_names(name)))
     dataset = ensemble.prepared.dataset(ensemble.rows)
+    encoder = ensemble.prepared.encoder
+    full, *hidden = encoder.patterns() if ensemble.takes_metadata else encoder.patterns()[:1]
+    versions = [None, *(encoder.hide(dataset.metadata.numpy(), pattern) for pattern in hidden)]
     is_trained = ensemble.part('train', 'valid')
-    return {
-        name: member_views(fits, dataset, is_trained, ensemble.out_of_fold[name], views=largest)
+    members = {
+        name: member_versions(fits, dataset, versions, is_trained, ensemble.out_of_fold[name], views=largest)
         for name, fits in ensemble.fits.items()
+    }
+    return {
+        pattern: {name: own[k] for name, own in members.items()} for k, pattern in enumerate([full, *hidden])
     }
 
 # %% ../../nbs/evaluate/71_members.ipynb #c071000b
 def member_outputs(
     ensemble:TrainedEnsemble,
-    tables:dict, # of `predict_ensemble`
+    tables:dict, # of `predict_ensemble`, for one pattern of known fields
 ) -> MemberOutputs: # of the diagnosis, for `ensemble.rows`
     "The class probabilities of all members and views as one array."
     columns = ensemble.columns[PRIMARY]
@@ -140,11 +159,19 @@ def fit_ensemble_ood(
     share = ood_share(abstain_share)
     if rows[is_new].lesion_id.nunique() < lesions_to_cover(share):
         return None
+    unknown = ensemble.prepared.encoder.encode_one() if fit.model.takes_metadata else None
     training, validation = (
-        predict_outputs(fit.model, ensemble.prepared.dataset(rows[keep])) for keep in (~is_new, is_new)
+        predict_outputs(
+            fit.model,
+            ensemble.prepared.dataset(rows[keep]),
+            None if unknown is None else np.tile(unknown, (keep.sum(), 1)),
+        )
+        for keep in (~is_new, is_new)
     )
     targets = rows[~is_new].diagnosis.map(ensemble.prepared.label_set.index).to_numpy()
-    return fit_ood(kind, fit.name, training, targets, validation, rows[is_new].lesion_id.to_numpy(), share)
+    lesions = rows[is_new].lesion_id.to_numpy()
+    metadata = None if unknown is None else tuple(unknown.tolist())
+    return fit_ood(kind, fit.name, training, targets, validation, lesions, share, metadata)
 
 # %% ../../nbs/evaluate/71_members.ipynb #c071000f
 def ood_scores(
@@ -159,7 +186,7 @@ def ood_scores(
     model = next(fit.model for fit in ensemble.models if fit.name == ood.model)
     if data is None:
         data = ensemble.prepared.dataset(ensemble.rows)
-    return ood.score(predict_outputs(model, data, metadata))
+    return ood.score(predict_outputs(model, data, ood.shown(len(data), metadata)))
 
 # %% ../../nbs/evaluate/71_members.ipynb #7ce3578a
 def calibration_scores(
@@ -173,19 +200,41 @@ def calibration_scores(
     keep = ensemble.is_calibration_row
     return np.where(_is_new(ensemble, ood.model, ensemble.rows[keep]), ood_score[keep], np.nan)
 
+# %% ../../nbs/evaluate/71_members.ipynb #aba5441d
+def _view_means(ensemble, tables, policy):
+    "Tables averaged over the views of the policy: the tables, and the class probabilities (N,C), of each member."
+    means = {name: views_table(by_view, policy.views) for name, by_view in tables.items()}
+    return means, {name: table[ensemble.columns[PRIMARY]].to_numpy() for name, table in means.items()}
+
 # %% ../../nbs/evaluate/71_members.ipynb #c0710011
 def prediction_tables(
     ensemble:TrainedEnsemble,
-    tables:dict, # of `predict_ensemble`
+    tables:dict, # of `predict_ensemble`, with all that is known
     policy:Policy, # that combines the members
     ood_score:np.ndarray|None=None, # (N,) of `ood_scores`, where the policy has an `ood`
 ) -> dict: # 'ensemble' and each member -> table: image_id, lesion_id, split, p_<code>, heads; decisions of the ensemble
     "The predictions of the ensemble and of each member for `ensemble.rows`, averaged over the policy's views."
     columns = ensemble.columns[PRIMARY]
-    means = {name: views_table(by_view, policy.views) for name, by_view in tables.items()}
-    members = {name: table[columns].to_numpy() for name, table in means.items()}
-    decided = policy.predict(members, ensemble.prepared.label_set, ood_score)
+    means, members = _view_means(ensemble, tables, policy)
+    decided = policy.predict(members, ensemble.prepared.label_set, ood_score, ensemble.known)
     heads = mean_tables(list(means.values())).drop(columns=columns)
     averaged = {'ensemble': pd.concat([heads, decided], axis=1), **means}
     keys = ensemble.rows[['image_id', 'lesion_id', 'split']]
     return {name: keys.merge(table, on='image_id', validate='1:1') for name, table in averaged.items()}
+
+# %% ../../nbs/evaluate/71_members.ipynb #ea552c91
+def known_predictions(
+    ensemble:TrainedEnsemble,
+    by_known:dict, # of `predict_ensemble`
+    policy:Policy, # with rules for each pattern of known fields
+    ood_score:np.ndarray|None=None, # (N,) of `ood_scores`, where the policy has an `ood`
+) -> dict: # pattern of known fields -> table of `Policy.predict` for `ensemble.rows`
+    "The predictions of the ensemble with all that is known, and with the fields outside of each pattern hidden."
+    encoder = ensemble.prepared.encoder
+    encoded = encoder.encode(ensemble.rows)
+    decided = {}
+    for pattern, tables in by_known.items():
+        _, members = _view_means(ensemble, tables, policy)
+        known = encoder.known(encoder.hide(encoded, pattern))
+        decided[pattern] = policy.predict(members, ensemble.prepared.label_set, ood_score, known)
+    return decided

@@ -8,12 +8,14 @@ __all__ = ['OOD_KINDS', 'DECISION_COLUMNS', 'OutOfDistribution', 'Policy', 'Ense
            'choices_table']
 
 # %% ../../nbs/evaluate/70_policy.ipynb #4983f607
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
-from ..checks import check_keys
+from ..checks import check_keys, finite_array
 from skinlesion.evaluate.abstention import (
     LockedAbstention, LockedOod, Mahalanobis, energy, fit_mahalanobis, lock_abstention, lock_ood,
 )
@@ -28,7 +30,7 @@ from skinlesion.evaluate.ensemble import (
 from ..model.bundle import member_of
 from ..model.heads import PRIMARY
 from skinlesion.model.inference import (
-    Outputs, mean_fits, mean_heads, predict_metadata_versions, predict_outputs,
+    Outputs, mean_fits, mean_heads, predict_metadata_versions,
 )
 from ..stats.intervals import expanded_level, percentile_interval
 from ..stats.metrics import malignancy_masks, malignancy_probability, weighted_metrics
@@ -46,12 +48,15 @@ class OutOfDistribution:
     model:str # whose logits or features are read: a member, or one fit of a member, such as 'fused.fold_0'
     threshold:LockedOod # limit of the score
     detector:Mahalanobis|None=None # for 'mahalanobis'
+    # D numbers: the encoded metadata that the model is shown with every image, "nothing known", so that the score is of
+    # the image alone; None for the image's own, or where the model takes none
+    metadata:tuple|None=None
 
     def __post_init__(self):
         _check_ood(self)
 
     def score(self,
-        outputs:Outputs, # of that model, N images
+        outputs:Outputs, # of that model, N images, with the metadata of `shown`
     ) -> np.ndarray: # (N,) float64; higher is further from the training images
         "The out-of-distribution score of each image."
         return energy(outputs.logits) if self.kind == 'energy' else self.detector.score(outputs.features)
@@ -59,16 +64,29 @@ class OutOfDistribution:
     def to_dict(self) -> dict: # plain JSON values
         "What `from_dict` rebuilds it from."
         detector = None if self.detector is None else self.detector.to_dict()
-        return dict(kind=self.kind, model=self.model, threshold=self.threshold.to_dict(), detector=detector)
+        metadata = None if self.metadata is None else list(self.metadata)
+        own = dict(kind=self.kind, model=self.model, threshold=self.threshold.to_dict(), detector=detector)
+        return own | dict(metadata=metadata)
 
     @classmethod
     def from_dict(cls,
         values:dict, # from `to_dict`
     ): # -> OutOfDistribution, equal to the first
-        "Read it back, strictly."
-        check_keys(values, ('kind', 'model', 'threshold', 'detector'), 'ood')
+        "Read it back, strictly; older ones have no `metadata`."
+        values = dict(metadata=None) | values
+        check_keys(values, ('kind', 'model', 'threshold', 'detector', 'metadata'), 'ood')
         detector = None if values['detector'] is None else Mahalanobis.from_dict(values['detector'])
-        return cls(values['kind'], values['model'], LockedOod.from_dict(values['threshold']), detector)
+        metadata = None if values['metadata'] is None else tuple(values['metadata'])
+        return cls(values['kind'], values['model'], LockedOod.from_dict(values['threshold']), detector, metadata)
+
+# %% ../../nbs/evaluate/70_policy.ipynb #81fef2ac
+@patch
+def shown(self:OutOfDistribution,
+    n:int, # images
+    metadata:np.ndarray|None=None, # (n,D) of the images; None for that of a dataset, or where none is taken
+) -> np.ndarray|None: # (n,D) float32
+    "The metadata that the model is given with images to score."
+    return metadata if self.metadata is None else np.tile(np.array(self.metadata, np.float32), (n, 1))
 
 # %% ../../nbs/evaluate/70_policy.ipynb #c0700011
 def _check_ood(ood):
@@ -82,6 +100,8 @@ def _check_ood(ood):
     if (ood.kind == 'mahalanobis') != (ood.detector is not None):
         needs = 'needs' if ood.detector is None else 'has no use for'
         raise ValueError(f"ood of kind {ood.kind} {needs} a detector; make it by fit_ood")
+    if ood.metadata is not None:
+        finite_array(ood.metadata, 'ood, metadata')
 
 # %% ../../nbs/evaluate/70_policy.ipynb #407b89e9
 @dataclass(frozen=True)
@@ -94,6 +114,9 @@ class _PolicyParts:
     conformal:ConformalSets|None=None # sets of diagnoses
     abstention:LockedAbstention|None=None # limit of the highest probability, below which there is no prediction
     ood:OutOfDistribution|None=None # limit of the out-of-distribution score, above which there is no prediction
+    # pattern of known fields, as `MetadataEncoder.known` names it -> policy for images of which just these are known;
+    # views and `ood` are those of the whole
+    by_known:dict = field(default_factory=dict)
 
     def __post_init__(self):
         _check_policy(self)
@@ -106,14 +129,18 @@ class _PolicyParts:
     def to_dict(self) -> dict: # plain JSON values
         "What `from_dict` rebuilds it from."
         parts = {name: getattr(self, name) for name in _PARTS}
-        return dict(views=self.views) | {name: part and part.to_dict() for name, part in parts.items()}
+        by_known = {known: rules.to_dict() for known, rules in self.by_known.items()}
+        return dict(views=self.views) | {name: part and part.to_dict() for name, part in parts.items()} | (
+            dict(by_known=by_known) if by_known else {}
+        )
 
     @classmethod
     def from_dict(cls,
         values:dict, # from `to_dict`
     ): # an instance of the class, equal to the first
         "Read the parts back; an error names the one that does not fit."
-        return cls(**_read_parts(values))
+        parts = _read_parts(values)
+        return cls(**parts | dict(by_known={known: cls.from_dict(own) for known, own in parts['by_known'].items()}))
 
 # %% ../../nbs/evaluate/70_policy.ipynb #c0700021
 class Policy(_PolicyParts):
@@ -129,25 +156,65 @@ class Policy(_PolicyParts):
 
     def probabilities(self,
         members:dict, # member -> (N,C) probabilities over `views`; fits of a member ('a.fold_0') are averaged first
+        known:np.ndarray|None=None, # (N,) of `MetadataEncoder.known`; None where all fields are known, or none is read
     ) -> np.ndarray: # (N,C) float64, rows sum to 1
         "The calibrated probabilities of the ensemble."
-        return self.calibrator(self.combiner(members))
+        return _probabilities(self, members, known, calibrated=True)
 
     def decide(self,
         probs:np.ndarray, # (N,C) calibrated probabilities: of `probabilities`, or cross-fitted ones
         label_set:LabelSet, # classes in the order of the columns
         ood_score:np.ndarray|None=None, # (N,) where the policy has an `ood`, else None
+        known:np.ndarray|None=None, # (N,) of `MetadataEncoder.known`; None where all fields are known, or none is read
     ) -> pd.DataFrame: # N rows of DECISION_COLUMNS
-        "Prediction set, abstention and flag of each image."
-        return _decide(self, probs, label_set, ood_score)
+        "Prediction set, abstention and flag of each image, by the rules for what is known of it."
+        return _decide(self, probs, label_set, ood_score, known)
 
     def predict(self,
         members:dict, # member -> (N,C) probabilities over `views`; fits of a member are averaged first
         label_set:LabelSet, # classes in the order of the columns
         ood_score:np.ndarray|None=None, # (N,) where the policy has an `ood`, else None
+        known:np.ndarray|None=None, # (N,) of `MetadataEncoder.known`; None where all fields are known, or none is read
     ) -> pd.DataFrame: # N rows: p_<code>, predicted, confidence, malignancy, disagreement, then DECISION_COLUMNS
         "The ensemble's prediction for each image, in the columns of a predictions table."
-        return _predict(self, members, label_set, ood_score)
+        return _predict(self, members, label_set, ood_score, known)
+
+# %% ../../nbs/evaluate/70_policy.ipynb #872f0843
+@patch
+def rules(self:Policy,
+    known:str, # pattern of known fields, as `MetadataEncoder.known` names it
+): # -> Policy
+    "The policy for images of which these fields are known; itself where there is none of their own."
+    return replace(self.by_known[known], ood=self.ood) if known in self.by_known else self
+
+# %% ../../nbs/evaluate/70_policy.ipynb #e2f76aa3
+@patch
+def combined(self:Policy,
+    members:dict, # as for `probabilities`
+    known:np.ndarray|None=None, # as for `probabilities`
+) -> np.ndarray: # (N,C) float64, rows sum to 1
+    "The probabilities of the ensemble before calibration."
+    return _probabilities(self, members, known, calibrated=False)
+
+# %% ../../nbs/evaluate/70_policy.ipynb #d97644eb
+def _groups(policy, known, n):
+    "(rules, rows) for each pattern of known fields; one group where nothing is said of them."
+    if known is None or not policy.by_known:
+        return [(policy, np.arange(n))]
+    known = np.asarray(known)
+    if known.shape != (n,):
+        raise ValueError(f"known has shape {known.shape} for {n} images; give the pattern of each")
+    return [(policy.rules(pattern), np.flatnonzero(known == pattern)) for pattern in dict.fromkeys(known.tolist())]
+
+def _probabilities(policy, members, known, calibrated):
+    "The values of `Policy.probabilities` and `Policy.combined`."
+    arrays = {name: np.asarray(values, np.float64) for name, values in members.items()}
+    n = len(next(iter(arrays.values())))
+    probs = np.empty((n, policy.combiner.num_classes))
+    for rules, rows in _groups(policy, known, n):
+        combined = rules.combiner({name: values[rows] for name, values in arrays.items()})
+        probs[rows] = rules.calibrator(combined) if calibrated else combined
+    return probs
 
 # %% ../../nbs/evaluate/70_policy.ipynb #8796c9dd
 _PARTS = dict(
@@ -160,9 +227,12 @@ _PARTS = dict(
 )
 
 def _read_parts(values):
-    "The parts of a policy from plain values."
-    check_keys(values, ('views', *_PARTS), 'policy')
-    parts = dict(views=values['views'])
+    "The parts of a policy from plain values; those of `by_known` as they are. Older policies have none."
+    values = dict(by_known={}) | values if isinstance(values, dict) else values
+    check_keys(values, ('views', *_PARTS, 'by_known'), 'policy')
+    parts = {name: values[name] for name in ('views', 'by_known')}
+    if not isinstance(parts['by_known'], dict):
+        raise ValueError(f"policy, by_known is {parts['by_known']!r}; give a policy for each pattern of known fields")
     for name, kind in _PARTS.items():
         try:
             parts[name] = None if values[name] is None else kind.from_dict(values[name])
@@ -193,6 +263,23 @@ def _check_policy(policy):
             f"policy, ood: model '{policy.ood.model}' belongs to none of the members "
             f"{', '.join(policy.members)}.{nearest(policy.ood.model, policy.members)}"
         )
+    for known, rules in policy.by_known.items():
+        _check_rules(policy, known, rules)
+
+# %% ../../nbs/evaluate/70_policy.ipynb #ab19a37f
+def _check_rules(policy, known, rules):
+    "Stop where the rules for a pattern of known fields do not fit the policy."
+    where = f"policy, by_known, '{known}'"
+    if not isinstance(rules, _PolicyParts):
+        raise ValueError(f"{where}: {type(rules).__name__} is no Policy")
+    same = ('views', 'members')
+    other = [name for name in same if getattr(rules, name) != getattr(policy, name)]
+    if rules.combiner.num_classes != policy.combiner.num_classes:
+        other.append('number of classes')
+    if other:
+        raise ValueError(f"{where}: its {other[0]} is not that of the policy; choose both in one call of choose_policy")
+    if rules.ood is not None or rules.by_known:
+        raise ValueError(f"{where}: it has an ood or a by_known of its own; these belong to the policy")
 
 # %% ../../nbs/evaluate/70_policy.ipynb #86e603ca
 def _apart(value, limit, digits, kind):
@@ -248,10 +335,8 @@ def _flags(policy, label_set, probs):
 # codes joined by a space, or None; bool; '' where there is a prediction; True, False or None
 DECISION_COLUMNS = ('prediction_set', 'abstain', 'abstain_reason', 'flagged')
 
-def _decide(policy, probs, label_set, ood_score):
-    "The rows of `Policy.decide`."
-    probs = np.asarray(probs, np.float64)
-    _check_decide(policy, probs, label_set, ood_score)
+def _decide_alike(policy, probs, label_set, ood_score):
+    "The rows of `Policy.decide` for images of which the same fields are known."
     reasons = _reasons(policy, probs.max(1), ood_score)
     table = pd.DataFrame(index=range(len(probs)))
     table['prediction_set'] = pd.Series(_prediction_sets(policy, probs, label_set.codes), dtype=object)
@@ -259,6 +344,17 @@ def _decide(policy, probs, label_set, ood_score):
     table['abstain_reason'] = pd.Series(reasons, dtype=object)
     table['flagged'] = pd.Series(_flags(policy, label_set, probs), dtype=object)
     return table
+
+# %% ../../nbs/evaluate/70_policy.ipynb #484b8b8b
+def _decide(policy, probs, label_set, ood_score, known):
+    "The rows of `Policy.decide`."
+    probs = np.asarray(probs, np.float64)
+    _check_decide(policy, probs, label_set, ood_score)
+    parts = []
+    for rules, rows in _groups(policy, known, len(probs)):
+        scores = None if ood_score is None else np.asarray(ood_score)[rows]
+        parts.append(_decide_alike(rules, probs[rows], label_set, scores).set_index(rows))
+    return pd.concat(parts).sort_index()
 
 # %% ../../nbs/evaluate/70_policy.ipynb #c0700014
 def _check_decide(policy, probs, label_set, ood_score):
@@ -277,18 +373,18 @@ def _check_decide(policy, probs, label_set, ood_score):
         raise ValueError(f"ood_score has shape {np.shape(ood_score)} for {len(probs)} images; give one value each")
 
 # %% ../../nbs/evaluate/70_policy.ipynb #2748ca39
-def _predict(policy, members, label_set, ood_score):
+def _predict(policy, members, label_set, ood_score, known):
     "The rows of `Policy.predict`; malignancy is NaN where the class predicted may be either."
-    probs = policy.probabilities(members)
+    probs = policy.probabilities(members, known)
     codes = np.array(label_set.codes)
-    decided = policy.decide(probs, label_set, ood_score)
+    decided = policy.decide(probs, label_set, ood_score, known)
     predicted = codes[probs.argmax(1)]
     malignant, benign = malignancy_masks(label_set)
-    known = (malignant | benign)[probs.argmax(1)]
+    stated = (malignant | benign)[probs.argmax(1)]
     summary = dict(
         predicted=predicted,
         confidence=probs.max(1),
-        malignancy=np.where(known, malignancy_probability(probs, label_set), np.nan),
+        malignancy=np.where(stated, malignancy_probability(probs, label_set), np.nan),
         disagreement=member_disagreement(members),
     )
     columns = pd.DataFrame(probs, columns=[f'p_{code}' for code in codes])
@@ -313,13 +409,15 @@ def predict_members(
     "The outputs of every model, under the policy's views."
     names = [m.name for m in models]
     check_models(names, policy)
-    outputs = {m.name: predict_outputs(m.model, data, metadata, batch_size, policy.views) for m in models}
-    heads = [outputs[name].heads for name in names]
-    return EnsembleOutputs(
-        mean_fits(names, [h[PRIMARY] for h in heads]),
-        mean_heads(names, heads),
-        policy.ood and policy.ood.score(outputs[policy.ood.model]),
-    )
+    heads = []
+    ood_score = None
+    for m in models:
+        ood = policy.ood if policy.ood is not None and m.name == policy.ood.model else None
+        versions = [metadata] if ood is None else [metadata, ood.shown(len(data), metadata)]
+        outputs = predict_metadata_versions(m.model, data, versions, batch_size, policy.views)
+        heads.append(outputs[0].heads)
+        ood_score = ood_score if ood is None else ood.score(outputs[-1])
+    return EnsembleOutputs(mean_fits(names, [h[PRIMARY] for h in heads]), mean_heads(names, heads), ood_score)
 
 # %% ../../nbs/evaluate/70_policy.ipynb #d97ced1a
 def predict_ensemble_versions(
@@ -327,6 +425,7 @@ def predict_ensemble_versions(
     policy:Policy, # for these members, with views 'none'
     images:np.ndarray, # (N,H,W,3) uint8 RGB of the models' size
     versions:list, # of (N,D) float32: several metadata of the same images
+    known:list|None=None, # for each version (N,) of `MetadataEncoder.known`; None where all fields are known
 ) -> list: # of (N,C) calibrated probabilities, one for each version
     "The ensemble's probabilities for the same images with each of several metadata; an image is shown to a model once."
     if policy.views != 'none':
@@ -334,7 +433,9 @@ def predict_ensemble_versions(
     names = [m.name for m in models]
     check_models(names, policy)
     outputs = [predict_metadata_versions(m.model, images, versions) for m in models]
-    return [policy.probabilities(mean_fits(names, parts)) for parts in zip(*outputs)]
+    members = [mean_fits(names, [own.heads[PRIMARY] for own in parts]) for parts in zip(*outputs)]
+    known = [None] * len(versions) if known is None else known
+    return [policy.probabilities(own, fields) for own, fields in zip(members, known, strict=True)]
 
 # %% ../../nbs/evaluate/70_policy.ipynb #f5e2515d
 def check_models(
@@ -363,13 +464,14 @@ def fit_ood(
     validation:Outputs, # of images that neither the model nor the detector was fitted on
     lesion_ids:np.ndarray, # (N,) lesion of each image of `validation`
     share:float=.95, # of lesions like those of `validation` that are to get a prediction, in (0, 1)
+    metadata:tuple|None=None, # D numbers, "nothing known", that the model was given with each image; None for its own
 ) -> OutOfDistribution:
     "Fit the score on training images and lock its limit on validation images."
     if kind not in OOD_KINDS:
         raise ValueError(f"ood kind {kind!r} is not one of {', '.join(OOD_KINDS)}.{nearest(str(kind), OOD_KINDS)}")
     detector = fit_mahalanobis(training.features, training_targets) if kind == 'mahalanobis' else None
     scores = energy(validation.logits) if detector is None else detector.score(validation.features)
-    return OutOfDistribution(kind, model, lock_ood(scores, lesion_ids, share), detector)
+    return OutOfDistribution(kind, model, lock_ood(scores, lesion_ids, share), detector, metadata)
 
 # %% ../../nbs/evaluate/70_policy.ipynb #36c3309f
 @dataclass(frozen=True, eq=False)
@@ -411,6 +513,16 @@ class PolicyChoice:
     combination:CombinationChoice # under the chosen views
     calibration:CalibrationChoice # of the chosen combination
     crossfitted:np.ndarray # (N,C) cross-fitted calibrated probabilities of the images it was chosen on
+    by_known:dict = field(default_factory=dict) # pattern of known fields -> (N,C) the same with the others hidden
+
+    def crossfitted_for(self,
+        known:np.ndarray, # (N,) of `MetadataEncoder.known`
+    ) -> np.ndarray: # (N,C)
+        "The cross-fitted probabilities by the rules for what is known of each image."
+        probs = self.crossfitted.copy()
+        for pattern, own in self.by_known.items():
+            probs[known == pattern] = own[known == pattern]
+        return probs
 
     def selections(self) -> dict: # step -> calibration.Selection
         "The three choices in their order."
@@ -440,6 +552,42 @@ def _lock_confidence(probs, fit, share, ood, ood_score):
     declined = ood.threshold.flags(ood_score[rows])
     return lock_abstention(probs[rows].max(1), fit.lesion_ids[rows], share, declined)
 
+# %% ../../nbs/evaluate/70_policy.ipynb #2ae78b1e
+@dataclass(frozen=True, eq=False)
+class _RuleOptions:
+    "What the rules of a policy are locked for."
+    label_set:LabelSet
+    target_sensitivity:float
+    coverage:float
+    conformal:str
+    abstain_share:float
+    ood:OutOfDistribution|None
+    ood_score:np.ndarray|None
+    options:dict # seed, n_resamples
+
+class _ChosenRules(NamedTuple):
+    "A policy without an `ood`, and the choices behind it."
+    policy:Policy
+    combination:CombinationChoice
+    calibration:CalibrationChoice
+
+# %% ../../nbs/evaluate/70_policy.ipynb #5d45828a
+def _choose_rules(fit, views, combinations, calibrations, rules):
+    "Choose combination and calibration under the views, and lock the decisions."
+    data = dict(targets=np.asarray(fit.targets), lesion_ids=fit.lesion_ids)
+    combined = choose_combination(fit.by_member(views), **data, kinds=tuple(combinations), **rules.options)
+    calibrated = choose_calibration(combined.crossfitted, **data, kinds=calibrations, **rules.options)
+    probs = calibrated.crossfitted
+    policy = Policy(
+        combined.combiner,
+        calibrated.calibrator,
+        views,
+        _lock_malignancy(probs, fit, rules.label_set, rules.target_sensitivity, **rules.options),
+        fit_conformal(rules.conformal, probs, **data, coverage=rules.coverage),
+        _lock_confidence(probs, fit, rules.abstain_share, rules.ood, rules.ood_score),
+    )
+    return _ChosenRules(policy, combined, calibrated)
+
 # %% ../../nbs/evaluate/70_policy.ipynb #5c59bbc1
 def choose_policy(
     fit:MemberOutputs, # of validation, or out of fold; never of test
@@ -453,30 +601,27 @@ def choose_policy(
     abstain_share:float=.1, # of lesions, those declined by `ood` included; 0 for no abstention
     ood:OutOfDistribution|None=None, # of the policy
     ood_score:np.ndarray|None=None, # (N,) where there is an `ood`; NaN where its model was trained on the image
+    by_known:dict|None=None, # pattern of known fields -> MemberOutputs of the same images, the other fields hidden
     n_resamples:int=1000, # behind each comparison
     seed:int=0, # of folds and resamples
 ) -> PolicyChoice:
     "Choose views, combination and calibration, and lock the decisions on the resulting probabilities."
     data = dict(targets=np.asarray(fit.targets), lesion_ids=fit.lesion_ids)
     options = dict(seed=seed, n_resamples=n_resamples)
-    members = {name: fit.by_member(name) for name in views}
-    means = {name: mean_ensemble(list(probs.values())) for name, probs in members.items()}
+    means = {name: mean_ensemble(list(fit.by_member(name).values())) for name in views}
     chosen_views = choose_views(means, **data, **options)
+    rules = _RuleOptions(label_set, target_sensitivity, coverage, conformal, abstain_share, ood, ood_score, options)
     combinations = COMBINATIONS if combination == 'auto' else (combination,)
-    combined = choose_combination(members[chosen_views.name], **data, kinds=combinations, **options)
     calibrations = CALIBRATIONS if calibration == 'auto' else (calibration,)
-    calibrated = choose_calibration(combined.crossfitted, **data, kinds=calibrations, **options)
-    probs = calibrated.crossfitted
-    policy = Policy(
-        combined.combiner,
-        calibrated.calibrator,
-        chosen_views.name,
-        _lock_malignancy(probs, fit, label_set, target_sensitivity, **options),
-        fit_conformal(conformal, probs, **data, coverage=coverage),
-        _lock_confidence(probs, fit, abstain_share, ood, ood_score),
-        ood,
-    )
-    return PolicyChoice(policy, chosen_views, combined, calibrated, probs)
+    policy, combined, calibrated = _choose_rules(fit, chosen_views.name, combinations, calibrations, rules)
+    kinds = (policy.combiner.kind, 'convex') if combination == 'auto' else (policy.combiner.kind,)
+    hidden = {
+        known: _choose_rules(own, chosen_views.name, dict.fromkeys(kinds), (policy.calibrator.kind,), rules)
+        for known, own in (by_known or {}).items()
+    }
+    policy = replace(policy, ood=ood, by_known={known: own.policy for known, own in hidden.items()})
+    crossfitted = {known: own.calibration.crossfitted for known, own in hidden.items()}
+    return PolicyChoice(policy, chosen_views, combined, calibrated, calibrated.crossfitted, crossfitted)
 
 # %% ../../nbs/evaluate/70_policy.ipynb #53b073ae
 _CHOICE_METRICS = ('log_loss', 'auroc_macro', 'balanced_accuracy', 'ece')
