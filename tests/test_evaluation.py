@@ -100,6 +100,10 @@ def test_every_part_and_member_is_measured(result):
     for path, leaf in walk_leaves(metrics):
         assert "n" in leaf and (leaf["value"] is not None or leaf.get("reason")), path
     assert metrics["test"]["ensemble"]["accuracy"]["n"] == 60 == len(result.data.targets)
+    known = metrics["test"]["ensemble"]["known_fields"]
+    assert len(known) == 8 and set(known) == {"age+sex+site", *result.run.choice.policy.by_known}
+    assert set(known["none"]["image_only"]) == {"image"} and "difference" not in known["age+sex+site"]
+    assert known["age+sex+site"]["accuracy"]["value"] == metrics["test"]["ensemble"]["accuracy"]["value"]
     assert set(metrics["test"]["robustness"]) == {"images", "metadata"}
     assert set(result.curves["stress_images"].kind) == {"none", "blur"}
 
@@ -174,7 +178,8 @@ def test_external_images_stand_beside_those_at_home(made, result):
 def test_the_page_says_how_the_ensemble_was_made(result, monkeypatch):
     monkeypatch.setattr(clinical, "draw_picture", lambda draw, alt: Picture(b"", alt, 100))
     page = ensemble_page(result)
-    assert {"summary", "choices", "members", "heads", "checklist"} <= set(page)
+    assert {"summary", "choices", "members", "heads", "known_fields", "checklist"} <= set(page)
+    assert "**Without age, sex and site:**" in page["summary"].after and len(page["known_fields"].body[0].frame) == 8
     steps = [table.caption.split(":")[0] for table in page["choices"].body]
     assert steps == ["Views", "Combination", "Calibration"]
     assert page["members"].body[0].frame["less the member"].unique().tolist() == ["fused", "image"]

@@ -22,7 +22,7 @@ from ..explain.cam import CAM_METHODS, CAM_NAMES, is_flat
 from ..images import IMAGE_TYPES, MAX_BYTES, encode_png
 from ..report.templates import render
 from ..taxonomy import DISCLAIMER, SEXES, SITES, class_colours
-from ..use.predict import Prediction, Predictor, as_image
+from ..use.predict import Prediction, Predictor, as_image, known_text
 
 # %% ../../nbs/apps/95_panels.ipynb #f5ba5fbe
 def _class_name(label_set, code):
@@ -92,6 +92,7 @@ def _answer_html(label_set, prediction, truth=''):
         '' if malignancy is None else f'Malignant classes together: {malignancy:.0%}.',
         _threshold_text(prediction),
         _set_text(label_set, prediction),
+        '' if prediction.known is None else f'{known_text(prediction.known).capitalize()}.',
         f'Recorded diagnosis: {truth}.' if truth else '',
     ]
     name = _class_name(label_set, prediction.predicted)

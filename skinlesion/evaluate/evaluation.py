@@ -24,11 +24,12 @@ from .decisions import cost_matrix, fit_conformal, lock_threshold
 from .ensemble import disagreement_scorecard
 from .heads import head_scorecard
 from skinlesion.evaluate.measures import (
-    calibration_card, decision_cards, evaluation_curves, known_malignancy, prior_shift_card,
+    KnownFields, calibration_card, decision_cards, evaluation_curves, known_fields_card, known_malignancy,
+    prior_shift_card,
 )
 from skinlesion.evaluate.members import (
-    TrainedEnsemble, calibration_scores, fit_ensemble_ood, load_ensemble, member_outputs, ood_scores, predict_ensemble,
-    prediction_tables,
+    TrainedEnsemble, calibration_scores, fit_ensemble_ood, known_predictions, load_ensemble, member_outputs,
+    ood_scores, predict_ensemble, prediction_tables,
 )
 from skinlesion.evaluate.policy import (
     Policy, PolicyChoice, choices_table, choose_policy, predict_ensemble_versions, predict_members,
@@ -154,9 +155,9 @@ def _fit_on_valid(valid, data, label_set, shares, options):
     return _Fitted(rules, kind, after, dict(calibration=card), curves)
 
 # %% ../../nbs/evaluate/79_evaluation.ipynb #c0790009
-def _measure_part(data, tables, label_set, rules, costs, min_lesions, options, abstained=None):
+def _measure_part(data, tables, label_set, rules, costs, min_lesions, options, decided=None):
     "Further measures and curves of the images of one part; `tables` are its predictions and labels."
-    blocks = decision_cards(data, label_set, **rules, costs=costs, abstained=abstained, **options)
+    blocks = decision_cards(data, label_set, **rules, costs=costs, **decided or {}, **options)
     threshold = find_leaf(blocks, 'decisions.threshold.value')
     blocks['subgroups'] = subgroup_scorecard(
         *tables, label_set, min_lesions=min_lesions, threshold=.5 if threshold is None else threshold, **options
@@ -212,6 +213,7 @@ class EnsembleRun:
     candidates:pd.DataFrame # of `choices_table`: the effect of each candidate
     predictions:dict # 'ensemble' and each member -> prediction table of `ensemble.rows`
     ood_score:np.ndarray|None # (N,) of `ensemble.rows`; None without one
+    by_known:dict # of `known_predictions`; {} where no member takes metadata
 
     @property
     def options(self) -> dict: # n_resamples, seed
@@ -229,9 +231,10 @@ class EnsembleRun:
 # %% ../../nbs/evaluate/79_evaluation.ipynb #c0790013
 def _run_ensemble(ensemble, settings):
     "Predict all views, fit the out-of-distribution score, choose the policy on calibration rows."
-    by_view = predict_ensemble(ensemble, settings.views)
-    outputs = member_outputs(ensemble, by_view)
-    fit = outputs.rows(ensemble.is_calibration_row)
+    by_known = predict_ensemble(ensemble, settings.views)
+    outputs = {pattern: member_outputs(ensemble, by_view) for pattern, by_view in by_known.items()}
+    full, *hidden = outputs
+    fit = {pattern: own.rows(ensemble.is_calibration_row) for pattern, own in outputs.items()}
     label_set = ensemble.prepared.label_set
     options = dict(n_resamples=settings.resamples, seed=settings.seed)
     names = ('views', 'combination', 'calibration', 'target_sensitivity', 'coverage', 'conformal', 'abstain_share')
@@ -239,10 +242,12 @@ def _run_ensemble(ensemble, settings):
     scores = ood_scores(ensemble, ood)
     chosen = {name: getattr(settings, name) for name in names}
     new_scores = calibration_scores(ensemble, ood, scores)
-    choice = choose_policy(fit, label_set, **chosen, ood=ood, ood_score=new_scores, **options)
-    candidates = choices_table(choice, fit, outputs.rows(ensemble.part('test')), **options)
-    predictions = prediction_tables(ensemble, by_view, choice.policy, scores)
-    return EnsembleRun(ensemble, settings, choice, candidates, predictions, scores)
+    rules = {pattern: fit[pattern] for pattern in hidden}
+    choice = choose_policy(fit[full], label_set, **chosen, ood=ood, ood_score=new_scores, by_known=rules, **options)
+    candidates = choices_table(choice, fit[full], outputs[full].rows(ensemble.part('test')), **options)
+    predictions = prediction_tables(ensemble, by_known[full], choice.policy, scores)
+    decided = known_predictions(ensemble, by_known, choice.policy, scores) if hidden else {}
+    return EnsembleRun(ensemble, settings, choice, candidates, predictions, scores, decided)
 
 # %% ../../nbs/evaluate/79_evaluation.ipynb #c0790014
 def _head_cards(run, predictions, rows):
@@ -258,6 +263,27 @@ def _head_cards(run, predictions, rows):
         if columns[name][0] in predictions
     }
 
+# %% ../../nbs/evaluate/79_evaluation.ipynb #e31abed6
+def _known_fields(run, rows):
+    "What the ensemble reaches on some rows for each pattern of known fields."
+    ensemble = run.ensemble
+    label_set = ensemble.prepared.label_set
+    table = ensemble.rows[rows]
+    columns = ensemble.columns[PRIMARY]
+    known = KnownFields(
+        {pattern: decided[rows] for pattern, decided in run.by_known.items()},
+        run.choice.policy,
+        table.diagnosis.map(label_set.index).to_numpy(),
+        table.lesion_id.to_numpy(),
+        label_set,
+        {
+            name: run.predictions[name].loc[rows, columns].to_numpy()
+            for name, fits in ensemble.fits.items()
+            if not fits[0].model.takes_metadata
+        },
+    )
+    return known_fields_card(known, **run.options)
+
 # %% ../../nbs/evaluate/79_evaluation.ipynb #c0790015
 def _part_cards(run):
     "The scorecards of the ensemble and of each member on each part, with those of the further heads."
@@ -265,7 +291,8 @@ def _part_cards(run):
     measured = dict(run.predictions)
     # on calibration rows the ensemble is measured by its cross-fitted probabilities, else the figures were too good
     measured['ensemble'] = measured['ensemble'].copy()
-    measured['ensemble'].loc[ensemble.is_calibration_row, ensemble.columns[PRIMARY]] = run.choice.crossfitted
+    keep = ensemble.is_calibration_row
+    measured['ensemble'].loc[keep, ensemble.columns[PRIMARY]] = run.choice.crossfitted_for(ensemble.known[keep])
     cards = {}
     for part, rows in run.parts.items():
         labels = ensemble.rows[rows]
@@ -273,6 +300,8 @@ def _part_cards(run):
             card = scorecard(table[rows], labels, ensemble.prepared.label_set, **run.options)
             heads = _head_cards(run, run.predictions[name], rows)
             cards.setdefault(part, {})[name] = card | (dict(heads=heads) if heads else {})
+        if run.by_known and part in ('test', 'external'):
+            cards[part]['ensemble']['known_fields'] = _known_fields(run, rows)
     return cards
 
 # %% ../../nbs/evaluate/79_evaluation.ipynb #c0790016
@@ -297,7 +326,7 @@ def _ensemble_blocks(run, data):
     columns = ensemble.columns[PRIMARY]
     order = pd.Index(ensemble.rows.image_id[rows]).get_indexer(data.image_ids)
     members = {name: run.predictions[name].loc[rows, columns].to_numpy()[order] for name in ensemble.members}
-    uncalibrated = policy.combiner(members)
+    uncalibrated = policy.combined(members, ensemble.known[rows][order])
     blocks = dict(
         calibration=calibration_card(uncalibrated, data.probs, data.targets, data.lesion_ids, **run.options),
         disagreement=disagreement_scorecard(members, data.targets, data.lesion_ids, data.probs, **run.options),
@@ -320,11 +349,14 @@ def _stress(run):
     "Stress tables by name: the same policy on corrupted test images and metadata, each image in one view."
     ensemble = run.ensemble
     prepared = ensemble.prepared
-    policy = replace(run.choice.policy, views='none', ood=None)
+    by_known = {known: replace(rules, views='none') for known, rules in run.choice.policy.by_known.items()}
+    policy = replace(run.choice.policy, views='none', ood=None, by_known=by_known)
+    known = prepared.encoder.known
     def predict(images, metadata):
-        return policy.probabilities(predict_members(ensemble.models, policy, images, metadata).members)
+        members = predict_members(ensemble.models, policy, images, metadata).members
+        return policy.probabilities(members, known(metadata))
     def predict_versions(images, versions):
-        return predict_ensemble_versions(ensemble.models, policy, images, versions)
+        return predict_ensemble_versions(ensemble.models, policy, images, versions, [known(v) for v in versions])
     rows = _stress_rows(ensemble.rows[ensemble.part('test')], run.settings.stress_images)
     images = np.stack([prepared.store.image(image_id) for image_id in rows.image_id])
     targets = rows.diagnosis.map(prepared.label_set.index).to_numpy()
@@ -335,7 +367,7 @@ def _stress(run):
         tables['stress_images'] = robustness.stress_images(
             predict, images, metadata, *truth, kinds=run.settings.stress, image_ids=rows.image_id, **run.options
         )
-    if any(model.model.takes_metadata for model in ensemble.models):
+    if ensemble.takes_metadata:
         tables['stress_metadata'] = robustness.stress_metadata(
             predict_versions, images, rows, prepared.encoder, *truth, **run.options
         )
@@ -354,6 +386,17 @@ def _stress_block(tables):
             }
     return block
 
+# %% ../../nbs/evaluate/79_evaluation.ipynb #b94c498b
+def _decided(predictions, label_set):
+    "What was decided for each row of a predictions table, each by the rules for what is known of it."
+    decided = dict(abstained=predictions.abstain.to_numpy(bool)) # of low confidence, or out of distribution
+    if 'flagged' in predictions:
+        decided['flagged'] = predictions.flagged.eq(True).to_numpy()
+    if 'prediction_set' in predictions:
+        sets = predictions.prediction_set.fillna('').str.split()
+        decided['sets'] = np.array([[code in own for code in label_set.codes] for own in sets], bool)
+    return decided
+
 # %% ../../nbs/evaluate/79_evaluation.ipynb #2eb895c9
 def _part_tables(run, part):
     "The ensemble's predictions and the labels of a part."
@@ -364,11 +407,11 @@ def _measure_locked(data, tables, label_set, policy, settings):
     "Further measures and curves of images under the rules of a policy; `tables` are their predictions and labels."
     predictions = tables[0]
     order = pd.Index(predictions.image_id).get_indexer(data.image_ids)
-    abstained = predictions.abstain.to_numpy(bool)[order] # of low confidence, or out of distribution
+    decided = _decided(predictions.iloc[order], label_set)
     rules = dict(threshold=policy.threshold, conformal=policy.conformal, abstention=policy.abstention)
     costs = None if label_set.malignant is None else cost_matrix(label_set, missed=settings.miss_cost)
     options = dict(n_resamples=settings.resamples, seed=settings.seed)
-    return _measure_part(data, tables, label_set, rules, costs, settings.min_lesions, options, abstained)
+    return _measure_part(data, tables, label_set, rules, costs, settings.min_lesions, options, decided)
 
 # %% ../../nbs/evaluate/79_evaluation.ipynb #c079001b
 def _evaluate_test(run):
@@ -445,7 +488,7 @@ def evaluate_ensemble(
 
 # %% ../../nbs/evaluate/79_evaluation.ipynb #5da2550f
 def evaluate_elsewhere(
-    predictions:pd.DataFrame, # of `Predictor.predict_many`: image_id, p_<code>, abstain
+    predictions:pd.DataFrame, # of `Predictor.predict_many`: image_id, p_<code>, abstain; also flagged, prediction_set
     labels:pd.DataFrame, # image_id, diagnosis, optional lesion_id, age, sex, site of the same images
     label_set:LabelSet, # of the bundle
     policy:Policy, # of the bundle: its rules are applied as they were locked

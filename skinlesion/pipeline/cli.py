@@ -343,7 +343,7 @@ def _check_given(images, bundle, metadata, skip_bad):
 def predict(
     images:Annotated[list[Path], typer.Argument(help='Images, or folders of images; each image once.')],
     bundle:_Bundle,
-    csv:Annotated[Path, typer.Option('--csv', help='Predictions table to write: image_id, p_<class>, predicted, ...')],
+    csv:Annotated[Path, typer.Option('--csv', help='Table to write: image_id, p_<class>, predicted, ..., known')],
     layout:Annotated[
         str, typer.Option('--format', help='table, or isic: the CSV that the ISIC challenges of 2018 and 2019 take.')
     ]='table',

@@ -31,6 +31,7 @@ from skinlesion.report.card import (
     measure_title,
     per_class_table,
     threshold_sentence,
+    unknown_sentence,
 )
 
 # %% ../../nbs/report/87_clinical.ipynb #de4cccc1
@@ -199,6 +200,7 @@ def _summary_section(
     points = [
         calibration_sentence(result),
         f'{threshold_sentence(result, short=True)} {frequencies_sentence(result, short=True)}'.strip(),
+        unknown_sentence(result),
         gap_sentence(result),
         elsewhere_sentence(result),
         f"**Limits:** {' '.join(limits[:2])}{more}",
@@ -558,6 +560,56 @@ def _kind_rows(block):
         rows[name] = {_title(key): leaf_text(leaf, leaf_decimals(key)) for key, leaf in known.items()}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('kind')
 
+# %% ../../nbs/report/87_clinical.ipynb #73463096
+_KNOWN_COLUMNS = dict(
+    balanced_accuracy='balanced accuracy',
+    difference='less that with all that is known',
+    accuracy='accuracy',
+    auroc_macro='AUROC, macro',
+    malignant_auroc='AUROC of malignancy',
+    ece='ECE',
+    sensitivity='sensitivity at its threshold',
+    specificity='specificity at its threshold',
+    coverage='coverage of the sets',
+    answered='answered',
+)
+
+def _known_rows(card):
+    "The measures of each pattern of known fields, a row each."
+    rows = {}
+    for pattern, leaves in card.items():
+        texts = {name: leaf_text(leaves.get(name), 3) if name in leaves else '' for name in _KNOWN_COLUMNS}
+        if 'difference' in leaves:
+            texts['difference'] = change_text(leaves['difference'], 3)
+        rows[pattern.replace('+', ', ')] = {_KNOWN_COLUMNS[name]: text for name, text in texts.items()}
+    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('known')
+
+# %% ../../nbs/report/87_clinical.ipynb #5a2f8e3c
+def _known_fields_section(
+    result:Evaluation,
+) -> Section:
+    "What is left where age, sex or site is unknown, by the rules locked for each pattern of known fields."
+    card = result.card['known_fields']
+    first = next(iter(card.values()))
+    promised = [
+        f"{name} {first[target]['value']:.0%}"
+        for name, target in dict(sensitivity='target_sensitivity', coverage='target_coverage').items()
+        if target in first
+    ]
+    text = (
+        'The same images with fields hidden, each by the rules that were locked on validation for what is known of it. '
+        'A field that an image lacks stays unknown.'
+    )
+    text += f" Promised in every row: {', '.join(promised)}." if promised else ''
+    alone = [
+        f'balanced accuracy without age, sex and site, less that of the member {name}, which reads the image alone: '
+        f"{change_text(leaf, 3)} ({leaf['verdict']})."
+        for name, leaf in card.get('none', {}).get('image_only', {}).items()
+    ]
+    return _section('Unknown fields', (), text, [Table(_known_rows(card), 'By what is known')], '\n'.join(
+        f'- {sentence[0].upper()}{sentence[1:]}' for sentence in alone
+    ))
+
 # %% ../../nbs/report/87_clinical.ipynb #da489ac4
 def _abstention_section(
     result:Evaluation,
@@ -883,6 +935,7 @@ def page_sections(
         discrimination=_discrimination_section(result),
         calibration=_calibration_section(result),
         decisions=_decisions_section(result),
+        **(dict(known_fields=_known_fields_section(result)) if 'known_fields' in result.card else {}),
         abstention=_abstention_section(result),
         subgroups=_subgroups_section(result),
         robustness=_robustness_section(result),
