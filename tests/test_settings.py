@@ -1,6 +1,7 @@
 "The settings in the repository are ones the pipeline takes; the words they may hold are those of the library."
 import json
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -9,10 +10,15 @@ from skinlesion.evaluate.calibration import CALIBRATIONS
 from skinlesion.evaluate.decisions import CONFORMAL
 from skinlesion.evaluate.ensemble import COMBINATIONS
 from skinlesion.evaluate.corruptions import CORRUPTIONS
+from skinlesion.model.fusion import create_model
+from skinlesion.model.recipe import Recipe
+from skinlesion.model.training import fit
 from skinlesion.options import choices
 from skinlesion.pipeline.closure import expected_params
 from skinlesion.pipeline.params import EvaluateParams, load_params, stage_parameters, train_parameters
+from skinlesion.taxonomy import get_label_set
 from skinlesion.views import VIEW_SETS
+from tiny import build_prepared
 
 SETTINGS = sorted((ROOT / "nbs/settings").glob("*.yaml"))
 FILES = [ROOT / "params.yaml", *SETTINGS]
@@ -51,6 +57,38 @@ def test_members_of_the_comparison_differ_in_one_thing():
     }
     assert changed.pop("base") == [] and changed.pop("metadata-only") == ["backbone", "fusion", "pretrained"]
     assert len(changed) == 6 and all(len(keys) == 1 for keys in changed.values()), changed
+
+
+GPU = [(path, name) for path in SETTINGS if path.name.endswith("-gpu.yaml") for name in load_params(path).train.members]
+
+
+def first_then_slow(pairs):
+    "The first member in every run of the tests, all others under `make test-all`: their backbones are large."
+    return [pytest.param(*pair, id=f"{pair[0].stem}-{pair[1]}", marks=[pytest.mark.slow] * (k > 0))
+            for k, pair in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("path, name", first_then_slow(GPU))
+def test_gpu_recipes_take_one_step(path, name, tmp_path):
+    "What no machine of this project trains is built, and one step is taken, on the CPU at a reduced size."
+    assert "NOT TRAINED HERE" in path.read_text()
+    values = stage_parameters(load_params(path), "train", name)
+    options = {key: values[key] for key in Recipe.model_fields if key in values}
+    short = dict(epochs=1, warmup_epochs=0., patience=1, batch_size=2, accumulate=1)
+    recipe = Recipe(**options | short | dict(pretrained="none", folds=0, workers=0))
+    label_set = get_label_set("melanoma")
+    split = ["train", "train", "valid", "valid"]
+    rows = pd.DataFrame(dict(image_id=list("abcd"), diagnosis=["mel", "benign"] * 2, split=split))
+    rows = rows.assign(lesion_id=rows.image_id, patient_id="", diagnosis_confirm_type="")
+    rows = rows.assign(age=50., sex="female", site="back")
+    prepared = build_prepared(tmp_path / "prepared", rows, label_set, 64)
+    model = create_model(
+        recipe.backbone, 2, prepared.encoder.dim if recipe.fusion != "none" else 0, recipe.fusion,
+        drop_rate=recipe.drop_rate,
+    )
+    before = next(iter(model.parameters())).detach().clone()
+    fit(model, *(prepared.dataset(prepared.rows(part)) for part in ("train", "valid")), recipe)
+    assert not before.equal(next(iter(model.parameters())))
 
 
 def test_train_notebook_shows_every_option():
