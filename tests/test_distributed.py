@@ -16,6 +16,7 @@ import torch
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.store import build_store
 from skinlesion.images import save_png
+from skinlesion.model.checkpoint import RESUMED
 from skinlesion.model.inference import predict_probs
 from skinlesion.model.member import _data, member_datasets, train_folds, train_member
 from skinlesion.model.recipe import Recipe
@@ -228,3 +229,50 @@ def test_a_killed_process_is_an_error(squares, tmp_path):
         relatives(tmp_path) == []
         and json.dumps(sorted(p.name for p in (tmp_path / "fit").iterdir() if p.name == "job")) == "[]"
     )
+
+
+def side_by_side(squares, **more):
+    "Two folds at the same time, a thread each."
+    return train_folds(prepared(squares), squares[1], RECIPE.replace(folds=2, fits_at_once=2), **more)
+
+
+def test_folds_side_by_side_end_where_they_end_in_turn(squares):
+    "The same bytes as one after another with as many threads; lines name their fold, rows reach their log."
+    lines = []
+    rows = {}
+    def log(name):
+        return SimpleNamespace(epoch=rows.setdefault(name, []).append)
+    in_turn = train_folds(prepared(squares), squares[1], RECIPE.replace(folds=2))
+    both = side_by_side(squares, progress=lines.append, make_logger=log)
+    assert both.predictions.equals(in_turn.predictions)
+    for a, b in zip(both.fits, in_turn.fits):
+        assert weights(a) == weights(b) and a.history.equals(b.history) and a.best_epoch == b.best_epoch
+    assert lines[0] == "2 folds, 2 at a time with 1 thread each"
+    assert [sum(line.startswith(f"fold {n}: epoch") for line in lines) for n in (1, 2)] == [3, 3]
+    epochs = {name: [row["epoch"] for row in part] for name, part in rows.items()}
+    assert epochs == dict(fold_0=[1, 2, 3], fold_1=[1, 2, 3])
+
+
+SIDE_BY_SIDE = RUN.replace("train((Im", "side_by_side((Im").replace("make_rows()), 2,", "make_rows()),")
+
+
+@pytest.mark.slow
+def test_folds_side_by_side_end_with_their_caller_and_with_each_other(squares, tmp_path):
+    "After a kill of the caller no process is left and the next run goes on; an error of one fold is that of the call."
+    code = SIDE_BY_SIDE.format(tests=str(Path(__file__).parent), store=str(squares[0].root), work=str(tmp_path))
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith("fold 2: epoch 1") for line in caller.stdout) and len(relatives(tmp_path)) == 2
+    os.kill(caller.pid, signal.SIGKILL)
+    caller.wait()
+    end = time.monotonic() + 20
+    while relatives(tmp_path) and time.monotonic() < end:
+        time.sleep(.05)
+    assert relatives(tmp_path) == []
+    lines = []
+    resumed = side_by_side(squares, work_dir=tmp_path, progress=lines.append)
+    assert weights(resumed.fits[0]) == weights(side_by_side(squares).fits[0]) and RESUMED in "".join(lines)
+    explodes = RECIPE.replace(folds=2, fits_at_once=2, learning_rate=10.0, weight_decay=10.0, warmup_epochs=0.0)
+    with pytest.raises(FloatingPointError, match="on the batch of images ISIC_"):
+        explodes = explodes.replace(epochs=40, patience=40)
+        train_folds(prepared(squares), squares[1], explodes, work_dir=tmp_path / "other")
+    assert relatives(tmp_path) == []

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 from safetensors.torch import load_file, save as save_tensors
 
 from ..data.augment import make_augment
@@ -25,7 +26,7 @@ from .bundle import save_member
 from .fusion import LesionModel, create_model
 from .heads import read_heads, read_targets
 from .inference import predict_table
-from .launch import PipeReporter, job_folder, launch, run_process
+from .launch import PipeReporter, job_folder, launch, launch_side_by_side, run_process
 from .logs import make_logger
 from .pretrain import pretrain_simsiam
 from .recipe import Recipe
@@ -193,20 +194,32 @@ def _run_job(job, progress=None, logger=None, processes=1):
     finally:
         job.model.requires_grad_(True)
 
-# %% ../../nbs/model/64_member.ipynb #21177ff2
-def _write_job(folder, job):
-    "Write down one fit."
-    data = job.data
+# %% ../../nbs/model/64_member.ipynb #0c27426a
+def _data_facts(data):
+    "The data of a member as plain values, with the place of the images."
     if not hasattr(data.store, 'root'):
         raise ValueError("several processes read the images from the disk; pass an ImageStore, as build_store gives it")
-    atomic_write(folder/'start.safetensors', _weight_bytes(job.model))
-    for name, rows in dict(train=job.train_rows, valid=job.valid_rows).items():
-        atomic_write(folder/f'{name}.csv', rows.to_csv(index=False))
-    facts = dict(
+    return dict(
         store=str(Path(data.store.root).resolve()),
         label_set=data.label_set.to_dict(),
         encoder=data.encoder.to_dict() if data.encoder else None,
         member=data.recipe.to_dict(),
+    )
+
+def _read_data(facts):
+    "The data of a member from its plain values."
+    encoder = MetadataEncoder.from_dict(facts['encoder']) if facts['encoder'] else None
+    label_set = LabelSet.from_dict(facts['label_set'])
+    return _Data(ImageStore(facts['store']), label_set, encoder, Recipe.from_dict(facts['member']))
+
+# %% ../../nbs/model/64_member.ipynb #21177ff2
+def _write_job(folder, job):
+    "Write down one fit."
+    data = job.data
+    atomic_write(folder/'start.safetensors', _weight_bytes(job.model))
+    for name, rows in dict(train=job.train_rows, valid=job.valid_rows).items():
+        atomic_write(folder/f'{name}.csv', rows.to_csv(index=False))
+    facts = _data_facts(data) | dict(
         recipe=job.recipe.to_dict(),
         model=job.model.config,
         frozen=job.frozen,
@@ -223,20 +236,27 @@ def _weight_bytes(model):
 def _read_job(folder):
     "A fit that `_write_job` wrote down."
     facts = read_json(folder/'job.json')
-    encoder = MetadataEncoder.from_dict(facts['encoder']) if facts['encoder'] else None
-    label_set = LabelSet.from_dict(facts['label_set'])
-    data = _Data(ImageStore(facts['store']), label_set, encoder, Recipe.from_dict(facts['member']))
+    data = _read_data(facts)
     model = create_model(**facts['model'])
     model.load_state_dict(load_file(folder/'start.safetensors'))
     rows = [_read_rows(folder/f'{name}.csv') for name in ('train', 'valid')]
     return _Job(data, model, *rows, Recipe.from_dict(facts['recipe']), facts['frozen'], facts['work_dir'])
 
+# %% ../../nbs/model/64_member.ipynb #8066206b
+def _history_facts(history):
+    "A history as plain values; what is undefined is null."
+    rows = [[None if v != v else v for v in row.values()] for row in history.to_dict('records')]
+    return dict(columns=list(history), rows=rows)
+
+def _read_history(facts):
+    "A history from its plain values."
+    return pd.DataFrame(facts['rows'], columns=facts['columns']).apply(pd.to_numeric)
+
 # %% ../../nbs/model/64_member.ipynb #e5246c61
 def _write_result(folder, result):
     "Write the result of a fit."
     atomic_write(folder/'finished.safetensors', _weight_bytes(result.model))
-    rows = [[None if v != v else v for v in row.values()] for row in result.history.to_dict('records')]
-    history = dict(columns=list(result.history), rows=rows)
+    history = _history_facts(result.history)
     best = dict(best_epoch=result.best_epoch, best_value=result.best_value, best_auroc=result.best_auroc)
     write_json(folder/'finished.json', dict(history=history, best=best))
 
@@ -245,20 +265,17 @@ def _read_result(folder, model):
     "Read the result of a fit into `model`."
     facts = read_json(folder/'finished.json')
     model.load_state_dict(load_file(folder/'finished.safetensors'))
-    history = pd.DataFrame(facts['history']['rows'], columns=facts['history']['columns']).apply(pd.to_numeric)
-    return FitResult(model.eval(), history, **facts['best'])
+    return FitResult(model.eval(), _read_history(facts['history']), **facts['best'])
 
 # %% ../../nbs/model/64_member.ipynb #43909211
 def _run_part(folder, rank, processes):
     "The part of one process in a job; the first of them reports and writes the result."
+    if (folder/'fold.json').is_file():
+        return _run_fold(folder)
     reporter = PipeReporter() if rank == 0 else None
     result = _run_job(_read_job(folder), reporter and reporter.line, reporter, processes)
     if rank == 0:
         _write_result(folder, result)
-
-# %% ../../nbs/model/64_member.ipynb #fee647aa
-if __name__ == '__main__' and '__file__' in globals():
-    run_process(sys.argv[1], _run_part)  # python -m, never in a notebook
 
 # %% ../../nbs/model/64_member.ipynb #46eb598e
 @dataclass(frozen=True)
@@ -355,17 +372,68 @@ def train_folds(
     data = _data(prepared, recipe)
     step = _Step(Path(work_dir) if work_dir else None, '', progress, make_logger)
     fold = _fold_rows(rows, recipe.folds, recipe.seed, prepared.duplicates)
-    fits = []
-    parts = []
-    for i in range(recipe.folds):
-        step.print(f'fold {i + 1} of {recipe.folds}')
-        own = _rows_of_fold(rows, fold, i, prepared.duplicates)
-        fits.append(_train(data, own, step.inside(f'fold_{i}')))
-        parts.append(_predict_rows(data, fits[-1].model, own[own.split == 'valid']))
+    own = [_rows_of_fold(rows, fold, i, prepared.duplicates) for i in range(recipe.folds)]
+    fits = _fits_side_by_side(data, own, step) if recipe.fits_at_once > 1 else _fits_in_turn(data, own, step)
+    parts = [_predict_rows(data, fit.model, part[part.split == 'valid']) for fit, part in zip(fits, own)]
     columns = [c for c in ('image_id', 'lesion_id', 'diagnosis', 'split') if c in rows]
     table = rows.loc[fold >= 0, columns].assign(fold=fold[fold >= 0])
     predictions = table.merge(pd.concat(parts), on='image_id', validate='1:1')
     return FoldsResult(tuple(fits), predictions, table.set_index('image_id').fold)
+
+# %% ../../nbs/model/64_member.ipynb #63c80805
+def _fits_in_turn(data, rows, step):
+    "One fit after another, each on its own rows; of MemberResult."
+    fits = []
+    for i, own in enumerate(rows):
+        step.print(f'fold {i + 1} of {len(rows)}')
+        fits.append(_train(data, own, step.inside(f'fold_{i}')))
+    return fits
+
+# %% ../../nbs/model/64_member.ipynb #a7f67f14
+def _fits_side_by_side(data, rows, step):
+    "Some fits at the same time, each in a process of its own; of MemberResult."
+    at_once = data.recipe.fits_at_once
+    threads = max(1, torch.get_num_threads() // at_once)
+    step.print(f'{len(rows)} folds, {at_once} at a time with {threads} thread{"s" if threads > 1 else ""} each')
+
+    def progress(i, line):
+        step.print(f'fold {i + 1}: {line}')
+
+    with job_folder(step.folder) as folder:
+        folders = [folder/str(i) for i in range(len(rows))]
+        for i, own in enumerate(rows):
+            _write_fold(folders[i], data, own, step.inside(f'fold_{i}'), threads)
+        launch_side_by_side('skinlesion.model.member', folders, at_once, progress, step.make_logger)
+        return [_read_fold(one, data) for one in folders]
+
+# %% ../../nbs/model/64_member.ipynb #9ea69795
+def _write_fold(folder, data, rows, step, threads):
+    "Write down the fit of one fold."
+    folder.mkdir()
+    atomic_write(folder/'rows.csv', rows.to_csv(index=False))
+    work_dir = str(step.folder.resolve()) if step.folder else None
+    write_json(folder/'fold.json', _data_facts(data) | dict(work_dir=work_dir, name=step.name, threads=threads))
+
+# %% ../../nbs/model/64_member.ipynb #fe8de0a4
+def _run_fold(folder):
+    "Do the fit of one fold in this process, and write its result."
+    facts = read_json(folder/'fold.json')
+    torch.set_num_threads(facts['threads'])
+    work_dir = Path(facts['work_dir']) if facts['work_dir'] else None
+    step = _Step(work_dir, facts['name'], PipeReporter().line, PipeReporter)
+    result = _train(_read_data(facts), _read_rows(folder/'rows.csv'), step)
+    atomic_write(folder/'finished.safetensors', _weight_bytes(result.model))
+    stages = {name: _history_facts(history) for name, history in result.stages.items()}
+    write_json(folder/'finished.json', dict(stages=stages, best=[result.best_epoch, result.best_value]))
+
+# %% ../../nbs/model/64_member.ipynb #7f748111
+def _read_fold(folder, data):
+    "The result of the fit of one fold."
+    facts = read_json(folder/'finished.json')
+    model = data.model(data.recipe.fusion, 'none')
+    model.load_state_dict(load_file(folder/'finished.safetensors'))
+    stages = {name: _read_history(history) for name, history in facts['stages'].items()}
+    return MemberResult(model.eval(), list(stages.values())[-1], *facts['best'], stages)
 
 # %% ../../nbs/model/64_member.ipynb #365a0171
 def _fold_rows(rows, k, seed, pairs):
@@ -534,3 +602,7 @@ def _plot_stage(member, stage, left, right):
     right.set(xlabel='epoch', ylabel=metric, title=f'{stage}: {metric}')
     left.legend()
     right.legend()
+
+# %% ../../nbs/model/64_member.ipynb #fee647aa
+if __name__ == '__main__' and '__file__' in globals():
+    run_process(sys.argv[1], _run_part)  # python -m, never in a notebook

@@ -207,6 +207,9 @@ class RunOptions(Options):
     folds: Annotated[int, AfterValidator(_check_folds)] = Field(
         0, ge=0, le=20, description='0: one fit on the training lesions; k: k fits that take turns on train and valid'
     )
+    fits_at_once: int = Field(
+        1, ge=1, le=20, description='fits of `folds` trained side by side, each with its share of the threads'
+    )
     workers:int = Field(0, ge=0, le=64, description='processes that load images; the result is the same for any number')
     precision:_Precision = Field('auto', description='of the numbers; auto is bf16 on a GPU that has it, else 32')
     devices: int = Field(
@@ -239,6 +242,16 @@ def _check_schedule(
         raise ValueError(
             f"sizes names {len(options.sizes)} sides and epochs is {options.epochs}; each needs an epoch, so name "
             "fewer or train for more epochs"
+        )
+    if options.fits_at_once > max(1, options.folds):
+        raise ValueError(
+            f"fits_at_once is {options.fits_at_once}, but folds is {options.folds}; set fits_at_once to at most "
+            f"{max(1, options.folds)}, or folds to at least {options.fits_at_once}"
+        )
+    if options.fits_at_once > 1 and options.devices > 1:
+        raise ValueError(
+            f"fits_at_once is {options.fits_at_once} and devices is {options.devices}; fits side by side have one "
+            "process each: set one of the two to 1"
         )
     if options.batch_size < 2 * options.devices:
         raise ValueError(
@@ -390,7 +403,7 @@ def fit_options(
     recipe:Recipe, # of a run
 ) -> dict: # option -> plain value
     "The options that decide one fit of a model that is already made; a hash of them tells runs apart."
-    others = {*ModelOptions.model_fields, 'folds', 'workers', 'devices', 'checkpoint_minutes', 'log'}
+    others = {*ModelOptions.model_fields, 'folds', 'fits_at_once', 'workers', 'devices', 'checkpoint_minutes', 'log'}
     return {name: value for name, value in recipe.to_dict().items() if name not in others}
 
 # %% ../../nbs/model/49_recipe.ipynb #21587302

@@ -129,9 +129,9 @@ _RARER = [
     key
     for group in (ScheduleOptions, ImageOptions, RunOptions)
     for key in group.model_fields
-    if key not in (*_WRITTEN, 'folds', 'seed')
+    if key not in (*_WRITTEN, 'folds', 'fits_at_once', 'seed')
 ]
-_Common = repeat_options('_Common', Recipe, [*_WRITTEN, *_RARER, 'folds'], required=_WRITTEN)
+_Common = repeat_options('_Common', Recipe, [*_WRITTEN, *_RARER, 'folds', 'fits_at_once'], required=_WRITTEN)
 _Network = repeat_options(
     '_Network', Recipe, [*ModelOptions.model_fields, *LossOptions.model_fields], required=['backbone']
 )
