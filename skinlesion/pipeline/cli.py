@@ -163,11 +163,15 @@ def _recipe_options():
 
 # %% ../../nbs/pipeline/112_cli.ipynb #13f169c6
 def _recipe_values(options):
-    "What was given, lists split at their commas."
+    "What was given, lists split at their commas; sides are numbers."
     from skinlesion.model.recipe import Recipe
     given = {name: value for name, value in options.items() if value is not None}
     lists = [name for name in given if isinstance(Recipe.model_fields[name].default, (tuple, list))]
-    return given | {name: tuple(part for part in given[name].split(',') if part) for name in lists}
+    split = {name: [part for part in given[name].split(',') if part] for name in lists}
+    return given | {
+        name: tuple(int(part) if name == 'sizes' and part.isdigit() else part for part in parts)
+        for name, parts in split.items()
+    }
 
 # %% ../../nbs/pipeline/112_cli.ipynb #a7f73f13
 _Data = Annotated[Path, typer.Argument(help='A dataset folder, or a folder with a folder of images for each class.')]
