@@ -38,7 +38,7 @@ def is_count(path):
 
 def is_set(path):
     "Whether a leaf was asked for or locked, and not measured."
-    return path[-1] in ("threshold", "target_sensitivity", "target_coverage")
+    return path[-1] in ("threshold", "target_sensitivity", "target_coverage", "abstain_share")
 
 
 def leaf_problem(path, leaf):
