@@ -156,7 +156,7 @@ def unknown_sentence(
     if not leaves:
         return ''
     text = f"**Without age, sex and site:** balanced accuracy {leaf_text(leaves['balanced_accuracy'], 3)}"
-    text += f" ({change_text(leaves['difference'], 3)})" if 'difference' in leaves else ''
+    text += f", {change_text(leaves['difference'], 3)} from that with all fields" if 'difference' in leaves else ''
     if 'sensitivity' not in leaves:
         return f'{text}.'
     promised = leaves['target_sensitivity']['value']
