@@ -103,6 +103,9 @@ class ModelOptions(Options):
     metadata_dropout: float = Field(
         0.0, ge=0, lt=1, description='share of training images whose age is hidden; sex, site likewise, half together'
     )
+    frozen_stages: int = Field(
+        0, ge=0, le=100, description='first stages of the backbone, its stem among them, that are never trained'
+    )
     heads: Annotated[dict[str, HeadOptions], AfterValidator(check_head_names)] = Field(
         default_factory=dict, description='further heads by name'
     )
@@ -273,6 +276,10 @@ def _check_model(
         raise ValueError(
             f"backbone is null, but the fusion {fusion!r} takes the image; name a backbone, or take the fusion "
             "'metadata'"
+        )
+    if options.frozen_stages and not options.backbone:
+        raise ValueError(
+            f"frozen_stages is {options.frozen_stages}, but backbone is null; take `frozen_stages: 0` or name a backbone"
         )
     if not options.backbone and (options.pretrained != 'none' or options.pretrain_epochs):
         raise ValueError(

@@ -38,7 +38,7 @@ from .heads import PRIMARY, head_loss, head_metrics, head_probs
 from .history import History, copy_weights, epoch_line, epoch_lines, validation_metrics
 from .logs import LiveLine, RunLogger
 from .losses import class_weights, create_loss
-from .optim import WeightAverage, averaged, lr_factor, lr_sweep, param_groups
+from .optim import WeightAverage, averaged, frozen_parameters, lr_factor, lr_sweep, param_groups
 from .recipe import BALANCING, Recipe, check_sizes, epoch_side, fit_options
 from ..taxonomy import nearest
 
@@ -212,6 +212,7 @@ def _set_up_optimiser(run):
     "Move the model to its device; optimiser, loss scale and moving average of its weights."
     recipe = run.recipe
     model = run.model
+    run.still = _freeze(model.backbone, recipe.frozen_stages) if recipe.frozen_stages else []
     run.trainable = [p for p in model.parameters() if p.requires_grad]
     model.to(run.device, memory_format=torch.channels_last)
     groups = param_groups(model, recipe.weight_decay, recipe.learning_rate, recipe.layer_decay)
@@ -219,6 +220,18 @@ def _set_up_optimiser(run):
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == 'fp16')
     run.average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay else None
     run.net = run.fabric.setup_module(_MixedPrecision(model, run.precision))
+
+# %% ../../nbs/model/60_training.ipynb #ecb8a7f2
+def _freeze(backbone, stages):
+    "Switch off the gradients of the first stages; the modules that lie wholly in them."
+    names = frozen_parameters(backbone, stages)
+    for name, param in backbone.named_parameters():
+        if name in names:
+            param.requires_grad_(False)
+    return [
+        module for module in backbone.modules()
+        if (own := list(module.parameters())) and not any(p.requires_grad for p in own)
+    ]
 
 # %% ../../nbs/model/60_training.ipynb #0fb6801e
 class _FiniteCheck:
@@ -316,6 +329,8 @@ def _set_mode(run):
     run.model.train()
     for p in run.trainable:
         p.requires_grad_(not (frozen and id(p) in inside))
+    for module in run.still:
+        module.eval()
     if inside and not any(p.requires_grad for p in backbone.parameters()):
         backbone.eval()
 
