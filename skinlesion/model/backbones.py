@@ -313,6 +313,7 @@ def size_message(
     width:int, # of the images, in pixels
     error='', # message of the failure, or ''
     built:int|None=None, # the size the backbone was built for, where it was built
+    remedy:str='set image_size to one of', # what to do, before sizes that work
 ) -> str: # one sentence with sizes that work
     "What to tell someone whose images a backbone cannot take."
     detail = f" ({error})" if str(error) else ''
@@ -325,8 +326,8 @@ def size_message(
     default_size = backbone_config(name).image_size
     sizes = allowed_sizes(name, max(height, width))
     return (
-        f"{where}{detail}; set image_size to one of {', '.join(map(str, sizes))} (it was made for {default_size}), "
-        "or choose another backbone"
+        f"{where}{detail}; {remedy} {', '.join(map(str, sizes))} (it was made for {default_size}), or choose another "
+        "backbone"
     )
 
 # %% ../../nbs/model/51_backbones.ipynb #79acc083
@@ -344,8 +345,7 @@ def check_sides(
             )
         problem = size_problem(name, side)
         if problem:
-            message = size_message(name, side, side, problem)
-            raise ValueError(message.replace('set image_size to one of', 'name in sizes some of'))
+            raise ValueError(size_message(name, side, side, problem, remedy='name in sizes some of'))
 
 # %% ../../nbs/model/51_backbones.ipynb #354402df
 _POSITIONS = ('pos_embed', 'relative_position', 'relative_coords', 'attn_mask')
