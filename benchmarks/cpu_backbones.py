@@ -1,10 +1,11 @@
 """Images per second of backbones for a CPU, in training and in answering, by how the cores are used.
 
-    python benchmarks/cpu_backbones.py [--backbone mobilenetv2_100 tf_efficientnet_lite0] [--size 96 128] [--batch 32]
-        [--steps 12] [--rounds 5]
+    python benchmarks/cpu_backbones.py [--backbone mobilenetv2_100 tf_efficientnet_lite0] [--size 96 128] [--frozen 3]
+        [--batch 32] [--steps 12] [--rounds 5]
 
 one     one process with a thread for each core: a fit as `fits_at_once: 1` trains it.
 many    as many processes as cores, a thread each: folds as `fits_at_once` trains them side by side.
+frozen  as many, with as many `frozen_stages` as `--frozen` says.
 answer  the model's answers (no gradient) in one process with a thread for each core.
 
 Training is `fit` over pixels in memory without augmentation, from the end of its first step to the end of its last. A
@@ -29,11 +30,12 @@ from skinlesion.model.fusion import create_model
 CORES = os.cpu_count()
 
 
-def training_rate(backbone, size, batch, steps, threads):
+def training_rate(backbone, size, batch, steps, threads, frozen=0):
     "Images per second of one fit."
     torch.set_num_threads(threads)
     data = make_data(size, steps * batch)
-    case = dict(backbone=backbone, batch=batch, steps=steps, workers=0, plain=data, valid=make_data(size, 2 * batch))
+    case = dict(backbone=backbone, batch=batch, steps=steps, workers=0, frozen=frozen)
+    case |= dict(plain=data, valid=make_data(size, 2 * batch))
     return batch / time_step(case)[0]
 
 
@@ -50,12 +52,20 @@ def answering_rate(backbone, size, batch, steps, threads):
     return batch * steps / (time.perf_counter() - start)
 
 
-def rates(pool, *work):
-    "Images per second of each way to do the work; of processes side by side their sum."
-    side_by_side = [pool.submit(training_rate, *work, 1) for _ in range(CORES)]
-    many = sum(future.result() for future in side_by_side)
-    one = pool.submit(training_rate, *work, CORES).result()
-    return dict(one=one, many=many, answer=pool.submit(answering_rate, *work, CORES).result())
+def side_by_side(pool, work, frozen):
+    "Images per second of as many fits as cores, together."
+    fits = [pool.submit(training_rate, *work, 1, frozen) for _ in range(CORES)]
+    return sum(fit.result() for fit in fits)
+
+
+def rates(pool, frozen, *work):
+    "Images per second of each way to do the work."
+    return dict(
+        one=pool.submit(training_rate, *work, CORES).result(),
+        many=side_by_side(pool, work, 0),
+        frozen=side_by_side(pool, work, frozen),
+        answer=pool.submit(answering_rate, *work, CORES).result(),
+    )
 
 
 def ratio(rounds, case, kind, base, base_kind):
@@ -73,6 +83,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--backbone', nargs='+', default=['mobilenetv2_100', 'tf_efficientnet_lite0'])
     parser.add_argument('--size', nargs='+', type=int, default=[96, 128])
+    parser.add_argument('--frozen', type=int, default=3)
     parser.add_argument('--batch', type=int, default=32)
     parser.add_argument('--steps', type=int, default=12)
     parser.add_argument('--rounds', type=int, default=5)
@@ -82,7 +93,7 @@ def main():
     rounds = []
     with ProcessPoolExecutor(CORES, mp_context=get_context('spawn')) as pool:
         for k in range(1, args.rounds + 1):
-            rounds.append({case: rates(pool, *case, args.batch, args.steps) for case in cases})
+            rounds.append({case: rates(pool, args.frozen, *case, args.batch, args.steps) for case in cases})
             for (backbone, size), done in rounds[-1].items():
                 shown = ', '.join(f'{kind} {rate:.1f}' for kind, rate in done.items())
                 print(f'round {k}: {backbone} {size} px: {shown} images/s', flush=True)
@@ -95,11 +106,13 @@ def main():
             cores=CORES,
             quiet=quiet,
             baseline=f'{base[0]} {base[1]} px, one process',
+            frozen_stages=args.frozen,
             many_against_one=ratio(rounds, case, 'many', case, 'one'),
+            frozen_against_many=ratio(rounds, case, 'frozen', case, 'many'),
             training=ratio(rounds, case, 'one', base, 'one'),
             side_by_side=ratio(rounds, case, 'many', base, 'one'),
             answering=ratio(rounds, case, 'answer', base, 'answer'),
-            images_per_second={kind: middle(rounds, case, kind) for kind in ('one', 'many', 'answer')},
+            images_per_second={kind: middle(rounds, case, kind) for kind in ('one', 'many', 'frozen', 'answer')},
         )
         print(json.dumps(result), flush=True)
 

@@ -111,7 +111,13 @@ def time_epoch(case):
 def config(case, epochs):
     "The recipe of the run that is timed."
     return Recipe(
-        epochs=epochs, batch_size=case['batch'], warmup_epochs=0, patience=9, workers=case['workers'], weight_power=0.0
+        epochs=epochs,
+        batch_size=case['batch'],
+        warmup_epochs=0,
+        patience=9,
+        workers=case['workers'],
+        weight_power=0.0,
+        frozen_stages=case.get('frozen', 0),
     )
 
 
