@@ -279,7 +279,7 @@ def _check_model(
         )
     if options.frozen_stages and not options.backbone:
         raise ValueError(
-            f"frozen_stages is {options.frozen_stages}, but backbone is null; take `frozen_stages: 0` or name a backbone"
+            f"frozen_stages is {options.frozen_stages}, but backbone is null; name a backbone, or take 0"
         )
     if not options.backbone and (options.pretrained != 'none' or options.pretrain_epochs):
         raise ValueError(
