@@ -110,6 +110,7 @@ def time_epoch(case):
 
 def config(case, epochs):
     "The recipe of the run that is timed."
+    frozen = case.get('frozen', 0)
     return Recipe(
         epochs=epochs,
         batch_size=case['batch'],
@@ -117,7 +118,8 @@ def config(case, epochs):
         patience=9,
         workers=case['workers'],
         weight_power=0.0,
-        frozen_stages=case.get('frozen', 0),
+        frozen_stages=frozen,
+        pretrain_epochs=min(1, frozen),  # not done here: frozen stages need a start that a recipe could have
     )
 
 

