@@ -20,7 +20,7 @@ from scipy.stats import chi2
 from ..checks import Record, check_choice, choices, rounded
 from ..data.splits import group_folds
 from ..stats.intervals import expanded_level, format_leaf
-from ..stats.metrics import LOG_FLOOR
+from ..stats.metrics import LOG_FLOOR, weighted_metrics
 from ..stats.resamples import Resamples
 from ..taxonomy import nearest
 
@@ -202,11 +202,24 @@ def _why_it_stays(table, base):
     name = table.candidate[base]
     if not len(rivals):
         return f"{name} is the only candidate"
+    rivals = rivals[rivals.verdict != 'less balanced']
+    if not len(rivals):
+        return f"{name} stays"
     nearest = rivals.iloc[int(np.argmin(rivals.difference.to_numpy()))]
     return (
         f"{name} stays: of {len(rivals)} rival(s) none has a clearly lower log loss; the nearest, "
         f"{nearest.candidate}, differs by {_difference(nearest.difference, nearest.low, nearest.high)}"
     )
+
+# %% ../../nbs/evaluate/65_calibration.ipynb #22217a9f
+def _less_balanced(candidates, targets, base, better, resamples):
+    "Those of the candidates `better` that clearly lower the balanced accuracy of the candidate `base`: number -> leaf."
+    probs = list(candidates.values())
+    def balanced(k):
+        return weighted_metrics(targets, probs[k], resamples.weights, ('balanced_accuracy',))['balanced_accuracy']
+    before = balanced(base) if len(better) else None
+    leaves = {k: resamples.paired(balanced(k), before) for k in better}
+    return {k: leaf for k, leaf in leaves.items() if leaf['verdict'] == 'worse'}
 
 # %% ../../nbs/evaluate/65_calibration.ipynb #d489388e
 def choose_candidate(
@@ -217,19 +230,25 @@ def choose_candidate(
     n_resamples:int=1000, # of the lesions
     seed:int=0, # of the resamples
 ) -> Selection:
-    "Leave the baseline only for a clearly lower log loss, and then for the simplest candidate that will do."
+    "Leave the baseline only for a clearly lower log loss without a clearly lower balanced accuracy, and for the simplest."
     candidates, targets = _checked_candidates(candidates, targets, lesion_ids, baseline)
     names = list(candidates)
     base = names.index(baseline or names[0])
     losses = pd.DataFrame({name: image_log_losses(targets, probs) for name, probs in candidates.items()})
     resamples = Resamples(lesion_ids, n_resamples, seed)
     table = _against_baseline(losses, base, resamples)
+    better = table.index[table.verdict == 'better']
+    refused = _less_balanced(candidates, targets, base, better, resamples)
+    table.loc[list(refused), 'verdict'] = 'less balanced'
+    costs = tuple(
+        f"{names[k]} is not taken: its balanced accuracy differs by {format_leaf(leaf, 4)}" for k, leaf in refused.items()
+    )
     better = table[table.verdict == 'better']
     if not len(better):
-        return Selection(names[base], table, (_why_it_stays(table, base),))
+        return Selection(names[base], table, (*costs, _why_it_stays(table, base)))
     taken, why = _simplest_within_reach(losses, better.index, resamples)
     gains = [f"{row.candidate} by {_difference(row.difference, row.low, row.high)}" for row in better.itertuples()]
-    return Selection(taken, table, (f"clearly lower log loss than {names[base]}: {', '.join(gains)}", why))
+    return Selection(taken, table, (f"clearly lower log loss than {names[base]}: {', '.join(gains)}", why, *costs))
 
 # %% ../../nbs/evaluate/65_calibration.ipynb #4ed832bf
 CALIBRATIONS = ('none', 'temperature', 'vector', 'dirichlet', 'isotonic') # simplest first
