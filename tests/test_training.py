@@ -337,7 +337,8 @@ def test_frozen_means_still():
 
 def test_frozen_stages_keep_weights_and_norms():
     "The first stages are as they were to the bit, norm statistics too; the others learn; flags are restored."
-    model, train, valid, config = make_run(freeze_epochs=0, epochs=1, warmup_epochs=0, frozen_stages=2, pretrain_epochs=1, ema_decay=0.)
+    changes = dict(freeze_epochs=0, epochs=1, warmup_epochs=0, frozen_stages=2, pretrain_epochs=1, ema_decay=0.)
+    model, train, valid, config = make_run(**changes)
     before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
     result = fit(model, train, valid, config)
     moved = {k.split('.')[0] for k, v in result.model.backbone.state_dict().items() if not torch.equal(v, before[k])}

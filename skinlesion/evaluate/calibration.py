@@ -230,7 +230,7 @@ def choose_candidate(
     n_resamples:int=1000, # of the lesions
     seed:int=0, # of the resamples
 ) -> Selection:
-    "Leave the baseline only for a clearly lower log loss without a clearly lower balanced accuracy, and for the simplest."
+    "Leave the baseline for the simplest candidate whose log loss is clearly lower and whose balanced accuracy is not."
     candidates, targets = _checked_candidates(candidates, targets, lesion_ids, baseline)
     names = list(candidates)
     base = names.index(baseline or names[0])
@@ -241,7 +241,8 @@ def choose_candidate(
     refused = _less_balanced(candidates, targets, base, better, resamples)
     table.loc[list(refused), 'verdict'] = 'less balanced'
     costs = tuple(
-        f"{names[k]} is not taken: its balanced accuracy differs by {format_leaf(leaf, 4)}" for k, leaf in refused.items()
+        f"{names[k]} is not taken: its balanced accuracy differs by {format_leaf(leaf, 4)}"
+        for k, leaf in refused.items()
     )
     better = table[table.verdict == 'better']
     if not len(better):

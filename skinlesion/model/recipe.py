@@ -104,7 +104,7 @@ class ModelOptions(Options):
         0.0, ge=0, lt=1, description='share of training images whose age is hidden; sex, site likewise, half together'
     )
     frozen_stages: int = Field(
-        0, ge=0, le=100, description='first stages of the backbone, its stem among them, that training leaves as they are'
+        0, ge=0, le=100, description='first stages of the backbone, its stem the first, that training leaves alone'
     )
     heads: Annotated[dict[str, HeadOptions], AfterValidator(check_head_names)] = Field(
         default_factory=dict, description='further heads by name'
@@ -283,8 +283,8 @@ def _check_model(
         )
     if options.frozen_stages and options.pretrained == 'none' and not options.pretrain_epochs:
         raise ValueError(
-            f"frozen_stages is {options.frozen_stages}, but those stages start from random weights and would keep them; "
-            "name pretrained weights, give pretrain_epochs, or take 0"
+            f"frozen_stages is {options.frozen_stages}, but those stages start from random weights and would keep "
+            "them; name pretrained weights, give pretrain_epochs, or take 0"
         )
     if not options.backbone and (options.pretrained != 'none' or options.pretrain_epochs):
         raise ValueError(
