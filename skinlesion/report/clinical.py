@@ -776,6 +776,18 @@ def _class_mix_rows(block, label_set):
         rows[title] = row
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('class')
 
+# %% ../../nbs/report/87_clinical.ipynb #f5142b66
+def _nearly_absent(shares):
+    "A warning of the classes whose estimated share is less than a tenth of that at calibration."
+    codes = [code for code, row in shares.items() if row['estimated']['value'] < row['calibration']['value'] / 10]
+    if not codes:
+        return ''
+    return (
+        f"**Nearly absent by the estimate: {', '.join(codes)}**, less than a tenth of the share at calibration. "
+        'Without labels nothing tells whether the class is rare there or looks different there: state the shares that '
+        'are known (`--priors`) rather than adjust to this.'
+    )
+
 # %% ../../nbs/report/87_clinical.ipynb #0a18e9ca
 def _prior_sentence(priors):
     "Whether the classes are as frequent as at calibration, and whether adjusting to it helps."
@@ -815,7 +827,7 @@ def _elsewhere_section(
     if 'difference' in priors:
         table = _before_after(priors).rename(columns={'after calibration': 'after the adjustment'})
         body.append(Table(table, 'Before and after adjusting to the shares of the classes'))
-    sentences = elsewhere_sentence(result), text, _prior_sentence(priors)
+    sentences = elsewhere_sentence(result), text, _prior_sentence(priors), _nearly_absent(priors.get('shares', {}))
     items = ('CLAIM 33',) if block.get('measures') else ()
     return _section('What changes elsewhere', items, '\n\n'.join(filter(None, sentences)), body)
 

@@ -130,7 +130,7 @@ def evaluate_bundle(
     measured = label_set, predictor.policy, home, counts, shares, settings
     result = evaluate_elsewhere(predictions, rows, *measured, name=dataset.info.name)
     facts = dict(
-        model=f"the bundle {predictor.bundle_id} of the models {', '.join(predictor.member_names)}",
+        model=f"bundle {predictor.bundle_id} (models: {', '.join(predictor.member_names)})",
         data_source=f'{dataset.info.name}: {dataset.info.source} Licence {dataset.info.licence}',
     )
     shift = result.blocks['elsewhere'].get('priors')
