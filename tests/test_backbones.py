@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from skinlesion.explain.cam import cell_layout, compute_cam, default_layer, is_flat, target_layers
+from skinlesion.explain.cam import compute_cam, is_flat
+from skinlesion.explain.layers import cell_layout, default_layer, target_layers
 from skinlesion.files import repo_root
 from skinlesion.model.backbones import (
     TESTED,

@@ -24,6 +24,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from skinlesion.data.schema import DatasetInfo, write_dataset
+from skinlesion.explain.cam import MAP_METHODS
 from skinlesion.files import write_sums
 from skinlesion.pipeline.cli import app
 from skinlesion.taxonomy import get_label_set
@@ -297,10 +298,13 @@ def test_metadata_that_is_no_table(made):
 
 @pytest.mark.parametrize("words, expected", [
     (("--method", "gradcm"),
-     "method 'gradcm' is not known; choose one of gradcam, eigencam, scorecam. Did you mean 'gradcam'?"),
+     f"method 'gradcm' is not known; choose one of {', '.join(MAP_METHODS)}. Did you mean 'gradcam'?"),
     (("--layer", "layer9"),
      "layer 'layer9' is not in this model; choose one of act1, layer1, layer2, layer3, layer4."),
     (("--class", "mela"), "--class: diagnosis 'mela' is not in label set ham10000"),
+    (("--against", "mela"), "--against: diagnosis 'mela' is not in label set ham10000"),
+    (("--class", "mel", "--against", "mel"), "against is 'mel', the class that is explained; choose another class"),
+    (("--method", "rollout"), "attention rollout needs a vision transformer, whose tokens all attend to each other"),
     (("--member", "imag"), "choose one of image, fused. Did you mean 'image'?"),
     (("--opacity", "2"), "opacity is 2.0; choose a number from 0"),
     (("--opacity", "nan"), "opacity is nan; choose")])
@@ -508,7 +512,7 @@ def run_here(repo, expected, words=("prepare",), params=None):
      "policy is 'colum'; allowed: stratified, hash, column (stratified by class, by the hash of seed and group "
      "alone (stable without memory), or as the column `split` of metadata.csv says). Did you mean 'column'?"),
     ("[gradcam, eigencam, scorecam]", "[gradcm]",
-     "explain.methods[0] is 'gradcm'; allowed: list of gradcam, eigencam, scorecam"),
+     f"explain.methods[0] is 'gradcm'; allowed: list of {', '.join(MAP_METHODS)}"),
     ("views: [none, flips, d4]", "views: none",
      "is taken as it is). Write a list, also of one: [none]"),
     ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.2]", "[0.7, 0.2, 0.2] sums to 1.1; give three shares"),

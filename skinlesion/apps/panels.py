@@ -18,7 +18,7 @@ from traitlets import Any, Bool, Float, HasTraits, Unicode, link
 
 from ..data.prepared import Prepared
 from ..data.schema import read_dataset
-from ..explain.cam import CAM_METHODS, CAM_NAMES, is_flat
+from ..explain.cam import MAP_METHODS, is_flat
 from ..images import IMAGE_TYPES, MAX_BYTES, encode_png
 from ..report.templates import render
 from ..taxonomy import DISCLAIMER, SEXES, SITES, class_colours
@@ -174,7 +174,7 @@ class _CamState(HasTraits):
     sex = Unicode('').tag(input=True) # '' where unknown
     site = Unicode('').tag(input=True) # '' where unknown
     member = Unicode('').tag(input=True) # '' is the first
-    method = Unicode('gradcam').tag(input=True) # one of CAM_METHODS
+    method = Unicode('gradcam').tag(input=True) # one of MAP_METHODS
     layer = Unicode('').tag(input=True) # '' is the default of the member
     target = Unicode('').tag(input=True) # code of a class; '' explains the predicted one
     opacity = Float(.5) # of the map, 0 to 1
@@ -220,7 +220,7 @@ def _compute(explorer):
     explorer.error = error
     explorer.note = ''
     if explanation is not None and is_flat(explanation.cam):
-        method = CAM_NAMES[explorer.method]
+        method = MAP_METHODS[explorer.method].title
         explorer.note = f'{method}: nothing in this picture stood out for this class, so there is no map to draw.'
     _blend(explorer)
 
@@ -348,7 +348,7 @@ def _map_controls(predictor):
     "Controls for the map, by name of the state they set."
     labels = predictor.label_set
     members = [(name, '' if i == 0 else name) for i, name in enumerate(predictor.member_names)]
-    methods = [(f'{CAM_NAMES[m]} (slow)' if m == 'scorecam' else CAM_NAMES[m], m) for m in CAM_METHODS]
+    methods = [(f'{m.title} (slow)' if m.slow else m.title, name) for name, m in MAP_METHODS.items()]
     classes = [('the one predicted', ''), *((_class_name(labels, code), code) for code in labels.codes)]
     return dict(
         member=W.Dropdown(description='Member', options=members, **_wide()),
@@ -385,7 +385,7 @@ def _caption_html(explorer):
     code = _explained_class(explorer)
     name = _class_name(explorer.predictor.label_set, code) if code else ''
     has_map = explorer.explanation is not None and not is_flat(explorer.explanation.cam)
-    return render(_CAPTION, method=CAM_NAMES[explorer.method] if has_map else '', name=name)
+    return render(_CAPTION, method=MAP_METHODS[explorer.method].title if has_map else '', name=name)
 
 # %% ../../nbs/apps/95_panels.ipynb #e2c9dff4
 def _result_texts(explorer):
@@ -402,8 +402,8 @@ def _status_text(explorer):
     "HTML while results are computed."
     if not explorer.working:
         return Markup('')
-    slow = explorer.method == 'scorecam'
-    return _box('note', 'Working ...' + ' (Score-CAM runs the model hundreds of times)' * slow)
+    method = MAP_METHODS[explorer.method]
+    return _box('note', 'Working ...' + f' ({method.title} runs the model many times)' * method.slow)
 
 # %% ../../nbs/apps/95_panels.ipynb #c16820a7
 def _outputs(explorer):

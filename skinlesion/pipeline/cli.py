@@ -394,7 +394,7 @@ def _person(metadata, image):
 
 # %% ../../nbs/pipeline/112_cli.ipynb #9541a863
 _EXPLAIN = dict(
-    method=(Annotated[str, typer.Option('--method', help='gradcam, eigencam or scorecam (slow).')], 'gradcam'),
+    method=(option(str, '--method', help='How the map is made: gradcam, layercam, scorecam ...'), 'gradcam'),
     layer=(
         option(str|None, '--layer', help='Layer of the backbone; by default the deepest with a map of 7 by 7 cells.'),
         None,
@@ -403,7 +403,11 @@ _EXPLAIN = dict(
         option(str|None, '--class', help='Class to explain; by default the predicted one. Eigen-CAM has no class.'),
         None,
     ),
-    member=(option(str|None, '--member', help='Member of the ensemble; the first by default.'), None),
+    against=(
+        option(str|None, '--against', help='Class that it is held against: what speaks for one and not for the other.'),
+        None,
+    ),
+    member=(option(str|None, '--member', help='One model; by default what all models agree on.'), None),
     opacity=(Annotated[float, typer.Option('--opacity', help='Of the map, 0 to 1.')], .5),
 )
 
@@ -417,14 +421,14 @@ def explain(
     metadata:_Metadata=None,
     **options,
 ):
-    """Draw where in an image a member of the ensemble finds evidence for a class.
+    """Draw where in an image the evidence for a class lies.
 
     The prediction of the ensemble is printed with it; where the bundle abstains, that and the reason come first.
 
     \b
     Examples:
       skinlesion explain photo.jpg --bundle artifacts/ensemble --out map.png
-      skinlesion explain photo.jpg --bundle artifacts/ensemble --method scorecam --class melanoma --out map.png
+      skinlesion explain photo.jpg --bundle artifacts/ensemble --class melanoma --against nevus --out map.png
     """
     from skinlesion.checks import check_bundle_folder
     from skinlesion.names import check_picture
@@ -436,25 +440,28 @@ def explain(
     say(_draw_map(image, bundle, out, _person(metadata, image), **options))
 
 # %% ../../nbs/pipeline/112_cli.ipynb #8453dceb
-def _draw_map(image, bundle, out, person, method, layer, target, member, opacity):
+def _draw_map(image, bundle, out, person, opacity, member, **options):
     "Write the map over the image; what it shows, as text."
     from skinlesion.images import read_image
     from skinlesion.taxonomy import DISCLAIMER
     pixels = read_image(image)
-    from skinlesion.explain.cam import CAM_NAMES, is_flat # last: torch takes seconds
-    from skinlesion.use.predict import Predictor, prediction_text
+    from skinlesion.explain.cam import MAP_METHODS # last: torch takes seconds
+    from skinlesion.use.predict import ENSEMBLE, Predictor, prediction_text
     predictor = Predictor(bundle)
-    code = predictor.label_set.parse(target, '--class') if target else None
-    explanation = predictor.explain(pixels, method, layer, code, member=member or 0, **(person or {}))
+    for name in ('target', 'against'):
+        if options[name]:
+            options[name] = predictor.label_set.parse(options[name], '--class' if name == 'target' else '--against')
+    explanation = predictor.explain(pixels, member=member or ENSEMBLE, **options, **(person or {}))
     prediction = explanation.prediction
-    code = explanation.target
     explanation.save(out, opacity)
-    shown = f'for {code} (probability {prediction.probabilities[code]:.0%})'
-    if method == 'eigencam':
-        shown = 'which knows no class'
-    bare = '; nothing stood out, so the picture is bare' if is_flat(explanation.cam) else ''
-    place = f'{explanation.member} at {explanation.layer}'
-    lines = [prediction_text(prediction), f'{out}: {CAM_NAMES[method]} of member {place}, {shown}{bare}']
+    method = MAP_METHODS[options['method']]
+    who = f'member {explanation.member}'
+    if explanation.member == ENSEMBLE:
+        who = f'what {len(predictor.member_names)} models agree on'
+    at_layer = f' at {explanation.layer}' if explanation.layer else ''
+    shown = f'for {explanation.target} (probability {prediction.probabilities[explanation.target]:.0%})'
+    shown = shown if method.knows_class else 'which knows no class'
+    lines = [prediction_text(prediction), f'{out}: {method.title} of {who}{at_layer}, {shown}', explanation.sentence]
     lines += _unused_metadata(person, predictor)
     return '\n'.join([*lines, f'bundle {predictor.bundle_id}. {DISCLAIMER}'])
 

@@ -186,13 +186,18 @@ class EvaluateParams(repeat_options('_Evaluate', EvaluationSettings, _EVALUATE_K
     "Keys of the stage `evaluate`; whatever is chosen or fitted is so on validation."
 
 # %% ../../nbs/pipeline/100_params.ipynb #f7f63eb2
+_MAP_METHODS = Literal[ # those of `explain.cam`, which takes seconds to import; a test compares
+    'gradcam', 'gradcam_plus', 'hirescam', 'xgradcam', 'layercam', 'eigencam', 'eigengradcam',
+    'scorecam', 'ablationcam', 'fullgrad', 'rollout', 'integrated', 'smoothgrad', 'occlusion',
+]
+
 class ExplainParams(Options):
     "Keys of the stage `explain`."
-    methods:Annotated[tuple[Literal['gradcam', 'eigencam', 'scorecam'], ...], Strict(False)] = Field(
-        min_length=1, description='class activation methods shown side by side, each once')
+    methods:Annotated[tuple[_MAP_METHODS, ...], Strict(False)] = Field(
+        min_length=1, description='maps shown side by side, each once')
     images_per_class:int = Field(ge=1, le=1000, description='test images of each class that are explained')
     scorecam_images_per_class: int = Field(
-        ge=1, le=1000, description='at most so many of them by Score-CAM, which costs a forward pass per channel'
+        ge=1, le=1000, description='at most so many of them by slow methods such as Score-CAM'
     )
     layer: str | None = Field(
         min_length=1,
