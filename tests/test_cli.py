@@ -144,7 +144,7 @@ def test_explain_draws_over_the_picture_as_it_was_taken(made):
         folder / "map.png",
     )
     assert code == 0, err
-    assert "Eigen-CAM of what 2 models agree on at layer3, which knows no class" in out
+    assert "Eigen-CAM of the mean over 2 models, at layer3, which knows no class" in out
     assert (
         read_image(folder / "map.png").shape == (60, 90, 3)
         and (read_image(folder / "map.png") != read_image(pictures["a"])).any()

@@ -27,7 +27,8 @@ from ..taxonomy import nearest
 def _formula(kind):
     "The formula of a class of grad-cam; the model and the layers it asks for are not used."
     def draw(run, layer):
-        rule = kind(nn.Conv2d(1, 1, 1), [])
+        unused = nn.utils.skip_init(nn.Conv2d, 1, 1, 1) # an ordinary one would draw random numbers
+        rule = kind(unused, [])
         return rule.get_cam_image(None, None, run.targets, run.activations(layer), run.gradients(layer), False)
     return draw
 
@@ -59,19 +60,21 @@ class MapMethod:
     # (`MapPass`, layer) -> (B,h,w) at the cells of the layer; of the model alone (`MapPass`) -> (B,H,W)
     draw:Callable
     slow:bool=False # whether it costs more than a few passes of the model
+    signed:bool=True # whether it tells what speaks for the class from what speaks against it
 
 # %% ../../nbs/explain/120_cam.ipynb #fda8ac7a
 _FROM_ACTIVATIONS = dict(
     gradcam=MapMethod(
         'Grad-CAM', 'Selvaraju et al. 2017', 'https://arxiv.org/abs/1610.02391', 'layer', True, '1 forward, 1 backward',
-        'one weight a channel: it may light places that did not count', _grad_cam,
+        'one weight a channel (by place where a class token is read): it may light places that did not count',
+        _grad_cam,
     ),
     gradcam_plus=MapMethod(
         'Grad-CAM++', 'Chattopadhay et al. 2018', 'https://arxiv.org/abs/1710.11063', 'layer', True,
         '1 forward, 1 backward', 'reads positive gradients alone', _formula(GradCAMPlusPlus),
     ),
     hirescam=MapMethod(
-        'HiRes-CAM', 'Draelos & Carin 2020', 'https://arxiv.org/abs/2011.08891', 'layer', True,
+        'HiResCAM', 'Draelos & Carin 2020', 'https://arxiv.org/abs/2011.08891', 'layer', True,
         '1 forward, 1 backward', 'exact for the last layer before a linear head, elsewhere not', _formula(HiResCAM),
     ),
     xgradcam=MapMethod(
@@ -79,7 +82,7 @@ _FROM_ACTIVATIONS = dict(
         'unstable where the activations of a channel add up to nearly zero', _formula(XGradCAM),
     ),
     layercam=MapMethod(
-        'Layer-CAM', 'Jiang et al. 2021', 'https://doi.org/10.1109/TIP.2021.3089943', 'layer', True,
+        'LayerCAM', 'Jiang et al. 2021', 'https://doi.org/10.1109/TIP.2021.3089943', 'layer', True,
         '1 forward, 1 backward', 'leaves out what speaks against the class', _formula(LayerCAM),
     ),
     eigencam=MapMethod(
@@ -96,7 +99,7 @@ _FROM_ACTIVATIONS = dict(
 _BY_ASKING = dict(
     scorecam=MapMethod(
         'Score-CAM', 'Wang et al. 2020', 'https://arxiv.org/abs/1910.01279', 'layer', True,
-        '1 forward for each group of channels', 'asks about pictures that are half black, unlike any in training',
+        '1 forward for each group of channels', 'asks about pictures that are mostly one grey, unlike any in training',
         score_cam, slow=True,
     ),
     ablationcam=MapMethod(
@@ -110,7 +113,9 @@ _BY_ASKING = dict(
 _BY_PIXEL = dict(
     fullgrad=MapMethod(
         'FullGrad', 'Srinivas & Fleuret 2019', 'https://arxiv.org/abs/1905.00780', 'model', True,
-        '2 forward, 1 backward', 'has no sign; convolutions with batch norm only', full_grad,
+        '2 forward, 1 backward', 'has no sign; needs batch norms, and is exact with rectified units only',
+        full_grad,
+        signed=False,
     ),
     rollout=MapMethod(
         'attention rollout', 'Abnar & Zuidema 2020', 'https://arxiv.org/abs/2005.00928', 'model', False, '2 forward',
@@ -124,10 +129,10 @@ _BY_PIXEL = dict(
     smoothgrad=MapMethod(
         'SmoothGrad', 'Smilkov et al. 2017', 'https://arxiv.org/abs/1706.03825', 'model', True,
         '17 forward, 16 backward', 'has no sign: where the score is sensitive, not what speaks for the class',
-        smooth_grad, slow=True,
+        smooth_grad, slow=True, signed=False,
     ),
     occlusion=MapMethod(
-        'occlusion', 'Zeiler & Fergus 2014', 'https://arxiv.org/abs/1311.2901', 'model', True, '226 forward',
+        'occlusion', 'Zeiler & Fergus 2014', 'https://arxiv.org/abs/1311.2901', 'model', True, 'about 226 forward',
         'coarse, and a covered window is unlike any picture in training', occlusion, slow=True,
     ),
 )
@@ -160,7 +165,7 @@ _SAME = 1e-4 # maps whose values differ by less than this share of the largest a
 def unit_maps(
     raw:np.ndarray, # (B,h,w) float, in the unit of the method; below 0 is what speaks against the class
 ) -> tuple: # maps (B,h,w) float32 in [0, 1], and the peaks (B,) float64 that 1 stands for, 0 for an empty map
-    "What speaks for the class, relative to its peak."
+    "What speaks for the class, from the lowest place to the peak."
     raw = np.asarray(raw, np.float64)
     if not np.isfinite(raw).all():
         raise ValueError('the map is not finite (NaN or infinite); check the weights of the model')
@@ -200,7 +205,12 @@ def draw_map(
     chosen = find_method(method)
     if chosen.needs == 'model':
         return unit_maps(chosen.draw(run))
-    layer = layer or list(run.layers)[-1]
+    layer = layer or next(reversed(run.layers), None)
+    if layer not in run.layers:
+        raise ValueError(
+            f"layer {layer!r} was not kept by this pass, which kept {', '.join(run.layers) or 'none'}; name it "
+            'when the pass is made'
+        )
     raw = np.asarray(chosen.draw(run, layer), np.float64)
     return unit_maps(run.place(np.maximum(raw, 0), layer))
 

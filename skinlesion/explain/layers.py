@@ -110,6 +110,8 @@ def as_maps(
     backbone = None if model is None else image_backbone(model)
     if backbone is not None:
         return to_maps(backbone, output, module)
+    if output.ndim == 4 and isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)):
+        return output
     if output.ndim == 4:
         _, a, b, c = output.shape
         return output.permute(0, 3, 1, 2) if a == b != c else output
@@ -169,6 +171,7 @@ def cell_layout(
     model:nn.Module, # a `LesionModel`, or any torch module of the image alone
     layers:dict, # name -> module, as `target_layers` gives them
     size:tuple, # (H, W) of the images
+    metadata:torch.Tensor|None=None, # (1,D) float32, for a model that is no `LesionModel` and needs them
 ) -> dict: # name -> (`Axis` down, `Axis` right); layers that are not reached are left out
     "Where in the picture the cells of each layer's map look, from one blank image."
     lines = [Axis(side, 1., 0.) for side in size]
@@ -196,7 +199,9 @@ def cell_layout(
             ]
             handles += [m.register_forward_hook(shrink) for m in _stages(model)]
             handles += [module.register_forward_hook(keep(name)) for name, module in layers.items()]
-            run = model.eval().forward_features if image_backbone(model) is not None else model.eval()
+            run = FixedMetadata(model, metadata)
+            if image_backbone(model) is not None:
+                run = model.forward_features
             run(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
         finally:
             for handle in handles:
@@ -209,6 +214,7 @@ MIN_CELLS = 7 # of the default layer's map, on its shorter side
 def default_layer(
     model:nn.Module, # a `LesionModel`, or any torch module with convolutions, of the image alone
     size:tuple, # (H, W) of the images
+    metadata:torch.Tensor|None=None, # (1,D) float32, for a model that is no `LesionModel` and needs them
 ) -> str: # a name of `target_layers`
     "The deepest layer whose map has `MIN_CELLS` cells a side; else the finest map; the last of a transformer."
     layers = target_layers(model)
@@ -217,7 +223,8 @@ def default_layer(
         raise ValueError("this model has no convolution a map could be made at; class activation maps need one")
     if backbone is not None and attends(backbone):
         return list(layers)[-1]
-    cells = {name: min(line.cells for line in lines) for name, lines in cell_layout(model, layers, size).items()}
+    layouts = cell_layout(model, layers, size, metadata)
+    cells = {name: min(line.cells for line in lines) for name, lines in layouts.items()}
     return max(
         [name for name in layers if name in cells],
         key=lambda name: (min(cells[name], MIN_CELLS), list(layers).index(name)),

@@ -91,13 +91,14 @@ class MapPass:
         self.images = images.detach().to(kind, copy=True).requires_grad_()
         self.metadata = None if metadata is None else metadata.detach().to(kind, copy=True)
         self.size = tuple(images.shape[2:])
-        names = [default_layer(self.model, self.size)] if layers is None else layers
+        one = None if metadata is None else self.metadata[:1]
+        names = [default_layer(self.model, self.size, one)] if layers is None else layers
         self.layers = {name: find_layer(self.model, name) for name in names}
         self.batch_size = batch_size
         self._logits, self._outputs = _watched_pass(self)
         self.logits = self._logits.detach().float()
         self.targets = check_targets(targets, *self.logits.shape) or self.logits.argmax(1).tolist()
-        self.against = check_targets(against, *self.logits.shape, 'rival')
+        self.against = _check_rivals(against, self)
         self._gradients = None
         self._layouts = {}
 
@@ -116,6 +117,10 @@ def _watched_pass(run):
     outputs = {}
     def keep(name):
         def note(module, args, output):
+            if name in outputs:
+                raise ValueError(f"layer {name!r} runs more than once, so it has no one map; choose another layer")
+            if not isinstance(output, torch.Tensor):
+                raise ValueError(f"layer {name!r} gives a {type(output).__name__}, not a tensor; choose another layer")
             outputs[name] = output
             return output.clone() # what follows may work in place
         return note
@@ -128,6 +133,19 @@ def _watched_pass(run):
     if missed:
         raise ValueError(f"layer {missed[0]!r} takes no part in the model's answer; choose another layer")
     return logits, outputs
+
+# %% ../../nbs/explain/117_passes.ipynb #6a9273ca
+def _check_rivals(against, run):
+    "The classes that the explained ones are held against, none of them its own rival."
+    against = check_targets(against, *run.logits.shape, 'rival')
+    for i, (target, rival) in enumerate(zip(run.targets, against or [])):
+        if target == rival:
+            raise ValueError(f"rival {rival} of image {i} is the class that is explained; choose another class")
+    return against
+
+def _as_array(run, output, layer):
+    "What a layer gave, or its gradient, as an array of its own, (B,C,h,w)."
+    return as_maps(output, run.model, run.layers[layer]).float().cpu().numpy().copy()
 
 def _check_logits(logits):
     "Logits that a map can be made of."
@@ -144,7 +162,7 @@ def activations(self:MapPass,
     layer:str, # one of the pass
 ) -> np.ndarray: # (B,C,h,w) float32
     "What the layer gave."
-    return as_maps(self._outputs[layer].detach(), self.model, self.layers[layer]).float().cpu().numpy()
+    return _as_array(self, self._outputs[layer].detach(), layer)
 
 # %% ../../nbs/explain/117_passes.ipynb #c347e14c
 @patch
@@ -158,7 +176,7 @@ def gradients(self:MapPass,
     found = self._gradients[layer]
     if found is None:
         raise ValueError(f"layer {layer!r} has no influence on the score; choose another layer")
-    return as_maps(found, self.model, self.layers[layer]).float().cpu().numpy()
+    return _as_array(self, found, layer)
 
 def _backward(run):
     "The gradient at each layer; the graph is kept for other classes."
@@ -175,7 +193,7 @@ def towards(self:MapPass,
     "The same pass with another score: no layer is computed again."
     other = copy(self)
     other.targets = check_targets(targets, *self.logits.shape) or self.logits.argmax(1).tolist()
-    other.against = check_targets(against, *self.logits.shape, 'rival')
+    other.against = _check_rivals(against, other)
     other._gradients = None
     return other
 
@@ -187,7 +205,8 @@ def place(self:MapPass,
 ) -> np.ndarray: # (B,H,W) float64
     "Maps in their place in the picture."
     if layer not in self._layouts:
-        self._layouts |= cell_layout(self.model, self.layers, self.size)
+        one = None if self.metadata is None else self.metadata[:1]
+        self._layouts |= cell_layout(self.model, self.layers, self.size, one)
     return place_maps(maps, self._layouts[layer], self.size)
 
 # %% ../../nbs/explain/117_passes.ipynb #e43ac31b

@@ -14,17 +14,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from .layers import Axis, FixedMetadata, image_backbone, place_maps, untouched
-from .passes import MapPass
+from .passes import MapPass, class_score
 from ..model.backbones import to_maps
 
 # %% ../../nbs/explain/119_pixels.ipynb #f1756ae6
 @torch.inference_mode(False)
 def _each_image(run, attribute):
-    "What `attribute(score, picture)` tells of each image, summed over its colours, (B,H,W) float32."
+    "What `attribute(score, picture)` tells of each image, (B,H,W) float32."
     maps = []
     for i in range(len(run.images)):
         view = FixedMetadata(run.model, None if run.metadata is None else run.metadata[i:i + 1])
-        def score(pictures, view=view, i=i):
+        def score(pictures):
             return run.score(view(pictures), i)
         with untouched(run.model):
             maps.append(attribute(score, run.images.detach()[i:i + 1].clone()).detach().float().cpu())
@@ -53,11 +53,11 @@ def smooth_grad(
     noise:float=NOISE, # standard deviation, as a share of the picture's range
     seed:int=0, # of the noise; the same for every picture
 ) -> np.ndarray: # (B,H,W) float32, not negative
-    "The size of the score's gradient, averaged over noisy copies; the largest over the colours."
+    "The mean of the score's gradient over noisy copies; its size, the largest over the colours."
     def attribute(score, picture):
         method = NoiseTunnel(Saliency(score))
         deviation = noise * float(picture.max() - picture.min())
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[picture.device] if picture.is_cuda else []):
             torch.manual_seed(seed)
             slopes = method.attribute(
                 picture, nt_samples=samples, nt_samples_batch_size=run.batch_size, stdevs=deviation, abs=False
@@ -88,9 +88,11 @@ def occlusion(
 # %% ../../nbs/explain/119_pixels.ipynb #e78f887a
 def _bias_of(module):
     "The bias that a convolution or batch norm adds in eval mode, (C,); None where it adds none."
-    if isinstance(module, nn.BatchNorm2d) or hasattr(module, 'running_mean') and module.running_mean is not None:
-        scale = module.weight / torch.sqrt(module.running_var + module.eps)
-        return (module.bias - module.running_mean * scale).detach()
+    if getattr(module, 'running_mean', None) is not None:
+        scale = 1 / torch.sqrt(module.running_var + module.eps)
+        if module.weight is None:
+            return (-module.running_mean * scale).detach()
+        return (module.bias - module.running_mean * scale * module.weight).detach()
     return None if module.bias is None else module.bias.detach()
 
 def _biased_layers(model):
@@ -126,7 +128,7 @@ def bias_gradients(
             watched.register_forward_hook(keep)
         pictures = run.images.detach().clone().requires_grad_()
         logits = FixedMetadata(run.model, run.metadata)(pictures)
-        score = sum(run.score(logits[i:i + 1], i).sum() for i in range(len(logits)))
+        score = class_score(logits, run.targets, run.against).sum()
         found = torch.autograd.grad(score, [pictures, *outputs.values()], allow_unused=True)
     layers = [(biases[module], slope) for module, slope in zip(outputs, found[1:]) if slope is not None]
     return found[0], layers

@@ -394,7 +394,7 @@ def _person(metadata, image):
 
 # %% ../../nbs/pipeline/112_cli.ipynb #9541a863
 _EXPLAIN = dict(
-    method=(option(str, '--method', help='How the map is made: gradcam, layercam, scorecam ...'), 'gradcam'),
+    method=(option(str, '--method', help='How the map is made, such as gradcam; a wrong name lists all.'), 'gradcam'),
     layer=(
         option(str|None, '--layer', help='Layer of the backbone; by default the deepest with a map of 7 by 7 cells.'),
         None,
@@ -407,7 +407,7 @@ _EXPLAIN = dict(
         option(str|None, '--against', help='Class that it is held against: what speaks for one and not for the other.'),
         None,
     ),
-    member=(option(str|None, '--member', help='One model; by default what all models agree on.'), None),
+    member=(option(str|None, '--member', help='One model; by default the mean over all.'), None),
     opacity=(Annotated[float, typer.Option('--opacity', help='Of the map, 0 to 1.')], .5),
 )
 
@@ -457,7 +457,7 @@ def _draw_map(image, bundle, out, person, opacity, member, **options):
     method = MAP_METHODS[options['method']]
     who = f'member {explanation.member}'
     if explanation.member == ENSEMBLE:
-        who = f'what {len(predictor.member_names)} models agree on'
+        who = f'the mean over {len(predictor.member_names)} models,'
     at_layer = f' at {explanation.layer}' if explanation.layer else ''
     shown = f'for {explanation.target} (probability {prediction.probabilities[explanation.target]:.0%})'
     shown = shown if method.knows_class else 'which knows no class'

@@ -7,6 +7,7 @@ __all__ = ['ENSEMBLE', 'Prediction', 'known_text', 'prediction_text', 'as_image'
 
 # %% ../../nbs/use/90_predict.ipynb #52bb33df
 from base64 import b64encode
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from html import escape
 from io import BytesIO
@@ -273,16 +274,16 @@ def _predict_many(predictor, paths, metadata, skip_bad, progress):
 # %% ../../nbs/use/90_predict.ipynb #a96ad549
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    "Where in one image the evidence for a class lies, for one member or for what all of them agree on."
+    "Where in one image the evidence for a class lies, for one member or in the mean over all."
     image:np.ndarray # (H,W,3) uint8, the image at its own size
-    cam:np.ndarray # (S,S) float32 in [0, 1], relative to its peak; S is the bundle's image size
+    cam:np.ndarray # (S,S) float32 in [0, 1], from the lowest place to the peak; S is the bundle's image size
     target:str # code of the class
     method:str # a name of `MAP_METHODS`
     member:str # name of the model, or 'ensemble'
     layer:str # at which the map was made; '' where the method needs none
     prediction:Prediction # of the ensemble for this image; it may abstain
     against:str='' # code of the class that the target is held against; '' for none
-    peak:float=0. # what 1 stands for, in the unit of the method; 0 for an empty map
+    peak:float|None=None # what 1 stands for, in the unit of the method, 0 for an empty map; None of several models
     disagreement:np.ndarray|None=None # (S,S) float32 in [0, 0.5], between the models; None of a single one
     title:str='' # the class in words, and what it is held against
     mask:np.ndarray|None=None # (H,W) bool, the lesion, where it is known
@@ -292,13 +293,13 @@ class Explanation:
 def sentence(self:Explanation) -> str: # with its full stop
     "The map in words, for those who cannot see it."
     from skinlesion.explain.consensus import map_sentence
-    return map_sentence(self.cam, self.title, self.mask)
+    return map_sentence(self.cam, self.method, self.title, self.mask)
 
 @patch(as_prop=True)
 def scores(self:Explanation) -> dict: # energy_inside and lesion_share, in [0, 1]; empty without a mask or a map
-    "How much of the map lies on the lesion, and what a map that knows nothing would reach."
+    "How much of the map lies on the lesion, and what a uniform map would have there."
     from skinlesion.explain.faithfulness import energy_inside, fit_masks
-    if self.mask is None or not self.cam.any():
+    if self.mask is None or not self.mask.any() or not self.cam.any():
         return {}
     share = float(energy_inside(self.cam[None], [self.mask])[0])
     return dict(energy_inside=share, lesion_share=float(fit_masks([self.mask], self.cam.shape).mean()))
@@ -357,11 +358,15 @@ def to_html(self:Explanation) -> str: # a <figure> that loads nothing from elsew
 ENSEMBLE = 'ensemble' # as the member of a map: all models
 
 def _explained_models(loaded, member):
-    "The name under which models are explained, and these models."
-    if member == ENSEMBLE and member not in loaded.member_names:
-        return ENSEMBLE, loaded.members
-    chosen = loaded.member(member)
-    return chosen.name, [chosen]
+    "The name under which models are explained, these models, and what each counts."
+    if member != ENSEMBLE or member in loaded.member_names:
+        chosen = loaded.member(member)
+        return chosen.name, [chosen], None
+    read_pictures = [each for each in loaded.members if getattr(each.model, 'backbone', True) is not None]
+    if not read_pictures:
+        raise ValueError('every member of this bundle reads metadata alone, so there is no picture to explain')
+    fits = Counter(member_of(each.name) for each in read_pictures)
+    return ENSEMBLE, read_pictures, [1 / fits[member_of(each.name)] for each in read_pictures]
 
 def _explained_class(loaded, target, against, prediction):
     "The codes of the class and of the one it is held against ('' for none), and both in words."
@@ -373,42 +378,54 @@ def _explained_class(loaded, target, against, prediction):
     return code, rival, ' and not '.join(words)
 
 # %% ../../nbs/use/90_predict.ipynb #dc08cc91
-def _check_map(loaded, method, layer, members):
-    "Method and layer, before anything is computed."
+def _check_map(loaded, options, members):
+    "Method, layer and classes, before anything is computed."
     from skinlesion.explain.cam import find_method
     from skinlesion.explain.layers import find_layer
-    if find_method(method).needs == 'layer' and layer:
+    method = find_method(options['method'])
+    if options['against'] and not method.knows_class:
+        raise ValueError(f'{method.title} knows no class, so nothing can be held against it; choose another method')
+    for text in filter(None, (options['target'], options['against'])):
+        loaded.label_set.parse(text)
+    if method.needs == 'layer' and options['layer']:
         for member in members:
-            find_layer(member.model, layer)
+            find_layer(member.model, options['layer'])
 
+def _check_mask(mask, image):
+    "The outline of the lesion in the picture as it was taken."
+    if mask is not None and (mask.dtype != bool or mask.shape != image.shape[:2]):
+        raise ValueError(
+            f'the mask is {mask.dtype} of shape {mask.shape}; give bool of the shape of the picture, {image.shape[:2]}'
+        )
+
+# %% ../../nbs/use/90_predict.ipynb #bcbeb6c7
 def _explain(loaded, image, person, prediction, options):
-    "The map of one member or of all."
+    "The map of one member or the mean over all."
     from skinlesion.explain.consensus import explain_models
-    name, members = _explained_models(loaded, options['member'])
-    _check_map(loaded, options['method'], options['layer'], members)
-    for text in (options['target'], options['against']):
-        if text:
-            loaded.label_set.parse(text)
+    name, members, weights = _explained_models(loaded, options['member'])
+    _check_map(loaded, options, members)
     person = parse_person(*person)
     image_id = _stem(image)
     image = as_image(image)
+    _check_mask(options['mask'], image)
     prediction = prediction or _predict(loaded, image, person, image_id)
     code, rival, title = _explained_class(loaded, options['target'], options['against'], prediction)
     pixels, metadata = _inputs(loaded, image, person)
     index = loaded.label_set.index
-    consensus = explain_models(
+    drawn = explain_models(
         [member.model for member in members],
         normalise(pixels),
+        index(code),
         None if metadata is None else torch.from_numpy(metadata),
         options['method'],
         options['layer'],
-        index(code),
         index(rival) if rival else None,
+        weights,
     )
-    layers = ', '.join(dict.fromkeys(consensus.layers))
+    layers = ', '.join(dict.fromkeys(drawn.layers))
     return Explanation(
-        image, consensus.cam, code, options['method'], name, layers, prediction, rival, consensus.peak,
-        consensus.disagreement, title, options['mask'],
+        image, drawn.cam, code, options['method'], name, layers, prediction, rival, drawn.peak, drawn.disagreement,
+        title, options['mask'],
     )
 
 # %% ../../nbs/use/90_predict.ipynb #72e37f8b
@@ -443,7 +460,7 @@ class Predictor(_LoadedBundle):
         age=None, # years; None or '' where unknown
         sex:str='', # '' where unknown
         site:str='', # '' where unknown
-        member:int|str=ENSEMBLE, # position or name of a member, or 'ensemble' for what all models agree on
+        member:int|str=ENSEMBLE, # position or name of a member, or 'ensemble' for the mean over all
         prediction:Prediction|None=None, # of this image and person, where `predict` was called already
         against:str|None=None, # class in any spelling: what speaks for `target` and not for this one
         mask:np.ndarray|None=None, # (H,W) bool, the lesion; sentence and scores then tell how the map lies on it
