@@ -328,9 +328,11 @@ def save(self:Explanation,
 @patch
 def figure(self:Explanation): # -> matplotlib Figure
     "The image, the map over it and, of several models, their disagreement."
+    from skinlesion.explain.cam import find_method
     from skinlesion.explain.gallery import GalleryRow, cam_gallery
+    subject = f'for {self.title}' if find_method(self.method).knows_class else 'whatever the class'
     maps = {self.method: self.cam}
-    notes = {self.method: ' '.join(filter(None, (f'evidence for {self.title}, {self.member}', self.layer)))}
+    notes = {self.method: ' '.join(filter(None, (f'{subject}, {self.member}', self.layer)))}
     if self.disagreement is not None:
         maps['disagreement'] = self.disagreement
         notes['disagreement'] = 'standard deviation between the models'
