@@ -66,6 +66,12 @@ class TrainedEnsemble:
         "Which rows choices and fits may use: validation, or out of fold training and validation."
         return self.part('train', 'valid') if self.folded else self.part('valid')
 
+    def held_out(self,
+        member:str, # one of `members`
+    ) -> np.ndarray: # (N,) bool
+        "Which rows are of training and validation, but were not used to train the member's first fit."
+        return self.part('train', 'valid') & _is_new(self, member, self.rows)
+
     @property
     def columns(self) -> dict: # head -> columns of its probabilities, the diagnosis first
         "The probability columns of a prediction table."
