@@ -66,12 +66,6 @@ class TrainedEnsemble:
         "Which rows choices and fits may use: validation, or out of fold training and validation."
         return self.part('train', 'valid') if self.folded else self.part('valid')
 
-    def held_out(self,
-        member:str, # one of `members`
-    ) -> np.ndarray: # (N,) bool
-        "Which rows are of training and validation, but were not used to train the member's first fit."
-        return self.part('train', 'valid') & _is_new(self, member, self.rows)
-
     @property
     def columns(self) -> dict: # head -> columns of its probabilities, the diagnosis first
         "The probability columns of a prediction table."
@@ -149,6 +143,14 @@ def _is_new(ensemble, model, rows):
     if out_of_fold is None:
         return (rows.split == 'valid').to_numpy()
     return fold_of(out_of_fold, rows.image_id, member) == 0
+
+# %% ../../nbs/evaluate/71_members.ipynb #3ff6cce1
+@patch
+def held_out(self:TrainedEnsemble,
+    member:str, # one of `members`
+) -> np.ndarray: # (N,) bool
+    "Which rows are of training and validation, but were not used to train the member's first fit."
+    return self.part('train', 'valid') & _is_new(self, member, self.rows)
 
 # %% ../../nbs/evaluate/71_members.ipynb #c071000e
 def fit_ensemble_ood(

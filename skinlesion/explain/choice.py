@@ -131,10 +131,12 @@ def choose_map(
     base = table[(table.method == _BASELINE[0]) & (table.depth == _BASELINE[1])].iloc[0]
     over = f'on {base.n} images of {base.n_lesions} lesions that were not used for training'
     method, depth = _BASELINE
-    reason = f'Grad-CAM at the default layer: insertion less deletion {base.value:.3f}; no candidate is clearly better, {over}'
+    kept = f'Grad-CAM at the default layer: insertion less deletion {base.value:.3f}'
+    reason = f'{kept}; no other is clearly better, {over}'
     if len(better):
         best = better.loc[better.value.idxmax()]
-        method, depth = best.method, best.depth
+        method = best.method
+        depth = best.depth
         reason = (
             f'{map_title(method)} at the {depth} layer: insertion less deletion {best.value:.3f}, '
             f'{best.difference:.3f} ({best.low:.3f} to {best.high:.3f}) more than Grad-CAM at the default layer, {over}'

@@ -57,7 +57,7 @@ THRESHOLDS = tuple(np.arange(.05, 1, .05).round(2)) # of the peak
 def mask_overlap(
     cams:np.ndarray, # (N,H,W) maps in [0, 1]
     masks, # N lesion masks (h,w) bool; squashed to the maps' size
-) -> tuple: # (N,) float64 in [0, 1], NaN where the map or the mask is empty; and the threshold, None where all are empty
+) -> tuple: # (N,) float64 in [0, 1], NaN where map or mask is empty; and the threshold, None where all are empty
     "Intersection over union of the lesion and the part of each map above the best threshold."
     inside = fit_masks(masks, np.shape(cams)[1:]) > .5
     defined = (np.nan_to_num(cams).max((1, 2)) > 0) & inside.any((1, 2))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .cam import is_flat, map_title
+from .cam import map_title
 from .faithfulness import baseline_maps, energy_inside, mask_overlap, peak_inside
 from .removal import removal_areas, road_scores
 from ..stats.intervals import format_leaf
@@ -141,7 +141,8 @@ def leaves_table(
     rows = []
     for method, found in leaves.items():
         difference = found.get(f'{measures[0]}_less_{first.reference}')
-        row = {'map': _row_name(method, leaves)} | {MAP_MEASURES[name].title: format_leaf(found[name]) for name in measures}
+        row = {'map': _row_name(method, leaves)}
+        row |= {MAP_MEASURES[name].title: format_leaf(found[name]) for name in measures}
         row[f'{first.title}: verdict'] = ''
         row['no map'] = ''
         if difference:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from pytorch_grad_cam.metrics.road import NoisyLinearImputer
-from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from .cam import is_flat
@@ -69,7 +68,7 @@ def pixel_order(
 
 # %% ../../nbs/explain/128_removal.ipynb #14610b21
 def removal_curve(
-    predict:Callable, # (images (B,3,H,W) float, rows (B,) int: which of the N images they come from) -> (B,C) probabilities
+    predict:Callable, # (images (B,3,H,W) float, rows (B,) int: which of the N images) -> (B,C) probabilities
     images:torch.Tensor, # (N,3,H,W) float, normalised
     maps:np.ndarray, # (N,H,W) float in [0, 1]
     targets:np.ndarray, # (N,) int, the class whose probability is followed
@@ -99,12 +98,15 @@ def _check_curve(images, maps, targets, filling, steps):
     "One map of the picture's size, one class and one filling for each picture."
     if np.shape(maps) != (len(images), *images.shape[2:]):
         raise ValueError(
-            f"maps have shape {np.shape(maps)} for images of {tuple(images.shape)}; give one map of the picture's size for each"
+            f"maps have shape {np.shape(maps)} for images of {tuple(images.shape)}; give one map of the picture's size "
+            "for each"
         )
     if len(targets) != len(images):
         raise ValueError(f"{len(targets)} targets for {len(images)} images; give one class index for each image")
     if filling.shape != images.shape:
-        raise ValueError(f"the filling has shape {tuple(filling.shape)}, the images {tuple(images.shape)}; make it of them")
+        raise ValueError(
+            f"the filling has shape {tuple(filling.shape)}, the images {tuple(images.shape)}; make it of them"
+        )
     if steps < 1:
         raise ValueError(f"steps is {steps}; take at least 1")
 
@@ -132,7 +134,7 @@ def removal_areas(
     targets:np.ndarray, # (N,) int, the class that the maps explain
     masks:list|None=None, # N lesion masks (h,w) bool, None where there is none, for the colour of the skin
     steps:int=10, # equal shares of the pixels
-) -> dict: # method -> {deletion_blur, insertion_blur, deletion_skin, insertion_skin, insertion_less_deletion}, each (N,)
+) -> dict: # method -> {deletion_blur, insertion_blur, deletion_skin, insertion_skin, insertion_less_deletion: (N,)}
     "The areas under deletion and insertion of several methods."
     fillings = {name: fill(images, masks) for name, fill in FILLINGS.items()}
     whole = _class_probability(predict, images, targets, 64)

@@ -85,7 +85,8 @@ def randomised_copies(
 
 def _resettable(model):
     "Layers with weights of their own, in the order in which they were registered: a backbone before its heads."
-    return [m for m in model.modules() if hasattr(m, 'reset_parameters') and next(m.parameters(False), None) is not None]
+    resettable = [m for m in model.modules() if hasattr(m, 'reset_parameters')]
+    return [m for m in resettable if next(m.parameters(False), None) is not None]
 
 # %% ../../nbs/explain/129_sanity.ipynb #f8183247
 def randomisation_table(
