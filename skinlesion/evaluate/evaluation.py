@@ -548,8 +548,9 @@ def save_ensemble(
     result:Evaluation, # of `evaluate_ensemble`
     folder:Path|str, # of the bundle; one that is there is replaced whole
     card_text:str='', # Markdown of the model card on performance
+    cases:dict|None=None, # index of training images, NearestCases.to_files() of explain.neighbours; None for none
 ) -> Path: # `folder`
-    "Write the bundle: weights, policy, provenance and the metrics on test."
+    "Write the bundle: weights, policy, provenance, the metrics on test, and nearest cases where given."
     ensemble = result.run.ensemble
     prepared = ensemble.prepared
     policy = result.run.choice.policy
@@ -567,4 +568,5 @@ def save_ensemble(
         views=policy.views,
         policy=policy.to_dict(),
         card_text=card_text,
+        cases=cases,
     )

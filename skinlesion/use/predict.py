@@ -21,8 +21,9 @@ from fastcore.basics import patch
 from ..colour import prepare_image
 from ..data.metadata import find_persons, image_ids, parse_person
 from ..evaluate.policy import Policy, check_models, predict_members
+from ..explain.neighbours import case_features, compared_models, read_cases
 from ..images import ImageError, normalise, read_image, save_png
-from ..model.bundle import BundleError, load_bundle, member_of
+from ..model.bundle import CASE_FILES, BundleError, load_bundle, member_of
 from ..names import check_picture, image_stem
 from ..taxonomy import DISCLAIMER
 
@@ -103,6 +104,7 @@ class _LoadedBundle:
     ):
         self.bundle = load_bundle(bundle_dir)
         self.policy = _policy(self.bundle, views, Path(bundle_dir)/'bundle.json')
+        self.cases = _cases(self.bundle, bundle_dir)
         self.views = self.policy.views
         self.label_set = self.bundle.label_set
         self.bundle_id = self.bundle.bundle_id
@@ -156,6 +158,16 @@ def _policy(bundle, views, where):
             f"locked with views '{policy.views}'; leave views out"
         )
     return policy
+
+# %% ../../nbs/use/90_predict.ipynb #da3b15ba
+def _cases(bundle, folder):
+    "The nearest cases of a bundle, None where it has none; `BundleError` where they do not fit its models."
+    if bundle.cases is None:
+        return None
+    try:
+        return read_cases(bundle.cases, [each.name for each in compared_models(bundle.members)])
+    except ValueError as e:
+        raise BundleError(f"{folder}: {e}") from e
 
 # %% ../../nbs/use/90_predict.ipynb #9bca9653
 def as_image(
@@ -470,3 +482,23 @@ class Predictor(_LoadedBundle):
         "Where the evidence for a class lies; `.show()` draws it, `.prediction` is that of the ensemble."
         options = dict(method=method, layer=layer, target=target, member=member, against=against, mask=mask)
         return _explain(self, image, (age, sex, site), prediction, options)
+
+# %% ../../nbs/use/90_predict.ipynb #3450e0bb
+@patch
+def nearest(self:Predictor,
+    image, # (H,W,3) uint8 RGB, or a path, or the bytes of a file
+    age=None, # years; None or '' where unknown
+    sex:str='', # '' where unknown
+    site:str='', # '' where unknown
+    k:int=5, # cases, at least 1
+    lesion_id:str='', # of the image, where known: its own lesion is not listed
+    patient_id:str='', # of the image, where known: no lesion of this patient is listed
+) -> pd.DataFrame: # image_id, lesion_id, diagnosis, similarity in [-1, 1]; the most similar first
+    "The training lesions that are most alike to the models; it tells which, not that they caused the prediction."
+    if self.cases is None:
+        raise ValueError(
+            f"bundle {self.bundle_id} has no nearest cases, {' and '.join(CASE_FILES)}; run the stage evaluate anew"
+        )
+    inputs, metadata = _inputs(self, as_image(image), parse_person(age, sex, site))
+    features = self.cases.place(case_features(self.members, inputs, metadata))
+    return self.cases.search(features[0], k, lesion_id, patient_id)
