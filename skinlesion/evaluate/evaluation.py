@@ -549,8 +549,9 @@ def save_ensemble(
     folder:Path|str, # of the bundle; one that is there is replaced whole
     card_text:str='', # Markdown of the model card on performance
     cases:dict|None=None, # index of training images, NearestCases.to_files() of explain.neighbours; None for none
+    maps:dict|None=None, # the map by default: MapChoice.to_dict() of explain.choice; None for none
 ) -> Path: # `folder`
-    "Write the bundle: weights, policy, provenance, the metrics on test, and nearest cases where given."
+    "Write the bundle: weights, policy, provenance, the metrics on test; map and nearest cases where given."
     ensemble = result.run.ensemble
     prepared = ensemble.prepared
     policy = result.run.choice.policy
@@ -569,4 +570,5 @@ def save_ensemble(
         policy=policy.to_dict(),
         card_text=card_text,
         cases=cases,
+        maps=maps,
     )

@@ -32,7 +32,7 @@ def explain_models(
     target:int, # class index
     metadata:torch.Tensor|None=None, # (1,D) float32, or None where no model reads any
     method:str='gradcam', # a name of `MAP_METHODS`
-    layer:str|None=None, # that every model has; None for the default of each
+    layer:str|list|None=None, # that every model has, or one for each model; None for the default of each
     against:int|None=None, # class index that the class is held against; None for none
     weights:list|None=None, # what each model counts; None for all the same
 ) -> MeanMap:
@@ -40,8 +40,9 @@ def explain_models(
     maps = []
     layers = []
     rivals = None if against is None else [against]
-    for model in models:
-        run = MapPass(model, image, metadata, pass_layers(method, layer), [target], rivals)
+    each = layer if isinstance(layer, list) else [layer] * len(models)
+    for model, own in zip(models, each, strict=True):
+        run = MapPass(model, image, metadata, pass_layers(method, own), [target], rivals)
         cams, peaks = draw_map(run, method)
         maps.append(cams[0])
         layers.append(next(iter(run.layers), ''))

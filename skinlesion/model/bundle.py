@@ -200,11 +200,12 @@ _BUNDLE_KEYS = (
     'views',
     'encoder',
     'policy',
+    'maps',
     'provenance',
     'metrics',
     'disclaimer',
 )
-_ADDED_KEYS = dict(colour='none', views='none', policy=None) # what bundles from before these keys did
+_ADDED_KEYS = dict(colour='none', views='none', policy=None, maps=None) # what bundles from before these keys did
 
 # %% ../../nbs/model/54_bundle.ipynb #452249e2
 def save_bundle(
@@ -221,6 +222,7 @@ def save_bundle(
     policy:dict|None=None,
     card_text:str='', # of the model card on performance, with headings of level 2; '' makes a table of `metrics`
     cases:dict|None=None, # index of training images: NearestCases.to_files() of explain.neighbours; None for none
+    maps:dict|None=None, # the map by default: MapChoice.to_dict() of explain.choice; None for none
 ) -> Path: # `out`
     "Write an ensemble as bundle.json, weights, MODEL_CARD.md, SHA256SUMS and, where given, nearest cases."
     _check_members(members, label_set, encoder, image_size)
@@ -235,10 +237,16 @@ def save_bundle(
         views=views,
         encoder=encoder.to_dict() if encoder else None,
         policy=policy,
+        maps=maps,
         provenance=provenance,
         metrics=metrics,
         disclaimer=DISCLAIMER,
     )
+    return _write_bundle(Path(out), members, facts, card_text, cases)
+
+# %% ../../nbs/model/54_bundle.ipynb #2a0a07c6
+def _write_bundle(out, members, facts, card_text, cases):
+    "All files of a bundle, in one step."
     with scratch_folder(out) as scratch:
         for m in members:
             atomic_write(scratch/f'{m.name}.safetensors', _weights(m.model, m.name))
@@ -246,7 +254,7 @@ def save_bundle(
         atomic_write(scratch/'MODEL_CARD.md', _model_card(facts, card_text, cases))
         _write_cases(scratch, cases)
         write_sums(scratch)
-    return Path(out)
+    return out
 
 # %% ../../nbs/model/54_bundle.ipynb #ce209fca
 CASE_FILES = ('NEAREST_CASES.json', 'NEAREST_CASES.safetensors') # optional; no name of a member is in capitals
@@ -355,7 +363,7 @@ def shared_heads(
 def _model_card(facts, card_text, cases):
     "MODEL_CARD.md of a bundle."
     lines = ['# Model card', '', f"**{facts['disclaimer']}**", '', '## What it is', '', *_card_members(facts)]
-    lines += ['', '## How it decides', '', *_card_policy(facts['policy'])]
+    lines += ['', '## How it decides', '', *_card_policy(facts['policy']), *_card_maps(facts['maps'])]
     lines += ['', '## Classes', '', *_card_classes(LabelSet.from_dict(facts['label_set']))]
     lines += [
         '',
@@ -390,6 +398,11 @@ def _model_card(facts, card_text, cases):
         '',
     ]
     return '\n'.join(lines)
+
+# %% ../../nbs/model/54_bundle.ipynb #1b14c126
+def _card_maps(maps):
+    "Which map is drawn by default, and why."
+    return ['', f"Map of evidence by default: {maps.get('reason')}."] if maps else []
 
 # %% ../../nbs/model/54_bundle.ipynb #63e9aa35
 def _card_members(facts):
@@ -534,6 +547,7 @@ class Bundle:
     colour:str='none' # correction that images go through first, of colour.COLOURS
     views:str='none' # set of views.VIEW_SETS over which an answer is averaged
     policy:dict|None=None # as evaluate.policy.Policy.from_dict reads it; None is the plain mean, uncalibrated
+    maps:dict|None=None # as explain.choice.MapChoice.from_dict reads it; None where no map was chosen
     cases:dict|None=None # files of the nearest cases, as explain.neighbours reads them; None where there are none
 
     @property
@@ -628,4 +642,4 @@ def load_bundle(
         raise BundleError(f"{where}: {e}; export the bundle anew") from e
     cases = {name: (folder/name).read_bytes() for name in CASE_FILES if name in checked['files']} or None
     return Bundle(tuple(members), label_set, encoder, facts['image_size'], checked['bundle_id'], facts['provenance'],
-                  facts['metrics'], facts['colour'], facts['views'], facts['policy'], cases)
+                  facts['metrics'], facts['colour'], facts['views'], facts['policy'], facts['maps'], cases)
