@@ -116,6 +116,17 @@ def test_one_pass_serves_every_layer_and_class(pictures):
     assert asked == [2]
 
 
+def test_a_map_at_the_default_layer_costs_one_pass(pictures):
+    "The layer is found with the first map; where its cells look is told by the pass itself."
+    model = create_model("resnet10t", num_classes=3, seed=0)
+    asked = []
+    compute_cam(model, pictures)
+    handle = model.backbone.conv1.register_forward_hook(lambda module, args, output: asked.append(output))
+    compute_cam(model, pictures)
+    handle.remove()
+    assert [len(output) for output in asked] == [2] and not asked[0].requires_grad
+
+
 def test_many_maps_leave_nothing_behind():
     "The same map after many others, and no tensor that stays."
     model = create_model("small_cnn_3", num_classes=3, seed=0)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from pytorch_grad_cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
-from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection_with_sign_correction
 from torch import nn
 
 from .channels import ablation_cam, score_cam
 from .layers import image_backbone
-from .passes import MapPass
+from .passes import MapPass, check_length
 from .pixels import attention_rollout, full_grad, integrated_gradients, occlusion, smooth_grad
 from ..model.backbones import reads_class_token
 from ..taxonomy import nearest
@@ -38,13 +37,22 @@ def _grad_cam(run, layer):
     by_place = backbone is not None and reads_class_token(backbone)
     return _formula(HiResCAM if by_place else GradCAM)(run, layer)
 
+def _first_component(maps):
+    "Channels (B,C,h,w) on their first principal component, (B,h,w); the larger excursion is positive."
+    cells = maps.reshape(*maps.shape[:2], -1).transpose(0, 2, 1)
+    cells = cells - cells.mean(1, keepdims=True)
+    axes = np.linalg.svd(cells, full_matrices=False)[2]
+    found = (cells @ axes[:, :1].transpose(0, 2, 1)).reshape(len(maps), *maps.shape[2:])
+    turned = -found.min((1, 2), keepdims=True) > found.max((1, 2), keepdims=True)
+    return np.where(turned, -found, found)
+
 def _eigen_cam(run, layer):
     "The activations on their first principal component."
-    return get_2d_projection_with_sign_correction(run.activations(layer))
+    return _first_component(run.activations(layer))
 
 def _eigen_grad_cam(run, layer):
     "Activations times gradients on their first principal component."
-    return get_2d_projection_with_sign_correction(run.activations(layer) * run.gradients(layer))
+    return _first_component(run.activations(layer) * run.gradients(layer))
 
 # %% ../../nbs/explain/120_cam.ipynb #bf8f16f4
 @dataclass(frozen=True)
@@ -132,8 +140,9 @@ _BY_PIXEL = dict(
         smooth_grad, slow=True, signed=False,
     ),
     occlusion=MapMethod(
-        'occlusion', 'Zeiler & Fergus 2014', 'https://arxiv.org/abs/1311.2901', 'model', True, 'about 226 forward',
-        'coarse, and a covered window is unlike any picture in training', occlusion, slow=True,
+        'occlusion', 'Zeiler & Fergus 2014', 'https://arxiv.org/abs/1311.2901', 'model', True,
+        '1 forward for each place of the window', 'coarse, and a covered window is unlike any picture in training',
+        occlusion, slow=True,
     ),
 )
 
@@ -228,9 +237,7 @@ def compute_cam(
     "Maps of evidence, with the metadata fixed and the model left as it was."
     layers = pass_layers(method, layer)
     for name, given in (('metadata row', metadata), ('target', targets), ('rival', against)):
-        if given is not None and len(given) != len(images):
-            one = 'row' if given is metadata else 'class index'
-            raise ValueError(f"{len(given)} {name}s for {len(images)} images; give one {one} for each image")
+        check_length(given, len(images), name)
     maps = [np.zeros((0, *images.shape[2:]), np.float32)]
     for first in range(0, len(images), batch_size):
         rows = slice(first, first + batch_size)

@@ -53,6 +53,14 @@ def _group_means(maps, groups):
     means = np.stack([flat[groups == group].mean(0) for group in range(1, groups.max() + 1)])
     return torch.from_numpy(means).float().reshape(-1, 1, *maps.shape[1:])
 
+_CPU_PIXELS = 2 ** 18 # of masked copies that go through a model at once on a CPU
+
+def _copies_at_once(run):
+    "How many masked copies go through the model at once."
+    if run.images.device.type != 'cpu':
+        return run.batch_size
+    return min(run.batch_size, max(_CPU_PIXELS // (run.size[0] * run.size[1]), 1))
+
 def _masked_copies(picture, masks, batch_size):
     "Batches of the picture, kept where a mask is bright."
     for some in masks.split(batch_size):
@@ -71,11 +79,11 @@ def score_weights(
     "Score-CAM's weights of the channels for one image."
     maps = run.activations(layer)[image]
     groups = channel_groups(maps, fidelity)
-    picture = run.images.detach()[image:image + 1]
+    picture = run.images[image:image + 1]
     scores = run.ask(image, [picture * 0])
     if groups.max():
         masks = _group_means(maps, groups).to(picture.device)
-        scores = np.concatenate([scores, run.ask(image, _masked_copies(picture, masks, run.batch_size))])
+        scores = np.concatenate([scores, run.ask(image, _masked_copies(picture, masks, _copies_at_once(run)))])
     weights = np.exp(scores - scores.max())[groups]
     return weights / weights.sum()
 
@@ -96,11 +104,11 @@ def score_cam(
 # %% ../../nbs/explain/118_channels.ipynb #a0aa47e2
 @torch.inference_mode(False)
 @torch.no_grad()
-def _scores_without(run, image, layer, groups):
-    "The score without the channels of each group from 1 on, (G,) float64."
+def _scores_without(run, image, layer, groups, from_copies):
+    "The score without the channels of each group from 1 on, (G,) float64; of copies of the picture or of the output."
     model = run.model
     module = run.layers[layer]
-    picture = run.images.detach()[image:image + 1]
+    picture = run.images[image:image + 1]
     metadata = None if run.metadata is None else run.metadata[image:image + 1]
     kept = torch.from_numpy(groups[None] != np.arange(1, groups.max() + 1)[:, None]).to(picture)
     scores = []
@@ -112,7 +120,8 @@ def _scores_without(run, image, layer, groups):
         module.register_forward_hook(cut) # `untouched` takes it away
         for some in kept.split(run.batch_size):
             rows = None if metadata is None else metadata.expand(len(some), -1)
-            scores.append(run.score(FixedMetadata(model, rows)(picture), image).double())
+            given = picture.expand(len(some), -1, -1, -1) if from_copies else picture
+            scores.append(run.score(FixedMetadata(model, rows)(given), image).double())
     return torch.cat(scores).cpu().numpy()
 
 # %% ../../nbs/explain/118_channels.ipynb #f5394386
@@ -127,8 +136,11 @@ def ablation_weights(
     groups = channel_groups(maps, fidelity)
     if not groups.max():
         return np.zeros(len(groups))
-    picture = run.images.detach()[image:image + 1]
-    falls = run.ask(image, [picture]) - _scores_without(run, image, layer, groups)
+    try:
+        scores = _scores_without(run, image, layer, groups, False)
+    except RuntimeError: # a later layer joins the copies with what there is only one of
+        scores = _scores_without(run, image, layer, groups, True)
+    falls = run.ask(image, [run.images[image:image + 1]]) - scores
     sizes = np.abs(maps).mean((1, 2)).astype(np.float64)
     shares = sizes / np.maximum(np.bincount(groups, sizes)[groups], np.finfo(float).tiny)
     return np.concatenate([[0.], falls])[groups] * shares

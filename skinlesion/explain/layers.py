@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MIN_CELLS', 'FixedMetadata', 'untouched', 'image_backbone', 'target_layers', 'find_layer', 'as_maps', 'Axis',
-           'cell_layout', 'default_layer', 'place_maps']
+           'follow_cells', 'cell_layout', 'default_layer', 'place_maps']
 
 # %% ../../nbs/explain/116_layers.ipynb #4278994e
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -167,16 +168,14 @@ def _stages(model):
     return [inner[i['module']] for i in getattr(backbone, 'feature_info', []) if i['module'] in inner]
 
 # %% ../../nbs/explain/116_layers.ipynb #abca7223
-def cell_layout(
-    model:nn.Module, # a `LesionModel`, or any torch module of the image alone
+def follow_cells(
+    model:nn.Module, # a `LesionModel`, or any torch module; within `untouched`, which ends the following
     layers:dict, # name -> module, as `target_layers` gives them
     size:tuple, # (H, W) of the images
-    metadata:torch.Tensor|None=None, # (1,D) float32, for a model that is no `LesionModel` and needs them
-) -> dict: # name -> (`Axis` down, `Axis` right); layers that are not reached are left out
-    "Where in the picture the cells of each layer's map look, from one blank image."
+) -> dict: # name -> (`Axis` down, `Axis` right); the next pass of the model fills it with the layers that it reaches
+    "Where in the picture the cells of each layer's map look, told by the shapes of a pass."
     lines = [Axis(side, 1., 0.) for side in size]
     layouts = {}
-    handles = []
     def merged(module, out):
         return [_merged(lines[a], as_maps(out, model, module).shape[2 + a], size[a]) for a in (0, 1)]
     def follow(module, args, out):
@@ -189,34 +188,38 @@ def cell_layout(
             if name not in layouts:
                 layouts[name] = tuple(merged(module, out))
         return note
+    for module in model.modules():
+        if hasattr(module, 'kernel_size') and hasattr(module, 'stride'):
+            module.register_forward_hook(follow)
+    for module in _stages(model):
+        module.register_forward_hook(shrink)
+    for name, module in layers.items():
+        module.register_forward_hook(keep(name))
+    return layouts
+
+# %% ../../nbs/explain/116_layers.ipynb #500ba451
+def cell_layout(
+    model:nn.Module, # a `LesionModel`, or any torch module of the image alone
+    layers:dict, # name -> module, as `target_layers` gives them
+    size:tuple, # (H, W) of the images
+    metadata:torch.Tensor|None=None, # (1,D) float32, for a model that is no `LesionModel` and needs them
+) -> dict: # name -> (`Axis` down, `Axis` right); layers that are not reached are left out
+    "Where in the picture the cells of each layer's map look, from one blank image."
     weight = next(model.parameters())
     with untouched(model), torch.no_grad():
-        try:
-            handles += [
-                m.register_forward_hook(follow)
-                for m in model.modules()
-                if hasattr(m, 'kernel_size') and hasattr(m, 'stride')
-            ]
-            handles += [m.register_forward_hook(shrink) for m in _stages(model)]
-            handles += [module.register_forward_hook(keep(name)) for name, module in layers.items()]
-            run = FixedMetadata(model, metadata)
-            if image_backbone(model) is not None:
-                run = model.forward_features
-            run(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
-        finally:
-            for handle in handles:
-                handle.remove()
+        layouts = follow_cells(model, layers, size)
+        run = FixedMetadata(model, metadata)
+        if image_backbone(model) is not None:
+            run = model.forward_features
+        run(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
     return layouts
 
 # %% ../../nbs/explain/116_layers.ipynb #de944b76
 MIN_CELLS = 7 # of the default layer's map, on its shorter side
+_DEFAULTS = WeakKeyDictionary() # model -> {(size of the images, its modules): name}
 
-def default_layer(
-    model:nn.Module, # a `LesionModel`, or any torch module with convolutions, of the image alone
-    size:tuple, # (H, W) of the images
-    metadata:torch.Tensor|None=None, # (1,D) float32, for a model that is no `LesionModel` and needs them
-) -> str: # a name of `target_layers`
-    "The deepest layer whose map has `MIN_CELLS` cells a side; else the finest map; the last of a transformer."
+def _deepest_layer(model, size, metadata):
+    "The deepest layer with `MIN_CELLS` cells a side; else that of the finest map; the last of a transformer."
     layers = target_layers(model)
     backbone = image_backbone(model)
     if not layers:
@@ -229,6 +232,19 @@ def default_layer(
         [name for name in layers if name in cells],
         key=lambda name: (min(cells[name], MIN_CELLS), list(layers).index(name)),
     )
+
+def default_layer(
+    model:nn.Module, # a `LesionModel`, or any torch module with convolutions, of the image alone
+    size:tuple, # (H, W) of the images
+    metadata:torch.Tensor|None=None, # (1,D) float32, for a model that is no `LesionModel` and needs them
+) -> str: # a name of `target_layers`
+    "The layer of a map where none is named; found once for a model, as long as its modules stay what they are."
+    modules = hash(tuple((name, type(module), module.extra_repr()) for name, module in model.named_modules()))
+    known = _DEFAULTS.setdefault(model, {})
+    key = (tuple(size), modules)
+    if key not in known:
+        known[key] = _deepest_layer(model, size, metadata)
+    return known[key]
 
 # %% ../../nbs/explain/116_layers.ipynb #7a569353
 def place_maps(
