@@ -129,7 +129,7 @@ STAGES_READING = {  # modules of every floor -> the stages whose dependencies an
     "stats/metrics.py": ALL_STAGES - {"report"},
     "stats/curves.py": {"evaluate"},
     "data/splits.py": ALL_STAGES - {"report"},
-    "data/tables.py": {"evaluate"},
+    "data/tables.py": {"evaluate", "explain"},
     "data/importers.py": set(),
     "synthetic/draw.py": set(),
     "audit/labels.py": {"prepare"},
@@ -137,7 +137,7 @@ STAGES_READING = {  # modules of every floor -> the stages whose dependencies an
     "model/fusion.py": ALL_STAGES - {"prepare", "report"},
     "evaluate/scorecard.py": {"evaluate"},
     "evaluate/policy.py": {"evaluate", "explain"},
-    "explain/cam.py": {"explain"},
+    "explain/cam.py": {"evaluate", "explain"},  # evaluate chooses the map by default
     "report/clinical.py": {"evaluate"},
     "report/audit_page.py": set(),
     "report/index.py": {"report"},

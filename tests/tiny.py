@@ -107,7 +107,8 @@ def make_tiny(params):
     params["train"].update(epochs=2, warmup_epochs=1, batch_size=6, augment="none")
     params["train"]["members"]["image"].update(backbone="small_cnn_3", checkpoint_minutes=0.)
     params["base"]["image_size"] = 32
-    params["evaluate"].update(resamples=100, views=["none", "flips"], stress=["blur", "ink"], stress_images=20)
+    params["evaluate"].update(resamples=100, views=["none", "flips"], map_images=1)
+    params["evaluate"].update(stress=["blur", "ink"], stress_images=20)
     params["explain"].update(images_per_class=1, scorecam_images_per_class=1, methods=["gradcam", "eigencam"])
 
 

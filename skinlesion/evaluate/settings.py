@@ -71,6 +71,9 @@ class MeasureOptions(Options):
     stress_images: int = Field(
         200, ge=10, le=1_000_000, description='at most so many test images are corrupted, of as many lesions as can be'
     )
+    map_images: int = Field(
+        3, ge=0, le=1000, description='images of each class, for each member, that choose the map by default; 0: none'
+    )
 
 # %% ../../nbs/evaluate/48_settings.ipynb #c064000a
 class EvaluationSettings(MeasureOptions, DecisionOptions, ChoiceOptions):

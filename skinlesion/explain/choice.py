@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CANDIDATE_METHODS', 'DEPTHS', 'probabilities_of', 'candidate_layers', 'candidate_values', 'MapChoice',
-           'compare_candidates', 'choose_map', 'explained_inputs', 'choose_ensemble_map']
+           'compare_candidates', 'choose_map', 'candidate_table', 'explained_inputs', 'choose_ensemble_map']
 
 # %% ../../nbs/explain/131_choice.ipynb #3651902b
 from collections.abc import Callable
@@ -31,6 +31,7 @@ def probabilities_of(
 ) -> Callable: # (images (B,3,H,W), rows (B,) int) -> (B,C) float32 probabilities, as `removal_curve` asks for
     "A model as a function of pictures, each with its own metadata."
     def predict(images, rows):
+        images = images.contiguous(memory_format=torch.channels_last) # as a CPU likes its batches best
         with untouched(model), torch.inference_mode():
             logits = model(images) if metadata is None else model(images, metadata[rows])
         return logits.float().softmax(1).cpu().numpy()
@@ -56,7 +57,7 @@ def candidate_values(
     images:torch.Tensor, # (N,3,H,W) float32, normalised; none that the model was trained on
     metadata:torch.Tensor|None=None, # (N,D) float32, or None where the model reads none
     masks:list|None=None, # N lesion masks (h,w) bool, for the colour of the skin; None takes the border of the picture
-    steps:int=6, # equal shares of the pixels that are taken away
+    steps:int=5, # equal shares of the pixels that are taken away
 ) -> dict: # (method, depth) -> (N,) float64, insertion less deletion of the predicted class
     "How much the pixels of each candidate's maps change the model's answer."
     layers = candidate_layers(model, tuple(images.shape[2:]))
@@ -144,6 +145,28 @@ def choose_map(
     rows = table.astype(object).where(table.notna(), None).to_dict('records')
     chosen = {member: own.get(depth, own['default']) for member, own in layers.items()}
     return MapChoice(method, chosen, reason, tuple(rows))
+
+# %% ../../nbs/explain/131_choice.ipynb #8d73269b
+def candidate_table(
+    choice:MapChoice,
+) -> pd.DataFrame: # one row per candidate, text
+    "What was measured for each candidate."
+    rows = []
+    for row in choice.table:
+        difference = ''
+        if row['low'] is not None:
+            difference = f"{row['difference']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        rows.append(
+            {
+                'map': map_title(row['method']),
+                'layer': row['depth'],
+                'insertion less deletion': f"{row['value']:.3f}",
+                'less Grad-CAM, default layer': difference,
+                'images': row['n'],
+                'lesions': row['n_lesions'],
+            }
+        )
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/explain/131_choice.ipynb #501da492
 def explained_inputs(

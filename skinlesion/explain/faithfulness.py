@@ -43,12 +43,12 @@ def energy_inside(
 def peak_inside(
     cams:np.ndarray, # (N,H,W) maps, not negative
     masks, # N lesion masks (h,w) bool; squashed to the maps' size
-) -> np.ndarray: # (N,) float64: 1 inside, 0 outside; NaN where the map or the mask is empty
+) -> np.ndarray: # (N,) float64: 1 inside, 0 outside; NaN where the mask is empty or the map has no peak
     "Whether the brightest pixel of each map lies in the lesion."
     masks = fit_masks(masks, np.shape(cams)[1:])
     flat = np.nan_to_num(cams).reshape(len(masks), -1)
     peaks = masks.reshape(len(masks), -1)[np.arange(len(masks)), flat.argmax(1)]
-    defined = (flat.max(1) > 0) & (masks.max((1, 2)) > 0)
+    defined = (np.ptp(flat, axis=1) > 0) & (masks.max((1, 2)) > 0)
     return np.where(defined, peaks > .5, np.nan)
 
 # %% ../../nbs/explain/122_faithfulness.ipynb #78399200

@@ -156,7 +156,7 @@ def road_scores(
     images:torch.Tensor, # (N,3,H,W) float, normalised
     maps:np.ndarray, # (N,H,W) float in [0, 1]
     targets:np.ndarray, # (N,) int, the class whose probability is followed
-    shares:tuple=(.2, .4, .6, .8), # of the pixels that are missing, each in (0, 1)
+    shares:tuple=(.3, .7), # of the pixels that are missing, each in (0, 1)
     seed:int=0, # of the noise
     batch_size:int=64, # images at once
 ) -> np.ndarray: # (N,) float64 in [-0.5, 0.5]; NaN for an empty map

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHIFT', 'JPEG_QUALITY', 'NOISE', 'map_correlation', 'map_similarity', 'randomised_copies', 'randomisation_table',
-           'other_targets', 'shift_images', 'nearly_same', 'stability_table', 'max_sensitivity', 'map_agreement']
+           'other_targets', 'shift_images', 'nearly_same', 'stability_table', 'max_sensitivity', 'correlation_leaves',
+           'map_agreement']
 
 # %% ../../nbs/explain/129_sanity.ipynb #2e92b76e
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from .cam import is_flat
 from ..images import normalise
+from ..stats.resamples import Resamples
 
 # %% ../../nbs/explain/129_sanity.ipynb #775f9695
 def _paired_maps(first, second):
@@ -187,6 +189,25 @@ def max_sensitivity(
         largest = np.maximum(largest, np.linalg.norm(change, axis=(1, 2)))
     empty = is_flat(own)
     return np.where(empty, np.nan, largest / np.where(empty, 1, np.linalg.norm(own, axis=(1, 2))))
+
+# %% ../../nbs/explain/129_sanity.ipynb #112fd268
+def correlation_leaves(
+    table:pd.DataFrame, # of `randomisation_table` or `stability_table`, over N images
+    level:str, # the column that tells the cases apart: share or change
+    lesion_ids, # (N,) str: images of one lesion are not independent
+    n_resamples:int=1000, # of lesions
+    seed:int=0, # same seed, same intervals
+) -> dict: # method -> case -> leaf of the mean correlation
+    "The mean rank correlation of each method in each case."
+    resamples = Resamples(np.asarray(lesion_ids), n_resamples, seed)
+    leaves = {}
+    for (method, case), rows in table.groupby(['method', level], sort=False):
+        values = rows.sort_values('image').correlation.to_numpy()
+        name = f'{case:.2f}' if level == 'share' else case
+        reason = 'no image has two maps that are not the same everywhere'
+        defined = np.isfinite(values)
+        leaves.setdefault(method, {})[name] = resamples.mean(np.nan_to_num(values), defined, reason)
+    return leaves
 
 # %% ../../nbs/explain/129_sanity.ipynb #50292678
 def map_agreement(

@@ -349,6 +349,7 @@ class ExplainStage(ExplainParams):
     member:_Path = Field(description='member that is explained')
     prepared_dir:_Path = Field(description='what `prepare` wrote')
     bundle_dir:_Path = Field(description='the ensemble bundle')
+    predictions_dir:_Path = Field(description='has ensemble.csv, with the answers on test')
     data_dir:_Path = Field(description='the dataset folder')
     out_dir:_Path = Field(description='receives maps and galleries')
     report_dir:_Path = Field(description='receives metrics.json and plot data')
@@ -360,7 +361,10 @@ _INPUTS = dict(
     prepare=dict(data_dir='data'),
     train=dict(prepared_dir='artifacts/prepared'),
     evaluate=dict(prepared_dir='artifacts/prepared', models_dir='artifacts/models'),
-    explain=dict(prepared_dir='artifacts/prepared', bundle_dir='artifacts/ensemble', data_dir='data'))
+    explain=dict(
+        prepared_dir='artifacts/prepared', bundle_dir='artifacts/ensemble', predictions_dir='artifacts/predictions',
+        data_dir='data',
+    ))
 _OUTPUTS = dict(
     prepare=dict(out_dir='artifacts/prepared', report_dir='reports/prepare'),
     train=dict(out_dir='artifacts/models/{member}', report_dir='reports/train/{member}'),
