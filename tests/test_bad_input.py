@@ -252,7 +252,7 @@ def test_pictures_that_are_none_or_two(made):
         made / "twin" / "a.png",
     )
     predict(made, "text.jpg: ", made / "text.jpg", "--skip-bad")
-    explain(made, "empty: this is a folder; name one image file in it", "empty")
+    explain(made, "no image in this folder (jpeg, png, webp, bmp, tiff, of any suffix)", "empty")
 
 
 @pytest.mark.parametrize("text, expected", [

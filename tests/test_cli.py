@@ -1,6 +1,7 @@
 """The commands in processes of their own: what they print, what they write, how they end."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from skinlesion.data.schema import DatasetInfo, write_dataset
 from skinlesion.evaluate.abstention import LockedAbstention
 from skinlesion.evaluate.benchmarks import split_digest
 from skinlesion.evaluate.decisions import ConformalSets
+from skinlesion.explain.choice import MapChoice
 from skinlesion.report.templates import Picture
 from skinlesion.evaluate.policy import Policy
 from skinlesion.data.tables import read_predictions, write_predictions
@@ -151,6 +153,58 @@ def test_explain_draws_over_the_picture_as_it_was_taken(made):
     )
 
 
+def test_explain_writes_the_files_of_each_picture(made, unsure, tmp_path):
+    folder, bundle, pictures = made
+    maps = tmp_path / "maps"
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(pictures[name], photos)
+    (photos / "cut.jpg").write_bytes(pictures["a"].read_bytes()[:300])
+    words = ("explain", photos, "--bundle", unsure, "--out", maps, "--layer", "layer3", "--html")
+    code, out, err = cli(*words)  # a bad picture stops it before anything is written
+    assert code == 1 and "1 of the 3 images cannot be read" in err and "cut.jpg" in err and not maps.exists()
+    maps.mkdir()
+    (maps / "a.json").write_text("of an earlier run")
+    (maps / "notes.txt").write_text("of mine")
+    code, out, err = cli(*words, "--skip-bad")
+    assert code == 0 and "skipped: " in err and "1 skipped, named above" in out, err
+    kinds = ("json", "map.npy", "overlay.png", "side.png")
+    expected = [f"{name}.{kind}" for name in "ab" for kind in kinds]
+    assert sorted(path.name for path in maps.iterdir()) == [*expected, "index.html", "notes.txt"]
+    direct = Predictor(unsure).explain(pictures["b"], layer="layer3")
+    assert json.loads((maps / "b.json").read_text()) == direct.to_dict()
+    assert np.array_equal(np.load(maps / "b.map.npy"), direct.cam)
+    assert (read_image(maps / "b.overlay.png") == direct.overlay()).all()
+    page = (maps / "index.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 2 == page.count(direct.prediction.abstain_reason)
+    assert direct.sentence in page and "<script" not in page and "://" not in page
+    unmeasured = "The map is Grad-CAM, which was not measured for this bundle"
+    assert out.count(unmeasured) == 1 == page.count(unmeasured)
+    assert "a:\nno answer: " in out and "b:\nno answer: " in out and "never for diagnosis" in out
+    first = {path.name: path.read_bytes() for path in maps.iterdir()}
+    assert cli(*words, "--skip-bad")[0] == 0
+    assert {path.name: path.read_bytes() for path in maps.iterdir()} == first
+    # What a folder holds and is not read ends as in predict.
+    (photos / "cut.jpg").unlink()
+    (photos / "c.zip").write_bytes(b"PK\3\4")
+    assert cli(*words[:-1])[0] == 3
+
+
+def test_explain_draws_the_map_that_was_chosen(made, tmp_path):
+    _, bundle, pictures = made
+    loaded = load_bundle(bundle)
+    choice = MapChoice("layercam", dict(image="layer3", fused="layer2"), "the best of three", ())
+    kept = (loaded.members, loaded.label_set, loaded.encoder, loaded.image_size, {})
+    save_bundle(tmp_path / "mapped", *kept, maps=choice.to_dict())
+    words = ("explain", pictures["a"], "--bundle", tmp_path / "mapped", "--out", tmp_path / "maps")
+    code, out, err = cli(*words)
+    assert code == 0 and "The map was chosen on validation: the best of three.\n" in out, err
+    assert json.loads((tmp_path / "maps" / "a.json").read_text())["method"] == "layercam"
+    assert "chosen on validation" not in cli(*words, "--method", "gradcam")[1]
+    assert json.loads((tmp_path / "maps" / "a.json").read_text())["method"] == "gradcam"
+
+
 def test_doctor_finds_what_a_tree_lacks(tmp_path, monkeypatch):
     tree = tmp_path / "tree"
     (tree / ".dvc").mkdir(parents=True)
@@ -190,6 +244,10 @@ def test_doctor_finds_what_a_tree_lacks(tmp_path, monkeypatch):
         "short.csv: column 'site' is missing",
     ),
     (["explain", "a.png", "--bundle", "B", "--method", "gradcm", "--out", "m.png"], "Did you mean 'gradcam'?"),
+    (["explain", "a.png", "b.png", "--bundle", "B", "--out", "m.png"], "cannot hold the maps of 2 pictures"),
+    (["explain", "a.png", "a.png", "--bundle", "B", "--out", "maps"], "a.png is given twice, by itself or in a"),
+    (["explain", "a.png", "--bundle", "B", "--out", "."], "the pictures themselves lie there; choose another place"),
+    (["explain", "a.png", "--bundle", "B", "--opacity", "2", "--out", "maps"], "opacity is 2.0; choose a number"),
     (["explain", "a.png", "--bundle", "B", "--class", "mela", "--out", "m.png"], "Did you mean 'mel'?"),
     (
         ["explain", "a.png", "--bundle", "B", "--layer", "layer9", "--out", "m.png"],

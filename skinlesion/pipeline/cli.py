@@ -66,6 +66,8 @@ _Metadata = option(
     Path|None, '--metadata', help='CSV with the columns image_id, age, sex, site; empty cells are unknown.'
 )
 _Seed = Annotated[int, typer.Option('--seed', help='Same seed, same bytes.')]
+_Pictures = Annotated[list[Path], typer.Argument(help='Images, or folders of images; each image once.')]
+_SkipBad = option(bool, '--skip-bad', help='Leave out images that cannot be read, and list them.')
 
 # %% ../../nbs/pipeline/112_cli.ipynb #d1fabf91
 _AUDIT = dict(
@@ -297,10 +299,15 @@ def _left_out_text(found, skipped):
         lines.append(f'{found.others} other file(s) in the folders are no pictures')
     return lines
 
+# %% ../../nbs/pipeline/112_cli.ipynb #89bf9eaf
+def _bundle_line(predictor):
+    "Which bundle it was, and what it is not for."
+    from skinlesion.taxonomy import DISCLAIMER
+    return f'bundle {predictor.bundle_id}. {DISCLAIMER}'
+
 # %% ../../nbs/pipeline/112_cli.ipynb #fc3e0649
 def _predictions_text(table, path, predictor, challenge):
     "How many images were predicted as what, and what the table is not for."
-    from skinlesion.taxonomy import DISCLAIMER
     counts = table.predicted[~table.abstain].value_counts()
     answers = [f'{code} {counts[code]}' for code in predictor.label_set.codes if code in counts]
     if table.abstain.any():
@@ -313,7 +320,7 @@ def _predictions_text(table, path, predictor, challenge):
         )
     if challenge == 'isic2019' and 'unk' not in predictor.label_set:
         lines.append('UNK is 0.0: the bundle has no class unk, and the challenge asks for every column')
-    return '\n'.join([*lines, f'bundle {predictor.bundle_id}. {DISCLAIMER}'])
+    return '\n'.join([*lines, _bundle_line(predictor)])
 
 # %% ../../nbs/pipeline/112_cli.ipynb #d5df31c2
 def _unused_metadata(given, predictor):
@@ -323,9 +330,9 @@ def _unused_metadata(given, predictor):
     return ['--metadata is not used: no member of this bundle reads age, sex and site']
 
 # %% ../../nbs/pipeline/112_cli.ipynb #70ecbb93
-def _say_skipped(table):
+def _say_skipped(sentences):
     "What --skip-bad left out, to stderr."
-    for sentence in table.attrs['skipped']:
+    for sentence in sentences:
         say(f'skipped: {sentence}', err=True)
 
 # %% ../../nbs/pipeline/112_cli.ipynb #e23deca0
@@ -345,14 +352,14 @@ def _check_given(images, bundle, metadata, skip_bad):
 # %% ../../nbs/pipeline/112_cli.ipynb #b348fba4
 @app.command('predict')
 def predict(
-    images:Annotated[list[Path], typer.Argument(help='Images, or folders of images; each image once.')],
+    images:_Pictures,
     bundle:_Bundle,
     csv:Annotated[Path, typer.Option('--csv', help='Table to write: image_id, p_<class>, predicted, ..., known')],
     layout:Annotated[
         str, typer.Option('--format', help='table, or isic: the CSV that the ISIC challenges of 2018 and 2019 take.')
     ]='table',
     metadata:_Metadata=None,
-    skip_bad:option(bool, '--skip-bad', help='Leave out images that cannot be read, and list them.')=False,
+    skip_bad:_SkipBad=False,
 ):
     """Predict many images into a table.
 
@@ -377,26 +384,29 @@ def predict(
     challenge = find_challenge(predictor.label_set.codes, f'{bundle}, --format isic') if layout == 'isic' else ''
     table = predictor.predict_many(found.files, persons, skip_bad, counter('pictures'))
     (write_challenge if challenge else write_predictions)(table, csv)
-    _say_skipped(table)
+    _say_skipped(table.attrs['skipped'])
     lines = [_predictions_text(table, csv, predictor, challenge), *_unused_metadata(metadata, predictor)]
     say('\n'.join([*lines, *_left_out_text(found, table.attrs['skipped'])]))
     if found.left_out and not skip_bad:
         raise typer.Exit(3)
 
-# %% ../../nbs/pipeline/112_cli.ipynb #acf9774d
-def _person(metadata, image):
-    "Age, sex and site of one picture; None where no table was given."
-    if metadata is None:
-        return None
-    from skinlesion.data.metadata import find_persons, image_ids, read_metadata
-    person = find_persons(image_ids([image]), read_metadata(metadata))[0]
-    return dict(zip(('age', 'sex', 'site'), person))
-
 # %% ../../nbs/pipeline/112_cli.ipynb #9541a863
 _EXPLAIN = dict(
-    method=(option(str, '--method', help='How the map is made, such as gradcam; a wrong name lists all.'), 'gradcam'),
+    method=(
+        option(
+            str,
+            '--method',
+            help='How the map is made, such as gradcam; a wrong name lists all. By default auto: the map that was '
+            'chosen on validation, or Grad-CAM where the bundle holds no such choice.',
+        ),
+        'auto',
+    ),
     layer=(
-        option(str|None, '--layer', help='Layer of the backbone; by default the deepest with a map of 7 by 7 cells.'),
+        option(
+            str|None,
+            '--layer',
+            help='Layer of the backbone; by default that of the chosen map, or the deepest with a map of 7 by 7 cells.',
+        ),
         None,
     ),
     target=(
@@ -408,62 +418,124 @@ _EXPLAIN = dict(
         None,
     ),
     member=(option(str|None, '--member', help='One model; by default the mean over all.'), None),
+    html=(option(bool, '--html', help='Also write index.html: one page with all images, which loads nothing.'), False),
     opacity=(Annotated[float, typer.Option('--opacity', help='Of the map, 0 to 1.')], .5),
 )
 
 # %% ../../nbs/pipeline/112_cli.ipynb #b99d4249
+_MapOut = Annotated[
+    Path,
+    typer.Option('--out', help='Folder to write; for one image also NAME.png, for the map over it alone.'),
+]
+
 @app.command('explain')
 @with_options(_EXPLAIN)
-def explain(
-    image:Annotated[Path, typer.Argument(help='An image.')],
-    bundle:_Bundle,
-    out:Annotated[Path, typer.Option('--out', help='PNG to write: the map over the image.')],
-    metadata:_Metadata=None,
-    **options,
-):
-    """Draw where in an image the evidence for a class lies.
+def explain(images:_Pictures, bundle:_Bundle, out:_MapOut, metadata:_Metadata=None, skip_bad:_SkipBad=False, **options):
+    """Draw where in images the evidence for a class lies.
 
-    The prediction of the ensemble is printed with it; where the bundle abstains, that and the reason come first.
+    For each image ID.overlay.png (the map over it), ID.side.png (both side by side), ID.map.npy (float32, 0 to 1) and
+    ID.json; files of these names are replaced, others left alone. Exit codes as of predict.
+
+    The prediction of the ensemble is printed with each; where the bundle abstains, that and the reason come first.
 
     \b
     Examples:
+      skinlesion explain photo.jpg --bundle artifacts/ensemble --out maps
+      skinlesion explain photos --bundle artifacts/ensemble --class melanoma --against nevus --out maps --html
       skinlesion explain photo.jpg --bundle artifacts/ensemble --out map.png
-      skinlesion explain photo.jpg --bundle artifacts/ensemble --class melanoma --against nevus --out map.png
     """
-    from skinlesion.checks import check_bundle_folder
-    from skinlesion.names import check_picture
-    if out.suffix.lower() != '.png':
-        raise ValueError(f"--out {out}: the map is written as PNG; give a name that ends in .png")
-    check_place(out)
-    check_picture(image)
-    check_bundle_folder(bundle)
-    say(_draw_map(image, bundle, out, _person(metadata, image), **options))
-
-# %% ../../nbs/pipeline/112_cli.ipynb #8453dceb
-def _draw_map(image, bundle, out, person, opacity, member, **options):
-    "Write the map over the image; what it shows, as text."
-    from skinlesion.images import read_image
-    from skinlesion.taxonomy import DISCLAIMER
-    pixels = read_image(image)
-    from skinlesion.explain.cam import MAP_METHODS # last: torch takes seconds
-    from skinlesion.use.predict import ENSEMBLE, Predictor, prediction_text
+    found, persons = _check_given(images, bundle, metadata, skip_bad)
+    _check_map_out(out, found.files, options['html'])
+    from skinlesion.use.predict import Predictor, readable_pictures # last: torch takes seconds
+    files, skipped = readable_pictures(found.files, skip_bad)
+    _say_skipped(skipped)
     predictor = Predictor(bundle)
-    for name in ('target', 'against'):
-        if options[name]:
-            options[name] = predictor.label_set.parse(options[name], '--class' if name == 'target' else '--against')
-    explanation = predictor.explain(pixels, member=member or ENSEMBLE, **options, **(person or {}))
-    prediction = explanation.prediction
-    explanation.save(out, opacity)
-    method = MAP_METHODS[options['method']]
+    _write_maps(predictor, files, persons, out, **options)
+    say('\n'.join([*_unused_metadata(metadata, predictor), *_left_out_text(found, skipped), _bundle_line(predictor)]))
+    if found.left_out and not skip_bad:
+        raise typer.Exit(3)
+
+# %% ../../nbs/pipeline/112_cli.ipynb #8eda46dc
+def _is_png(out):
+    "Whether a place is that of one picture, not of a folder."
+    return out.suffix.lower() == '.png'
+
+def _check_map_out(out, files, html):
+    "Refuse a place that cannot take the maps of these pictures, before the work that would be lost."
+    from skinlesion.data.metadata import image_ids
+    from skinlesion.images import IMAGE_SUFFIXES
+    if out.suffix.lower() in IMAGE_SUFFIXES and not _is_png(out):
+        raise ValueError(f"--out {out}: the map is written as PNG; give a name that ends in .png, or a folder")
+    if _is_png(out) and (html or len(files) > 1):
+        what = 'the page of --html' if html else f'the maps of {len(files)} pictures'
+        raise ValueError(f"--out {out}: one PNG cannot hold {what}; give a folder, such as --out {out.with_suffix('')}")
+    pictures = [path.resolve() for path in files]
+    if out.resolve() in [*pictures, *(path.parent for path in pictures)]:
+        raise ValueError(f"--out {out}: the pictures themselves lie there; choose another place")
+    for path in [out] if _is_png(out) else [out/f'{image_id}.overlay.png' for image_id in image_ids(files)]:
+        check_place(path)
+
+# %% ../../nbs/pipeline/112_cli.ipynb #5673952d
+def _default_map_text(predictor, method, layer):
+    "A line on how well a map is known that was not asked for by name."
+    if method != 'auto':
+        return []
+    if predictor.map_choice is None:
+        return ['The map is Grad-CAM, which was not measured for this bundle: it holds no map chosen on validation.']
+    beside = '; its layer was replaced by --layer' if layer else ''
+    return [f'The map was chosen on validation: {predictor.map_choice.reason}{beside}.']
+
+def _map_text(explanation, predictor):
+    "What a map shows: method, models, layer, class."
+    from skinlesion.explain.cam import find_method
+    from skinlesion.use.predict import ENSEMBLE
+    method = find_method(explanation.method)
     who = f'member {explanation.member}'
     if explanation.member == ENSEMBLE:
         who = f'the mean over {len(predictor.member_names)} models,'
     at_layer = f' at {explanation.layer}' if explanation.layer else ''
-    shown = f'for {explanation.target} (probability {prediction.probabilities[explanation.target]:.0%})'
-    shown = shown if method.knows_class else 'which knows no class'
-    lines = [prediction_text(prediction), f'{out}: {method.title} of {who}{at_layer}, {shown}', explanation.sentence]
-    lines += _unused_metadata(person, predictor)
-    return '\n'.join([*lines, f'bundle {predictor.bundle_id}. {DISCLAIMER}'])
+    shown = f'for {explanation.target} (probability {explanation.prediction.probabilities[explanation.target]:.0%})'
+    return f"{method.title} of {who}{at_layer}, {shown if method.knows_class else 'which knows no class'}"
+
+# %% ../../nbs/pipeline/112_cli.ipynb #25844d3a
+def _map_options(predictor, member, **options):
+    "The options as `Predictor.explain` takes them; an unknown class is an error that names the option."
+    from skinlesion.use.predict import ENSEMBLE
+    for name, flag in dict(target='--class', against='--against').items():
+        if options[name]:
+            options[name] = predictor.label_set.parse(options[name], flag)
+    return options | dict(member=member or ENSEMBLE)
+
+# %% ../../nbs/pipeline/112_cli.ipynb #f6261f60
+def _map_section(explanation, picture, answer, shown):
+    "What the page holds of one picture."
+    from skinlesion.report.templates import Picture, Section
+    lines = [f'- {line}' for line in (*answer.splitlines(), shown)]
+    body = (Picture(picture.read_bytes(), explanation.sentence),)
+    return Section(explanation.prediction.image_id, '\n'.join(lines), body, explanation.sentence)
+
+def _write_maps(predictor, files, persons, out, opacity, html, **options):
+    "Write the files of each picture and print what they show; the page once all are there."
+    from skinlesion.data.metadata import find_persons, image_ids
+    from skinlesion.report.templates import Report
+    from skinlesion.use.predict import prediction_text
+    options = _map_options(predictor, **options)
+    notes = _default_map_text(predictor, options['method'], options['layer'])
+    sections = []
+    for path, (age, sex, site) in zip(files, find_persons(image_ids(files), persons)):
+        drawn = predictor.explain(path, age=age, sex=sex, site=site, **options)
+        written = [drawn.save(out, opacity)] if _is_png(out) else drawn.write(out, opacity=opacity)
+        answer = prediction_text(drawn.prediction)
+        shown = _map_text(drawn, predictor)
+        heading = [f'{drawn.prediction.image_id}:'] if len(files) > 1 else []
+        say('\n'.join([*heading, answer, f'{written[0]}: {shown}', drawn.sentence]))
+        if html:
+            sections.append(_map_section(drawn, written[1], answer, shown))
+    if html:
+        page = Report('Where the evidence lies', sections, ' '.join(notes), footer=f'bundle {predictor.bundle_id}')
+        notes.append(f"{page.save(out/'index.html')}: {len(sections)} picture(s)")
+    for note in notes:
+        say(note)
 
 # %% ../../nbs/pipeline/112_cli.ipynb #ab4d3a52
 _EVALUATE = dict(
