@@ -141,13 +141,11 @@ def leaves_table(
     rows = []
     for method, found in leaves.items():
         difference = found.get(f'{measures[0]}_less_{first.reference}')
-        row = {'map': _row_name(method, leaves)}
-        row |= {MAP_MEASURES[name].title: format_leaf(found[name]) for name in measures}
-        row[f'{first.title}: verdict'] = ''
-        row['no map'] = ''
+        row = {'map': _row_name(method, leaves), first.title: format_leaf(found[measures[0]]), 'verdict': ''}
         if difference:
-            row[f'{first.title}: verdict'] = map_verdict(difference, first.reference, first.higher_is_better)
-            row['no map'] = f"{found['undefined']['value']} of {found['undefined']['n']}"
+            row['verdict'] = map_verdict(difference, first.reference, first.higher_is_better)
+        row |= {MAP_MEASURES[name].title: format_leaf(found[name]) for name in measures[1:]}
+        row['no map'] = f"{found['undefined']['value']} of {found['undefined']['n']}" if difference else ''
         rows.append(row)
     return pd.DataFrame(rows)
 
