@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DERMOSCOPY_COLOURS', 'COLOUR_SHARE', 'TRAITS', 'mirror_asymmetry', 'border_irregularity', 'colour_shares',
-           'LesionTraits', 'measure_traits', 'describe_traits', 'plot_traits', 'trait_errors', 'plot_trait_errors']
+           'LesionTraits', 'measure_traits', 'describe_traits', 'plot_traits', 'answer_traits', 'trait_errors',
+           'plot_trait_errors']
 
 # %% ../../nbs/explain/126_traits.ipynb #c36a33f4
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from scipy.spatial.distance import pdist
 
 from ..audit.artefacts import estimate_mask, image_layers
 from ..audit.findings import working_image
+from ..images import read_image, read_mask
 from ..stats.intervals import expanded_level, percentile_interval
 from ..stats.metrics import weighted_auroc
 from ..stats.resamples import Resamples
@@ -272,6 +274,20 @@ def plot_traits(
     right.text(0, 1, text, va='top', fontsize=8.5, linespacing=1.4, transform=right.transAxes)
     right.axis('off')
     return fig
+
+# %% ../../nbs/explain/126_traits.ipynb #8b7704e2
+def answer_traits(
+    source, # data.schema.Dataset that holds the images
+    answers:pd.DataFrame, # image_id, lesion_id, diagnosis, predicted
+) -> pd.DataFrame: # a row per image, for `trait_errors`
+    "The traits of each image, and whether its answer is wrong."
+    rows = []
+    for answer in answers.itertuples():
+        outline = source.mask_path(answer.image_id)
+        mask = None if outline is None else read_mask(outline)
+        traits = measure_traits(read_image(source.image_path(answer.image_id)), mask)
+        rows.append(traits.row() | dict(lesion_id=answer.lesion_id, is_error=answer.predicted != answer.diagnosis))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/explain/126_traits.ipynb #9eef54a0
 def trait_errors(
