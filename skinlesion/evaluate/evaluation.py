@@ -548,8 +548,8 @@ def save_ensemble(
     result:Evaluation, # of `evaluate_ensemble`
     folder:Path|str, # of the bundle; one that is there is replaced whole
     card_text:str='', # Markdown of the model card on performance
-    cases:dict|None=None, # index of training images, NearestCases.to_files() of explain.neighbours; None for none
-    maps:dict|None=None, # the map by default: MapChoice.to_dict() of explain.choice; None for none
+    cases=None, # NearestCases of explain.neighbours, the index of training images; None for none
+    maps=None, # MapChoice of explain.choice, the map by default; None for none
 ) -> Path: # `folder`
     "Write the bundle: weights, policy, provenance, the metrics on test; map and nearest cases where given."
     ensemble = result.run.ensemble
@@ -569,6 +569,6 @@ def save_ensemble(
         views=policy.views,
         policy=policy.to_dict(),
         card_text=card_text,
-        cases=cases,
-        maps=maps,
+        cases=cases.to_files() if cases else None,
+        maps=maps.to_dict() if maps else None,
     )

@@ -183,15 +183,15 @@ def explained_inputs(
 # %% ../../nbs/explain/131_choice.ipynb #28330666
 def choose_ensemble_map(
     ensemble, # a `TrainedEnsemble` of evaluate.members
-    per_class:int=10, # images of each class, at most, for each member
+    per_class:int=10, # images of each class, at most, for each member; 0 for no choice
     seed:int=0, # of the draw and of the resamples
-) -> MapChoice|None: # None where every member reads metadata alone
+) -> MapChoice|None: # None where there is no choice, or every member reads metadata alone
     "The map by default of an ensemble."
     values = {}
     lesions = []
     layers = {}
     for member, (fit, *_) in ensemble.fits.items():
-        if getattr(fit.model, 'backbone', True) is None:
+        if not per_class or getattr(fit.model, 'backbone', True) is None:
             continue
         rows = draw_images(ensemble.rows[ensemble.held_out(member)], ensemble.prepared.label_set.codes, per_class, seed)
         images, metadata, masks = explained_inputs(ensemble.prepared, rows, fit.model)

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays, save as save_arrays
 
 from ..checks import check_keys
-from ..data.prepared import Prepared
 from ..model.bundle import CASE_FILES, member_of
 from ..model.inference import predict_outputs
 from ..stats.resamples import Resamples
@@ -98,13 +97,11 @@ def index_cases(
 
 # %% ../../nbs/explain/127_neighbours.ipynb #5c23c6fe
 def training_cases(
-    prepared:Prepared, # the data that the models were trained on
-    models:list, # of model.bundle.Member: members, or all fits of members
-    parts:tuple=('train',), # of its splits; with fits that took turns on them ('train', 'valid')
+    ensemble, # a `TrainedEnsemble` of evaluate.members
 ) -> NearestCases|None: # None where every model reads metadata alone
-    "The index of the images that models were trained on; every fit reads every image, those it was not fitted on too."
-    rows = prepared.rows(*parts)
-    features = case_features(models, prepared.dataset(rows))
+    "The index of the images that an ensemble was trained on; every fit reads all, those it was not fitted on too."
+    rows = ensemble.prepared.rows('train', 'valid') if ensemble.folded else ensemble.prepared.rows('train')
+    features = case_features(ensemble.models, ensemble.prepared.dataset(rows))
     return index_cases(features, rows) if features else None
 
 # %% ../../nbs/explain/127_neighbours.ipynb #a0a1b188

@@ -24,6 +24,8 @@ from skinlesion.evaluate.evaluation import (
     save_predictions,
 )
 from ..evaluate.settings import EvaluationSettings
+from ..explain.choice import choose_ensemble_map
+from ..explain.neighbours import training_cases
 from ..files import read_json, scratch_folder, sha256_file, write_json
 from ..model.member import check_first_weights, fit_member
 from ..model.recipe import Recipe, check_sizes
@@ -182,9 +184,11 @@ def _train_all(prepared, recipes, out, progress):
             fit_member(prepared, name, recipe, scratch, work_dir=out/'.resume'/name, progress=progress)
 
 # %% ../../nbs/use/94_learner.ipynb #7eab8f19
-def _publish(result, out):
+def _publish(result, out, options):
     "Write bundle, predictions and metrics; the metrics come last and mark a finished run."
-    save_ensemble(result, out/'bundle', ensemble_card(result))
+    ensemble = result.run.ensemble
+    chosen_map = choose_ensemble_map(ensemble, options.map_images, options.seed)
+    save_ensemble(result, out/'bundle', ensemble_card(result), training_cases(ensemble), chosen_map)
     save_predictions(result, out/'predictions')
     save_metrics(result, out)
 
@@ -226,5 +230,5 @@ def fit(
         prepare_dataset(dataset, out/'prepared', image_size, split, seed=seed, **kept)
     _train_all(Prepared.open(out/'prepared', image_size), recipes, out, progress)
     if not (out/'metrics.json').is_file():
-        _publish(_evaluate(out, settings), out)
+        _publish(_evaluate(out, settings), out, measured)
     return open_run(out)
