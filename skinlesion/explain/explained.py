@@ -6,7 +6,7 @@
 __all__ = ['ExplainedImages', 'explain_rows', 'text_table']
 
 # %% ../../nbs/explain/132_explained.ipynb #56554223
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from .reliance import ProbeImages
 from skinlesion.explain.sanity import (
     correlation_leaves, map_correlation, other_targets, randomisation_table, stability_table,
 )
+from ..images import read_mask
 from ..stats.intervals import format_leaf
 
 # %% ../../nbs/explain/132_explained.ipynb #de396ca6
@@ -35,6 +36,7 @@ class ExplainedImages:
     metadata:torch.Tensor|None # (N,D) float32; None where the model reads none
     masks:list # N lesion masks (h,w) bool; None where there is none
     pixels:np.ndarray # (N,H,W,3) uint8
+    evidence:list # N masks (h,w) bool of the pixels that cause the class, of synthetic images; None where not known
 
     def __len__(self):
         return len(self.images)
@@ -57,10 +59,14 @@ def explain_rows(
     rows:pd.DataFrame, # of `Prepared.rows`: N images
     model:nn.Module, # a `LesionModel`
     layers:dict, # method -> layer at which its maps are made
+    dataset=None, # data.schema.Dataset with the evidence of synthetic images; None where it is not needed
 ) -> ExplainedImages:
     "Images of a prepared data set, for one model."
     pixels = np.stack([prepared.store.image(image_id) for image_id in rows.image_id])
-    return ExplainedImages(model, layers, rows.reset_index(drop=True), *explained_inputs(prepared, rows, model), pixels)
+    files = [dataset.layer_path('evidence', image_id) if dataset else None for image_id in rows.image_id]
+    evidence = [None if file is None else read_mask(file) for file in files]
+    inputs = explained_inputs(prepared, rows, model)
+    return ExplainedImages(model, layers, rows.reset_index(drop=True), *inputs, pixels, evidence)
 
 # %% ../../nbs/explain/132_explained.ipynb #d980d664
 @patch
@@ -71,10 +77,11 @@ def part(self:ExplainedImages,
     keep = np.asarray(keep)
     if keep.dtype != bool or len(keep) != len(self):
         raise ValueError(f'keep is {keep.dtype} of length {len(keep)} for {len(self)} images; give one bool for each')
-    metadata = None if self.metadata is None else self.metadata[keep]
-    masks = [mask for mask, kept in zip(self.masks, keep) if kept]
-    rows = self.rows[keep].reset_index(drop=True)
-    return ExplainedImages(self.model, self.layers, rows, self.images[keep], metadata, masks, self.pixels[keep])
+    kept = dict(rows=self.rows[keep].reset_index(drop=True), images=self.images[keep], pixels=self.pixels[keep])
+    kept['metadata'] = None if self.metadata is None else self.metadata[keep]
+    for name in ('masks', 'evidence'):
+        kept[name] = [mask for mask, is_kept in zip(getattr(self, name), keep) if is_kept]
+    return replace(self, **kept)
 
 # %% ../../nbs/explain/132_explained.ipynb #82d191f9
 @patch
@@ -98,7 +105,8 @@ def measure(self:ExplainedImages,
 ) -> pd.DataFrame: # of `measure_maps`
     "The maps, measured beside those that used no model."
     maps = self.maps(methods)
-    return measure_maps(self.predict, self.images, maps, self.targets, self.masks, 5, road_images, seed)
+    inputs = self.predict, self.images, maps, self.targets, self.masks
+    return measure_maps(*inputs, 5, road_images, seed, self.evidence)
 
 # %% ../../nbs/explain/132_explained.ipynb #da32015d
 @patch

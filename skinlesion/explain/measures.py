@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from .cam import map_title
-from .faithfulness import baseline_maps, energy_inside, mask_overlap, peak_inside
+from .faithfulness import baseline_maps, energy_inside, evidence_auroc, mask_overlap, peak_inside
 from .removal import removal_areas, road_scores
 from ..stats.intervals import format_leaf
 from ..stats.resamples import Resamples
@@ -25,19 +25,19 @@ class MapMeasure:
     "A measure of maps: its name in reports and how to read it."
     title:str # in reports
     higher_is_better:bool
-    needs_mask:bool # whether it needs the outline of the lesion
     reference:str # the map that used no model and that methods are held against
 
 MAP_MEASURES = dict(
-    insertion_less_deletion=MapMeasure('insertion less deletion', True, False, 'centre'),
-    energy_inside=MapMeasure('energy inside the lesion', True, True, 'centre'),
-    peak_inside=MapMeasure('peak inside the lesion', True, True, 'centre'),
-    overlap=MapMeasure('overlap with the lesion (IoU)', True, True, 'centre'),
-    deletion_blur=MapMeasure('deletion, into blur', False, False, 'centre'),
-    insertion_blur=MapMeasure('insertion, into blur', True, False, 'centre'),
-    deletion_skin=MapMeasure('deletion, into skin', False, False, 'centre'),
-    insertion_skin=MapMeasure('insertion, into skin', True, False, 'centre'),
-    road=MapMeasure('ROAD', True, False, 'centre'),
+    insertion_less_deletion=MapMeasure('insertion less deletion', True, 'centre'),
+    energy_inside=MapMeasure('energy inside the lesion', True, 'centre'),
+    peak_inside=MapMeasure('peak inside the lesion', True, 'centre'),
+    overlap=MapMeasure('overlap with the lesion (IoU)', True, 'centre'),
+    evidence_auroc=MapMeasure('AUROC for pixels of the evidence', True, 'lesion'),
+    deletion_blur=MapMeasure('deletion, into blur', False, 'centre'),
+    insertion_blur=MapMeasure('insertion, into blur', True, 'centre'),
+    deletion_skin=MapMeasure('deletion, into skin', False, 'centre'),
+    insertion_skin=MapMeasure('insertion, into skin', True, 'centre'),
+    road=MapMeasure('ROAD', True, 'centre'),
 ) # name -> measure
 
 # %% ../../nbs/explain/130_measures.ipynb #dce89f76
@@ -50,12 +50,13 @@ def _check_methods(maps, masks):
         if len(cams) != len(masks):
             raise ValueError(f"method '{method}' has {len(cams)} maps for {len(masks)} images; give one for each")
 
-def _on_lesion(cams, masks):
-    "The measures that need an outline, NaN where there is none."
+def _on_lesion(cams, masks, evidence):
+    "The measures that need an outline or the evidence, NaN where there is none."
     return dict(
         energy_inside=energy_inside(cams, masks),
         peak_inside=peak_inside(cams, masks),
         overlap=mask_overlap(cams, masks)[0],
+        evidence_auroc=evidence_auroc(cams, evidence),
     )
 
 # %% ../../nbs/explain/130_measures.ipynb #57eb3145
@@ -68,17 +69,19 @@ def measure_maps(
     steps:int=10, # equal shares of the pixels that are taken away
     road_images:int=0, # so many of the images are measured by ROAD as well, which is slow
     seed:int=0, # of the random maps and of ROAD's noise
+    evidence:list|None=None, # N masks (h,w) bool of the pixels that cause the class, None where not known
 ) -> pd.DataFrame: # a row per method (those that used no model among them) and image: method, image, then the measures
     "Each map of each picture measured in every way, and the maps that used no model."
     _check_methods(maps, masks)
     every = maps | baseline_maps(masks, tuple(images.shape[2:]), seed)
     areas = removal_areas(predict, images, every, targets, masks, steps)
     few = slice(0, road_images)
+    evidence = [None] * len(images) if evidence is None else evidence
     tables = []
     for method, cams in every.items():
         road = np.full(len(images), np.nan)
         road[few] = road_scores(predict, images[few], cams[few], targets[few], seed=seed)
-        measured = areas[method] | _on_lesion(cams, masks) | dict(road=road)
+        measured = areas[method] | _on_lesion(cams, masks, evidence) | dict(road=road)
         tables.append(pd.DataFrame(dict(method=method, image=np.arange(len(images))) | measured))
     return pd.concat(tables, ignore_index=True)[['method', 'image', *MAP_MEASURES]]
 
