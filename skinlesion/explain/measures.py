@@ -67,21 +67,24 @@ def measure_maps(
     targets:np.ndarray, # (N,) int, the class that the maps explain
     masks:list, # N lesion masks (h,w) bool; None where there is none
     steps:int=10, # equal shares of the pixels that are taken away
-    road_images:int=0, # so many of the images are measured by ROAD as well, which is slow
+    road:np.ndarray|None=None, # (N,) bool: images that are measured by ROAD as well, which is slow; None for none
     seed:int=0, # of the random maps and of ROAD's noise
     evidence:list|None=None, # N masks (h,w) bool of the pixels that cause the class, None where not known
+    baselines:bool=True, # measure the maps that used no model too
 ) -> pd.DataFrame: # a row per method (those that used no model among them) and image: method, image, then the measures
     "Each map of each picture measured in every way, and the maps that used no model."
     _check_methods(maps, masks)
-    every = maps | baseline_maps(masks, tuple(images.shape[2:]), seed)
+    every = maps | baseline_maps(masks, tuple(images.shape[2:]), seed) if baselines else maps
     areas = removal_areas(predict, images, every, targets, masks, steps)
-    few = slice(0, road_images)
+    few = np.flatnonzero(np.zeros(len(images), bool) if road is None else road)
     evidence = [None] * len(images) if evidence is None else evidence
+    def predict_few(batch, rows):
+        return predict(batch, few[rows])
     tables = []
     for method, cams in every.items():
-        road = np.full(len(images), np.nan)
-        road[few] = road_scores(predict, images[few], cams[few], targets[few], seed=seed)
-        measured = areas[method] | _on_lesion(cams, masks, evidence) | dict(road=road)
+        scores = np.full(len(images), np.nan)
+        scores[few] = road_scores(predict_few, images[few], cams[few], targets[few], seed=seed)
+        measured = areas[method] | _on_lesion(cams, masks, evidence) | dict(road=scores)
         tables.append(pd.DataFrame(dict(method=method, image=np.arange(len(images))) | measured))
     return pd.concat(tables, ignore_index=True)[['method', 'image', *MAP_MEASURES]]
 
@@ -137,17 +140,19 @@ def _row_name(method, leaves):
 
 def leaves_table(
     leaves:dict, # of `map_leaves`
-    measures:tuple=('insertion_less_deletion', 'energy_inside', 'peak_inside', 'overlap'), # names of `MAP_MEASURES`
+    measures:tuple=('insertion_less_deletion', 'energy_inside', 'peak_inside', 'overlap', 'evidence_auroc'),
+        # names of `MAP_MEASURES`; what no image has is left out
 ) -> pd.DataFrame: # one row per map, text
     "The measures as a table, with a verdict in words on the first of them."
     first = MAP_MEASURES[measures[0]]
+    known = [name for name in measures[1:] if any(found[name]['value'] is not None for found in leaves.values())]
     rows = []
     for method, found in leaves.items():
         difference = found.get(f'{measures[0]}_less_{first.reference}')
         row = {'map': _row_name(method, leaves), first.title: format_leaf(found[measures[0]]), 'verdict': ''}
         if difference:
             row['verdict'] = map_verdict(difference, first.reference, first.higher_is_better)
-        row |= {MAP_MEASURES[name].title: format_leaf(found[name]) for name in measures[1:]}
+        row |= {MAP_MEASURES[name].title: format_leaf(found[name]) for name in known}
         row['no map'] = f"{found['undefined']['value']} of {found['undefined']['n']}" if difference else ''
         rows.append(row)
     return pd.DataFrame(rows)
