@@ -51,6 +51,8 @@ def map_correlation(
     return np.where(undefined, np.nan, (centred[0] * centred[1]).sum(1) / np.where(undefined, 1, scale))
 
 # %% ../../nbs/explain/129_sanity.ipynb #7bbf4006
+_WINDOW = 11 # pixels a side, of a Gaussian whose standard deviation is 1.5
+
 def map_similarity(
     first:np.ndarray, # (N,H,W) maps in [0, 1], at least 11 pixels a side
     second:np.ndarray, # (N,H,W) maps of the same images
@@ -59,10 +61,14 @@ def map_similarity(
     first, second = _paired_maps(first, second)
     if not len(first):
         return np.zeros(0)
+    if min(first.shape[1:]) < _WINDOW:
+        raise ValueError(f"maps of {first.shape[1]} x {first.shape[2]} pixels; SSIM needs at least {_WINDOW} a side")
     undefined = _no_order(first) | _no_order(second)
     pair = [torch.from_numpy(maps)[:, None] for maps in (first, second)]
-    found = structural_similarity_index_measure(*pair, reduction='none', data_range=1.)
-    return np.where(undefined, np.nan, found.reshape(-1).numpy())
+    options = dict(reduction='none', data_range=1., return_full_image=True)
+    by_pixel = structural_similarity_index_measure(*pair, **options)[1][:, 0].numpy()
+    inner = slice(_WINDOW // 2, -(_WINDOW // 2)) # nearer to the border a window reads pixels that are not there
+    return np.where(undefined, np.nan, by_pixel[:, inner, inner].mean((1, 2)))
 
 # %% ../../nbs/explain/129_sanity.ipynb #0cbe2cd4
 def randomised_copies(
