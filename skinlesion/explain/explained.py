@@ -136,8 +136,8 @@ def sanity(self:ExplainedImages,
     methods:list, # names of `layers`
     num_classes:int, # of the model
     seed:int=0, # of random weights, noise, other classes and intervals
-) -> dict: # random_weights, other_class, nearly_same -> method -> case -> leaf of the rank correlation; max_sensitivity
-    "Whether the maps depend on weights and class, and stay when the picture hardly changes."
+) -> dict: # test -> method -> case -> leaf
+    "Whether the maps depend on weights and class, by rank correlation, and stay when the picture hardly changes."
     lesions = self.rows.lesion_id
     targets = self.targets
     own = self.maps(methods)
@@ -154,6 +154,7 @@ def sanity(self:ExplainedImages,
         largest[m] = {'largest change': leaf}
     return dict(
         random_weights=correlation_leaves(random, 'share', lesions, seed=seed),
+        random_weights_ssim=correlation_leaves(random, 'share', lesions, seed=seed, measure='similarity'),
         other_class=correlation_leaves(by_class, 'case', lesions, seed=seed),
         nearly_same=correlation_leaves(nearly, 'change', lesions, seed=seed),
         max_sensitivity=largest,

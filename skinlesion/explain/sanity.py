@@ -203,12 +203,13 @@ def correlation_leaves(
     lesion_ids, # (N,) str: images of one lesion are not independent
     n_resamples:int=1000, # of lesions
     seed:int=0, # same seed, same intervals
-) -> dict: # method -> case -> leaf of the mean correlation
-    "The mean rank correlation of each method in each case."
+    measure:str='correlation', # or 'similarity' (SSIM), a column of `randomisation_table`
+) -> dict: # method -> case -> leaf of the mean
+    "How alike the maps of each method are in each case, by rank correlation or SSIM."
     resamples = Resamples(np.asarray(lesion_ids), n_resamples, seed)
     leaves = {}
     for (method, case), rows in table.groupby(['method', level], sort=False):
-        values = rows.sort_values('image').correlation.to_numpy()
+        values = rows.sort_values('image')[measure].to_numpy()
         name = f'{case:.2f}' if level == 'share' else case
         reason = 'no image has two maps that are not the same everywhere'
         defined = np.isfinite(values)
