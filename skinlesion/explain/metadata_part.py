@@ -21,7 +21,7 @@ from ..checks import check_choice, check_number
 from ..data.metadata import MetadataEncoder, parse_person
 from .passes import check_targets
 from ..stats.resamples import Resamples
-from ..taxonomy import LabelSet, class_colours
+from ..taxonomy import LabelSet, class_colours, probability_columns
 
 # %% ../../nbs/explain/124_metadata_part.ipynb #c6410505
 def _subsets(n):
@@ -233,41 +233,33 @@ def _training_lesions(training, field, value):
     return training.lesion_id[alike].nunique()
 
 # %% ../../nbs/explain/124_metadata_part.ipynb #76c83cf1
-def _settings(encoder, person, training, ages):
+_AGES = range(0, 91, 5) # years at which the answer is asked for
+
+def _settings(encoder, person, training):
     "A row for each value of each field: field, value, is_own, n_training."
     own_age = [] if np.isnan(person['age']) else [person['age']]
-    values = dict(age=sorted({*map(float, ages), *own_age}), sex=encoder.sexes, site=encoder.sites)
-    table = pd.DataFrame([(field, value) for field in values for value in values[field]], columns=['field', 'value'])
-    pairs = list(zip(table.field, table.value))
-    table['is_own'] = [person[field] == value for field, value in pairs]
-    return table.assign(n_training=[_training_lesions(training, field, value) for field, value in pairs])
+    values = dict(age=sorted({*map(float, _AGES), *own_age}), sex=encoder.sexes, site=encoder.sites)
+    rows = []
+    for field, value in ((field, value) for field in values for value in values[field]):
+        known = _training_lesions(training, field, value)
+        rows.append(dict(field=field, value=value, is_own=person[field] == value, n_training=known))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/explain/124_metadata_part.ipynb #2e8d118d
 def what_if(
-    predict, # (images (B,...) as given here, metadata (B,D) float32) -> (B,C) probabilities; of an ensemble their mean
+    predict, # metadata (N,D) float32 -> (N,C) probabilities of the image in question; of an ensemble their mean
     encoder:MetadataEncoder, # that the models were trained with
-    image:torch.Tensor, # one image as `predict` takes it, without B; uint8 or float
     person:tuple, # age in years, sex, site; None, NaN or '' where unknown
     label_set:LabelSet, # C classes
     training:pd.DataFrame, # lesion_id, age (float, NaN unknown), sex, site: a row for each training image
-    ages=range(0, 91, 5), # years at which the answer is asked for; the person's own age joins them
-    fewest:int=FEWEST_LESIONS, # training lesions below which a point is thin; kept in `attrs`
-    batch_size:int=64, # images at a time
-) -> pd.DataFrame: # field, value, is_own, n_training, is_thin, class, probability: a row for each value and class
+) -> pd.DataFrame: # field, value, is_own, n_training, is_thin, p_<code>: a row for each value of each field
     "The answer for every age, sex and site, everything else as it is."
     _check_lesions(training, 'training')
     person = dict(zip(('age', 'sex', 'site'), parse_person(*person)))
-    table = _settings(encoder, person, training, ages)
+    table = _settings(encoder, person, training)
     people = pd.DataFrame([person | {field: value} for field, value in zip(table.field, table.value)])
-    metadata = encoder.encode(people, 'what if')
-    probs, _ = _predict_pairs(predict, image[None], np.zeros(len(people)), metadata, batch_size)
-    check_number(probs.shape[1], 'the number of classes that predict gives', 'that of the label set,',
-                 least=len(label_set), most=len(label_set))
-    table['is_thin'] = table.n_training < fewest
-    table = table.loc[table.index.repeat(len(label_set))].reset_index(drop=True)
-    table['class'] = np.tile(label_set.codes, len(people))
-    table['probability'] = probs.ravel()
-    table.attrs['fewest'] = fewest
+    table['is_thin'] = table.n_training < FEWEST_LESIONS
+    table[probability_columns(label_set)] = _checked_probs(predict(encoder.encode(people, 'what if')), len(people))
     return table
 
 # %% ../../nbs/explain/124_metadata_part.ipynb #f1ad5489
@@ -280,13 +272,13 @@ def _class_style(label_set, code):
     return dict(color=class_colours(label_set)[code], marker=mark, ms=6, mew=1.2)
 
 # %% ../../nbs/explain/124_metadata_part.ipynb #283fefdf
-def _draw_class(ax, rows, style):
+def _draw_class(ax, rows, probs, style):
     "One class in one panel: a curve over age, marks over words; dashed and hollow where training is thin."
-    x = rows.probability
+    x = probs
     y = rows.index.to_series()
     if rows.field[0] == 'age':
         x = rows.value.astype(float)
-        y = rows.probability
+        y = probs
         ax.plot(x, y, ls=_DASHES, lw=1.2, color=style['color'])
         ax.plot(x, y.where(~rows.is_thin), lw=2, color=style['color'])
     ax.plot(x[rows.is_thin], y[rows.is_thin], ls='', mfc='white', **style)
@@ -310,41 +302,33 @@ def _frame_panel(ax, rows):
     ax.spines[['top', 'right']].set_visible(False)
 
 # %% ../../nbs/explain/124_metadata_part.ipynb #65fa3287
-def _legend_marks(label_set, classes, fewest):
+_DRAWN = .05 # probability that a class must reach somewhere to be drawn
+
+def _legend_marks(label_set, classes):
     "Every mark in words."
     classes = {label_set.names[code].replace('_', ' '): _class_style(label_set, code) for code in classes}
     marks = [Line2D([], [], label=title, lw=2, **style) for title, style in classes.items()]
-    thin = f'fewer than {fewest} training lesions (age: within {_NEAR} years)'
+    thin = f'fewer than {FEWEST_LESIONS} training lesions (age: within {_NEAR} years)'
     marks.append(Line2D([], [], color='.4', ls=_DASHES, lw=1.2, marker='o', mfc='white', ms=6, label=thin))
-    return [*marks, Patch(color='.88', label='as recorded')]
+    marks.append(Patch(color='.88', label='as recorded'))
+    if len(classes) < len(label_set):
+        marks.append(Line2D([], [], ls='', label=f'other classes stay below {_DRAWN:.0%}'))
+    return marks
 
 # %% ../../nbs/explain/124_metadata_part.ipynb #7a52ecd6
-_DRAWN = .05 # probability that a class must reach somewhere to be drawn
-
 def plot_what_if(
     table:pd.DataFrame, # of `what_if`
     label_set:LabelSet, # that it was made with
-    classes:tuple|None=None, # codes to draw; None for those that reach `_DRAWN` anywhere
 ) -> Figure:
-    "The answer over age, sex and site."
-    left_out = 'other classes are not drawn'
-    if classes is None:
-        left_out = f'other classes stay below {_DRAWN:.0%}'
-        highest = table.groupby('class').probability.max()
-        classes = [code for code in label_set.codes if highest[code] >= min(_DRAWN, highest.max())]
-    if not classes:
-        raise ValueError(f"no class to draw; name some of {', '.join(label_set.codes)}, or leave classes out")
-    for code in classes:
-        check_choice(code, label_set.codes, 'class')
-    marks = _legend_marks(label_set, classes, table.attrs['fewest'])
-    if len(classes) < len(label_set):
-        marks.append(Line2D([], [], ls='', label=left_out))
+    "The answer over age, sex and site; a class that stays below 5 % everywhere is not drawn."
+    classes = [code for code in label_set.codes if table[f'p_{code}'].max() >= _DRAWN]
     fig = Figure(figsize=(10, 5.4), layout='constrained')
     axes = fig.subplot_mosaic([['age', 'site'], ['sex', 'site']], height_ratios=(3, 1), width_ratios=(5, 4))
     for field, ax in axes.items():
+        rows = table[table.field == field].reset_index(drop=True)
         for code in classes:
-            rows = table[(table.field == field) & (table['class'] == code)].reset_index(drop=True)
-            _draw_class(ax, rows, _class_style(label_set, code))
+            _draw_class(ax, rows, rows[f'p_{code}'], _class_style(label_set, code))
         _frame_panel(ax, rows)
+    marks = _legend_marks(label_set, classes)
     fig.legend(handles=marks, loc='outside lower center', ncols=3, fontsize=9, frameon=False)
     return fig
