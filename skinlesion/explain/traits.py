@@ -9,12 +9,10 @@ __all__ = ['DERMOSCOPY_COLOURS', 'COLOUR_SHARE', 'TRAITS', 'mirror_asymmetry', '
 
 # %% ../../nbs/explain/126_traits.ipynb #c36a33f4
 from dataclasses import dataclass, field
-from textwrap import fill
 
 import cv2
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from scipy.ndimage import binary_fill_holes, gaussian_filter1d
 from scipy.spatial.distance import pdist
 
@@ -145,7 +143,6 @@ TRAITS = dict(
 class LesionTraits:
     "Traits of the largest part of one lesion; what the image does not show is None, for the `reason`."
     asymmetry:float # of the shape, mean of the two axes, in [0, 1)
-    asymmetry_axes:tuple # about the longer axis, about the shorter axis
     colour_asymmetry:float # mean CIELAB distance from the two mirror images
     border:float # perimeter squared over 4 pi area; a circle has 1
     colours:int|None # of `DERMOSCOPY_COLOURS`, with at least `COLOUR_SHARE` of the lesion
@@ -205,7 +202,6 @@ def measure_traits(
     diameter = float(pdist(corners).max() + 1) # from the outer side of one pixel to that of another
     return LesionTraits(
         asymmetry=float(shape.mean()),
-        asymmetry_axes=tuple(shape.tolist()),
         colour_asymmetry=float(colour.mean()),
         border=border_irregularity(lesion),
         colours=sum(share >= COLOUR_SHARE for share in shares.values()) if has_skin else None,
@@ -251,29 +247,22 @@ def describe_traits(
 
 # %% ../../nbs/explain/126_traits.ipynb #a2149f2e
 def plot_traits(
+    ax, # matplotlib axes to draw in
     image:np.ndarray, # (H,W,3) uint8 RGB, that was measured
     traits:LesionTraits, # of it
-    title:str='', # above the picture
-) -> Figure: # picture with the smooth outline and both axes (longer solid, shorter dashed); traits in words
-    "One image with its outline, its axes and its traits."
-    fig = Figure(figsize=(7.5, 3.1), layout='constrained')
-    left, right = fig.subplots(1, 2)
+):
+    "One image with the smooth outline and the axes of its lesion, the longer one solid, the shorter one dashed."
     outline = _smooth_outline(traits.lesion)
     centre, axes = _principal_axes(traits.lesion)
     lines = [np.vstack([outline, outline[:1]])]
     for axis in axes:
         along = (outline - centre) @ axis
         lines.append(centre + np.outer([along.min(), along.max()], axis))
-    left.imshow(image)
+    ax.imshow(image)
     for line, style in zip(lines, ('-', '-', '--')):
-        left.plot(*line.T, color='black', lw=2.4)
-        left.plot(*line.T, color='white', lw=1.2, ls=style)
-    left.set_title(title, fontsize=9, loc='left')
-    left.set(xticks=[], yticks=[], xlim=(-.5, image.shape[1] - .5), ylim=(image.shape[0] - .5, -.5))
-    text = '\n'.join(fill(phrase, 46, subsequent_indent='   ') for phrase in _phrases(traits))
-    right.text(0, 1, text, va='top', fontsize=8.5, linespacing=1.4, transform=right.transAxes)
-    right.axis('off')
-    return fig
+        ax.plot(*line.T, color='black', lw=2.4)
+        ax.plot(*line.T, color='white', lw=1.2, ls=style)
+    ax.set(xticks=[], yticks=[], xlim=(-.5, image.shape[1] - .5), ylim=(image.shape[0] - .5, -.5))
 
 # %% ../../nbs/explain/126_traits.ipynb #8b7704e2
 def answer_traits(
