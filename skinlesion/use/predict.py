@@ -26,6 +26,8 @@ from ..explain.neighbours import case_features, compared_models, read_cases
 from ..files import atomic_write, write_json
 from ..images import ImageError, encode_png, normalise, read_image, save_png
 from ..model.bundle import CASE_FILES, BundleError, load_bundle, member_of
+from ..model.heads import PRIMARY
+from ..model.inference import mean_fits, predict_metadata_versions
 from ..names import check_picture, image_stem
 from ..taxonomy import DISCLAIMER
 
@@ -577,3 +579,29 @@ def nearest(self:Predictor,
     inputs, metadata = _inputs(self, as_image(image), parse_person(age, sex, site))
     features = self.cases.place(case_features(self.members, inputs, metadata))
     return self.cases.search(features[0], k, lesion_id, patient_id)
+
+# %% ../../nbs/use/90_predict.ipynb #574a71fd
+def _probs_of_versions(loaded, pixels, metadata):
+    "The ensemble's probabilities (n,C) for one image (1,S,S,3) with each row of metadata (n,D)."
+    probs = []
+    for model in loaded.members:
+        outputs = predict_metadata_versions(model.model, pixels, list(metadata[:, None]), views=loaded.views)
+        probs.append(np.concatenate([own.heads[PRIMARY] for own in outputs]))
+    return loaded.policy.probabilities(mean_fits(loaded.member_names, probs), loaded.bundle.encoder.known(metadata))
+
+@patch
+def what_if(self:Predictor,
+    image, # (H,W,3) uint8 RGB, or a path, or the bytes of a file
+    training:pd.DataFrame, # lesion_id, age (float, NaN unknown), sex, site: a row for each training image
+    age=None, # years; None or '' where unknown
+    sex:str='', # '' where unknown
+    site:str='', # '' where unknown
+) -> pd.DataFrame: # of `explain.metadata_part.what_if`: a row for each value of each field
+    "The probabilities for every age, sex and site, the image and the other fields as they are."
+    from skinlesion.explain.metadata_part import what_if # imported late: it loads matplotlib
+    if not self.takes_metadata:
+        raise ValueError(f"bundle {self.bundle_id} reads the image alone, so age, sex and site change nothing")
+    pixels, _ = _inputs(self, as_image(image), parse_person(age, sex, site))
+    def predict(metadata):
+        return _probs_of_versions(self, pixels, metadata)
+    return what_if(predict, self.bundle.encoder, (age, sex, site), self.label_set, training)
