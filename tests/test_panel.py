@@ -5,14 +5,20 @@ import shutil
 import urllib.request
 from dataclasses import replace
 
+import ipywidgets
+import pandas as pd
 import pytest
 
-from skinlesion.apps.panels import CamExplorer, explorer_page, open_explorer
+from skinlesion.apps.panels import SECTIONS, CamExplorer, explorer_page, open_explorer
+from skinlesion.data.prepared import write_prepared
 from skinlesion.evaluate.abstention import LockedAbstention
 from skinlesion.evaluate.policy import Policy
+from skinlesion.explain.neighbours import training_cases
 from skinlesion.files import read_json, write_json, write_sums
 from skinlesion.images import MAX_BYTES
+from skinlesion.model.bundle import save_bundle
 from skinlesion.pipeline.pictures import serve_explorer
+from skinlesion.synthetic.truth import make_synthetic
 from skinlesion.use.predict import Predictor
 from tiny import build_bundle, build_pictures
 
@@ -44,6 +50,26 @@ def project(root, tmp_path):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A project with drawn lesions, prepared, and a bundle that holds the nearest cases."
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = make_synthetic(folder / "data", n_images=60, size=(60, 80), seed=3)
+    pairs = pd.DataFrame(columns=["image_id_a", "image_id_b", "kind"])
+    measured = dataset.table[["image_id"]]
+    prepared = write_prepared(folder / "artifacts/prepared", dataset, dataset.table.split, pairs, measured, 64)
+    bundle = Predictor(build_bundle(folder / "untrained")).bundle
+    cases = training_cases(prepared, bundle.members)
+    kept = bundle.members, bundle.label_set, bundle.encoder, 64, {}
+    save_bundle(folder / "artifacts/ensemble", *kept, cases=cases.to_files())
+    return folder, dataset
+
+
+def accordion_of(page):
+    "The folded sections of a page."
+    return next(widget for widget in page.children if isinstance(widget, ipywidgets.Accordion))
+
+
 CONTROLS = ("Picture", "Upload a picture", "Age", "Sex", "Site", "Member", "Method", "Layer", "Class", "Opacity")
 
 
@@ -72,6 +98,56 @@ def test_an_abstention_comes_before_what_would_have_been_predicted(tmp_path):
     places = [text.index(words) for words in order]
     assert places == sorted(places)
     assert "Predicted:" not in text
+
+
+def test_a_section_is_filled_when_it_is_opened(trained, one_thread):
+    folder, _ = trained
+    sections = accordion_of(open_explorer(folder))
+    titles = ("If age, sex or site were different", "Most similar training lesions", "What is measured in the lesion")
+    assert (sections.titles, sections.selected_index) == (titles, None)
+    assert [body.value for body in sections.children] == ["", "", ""]
+    shown = []
+    for index in range(3):
+        sections.selected_index = index
+        shown.append(sections.children[index].value)
+    assert [body.value for body in sections.children[:2]] == ["", ""]
+    assert [html.count("data:image/png") for html in shown] == [1, 5, 1]
+    assert 'alt="Probability of each class over age' in shown[0] and "not the disease" in shown[0]
+    assert shown[1].count("similarity 0.") + shown[1].count("similarity 1.00") == 5
+    assert "outline given" in shown[2] and "asymmetry of shape" in shown[2]
+
+
+def test_the_own_lesion_is_no_similar_one_and_training_is_counted(trained, one_thread):
+    folder, dataset = trained
+    training = dataset.table[dataset.table.split == "train"]
+    training = training.assign(path=training.image_id.map(dataset.image_path))
+    own = training.iloc[0]
+    predictor = Predictor(folder / "artifacts/ensemble")
+    explorer = CamExplorer(predictor, {own.image_id: own.path}, training, training=training)
+    explorer.section = "nearest"
+    assert len(explorer.detail) == 5 and own.lesion_id not in set(explorer.detail.lesion_id)
+    explorer.section = "what_if"
+    back = explorer.detail[explorer.detail.value == "back"].iloc[0]
+    assert back.n_training == training.lesion_id[training.site == "back"].nunique()
+
+
+def test_a_section_names_what_is_missing(tmp_path, one_thread):
+    bundle = build_bundle(tmp_path / "bundle")
+    explorer = CamExplorer(Predictor(bundle), build_pictures(tmp_path))
+    sentences = {}
+    for name in SECTIONS:
+        explorer.section = name
+        sentences[name] = explorer.detail
+    assert "training images are not here. Run `make repro`" in sentences["what_if"]
+    assert "has no nearest cases" in sentences["nearest"]
+    assert sentences["traits"].mask == "estimated"
+    assert explorer.error == "" and explorer.prediction is not None
+    loaded = Predictor(bundle).bundle
+    save_bundle(bundle, loaded.members[:1], loaded.label_set, None, 64, {})
+    explorer = CamExplorer(Predictor(bundle), build_pictures(tmp_path))
+    sections = accordion_of(explorer_page(explorer))
+    sections.selected_index = 0
+    assert "reads the image alone" in sections.children[0].value
 
 
 def test_voila_serves_the_page(project):
