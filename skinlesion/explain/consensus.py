@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .cam import draw_map, find_method, is_flat, pass_layers
-from .faithfulness import energy_inside, fit_masks
+from .faithfulness import fit_masks, lesion_scores
 from .passes import MapPass
 
 # %% ../../nbs/explain/123_consensus.ipynb #8487244f
@@ -93,16 +93,16 @@ def map_sentence(
         subject = f'What {chosen.title} shows, whatever the class,'
     if is_flat(cam):
         return f'{subject} has no place: nothing in the picture stands out.'
-    inside = None if mask is None or not mask.any() else fit_masks([mask], cam.shape)[0]
     strong = _strongest(cam)
     picture = (0, 0, *cam.shape)
-    if inside is None:
+    scores = lesion_scores(cam, mask)
+    if not scores:
         return f'{subject} is strongest in the {_place_words(strong, picture)} of the picture.'
-    share = float(energy_inside(cam[None], [mask])[0])
+    inside = fit_masks([mask], cam.shape)[0]
     where = f'{_place_words(strong, _frame(inside > 0))} of the lesion'
     if (inside * strong).sum() < strong.sum() / 2:
         where = f'{_place_words(strong, picture)} of the picture, mostly outside the lesion'
     return (
-        f'{subject} is strongest in the {where}; {share:.0%} of it lies inside the outline, where a uniform map would '
-        f'have {inside.mean():.0%}.'
+        f"{subject} is strongest in the {where}; {scores['energy_inside']:.0%} of it lies inside the outline, where a "
+        f"uniform map would have {scores['lesion_share']:.0%}."
     )

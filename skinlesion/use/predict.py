@@ -339,11 +339,8 @@ def sentence(self:Explanation) -> str: # with its full stop
 @patch(as_prop=True)
 def scores(self:Explanation) -> dict: # energy_inside and lesion_share, in [0, 1]; empty without a mask or a map
     "How much of the map lies on the lesion, and what a uniform map would have there."
-    from skinlesion.explain.faithfulness import energy_inside, fit_masks
-    if self.mask is None or not self.mask.any() or not self.cam.any():
-        return {}
-    share = float(energy_inside(self.cam[None], [self.mask])[0])
-    return dict(energy_inside=share, lesion_share=float(fit_masks([self.mask], self.cam.shape).mean()))
+    from skinlesion.explain.faithfulness import lesion_scores
+    return lesion_scores(self.cam, self.mask)
 
 # %% ../../nbs/use/90_predict.ipynb #66522fe1
 @patch
