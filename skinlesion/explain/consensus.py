@@ -20,10 +20,17 @@ from .passes import MapPass
 @dataclass(frozen=True, eq=False)
 class MeanMap:
     "The mean of several models' maps."
-    cam:np.ndarray # (H,W) float32 in [0, 1]; of several models 1 only where all have their peak
+    cam:np.ndarray # (H,W) float32 in [0, 1]; of several models 1 only where all peak, all zero without common evidence
     peak:float|None # what 1 stands for, in the unit of the method, 0 for an empty map; None of several models
     disagreement:np.ndarray|None # (H,W) float32 in [0, 0.5]: standard deviation between models; None of a single one
     layers:tuple # at which each model's map was made; '' for methods that need none
+
+# %% ../../nbs/explain/123_consensus.ipynb #02e62e07
+_COMMON = .1 # of the peaks: what several maps share at least somewhere, and by how much their mean varies
+
+def _is_common(mean, spread):
+    "Whether maps of this mean and standard deviation have evidence in common, in a place."
+    return np.ptp(mean) > _COMMON and (mean - spread).max() > _COMMON
 
 # %% ../../nbs/explain/123_consensus.ipynb #fdecbf03
 def explain_models(
@@ -50,6 +57,8 @@ def explain_models(
         return MeanMap(maps[0], float(peaks[0]), None, tuple(layers))
     mean = np.average(maps, axis=0, weights=weights)
     spread = np.sqrt(np.average((np.stack(maps) - mean) ** 2, axis=0, weights=weights))
+    if not _is_common(mean, spread):
+        mean = np.zeros_like(mean)
     return MeanMap(mean.astype(np.float32), None, spread.astype(np.float32), tuple(layers))
 
 # %% ../../nbs/explain/123_consensus.ipynb #834f12e5
@@ -85,12 +94,15 @@ def map_sentence(
     method:str, # a name of `MAP_METHODS`
     target:str, # the class in words; not used where the method knows no class
     mask:np.ndarray|None=None, # (H,W) bool, the lesion; squashed to the map's size
+    disagreement:np.ndarray|None=None, # (h,w) of several models' maps; None of a single one
 ) -> str: # one sentence, with its full stop
     "Where a map is strongest and, where the lesion is known, how much of it lies there."
     chosen = find_method(method)
     subject = f'The evidence for {target}' if chosen.signed else f'What moves the score of {target}'
     if not chosen.knows_class:
         subject = f'What {chosen.title} shows, whatever the class,'
+    if is_flat(cam) and disagreement is not None and not is_flat(disagreement):
+        return f'{subject} has no place that the models share: what one map shows, others do not (no common evidence).'
     if is_flat(cam):
         return f'{subject} has no place: nothing in the picture stands out.'
     strong = _strongest(cam)

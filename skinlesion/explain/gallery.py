@@ -38,6 +38,7 @@ def overlay(
     cam:np.ndarray, # (h,w) in [0, 1]; stretched to the picture
     opacity:float=.5, # of the map: 0 shows the picture alone, 1 the map alone
     contour:bool=False, # lines at a quarter, half and three quarters of the peak instead of colours
+    colours:str=_COLOUR_MAP, # of the map, a name of matplotlib's
 ) -> np.ndarray: # (H,W,3) uint8
     "The picture with the map laid over it."
     if not 0 <= opacity <= 1:
@@ -45,8 +46,8 @@ def overlay(
     stretched = cv2.resize(np.asarray(cam, np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     if contour:
         return _lines(image, stretched)
-    colours = colormaps[_COLOUR_MAP](np.clip(stretched, 0, 1))[..., :3] * 255
-    return np.rint(image * (1. - opacity) + colours * opacity).astype(np.uint8)
+    painted = colormaps[colours](np.clip(stretched, 0, 1))[..., :3] * 255
+    return np.rint(image * (1. - opacity) + painted * opacity).astype(np.uint8)
 
 # %% ../../nbs/explain/121_gallery.ipynb #5a539e27
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class GalleryRow:
     label:str='' # image id, shown small
     notes:dict=field(default_factory=dict) # method -> a short line under its map
     answer:str='' # what the ensemble answers, where another model draws the maps
+    disagreement:np.ndarray|None=None # (h,w) in [0, 0.5], the standard deviation between several models' maps
 
 # %% ../../nbs/explain/121_gallery.ipynb #a2db17ee
 def _row_title(
@@ -112,32 +114,62 @@ def _panel(ax, picture, title, size=9):
     ax.spines[:].set_visible(False)
 
 # %% ../../nbs/explain/121_gallery.ipynb #0232b180
+_SPREAD_COLOURS = 'Blues'
+_MOST_SPREAD = .5 # half of the models have their peak where the others have nothing
+
+def _map_panels(line, row, methods, opacity):
+    "The maps of a row over its picture."
+    for ax, method in zip(line, methods):
+        empty = is_flat(row.maps[method])
+        name = map_title(method)
+        picture = row.image if empty else overlay(row.image, row.maps[method], opacity)
+        _panel(ax, picture, f'{name}\n(nothing stood out)' if empty else name)
+        ax.set_xlabel(row.notes.get(method, ''), fontsize=8, labelpad=2)
+
+def _spread_panel(ax, row, opacity):
+    "Where the models' maps disagree, over the picture."
+    if row.disagreement is None:
+        ax.axis('off')
+        return
+    alike = is_flat(row.disagreement)
+    picture = row.image
+    if not alike:
+        picture = overlay(row.image, row.disagreement / _MOST_SPREAD, opacity, colours=_SPREAD_COLOURS)
+    _panel(ax, picture, 'Where the models disagree' + ('\n(nowhere: their maps are alike)' if alike else ''))
+
+def _colour_bar(fig, axes, colours, most, label):
+    "A bar beside some columns of pictures."
+    scale = ScalarMappable(Normalize(0, most), colours)
+    bar = fig.colorbar(scale, ax=axes, shrink=.9 / len(axes) ** .5, pad=.01)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+# %% ../../nbs/explain/121_gallery.ipynb #5056df66
 def cam_gallery(
     rows:list, # of `GalleryRow`; all with the same methods
     opacity:float=.5, # of the maps
     width:float=2.6, # of one picture, in inches
-) -> Figure: # one row per picture: outline, then each method
+) -> Figure: # one row per picture: outline, then each method, then where several models disagree
     "Pictures side by side with their maps."
     if not rows:
         raise ValueError("no rows to draw; give at least one GalleryRow")
     methods = list(rows[0].maps)
+    has_spread = any(row.disagreement is not None for row in rows)
+    columns = 1 + len(methods) + has_spread
     tall = max(r.image.shape[0] / r.image.shape[1] for r in rows) * width + .6
-    fig = Figure(figsize=(width * (1 + len(methods)) + .7, tall * len(rows) + .35), layout='constrained')
-    axes = fig.subplots(len(rows), 1 + len(methods), squeeze=False)
+    fig = Figure(figsize=(width * columns + .7 + .7 * has_spread, tall * len(rows) + .35), layout='constrained')
+    axes = fig.subplots(len(rows), columns, squeeze=False)
     for line, row in zip(axes, rows):
         _panel(line[0], row.image, _row_title(row))
         if row.mask is not None:
             _outline(line[0], row.mask)
         line[0].set_xlabel(row.label, fontsize=7, color='.4', labelpad=2)
-        for ax, method in zip(line[1:], methods):
-            empty = is_flat(row.maps[method])
-            name = map_title(method)
-            picture = row.image if empty else overlay(row.image, row.maps[method], opacity)
-            _panel(ax, picture, f'{name}\n(nothing stood out)' if empty else name)
-            ax.set_xlabel(row.notes.get(method, ''), fontsize=8, labelpad=2)
-    bar = fig.colorbar(ScalarMappable(Normalize(0, 1), _COLOUR_MAP), ax=axes, shrink=.9 / len(rows) ** .5, pad=.01)
-    bar.set_label('evidence relative to its peak', fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+        _map_panels(line[1:], row, methods, opacity)
+        if has_spread:
+            _spread_panel(line[-1], row, opacity)
+    _colour_bar(fig, axes[:, :1 + len(methods)], _COLOUR_MAP, 1, 'evidence relative to its peak')
+    if has_spread:
+        _colour_bar(fig, axes[:, -1:], _SPREAD_COLOURS, _MOST_SPREAD, "standard deviation of the models' maps")
     return fig
 
 # %% ../../nbs/explain/121_gallery.ipynb #ece76722

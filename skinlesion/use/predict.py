@@ -317,7 +317,7 @@ def _predict_many(predictor, paths, metadata, skip_bad, progress):
 class Explanation:
     "Where in one image the evidence for a class lies, for one member or in the mean over all."
     image:np.ndarray # (H,W,3) uint8, the image at its own size
-    cam:np.ndarray # (S,S) float32 in [0, 1], from the lowest place to the peak; S is the bundle's image size
+    cam:np.ndarray # (S,S) float32 in [0, 1], all zero for an empty map; S is the bundle's image size
     target:str # code of the class
     method:str # a name of `MAP_METHODS`
     member:str # name of the model, or 'ensemble'
@@ -334,7 +334,7 @@ class Explanation:
 def sentence(self:Explanation) -> str: # with its full stop
     "The map in words, for those who cannot see it."
     from skinlesion.explain.consensus import map_sentence
-    return map_sentence(self.cam, self.method, self.title, self.mask)
+    return map_sentence(self.cam, self.method, self.title, self.mask, self.disagreement)
 
 @patch(as_prop=True)
 def scores(self:Explanation) -> dict: # energy_inside and lesion_share, in [0, 1]; empty without a mask or a map
@@ -371,12 +371,10 @@ def figure(self:Explanation, # -> matplotlib Figure
     from skinlesion.explain.cam import find_method
     from skinlesion.explain.gallery import GalleryRow, cam_gallery
     subject = f'for {self.title}' if find_method(self.method).knows_class else 'whatever the class'
-    maps = {self.method: self.cam}
     notes = {self.method: ' '.join(filter(None, (f'{subject}, {self.member}', self.layer)))}
-    if self.disagreement is not None:
-        maps['disagreement'] = self.disagreement
-        notes['disagreement'] = 'standard deviation between the models'
-    return cam_gallery([GalleryRow(self.image, maps, mask=self.mask, notes=notes)], opacity)
+    maps = {self.method: self.cam}
+    row = GalleryRow(self.image, maps, mask=self.mask, notes=notes, disagreement=self.disagreement)
+    return cam_gallery([row], opacity)
 
 @patch
 def show(self:Explanation) -> None:
