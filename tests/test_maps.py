@@ -24,10 +24,15 @@ FAMILIES = {
     "ConvNeXt": dict(model_name="test_convnext"),
     "Swin": dict(model_name="swinv2_tiny_window8_256", **SWIN),
     "ViT": dict(model_name="test_vit", img_size=SIDE),
+    "ViT without class token": dict(
+        model_name="vit_base_patch16_gap_224", img_size=SIDE, embed_dim=16, depth=2, num_heads=2),
 }
 REFUSED = {
-    ("rollout", family): "needs a vision transformer" for family in FAMILIES if family != "ViT"
-} | {("fullgrad", family): "FullGrad needs batch norms" for family in ("ConvNeXt", "Swin", "ViT")}
+    ("rollout", family): "needs a vision transformer" for family in FAMILIES if "ViT" not in family
+} | {
+    ("fullgrad", family): "FullGrad needs batch norms" for family in FAMILIES
+    if "ViT" in family or family in ("ConvNeXt", "Swin")
+}
 QUICK = "EfficientNet", "ViT"  # families on which `make test` tries the slow methods too
 FUSIONS = ("none", "concat", "film", "metablock", "gated", "cross_attention")
 

@@ -156,13 +156,30 @@ def _attentions(model):
     "The attention modules of a vision transformer, in the order in which they run."
     backbone = image_backbone(model)
     if hasattr(backbone, 'num_prefix_tokens'):
-        found = [module for module in backbone.modules() if hasattr(module, 'fused_attn') and hasattr(module, 'qkv')]
+        found = [
+            module for module in backbone.modules()
+            # a class that is named otherwise, such as XCA, lets channels attend to each other
+            if hasattr(module, 'fused_attn') and hasattr(module, 'qkv') and 'Attention' in type(module).__name__
+        ]
         if found:
             return found
     raise ValueError(
         'attention rollout needs a vision transformer, whose tokens all attend to each other; choose another method'
     )
 
+def _read_tokens(backbone):
+    "The tokens whose mean the head reads."
+    pool = getattr(backbone, 'global_pool', '')
+    if pool == 'token':
+        return slice(0, 1 if getattr(backbone, 'dist_token', None) is None else 2)
+    if pool == 'avg':
+        return slice(backbone.num_prefix_tokens, None)
+    raise ValueError(
+        f"attention rollout follows heads that pool by 'token' or 'avg', but this model's pools by {pool!r}; choose "
+        'another method'
+    )
+
+# %% ../../nbs/explain/119_pixels.ipynb #72ff8303
 @torch.inference_mode(False)
 @torch.no_grad()
 def _attention_weights(run):
@@ -170,11 +187,13 @@ def _attention_weights(run):
     weights = []
     modules = _attentions(run.model)
     fused = [module.fused_attn for module in modules]
+    def keep(module, args, output):
+        weights.append(output.float().mean(1))
     try:
         with untouched(run.model):
             for module in modules:
                 module.fused_attn = False # else the weights never exist
-                module.attn_drop.register_forward_hook(lambda module, args, output: weights.append(output.mean(1)))
+                module.attn_drop.register_forward_hook(keep)
             FixedMetadata(run.model, run.metadata)(run.images.detach())
     finally:
         for module, was in zip(modules, fused):
@@ -192,8 +211,7 @@ def attention_rollout(
         mixed = (attention + torch.eye(attention.shape[-1]).to(attention)) / 2
         reached = mixed @ reached
     backbone = image_backbone(run.model)
-    reads_first = getattr(backbone, 'global_pool', '') == 'token'
-    rows = reached[:, 0] if reads_first else reached[:, backbone.num_prefix_tokens:].mean(1)
-    maps = to_maps(backbone, rows[..., None])[:, 0].float().cpu().numpy()
+    rows = reached[:, _read_tokens(backbone)].mean(1)
+    maps = to_maps(backbone, rows[..., None])[:, 0].cpu().numpy()
     layout = [Axis(cells, side / cells, side / cells / 2 - .5) for cells, side in zip(maps.shape[1:], run.size)]
     return place_maps(maps, layout, run.size)
