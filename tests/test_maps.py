@@ -2,6 +2,8 @@
 
 import gc
 import typing
+from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ from pytorch_grad_cam import FullGrad
 from skinlesion.explain.cam import MAP_METHODS, compute_cam, is_flat
 from skinlesion.explain.layers import target_layers
 from skinlesion.explain.passes import MapPass
+from skinlesion.images import read_image, save_png
 from skinlesion.model.fusion import create_model
 from skinlesion.pipeline.params import ExplainParams
+from skinlesion.use.predict import Predictor
+from tiny import build_bundle, build_pictures
 
 SIDE = 64
 SWIN = dict(img_size=SIDE, embed_dim=8, depths=(1,) * 4, num_heads=(1,) * 4)
@@ -147,3 +152,98 @@ def test_many_maps_leave_nothing_behind():
         last = compute_cam(model, picture, targets=[0])
     assert tensors() == before
     np.testing.assert_array_equal(first, last)
+
+
+def compiled(model):
+    return torch.compile(deepcopy(model), backend="eager")
+
+
+def compiled_in_place(model):
+    model = deepcopy(model)
+    model.compile(backend="eager")
+    return model
+
+
+def half(model):
+    return deepcopy(model).half()
+
+
+def quantised(model):
+    "The model with dynamically quantised linear layers."
+    return torch.ao.quantization.quantize_dynamic(deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.fixture(scope="module", params=["small_cnn_3", "test_vit"])
+def plain(request):
+    return create_model(request.param, num_classes=3, image_size=32, seed=0).eval()
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:torch.ao.quantization")
+@pytest.mark.parametrize("change", [compiled, compiled_in_place, half, quantised])
+def test_every_method_on_a_model_that_was_changed(plain, change, pictures):
+    "The map of the plain model, or one sentence where a gradient cannot be followed; never a blank map."
+    changed = change(plain)
+    picture = pictures[:1, :, :32, :32]  # a CPU is slow in half precision
+    with torch.no_grad():
+        changed(picture.half() if change is half else picture)  # a compiled one is compiled now
+    for method, about in MAP_METHODS.items():
+        words = dict(method=method, targets=[1])
+        try:
+            expected = compute_cam(plain, picture, **words)
+        except ValueError:  # no method for this family, changed or not
+            continue
+        if change is quantised and about.follows_gradient:
+            with pytest.raises(ValueError, match="follows a gradient, but layer '.*' of this model is quantised"):
+                compute_cam(changed, picture, **words)
+            continue
+        cam = compute_cam(changed, picture, **words)
+        assert not is_flat(cam), method
+        if change is not quantised:
+            assert np.corrcoef(cam.ravel(), expected.ravel())[0, 1] > .98, method
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("maps")
+    return Predictor(build_bundle(folder / "bundle")), build_pictures(folder)["a"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:torch.ao.quantization")
+def test_an_ensemble_of_changed_models(predictor):
+    "Compiled members are explained as they are; of quantised ones a method without a gradient tells."
+    original, picture = predictor
+    for change in (compiled, quantised):
+        other = deepcopy(original)
+        other.members = tuple(replace(member, model=change(member.model)) for member in original.members)
+        expected = original.explain(picture, "eigencam", "layer3")
+        np.testing.assert_allclose(other.explain(picture, "eigencam", "layer3").cam, expected.cam, atol=1e-4)
+        assert other.layers() == original.layers()
+    with pytest.raises(ValueError, match="Grad-CAM follows a gradient, but layer 'heads.diagnosis' of this model is"):
+        other.explain(picture, "gradcam")
+
+
+@pytest.mark.parametrize("side", [8, 60])
+def test_a_small_and_a_grey_picture(predictor, side, tmp_path):
+    "A picture of eight pixels or without colours has maps of its own size."
+    loaded, picture = predictor
+    grey = read_image(picture)[:side, :side, 1]
+    for name, pixels in dict(grey=grey, colours=np.stack([grey, 255 - grey, grey // 2], 2)).items():
+        drawn = loaded.explain(save_png(pixels, tmp_path / f"{name}.png"), "layercam", mask=np.eye(side) > 0)
+        assert drawn.overlay().shape == (side, side, 3) and (drawn.overlay() != drawn.image).any()
+        assert 0 < drawn.scores["energy_inside"] < 1 and drawn.scores["lesion_share"] == pytest.approx(1 / side)
+    with pytest.raises(ValueError, match=r"the mask is bool of shape \(9, 8\); give bool of the shape of the picture"):
+        loaded.explain(picture, mask=np.ones((9, 8), bool))
+
+
+def test_a_layer_without_a_place_is_named(pictures):
+    "A vector, a single cell, or tokens behind the last one that is read: no map, and what to choose instead."
+    model = create_model("resnet10t", num_classes=3, seed=0)
+    for method in ("gradcam", "eigencam", "scorecam", "ablationcam"):
+        with pytest.raises(ValueError, match="layer 'global_pool' has no place in the picture"):
+            compute_cam(model, pictures, method=method, layer="global_pool")
+        with pytest.raises(ValueError, match="layer 'layer4' gives one cell for the whole picture of 32 x 32 pixels"):
+            compute_cam(model, pictures[..., :32, :32], method=method, layer="layer4")
+    vit = create_model("test_vit", num_classes=3, image_size=SIDE, seed=0)
+    for method in ("gradcam", "layercam", "ablationcam"):
+        with pytest.raises(ValueError, match="layer 'blocks.5' (reaches the score through the class|has no influence)"):
+            compute_cam(vit, pictures, method=method, layer="blocks.5")

@@ -70,6 +70,11 @@ class MapMethod:
     slow:bool=False # whether it costs more than a few passes of the model
     signed:bool=True # whether it tells what speaks for the class from what speaks against it
 
+    @property
+    def follows_gradient(self) -> bool: # whether a pass goes backward through the model
+        "Whether it needs a model whose score can be differentiated."
+        return 'backward' in self.passes
+
 # %% ../../nbs/explain/120_cam.ipynb #fda8ac7a
 _FROM_ACTIVATIONS = dict(
     gradcam=MapMethod(
@@ -204,6 +209,17 @@ def pass_layers(
         return ()
     return None if layer is None else (layer,)
 
+# %% ../../nbs/explain/120_cam.ipynb #854a69ce
+def _check_gradient(model, method):
+    "Stop a method that follows a gradient where a quantised layer lets none through."
+    for name, module in model.named_modules():
+        if 'quantized' in type(module).__module__:
+            others = ', '.join(other for other, m in MAP_METHODS.items() if not m.follows_gradient)
+            raise ValueError(
+                f"{method.title} follows a gradient, but layer {name!r} of this model is quantised and passes none; "
+                f"choose one of {others}, or give the model it was made of"
+            )
+
 # %% ../../nbs/explain/120_cam.ipynb #eac624f1
 def draw_map(
     run:MapPass, # of the batch
@@ -212,6 +228,8 @@ def draw_map(
 ) -> tuple: # maps (B,H,W) float32 in [0, 1], and their peaks (B,) float64
     "Maps of a pass that was made: another method or layer costs no pass where gradients do."
     chosen = find_method(method)
+    if chosen.follows_gradient:
+        _check_gradient(run.model, chosen)
     if chosen.needs == 'model':
         return unit_maps(chosen.draw(run))
     layer = layer or next(reversed(run.layers), None)
@@ -243,5 +261,6 @@ def compute_cam(
         rows = slice(first, first + batch_size)
         batch = [None if given is None else given[rows] for given in (images, metadata, targets, against)]
         run = MapPass(model, *batch[:2], layers, *batch[2:], batch_size)
+        run.check_cells()
         maps.append(draw_map(run, method)[0])
     return np.concatenate(maps)

@@ -141,6 +141,9 @@ def ablation_weights(
     except RuntimeError: # a later layer joins the copies with what there is only one of
         scores = _scores_without(run, image, layer, groups, True)
     falls = run.ask(image, [run.images[image:image + 1]]) - scores
+    rounding = 2 * torch.finfo(run.images.dtype).eps * run.logits[image].abs().max().item()
+    if np.abs(falls).max() <= rounding:
+        raise ValueError(f"layer {layer!r} has no influence on the score; choose another layer")
     sizes = np.abs(maps).mean((1, 2)).astype(np.float64)
     shares = sizes / np.maximum(np.bincount(groups, sizes)[groups], np.finfo(float).tiny)
     return np.concatenate([[0.], falls])[groups] * shares

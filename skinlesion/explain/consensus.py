@@ -50,6 +50,7 @@ def explain_models(
     each = layer if isinstance(layer, list) else [layer] * len(models)
     for model, own in zip(models, each, strict=True):
         run = MapPass(model, image, metadata, pass_layers(method, own), [target], rivals)
+        run.check_cells()
         cams, peaks = draw_map(run, method)
         maps.append(cams[0])
         layers.append(next(iter(run.layers), ''))

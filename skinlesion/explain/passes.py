@@ -8,13 +8,15 @@ __all__ = ['check_length', 'check_targets', 'class_score', 'plain_model', 'MapPa
 # %% ../../nbs/explain/117_passes.ipynb #5cd3f410
 from copy import copy
 
+from operator import index
+
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
 
 from skinlesion.explain.layers import (
-    FixedMetadata, as_maps, default_layer, find_layer, follow_cells, place_maps, untouched,
+    FixedMetadata, as_maps, default_layer, find_layer, follow_cells, place_maps, target_layers, uncompiled, untouched,
 )
 
 # %% ../../nbs/explain/117_passes.ipynb #b1782726
@@ -38,12 +40,16 @@ def check_targets(
     check_length(targets, num_images, name)
     if targets is None:
         return None
-    for i, index in enumerate(targets):
-        if not 0 <= int(index) < num_classes:
+    for i, target in enumerate(targets):
+        try:
+            is_class = 0 <= index(target) < num_classes
+        except TypeError: # a word, or a number with a fraction
+            is_class = False
+        if not is_class:
             raise ValueError(
-                f"{name} {index} of image {i} is not a class; the model has classes 0 to {num_classes - 1}"
+                f"{name} {target!r} of image {i} is not a class; the model has classes 0 to {num_classes - 1}"
             )
-    return [int(index) for index in targets]
+    return [index(target) for target in targets]
 
 # %% ../../nbs/explain/117_passes.ipynb #1c027fb4
 def class_score(
@@ -63,9 +69,15 @@ def plain_model(
     model:nn.Module, # a model that may be compiled
 ) -> nn.Module: # the one whose layers can be watched
     "The model behind `torch.compile`; `ValueError` where there are no floating-point weights to follow."
-    model = getattr(model, '_orig_mod', model)
+    model = uncompiled(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError('this model is scripted, so its layers cannot be watched; give the model it was made of')
+    part = next((name for name, module in model.named_modules() if hasattr(module, '_orig_mod')), None)
+    if part is not None:
+        raise ValueError(
+            f"part {part!r} of this model is compiled by itself, so its layers cannot be watched; compile the whole "
+            'model, or give the model it was made of'
+        )
     if not any(weight.is_floating_point() for weight in model.parameters()):
         raise ValueError(
             'this model has no floating-point weights (is it quantised?), so no map can be made of it; '
@@ -190,7 +202,13 @@ def gradients(self:MapPass,
     found = self._gradients[layer]
     if found is None:
         raise ValueError(f"layer {layer!r} has no influence on the score; choose another layer")
-    return _as_array(self, found, layer, 'gradients')
+    maps = _as_array(self, found, layer, 'gradients')
+    if found.any() and not maps.any():
+        raise ValueError(
+            f"layer {layer!r} reaches the score through the class token alone, which has no place in the picture; "
+            f"choose one of {', '.join(target_layers(self.model))}"
+        )
+    return maps
 
 def _backward(run):
     "The gradient at each layer; the graph is kept for other classes."
@@ -221,6 +239,18 @@ def place(self:MapPass,
 ) -> np.ndarray: # (B,H,W) float64
     "Maps in their place in the picture."
     return place_maps(maps, self._layouts[layer], self.size)
+
+# %% ../../nbs/explain/117_passes.ipynb #76d9467d
+@patch
+def check_cells(self:MapPass) -> None: # `ValueError` where a layer gives one cell for the whole picture
+    "Stop at a layer in whose map no place can stand out."
+    for layer, lines in self._layouts.items():
+        if all(line.cells == 1 for line in lines):
+            height, width = self.size
+            raise ValueError(
+                f"layer {layer!r} gives one cell for the whole picture of {height} x {width} pixels, so its map has no "
+                f"place; choose an earlier one of {', '.join(target_layers(self.model))}, or a larger picture"
+            )
 
 # %% ../../nbs/explain/117_passes.ipynb #e43ac31b
 @patch

@@ -25,7 +25,7 @@ def _each_image(run, attribute):
     for i in range(len(run.images)):
         view = FixedMetadata(run.model, None if run.metadata is None else run.metadata[i:i + 1])
         def score(pictures):
-            return run.score(view(pictures), i)
+            return run.score(view(pictures.to(run.images.dtype)), i) # the noise of captum is float32
         with untouched(run.model):
             maps.append(attribute(score, run.images.detach()[i:i + 1].clone()).detach().float().cpu())
     return torch.cat(maps).numpy()
