@@ -22,7 +22,7 @@ from skinlesion.report.templates import Picture
 from skinlesion.evaluate.policy import Policy
 from skinlesion.data.tables import read_predictions, write_predictions
 from skinlesion.evaluate.scorecard import scorecard
-from skinlesion.images import encode_png, read_image
+from skinlesion.images import encode_png, read_image, save_png
 from skinlesion.model.bundle import load_bundle, save_bundle
 from skinlesion.pipeline.cli import app
 from skinlesion.taxonomy import CHALLENGES, get_label_set
@@ -189,6 +189,60 @@ def test_explain_writes_the_files_of_each_picture(made, unsure, tmp_path):
     (photos / "cut.jpg").unlink()
     (photos / "c.zip").write_bytes(b"PK\3\4")
     assert cli(*words[:-1])[0] == 3
+
+
+SPOT = np.hypot(*(np.mgrid[:60, :90] - np.array([30, 45])[:, None, None])) < 17 # as `build_pictures` draws it
+
+
+@pytest.fixture
+def outlines(tmp_path):
+    "Masks of the pictures a and b in a folder; name -> path."
+    folder = tmp_path / "outlines"
+    return {name: save_png(SPOT.astype(np.uint8) * 255, folder / f"{name}.png") for name in "ab"}
+
+
+def test_explain_measures_the_map_on_the_lesion(made, outlines, tmp_path):
+    "A folder of masks, or one for one picture: the scores stand in the JSON, the sentence and the page."
+    _, bundle, pictures = made
+    maps = tmp_path / "maps"
+    words = ("--bundle", bundle, "--method", "eigencam", "--mask")
+    code, out, err = cli(
+        "explain", pictures["a"], pictures["b"], *words, outlines["a"].parent, "--out", maps, "--html"
+    )
+    assert code == 0, err
+    page = (maps / "index.html").read_text()
+    for name in "ab":
+        direct = Predictor(bundle).explain(pictures[name], "eigencam", mask=SPOT)
+        assert json.loads((maps / f"{name}.json").read_text()) == direct.to_dict()
+        assert direct.scores["energy_inside"] > .5 and abs(direct.scores["lesion_share"] - SPOT.mean()) < 1e-3
+        assert f"; {direct.scores['energy_inside']:.0%} of it lies inside the outline, where" in direct.sentence
+        assert direct.sentence in out and direct.sentence in page
+    one = shutil.copy(outlines["a"], tmp_path / "outline.png")  # one file may have any name
+    code, out, err = cli("explain", pictures["a"], *words, one, "--out", tmp_path / "map.png")
+    assert code == 0 and "of it lies inside the outline" in out, err
+
+
+def test_a_mask_that_cannot_be_used_is_named_and_nothing_is_lost(made, outlines, tmp_path):
+    _, bundle, pictures = made
+    small = save_png(SPOT[1:].astype(np.uint8) * 255, outlines["b"])
+    folder = small.parent
+    wrong_size = f"{small}: the mask has 90 x 59 pixels, but its picture {pictures['b']} has 90 x 60"
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    (maps / "a.json").write_text("of an earlier run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for names, mask, out, expected in (
+        ("ab", folder, maps, f"1 of 2 mask(s) cannot be used; correct them, or leave the masks out:\n  {wrong_size}"),
+        ("abc", folder, maps, f"c.png: there is no such mask for {pictures['c']}"),
+        ("ab", small, maps, f"{small}: one mask cannot be that of 2 pictures; give a folder with a mask for each"),
+        ("ab", tmp_path / "outlins", maps, "outlins: no such mask, nor a folder of masks; check the path."),
+        ("a", outlines["a"], outlines["a"], "a.png: the mask itself lies there; choose another place"),
+        ("a", pictures["a"], maps, "a.png: this is the picture itself; give the mask of its lesion"),
+    ):
+        chosen = [pictures[name] for name in names]
+        code, _, err = cli("explain", *chosen, "--bundle", bundle, "--out", out, "--mask", mask)
+        assert code == 1 and expected in err and "Traceback" not in err, err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_explain_draws_the_map_that_was_chosen(made, tmp_path):

@@ -119,11 +119,13 @@ _MOST_SPREAD = .5 # half of the models have their peak where the others have not
 
 def _map_panels(line, row, methods, opacity):
     "The maps of a row over its picture."
+    disagree = row.disagreement is not None and not is_flat(row.disagreement)
+    why = 'no common evidence' if disagree else 'nothing stood out'
     for ax, method in zip(line, methods):
         empty = is_flat(row.maps[method])
         name = map_title(method)
         picture = row.image if empty else overlay(row.image, row.maps[method], opacity)
-        _panel(ax, picture, f'{name}\n(nothing stood out)' if empty else name)
+        _panel(ax, picture, f'{name}\n({why})' if empty else name)
         ax.set_xlabel(row.notes.get(method, ''), fontsize=8, labelpad=2)
 
 def _spread_panel(ax, row, opacity):

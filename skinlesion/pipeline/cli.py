@@ -418,6 +418,15 @@ _EXPLAIN = dict(
         None,
     ),
     member=(option(str|None, '--member', help='One model; by default the mean over all.'), None),
+    mask=(
+        option(
+            Path|None,
+            '--mask',
+            help='Outline of the lesion: a mask file for one picture, or a folder with NAME.png for each; how the map '
+            'lies on it is then measured.',
+        ),
+        None,
+    ),
     html=(option(bool, '--html', help='Also write index.html: one page with all images, which loads nothing.'), False),
     opacity=(Annotated[float, typer.Option('--opacity', help='Of the map, 0 to 1.')], .5),
 )
@@ -443,14 +452,16 @@ def explain(images:_Pictures, bundle:_Bundle, out:_MapOut, metadata:_Metadata=No
       skinlesion explain photo.jpg --bundle artifacts/ensemble --out maps
       skinlesion explain photos --bundle artifacts/ensemble --class melanoma --against nevus --out maps --html
       skinlesion explain photo.jpg --bundle artifacts/ensemble --out map.png
+      skinlesion explain photos --bundle artifacts/ensemble --mask outlines --out maps --html
     """
     found, persons = _check_given(images, bundle, metadata, skip_bad)
     _check_map_out(out, found.files, options['html'])
     from skinlesion.use.predict import Predictor, readable_pictures # last: torch takes seconds
     files, skipped = readable_pictures(found.files, skip_bad)
     _say_skipped(skipped)
+    masks = _find_outlines(options.pop('mask'), files, out)
     predictor = Predictor(bundle)
-    _write_maps(predictor, files, persons, out, **options)
+    _write_maps(predictor, files, masks, persons, out, **options)
     say('\n'.join([*_unused_metadata(metadata, predictor), *_left_out_text(found, skipped), _bundle_line(predictor)]))
     if found.left_out and not skip_bad:
         raise typer.Exit(3)
@@ -474,6 +485,17 @@ def _check_map_out(out, files, html):
         raise ValueError(f"--out {out}: the pictures themselves lie there; choose another place")
     for path in [out] if _is_png(out) else [out/f'{image_id}.overlay.png' for image_id in image_ids(files)]:
         check_place(path)
+
+# %% ../../nbs/pipeline/112_cli.ipynb #fa39eb23
+def _find_outlines(mask, files, out):
+    "The mask of each picture, None for each without --mask; the map must not be written over one."
+    from skinlesion.use.predict import find_masks
+    if mask is None:
+        return [None] * len(files)
+    masks = find_masks(mask, files)
+    if out.resolve() in [path.resolve() for path in masks]:
+        raise ValueError(f"--out {out}: the mask itself lies there; choose another place")
+    return masks
 
 # %% ../../nbs/pipeline/112_cli.ipynb #5673952d
 def _default_map_text(predictor, method, layer):
@@ -514,16 +536,18 @@ def _map_section(explanation, picture, answer, shown):
     body = (Picture(picture.read_bytes(), explanation.sentence),)
     return Section(explanation.prediction.image_id, '\n'.join(lines), body, explanation.sentence)
 
-def _write_maps(predictor, files, persons, out, opacity, html, **options):
+def _write_maps(predictor, files, masks, persons, out, opacity, html, **options):
     "Write the files of each picture and print what they show; the page once all are there."
     from skinlesion.data.metadata import find_persons, image_ids
+    from skinlesion.images import read_mask
     from skinlesion.report.templates import Report
     from skinlesion.use.predict import prediction_text
     options = _map_options(predictor, **options)
     notes = _default_map_text(predictor, options['method'], options['layer'])
     sections = []
-    for path, (age, sex, site) in zip(files, find_persons(image_ids(files), persons)):
-        drawn = predictor.explain(path, age=age, sex=sex, site=site, **options)
+    for path, mask, (age, sex, site) in zip(files, masks, find_persons(image_ids(files), persons)):
+        outline = None if mask is None else read_mask(mask)
+        drawn = predictor.explain(path, age=age, sex=sex, site=site, mask=outline, **options)
         written = [drawn.save(out, opacity)] if _is_png(out) else drawn.write(out, opacity=opacity)
         answer = prediction_text(drawn.prediction)
         shown = _map_text(drawn, predictor)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENSEMBLE', 'AUTO', 'Prediction', 'known_text', 'prediction_text', 'as_image', 'readable_pictures', 'Explanation',
-           'Predictor']
+           'find_masks', 'Predictor']
 
 # %% ../../nbs/use/90_predict.ipynb #52bb33df
 from base64 import b64encode
@@ -24,11 +24,11 @@ from ..data.metadata import find_persons, image_ids, parse_person
 from ..evaluate.policy import Policy, check_models, predict_members
 from ..explain.neighbours import case_features, compared_models, read_cases
 from ..files import atomic_write, write_json
-from ..images import ImageError, encode_png, normalise, read_image, save_png
+from ..images import ImageError, encode_png, normalise, read_image, read_mask, save_png
 from ..model.bundle import CASE_FILES, BundleError, load_bundle, member_of
 from ..model.heads import PRIMARY
 from ..model.inference import mean_fits, predict_metadata_versions
-from ..names import check_picture, image_stem
+from ..names import check_picture, image_stem, near_file
 from ..taxonomy import DISCLAIMER
 
 # %% ../../nbs/use/90_predict.ipynb #d85dabf8
@@ -478,10 +478,50 @@ def _check_map(loaded, options, members):
 
 def _check_mask(mask, image):
     "The outline of the lesion in the picture as it was taken."
-    if mask is not None and (mask.dtype != bool or mask.shape != image.shape[:2]):
+    if mask is None:
+        return
+    given = np.asarray(mask)
+    if given.dtype != bool or given.shape != image.shape[:2]:
         raise ValueError(
-            f'the mask is {mask.dtype} of shape {mask.shape}; give bool of the shape of the picture, {image.shape[:2]}'
+            f'the mask is {given.dtype} of shape {given.shape}; give bool of the shape of the picture, '
+            f'{image.shape[:2]}'
         )
+
+# %% ../../nbs/use/90_predict.ipynb #2793640f
+def _mask_problem(mask, picture):
+    "Why a file is no outline for a picture; '' where it is one."
+    if not mask.is_file():
+        return f'{mask}: there is no such mask for {picture}.{near_file(mask)}'
+    if mask.resolve() == Path(picture).resolve():
+        return f'{mask}: this is the picture itself; give the mask of its lesion'
+    try:
+        height, width = read_mask(mask).shape
+    except ImageError as e:
+        return str(e)
+    tall, wide = as_image(picture).shape[:2]
+    if (height, width) == (tall, wide):
+        return ''
+    return f'{mask}: the mask has {width} x {height} pixels, but its picture {picture} has {wide} x {tall}'
+
+def find_masks(
+    mask:Path|str, # a file, for one picture; or a folder that holds ID.png for each picture
+    pictures, # paths of images that can be read; their names without suffix are the ids
+) -> list: # of paths, one for each picture
+    "The outlines of pictures, each read and measured before work that would be lost."
+    mask = Path(mask)
+    if not mask.exists():
+        raise ValueError(f'{mask}: no such mask, nor a folder of masks; check the path.{near_file(mask)}')
+    if mask.is_file() and len(pictures) > 1:
+        raise ValueError(
+            f'{mask}: one mask cannot be that of {len(pictures)} pictures; give a folder with a mask for each, such as '
+            f'{_stem(pictures[0])}.png'
+        )
+    masks = [mask/f'{_stem(picture)}.png' if mask.is_dir() else mask for picture in pictures]
+    problems = list(filter(None, map(_mask_problem, masks, pictures)))
+    if problems:
+        head = f'{len(problems)} of {len(masks)} mask(s) cannot be used; correct them, or leave the masks out:'
+        raise ImageError('\n  '.join([head, *problems]))
+    return masks
 
 # %% ../../nbs/use/90_predict.ipynb #bcbeb6c7
 def _explain(loaded, image, person, prediction, options):
