@@ -28,7 +28,7 @@ def per_picture(answer, pictures):
 def candidates(predictor, views):
     "Name -> function of one picture (1,S,S,3); the baseline first."
     from skinlesion.evaluate.policy import Policy, predict_members
-    from skinlesion.model.bundle import member_of
+    from skinlesion.model.bundle_files import member_of
     from skinlesion.model.inference import predict_probs
     bundle = predictor.bundle
     encoder = predictor.bundle.encoder

@@ -17,17 +17,12 @@ from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.data.store import ImageStore
 from skinlesion.evaluate.policy import MemberOutputs, choose_policy, fit_ood
 from skinlesion.images import save_png
-from skinlesion.model.bundle import BundleError, load_fits, save_bundle, save_member
+from skinlesion.model.bundle import load_fits, save_bundle, save_member
+from skinlesion.model.bundle_files import BundleError
 from skinlesion.model.inference import (
-    Outputs,
-    fold_of,
-    member_views,
-    predict_heads,
-    predict_member,
-    predict_outputs,
-    read_out_of_fold,
-    views_table,
+    fold_of, member_views, predict_heads, predict_member, predict_outputs, read_out_of_fold, views_table,
 )
+from skinlesion.model.outputs import Outputs
 from skinlesion.model.member import train_folds
 from skinlesion.model.recipe import Recipe
 from skinlesion.taxonomy import LabelSet

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.model.fusion import FUSIONS, cam_layers, create_model
-from skinlesion.model.heads import HeadSpec, head_loss, head_metrics, head_probs
+from skinlesion.model.head_specs import HeadSpec
+from skinlesion.model.heads import head_loss, head_metrics, head_probs
 from skinlesion.taxonomy import SITES
 
 ENCODER = MetadataEncoder(50.0, 15.0)

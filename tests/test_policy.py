@@ -12,7 +12,8 @@ from skinlesion.evaluate.ensemble import COMBINATIONS
 from skinlesion.evaluate.policy import MemberOutputs, Policy, choose_policy
 from skinlesion.data.tables import read_predictions, write_predictions
 from skinlesion.files import read_json, write_json, write_sums
-from skinlesion.model.bundle import BundleError, load_bundle
+from skinlesion.model.bundle import load_bundle
+from skinlesion.model.bundle_files import BundleError
 from skinlesion.taxonomy import LabelSet, get_label_set
 from skinlesion.use.predict import Predictor
 from tiny import build_bundle, build_pictures

@@ -20,7 +20,7 @@ from skinlesion.data.datasets import LesionDataset, make_loader
 from skinlesion.data.metadata import MetadataEncoder
 from skinlesion.model import batches, logs, training
 from skinlesion.model.fusion import create_model
-from skinlesion.model.heads import HeadSpec
+from skinlesion.model.head_specs import HeadSpec
 from skinlesion.model.logs import make_logger
 from skinlesion.model.optim import suggest_rate
 from skinlesion.model.recipe import Recipe

@@ -25,7 +25,7 @@ from ..explain.cam import MAP_METHODS, is_flat
 from ..explain.metadata_part import plot_what_if
 from ..explain.traits import describe_traits, measure_traits, plot_traits
 from ..images import IMAGE_TYPES, MAX_BYTES, encode_png, read_mask
-from ..model.bundle import member_of
+from ..model.bundle_files import member_of
 from ..report.templates import Picture, render
 from ..taxonomy import DISCLAIMER, SEXES, SITES, class_colours
 from ..use.predict import Prediction, Predictor, as_image, known_text

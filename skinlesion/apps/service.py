@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException as RoutingFault
 
 from ..data.metadata import parse_person
 from ..images import IMAGE_TYPES, ImageError, encode_png, read_image, sniff_type
-from ..model.bundle import BundleError, verify_bundle
+from ..model.bundle_files import BundleError, verify_bundle
 from ..taxonomy import DISCLAIMER, nearest
 from ..use.predict import Prediction, Predictor
 

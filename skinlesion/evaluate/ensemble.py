@@ -62,7 +62,7 @@ def _by_member(members):
     if not isinstance(members, dict):
         return None, _stack(members)
     if any('.' in name for name in members):
-        from skinlesion.model.inference import mean_fits # torch and timm, for those who have fits
+        from skinlesion.model.outputs import mean_fits# torch and timm, for those who have fits
         members = mean_fits(list(members), list(members.values()))
     return tuple(members), _stack(list(members.values()))
 

@@ -38,8 +38,10 @@ from .scorecard import compare_cards, scorecard
 from .settings import EvaluationSettings
 from .subgroups import subgroup_scorecard, subgroup_table
 from ..files import write_csv, write_metrics
-from ..model.bundle import save_bundle, shared_heads
-from ..model.heads import PRIMARY, read_targets
+from ..model.bundle import save_bundle
+from ..model.bundle_files import shared_heads
+from ..model.heads import read_targets
+from ..model.recipe import PRIMARY
 from ..stats.intervals import find_leaf
 from ..taxonomy import LabelSet
 

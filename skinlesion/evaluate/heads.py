@@ -12,7 +12,8 @@ import pandas as pd
 from ..stats.intervals import format_leaf
 from ..stats.metrics import ratio, weighted_auroc
 from ..stats.resamples import Resamples
-from ..model.heads import HEAD_METRICS, HeadSpec, head_levels, head_metrics, read_targets
+from ..model.head_specs import HeadSpec
+from ..model.heads import HEAD_METRICS, head_levels, head_metrics, read_targets
 from ..model.inference import output_columns
 from ..taxonomy import LabelSet
 

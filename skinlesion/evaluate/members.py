@@ -18,16 +18,11 @@ from ..data.prepared import Prepared
 from .abstention import ood_share
 from .decisions import lesions_to_cover
 from .policy import MemberOutputs, OutOfDistribution, Policy, fit_ood
-from ..model.bundle import load_fits, member_of, shared_heads
-from ..model.heads import PRIMARY
+from ..model.bundle import load_fits
+from ..model.bundle_files import member_of, shared_heads
+from ..model.recipe import PRIMARY
 from skinlesion.model.inference import (
-    fold_of,
-    mean_tables,
-    member_versions,
-    output_columns,
-    predict_outputs,
-    read_out_of_fold,
-    views_table,
+    fold_of, mean_tables, member_versions, output_columns, predict_outputs, read_out_of_fold, views_table,
 )
 from ..views import view_names
 

@@ -27,11 +27,9 @@ from skinlesion.evaluate.ensemble import (
     COMBINATIONS, CombinationChoice, Combiner, choose_combination, choose_views, mean_ensemble,
     member_disagreement,
 )
-from ..model.bundle import member_of
-from ..model.heads import PRIMARY
-from skinlesion.model.inference import (
-    Outputs, mean_fits, mean_heads, predict_metadata_versions,
-)
+from ..model.bundle_files import member_of
+from ..model.outputs import Outputs, mean_fits, mean_heads
+from ..model.recipe import PRIMARY
 from ..stats.intervals import expanded_level, percentile_interval
 from ..stats.metrics import malignancy_masks, malignancy_probability, weighted_metrics
 from ..stats.resamples import Resamples
@@ -414,7 +412,7 @@ def predict_members(
     for m in models:
         ood = policy.ood if policy.ood is not None and m.name == policy.ood.model else None
         versions = [metadata] if ood is None else [metadata, ood.shown(len(data), metadata)]
-        outputs = predict_metadata_versions(m.model, data, versions, batch_size, policy.views)
+        outputs = m.predict(data, versions, batch_size, policy.views)
         heads.append(outputs[0].heads)
         ood_score = ood_score if ood is None else ood.score(outputs[-1])
     return EnsembleOutputs(mean_fits(names, [h[PRIMARY] for h in heads]), mean_heads(names, heads), ood_score)
@@ -432,7 +430,7 @@ def predict_ensemble_versions(
         raise ValueError(f"the policy has the views '{policy.views}'; pass it with views='none'")
     names = [m.name for m in models]
     check_models(names, policy)
-    outputs = [predict_metadata_versions(m.model, images, versions) for m in models]
+    outputs = [m.predict(images, versions) for m in models]
     members = [mean_fits(names, [own.heads[PRIMARY] for own in parts]) for parts in zip(*outputs)]
     known = [None] * len(versions) if known is None else known
     return [policy.probabilities(own, fields) for own, fields in zip(members, known, strict=True)]

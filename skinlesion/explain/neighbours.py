@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays, save as save_arrays
 
 from ..checks import check_keys
-from ..model.bundle import CASE_FILES, member_of
-from ..model.inference import predict_outputs
+from ..model.bundle_files import CASE_FILES, member_of
 from ..stats.resamples import Resamples
 
 # %% ../../nbs/explain/127_neighbours.ipynb #f246e0fd
@@ -27,7 +26,7 @@ def compared_models(
     models:list, # of model.bundle.Member: members, or all fits of members
 ) -> list: # those that read pictures
     "The models by whose features pictures are compared."
-    return [each for each in models if each.model.backbone is not None]
+    return [each for each in models if each.reads_pictures]
 
 def case_features(
     models:list, # of model.bundle.Member; those that read metadata alone are left out
@@ -35,7 +34,7 @@ def case_features(
     metadata:np.ndarray|None=None, # (N,D) float32 with images, where a model takes it; a dataset brings its own
 ) -> dict: # model -> (N,W) float32
     "What the heads of each model read of each image."
-    return {each.name: predict_outputs(each.model, data, metadata).features for each in compared_models(models)}
+    return {each.name: each.predict(data, [metadata])[0].features for each in compared_models(models)}
 
 # %% ../../nbs/explain/127_neighbours.ipynb #9580ffe9
 def _unit(features):

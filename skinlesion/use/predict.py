@@ -25,9 +25,10 @@ from ..evaluate.policy import Policy, check_models, predict_members
 from ..explain.neighbours import case_features, compared_models, read_cases
 from ..files import atomic_write, write_json
 from ..images import ImageError, encode_png, normalise, read_image, read_mask, save_png
-from ..model.bundle import CASE_FILES, BundleError, load_bundle, member_of
-from ..model.heads import PRIMARY
-from ..model.inference import mean_fits, predict_metadata_versions
+from ..model.bundle import load_bundle
+from ..model.bundle_files import CASE_FILES, BundleError, member_of
+from ..model.outputs import mean_fits
+from ..model.recipe import PRIMARY
 from ..names import check_picture, image_stem, near_file
 from ..taxonomy import DISCLAIMER
 
