@@ -289,7 +289,7 @@ def _member_names(members, where):
 # %% ../../nbs/model/134_bundle_files.ipynb #cb0ee5c4
 def read_bundle(
     folder:Path|str, # of the bundle
-    build, # (name, config of `create_model`, folder) -> model.bundle.Member, or alike
+    build, # (name, config of `create_model`, folder, `onnx` of bundle.json) -> model.bundle.Member, or alike
 ) -> Bundle:
     "Verify a bundle, then build its models; `BundleError` names the file and the remedy."
     folder = Path(folder)
@@ -303,7 +303,7 @@ def read_bundle(
         encoder = None if facts['encoder'] is None else MetadataEncoder.from_dict(facts['encoder'])
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise BundleError(f"{where}: {e}; export the bundle anew") from e
-    members = tuple(build(m['name'], m['model'], folder) for m in facts['members'])
+    members = tuple(build(m['name'], m['model'], folder, facts['onnx']) for m in facts['members'])
     try:
         check_bundle(members, label_set, encoder, *(facts[k] for k in ('image_size', 'colour', 'views', 'policy')))
     except (ValueError, TypeError) as e:

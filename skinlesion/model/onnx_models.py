@@ -78,28 +78,31 @@ def load(cls:OnnxMember,
     return cls(name, config, image[0] if image else None, heads)
 
 # %% ../../nbs/model/153_onnx_models.ipynb #186037b5
+def _rows(data, rows):
+    "Pictures and metadata of some rows of images, which bring none, or of a `LesionDataset`."
+    if isinstance(data, np.ndarray):
+        return data[rows], None
+    return np.stack([data.view(i) for i in range(len(data))[rows]]), data.metadata[rows].numpy()
+
 @patch
 def predict(self:OnnxMember,
-    images:np.ndarray, # (N,H,W,3) uint8 RGB of the model's size
-    versions:list, # of (N,D) float32: several metadata of the same images; None where none is read
+    data, # LesionDataset, or images (N,H,W,3) uint8 RGB of the model's size
+    versions:list, # of (N,D) float32: several metadata of the same images; None for that of a dataset
     batch_size:int=64, # pictures in all views at a time; changes the last digits at most
     views:str='none', # one of views.VIEW_SETS; the probabilities are the mean over its views
 ) -> list: # of Outputs, one for each version
     "The outputs for some images; a view of an image passes the backbone once."
-    if not isinstance(images, np.ndarray) or images.ndim != 4 or not len(images):
-        raise ValueError(f"an exported model reads (N, height, width, 3) uint8, not {getattr(images, 'shape', images)}")
-    for metadata in versions:
-        if metadata is not None and len(metadata) != len(images):
-            raise ValueError(f"{len(metadata)} rows of metadata for {len(images)} images; pass one row per image")
+    _check_data(data, versions)
     names = view_names(views)
     step = max(1, batch_size // len(names))
     told_apart = versions if self.takes_metadata else [None]
     parts = [[] for _ in told_apart]
-    for first in range(0, len(images), step):
+    for first in range(0, len(data), step):
         rows = slice(first, first + step)
-        spatial = _run_image(self, images[rows], names)
+        images, recorded = _rows(data, rows)
+        spatial = _run_image(self, images, names)
         for own, metadata in zip(parts, told_apart):
-            own.append(_run_heads(self, spatial, None if metadata is None else metadata[rows], len(names)))
+            own.append(_run_heads(self, spatial, recorded if metadata is None else metadata[rows], len(names)))
     outputs = [_joined(self, own) for own in parts]
     return outputs if self.takes_metadata else outputs * len(versions)
 
@@ -127,3 +130,13 @@ def _joined(member, batches):
     heads = {name: values.mean(0) for name, values in probs.items()}
     check_finite(heads)
     return Outputs(heads, logits[0], features[0])
+
+# %% ../../nbs/model/153_onnx_models.ipynb #07e5cf1a
+def _check_data(data, versions):
+    "Stop at what is no set of pictures, and at metadata of another number of images."
+    if not len(data) or isinstance(data, np.ndarray) and (data.ndim != 4 or data.dtype != np.uint8):
+        shape = f'{data.dtype} {data.shape}' if isinstance(data, np.ndarray) else 'no image'
+        raise ValueError(f"an exported model reads (N, height, width, 3) uint8, N at least 1, not {shape}")
+    for metadata in versions:
+        if metadata is not None and len(metadata) != len(data):
+            raise ValueError(f"{len(metadata)} rows of metadata for {len(data)} images; pass one row per image")
