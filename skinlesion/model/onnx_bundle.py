@@ -52,9 +52,12 @@ def export_bundle(
     if not len(pictures):
         raise ValueError('no pictures are given; name some on which the exported models are held against torch')
     bundle_dir = Path(bundle_dir)
+    out = Path(out)
+    if out.resolve() == bundle_dir.resolve() or out.exists() and not (out/'bundle.json').is_file():
+        raise ValueError(f"{out}: is the bundle itself, or holds something else; name a new folder, or an older export")
     bundle = load_bundle(bundle_dir)
     images = np.stack([prepare_image(read_image(path), bundle.image_size, bundle.colour) for path in pictures])
-    with scratch_folder(Path(out)) as scratch:
+    with scratch_folder(out) as scratch:
         for name in verify_bundle(bundle_dir)['files']:
             shutil.copyfile(bundle_dir/name, scratch/name)
         for member in bundle.members:
