@@ -64,23 +64,25 @@ def _column(
 # %% ../../nbs/data/27_metadata.ipynb #157c0cca
 def _encode(
     encoder, # MetadataEncoder
-    table:pd.DataFrame, # one row per image: age, sex, site
-    where:str, # begins an error
+    ages:list, # N years; NaN where unknown
+    sexes:list, # N words as `parse_sex` gives them
+    sites:list, # N words as `parse_site` gives them
+    where:str='', # begins an error
 ) -> np.ndarray: # (N, dim) float32
     "Scale the age, flag its absence, and put sex and site into one column each."
-    ages = np.array(_column(table, 'age', parse_age, where), float)
-    out = np.zeros((len(table), encoder.dim), np.float32)
+    ages = np.array(ages, float)
+    out = np.zeros((len(ages), encoder.dim), np.float32)
     out[:, 0] = np.nan_to_num((ages - encoder.age_mean) / encoder.age_std)
     out[:, 1] = np.isnan(ages)
     start = 2
-    for name, parse, words in (('sex', parse_sex, encoder.sexes), ('site', parse_site, encoder.sites)):
-        hot = pd.Index([*words, '']).get_indexer(_column(table, name, parse, where))
-        if (hot < 0).any():
+    for name, values, words in (('sex', sexes, encoder.sexes), ('site', sites, encoder.sites)):
+        column = {word: start + k for k, word in enumerate((*words, ''))}
+        if not column.keys() >= set(values):
             raise ValueError(
                 f"{where} {name} is not one of {', '.join(words)}, which this encoder was fitted with; "
                 "fit it anew".strip()
             )
-        out[np.arange(len(table)), start + hot] = 1
+        out[np.arange(len(ages)), [column[value] for value in values]] = 1
         start += len(words) + 1
     return out
 
@@ -143,7 +145,8 @@ class MetadataEncoder:
         where:str='', # begins an error, such as 'metadata.csv'
     ) -> np.ndarray: # (N, dim) float32
         "Encode each row; an unknown word or an impossible age is an error."
-        return _encode(self, table, where)
+        parsers = dict(age=parse_age, sex=parse_sex, site=parse_site)
+        return _encode(self, *(_column(table, name, parse, where) for name, parse in parsers.items()), where)
 
 # %% ../../nbs/data/27_metadata.ipynb #69be33c1
 @patch
@@ -153,8 +156,7 @@ def encode_one(self:MetadataEncoder,
     site:str='', # one of SITES or ''
 ) -> np.ndarray: # (dim,) float32
     "Encode one person's values."
-    row = pd.DataFrame(dict(age=[parse_age(age)], sex=[parse_sex(sex)], site=[parse_site(site)]))
-    return self.encode(row)[0]
+    return _encode(self, [parse_age(age)], [parse_sex(sex)], [parse_site(site)])[0]
 
 # %% ../../nbs/data/27_metadata.ipynb #078e95be
 @patch

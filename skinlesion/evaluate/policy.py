@@ -166,7 +166,7 @@ class Policy(_PolicyParts):
         known:np.ndarray|None=None, # (N,) of `MetadataEncoder.known`; None where all fields are known, or none is read
     ) -> pd.DataFrame: # N rows of DECISION_COLUMNS
         "Prediction set, abstention and flag of each image, by the rules for what is known of it."
-        return _decide(self, probs, label_set, ood_score, known)
+        return _decision_table(_decide(self, probs, label_set, ood_score, known))
 
     def predict(self,
         members:dict, # member -> (N,C) probabilities over `views`; fits of a member are averaged first
@@ -175,7 +175,18 @@ class Policy(_PolicyParts):
         known:np.ndarray|None=None, # (N,) of `MetadataEncoder.known`; None where all fields are known, or none is read
     ) -> pd.DataFrame: # N rows: p_<code>, predicted, confidence, malignancy, disagreement, then DECISION_COLUMNS
         "The ensemble's prediction for each image, in the columns of a predictions table."
-        return _predict(self, members, label_set, ood_score, known)
+        return _prediction_table(self.answers(members, label_set, ood_score, known), label_set)
+
+# %% ../../nbs/evaluate/70_policy.ipynb #4dd7edba
+@patch
+def answers(self:Policy,
+    members:dict, # member -> (N,C) probabilities over `views`; fits of a member are averaged first
+    label_set:LabelSet, # classes in the order of the columns
+    ood_score:np.ndarray|None=None, # (N,) where the policy has an `ood`, else None
+    known:np.ndarray|None=None, # (N,) of `MetadataEncoder.known`; None where all fields are known, or none is read
+) -> dict: # probabilities (N,C), then predicted, confidence, malignancy, disagreement and DECISION_COLUMNS, (N,) each
+    "The ensemble's prediction for each image as arrays; malignancy is NaN where the class predicted may be either."
+    return _predict(self, members, label_set, ood_score, known)
 
 # %% ../../nbs/evaluate/70_policy.ipynb #872f0843
 @patch
@@ -334,25 +345,30 @@ def _flags(policy, label_set, probs):
 DECISION_COLUMNS = ('prediction_set', 'abstain', 'abstain_reason', 'flagged')
 
 def _decide_alike(policy, probs, label_set, ood_score):
-    "The rows of `Policy.decide` for images of which the same fields are known."
+    "The values of DECISION_COLUMNS for images of which the same fields are known."
     reasons = _reasons(policy, probs.max(1), ood_score)
-    table = pd.DataFrame(index=range(len(probs)))
-    table['prediction_set'] = pd.Series(_prediction_sets(policy, probs, label_set.codes), dtype=object)
-    table['abstain'] = pd.Series([bool(reason) for reason in reasons], dtype=bool)
-    table['abstain_reason'] = pd.Series(reasons, dtype=object)
-    table['flagged'] = pd.Series(_flags(policy, label_set, probs), dtype=object)
-    return table
+    return dict(
+        prediction_set=_prediction_sets(policy, probs, label_set.codes),
+        abstain=[bool(reason) for reason in reasons],
+        abstain_reason=reasons,
+        flagged=_flags(policy, label_set, probs),
+    )
 
 # %% ../../nbs/evaluate/70_policy.ipynb #484b8b8b
 def _decide(policy, probs, label_set, ood_score, known):
-    "The rows of `Policy.decide`."
+    "The values of DECISION_COLUMNS, each (N,) of object."
     probs = np.asarray(probs, np.float64)
     _check_decide(policy, probs, label_set, ood_score)
-    parts = []
+    decided = {name: np.empty(len(probs), object) for name in DECISION_COLUMNS}
     for rules, rows in _groups(policy, known, len(probs)):
         scores = None if ood_score is None else np.asarray(ood_score)[rows]
-        parts.append(_decide_alike(rules, probs[rows], label_set, scores).set_index(rows))
-    return pd.concat(parts).sort_index()
+        for name, values in _decide_alike(rules, probs[rows], label_set, scores).items():
+            decided[name][rows] = values
+    return decided
+
+def _decision_table(decided):
+    "The decisions as columns of a table."
+    return pd.DataFrame(decided, dtype=object).astype(dict(abstain=bool))
 
 # %% ../../nbs/evaluate/70_policy.ipynb #c0700014
 def _check_decide(policy, probs, label_set, ood_score):
@@ -372,20 +388,24 @@ def _check_decide(policy, probs, label_set, ood_score):
 
 # %% ../../nbs/evaluate/70_policy.ipynb #2748ca39
 def _predict(policy, members, label_set, ood_score, known):
-    "The rows of `Policy.predict`; malignancy is NaN where the class predicted may be either."
+    "What `Policy.answers` gives."
     probs = policy.probabilities(members, known)
-    codes = np.array(label_set.codes)
-    decided = policy.decide(probs, label_set, ood_score, known)
-    predicted = codes[probs.argmax(1)]
     malignant, benign = malignancy_masks(label_set)
     stated = (malignant | benign)[probs.argmax(1)]
-    summary = dict(
-        predicted=predicted,
+    return dict(
+        probabilities=probs,
+        predicted=np.array(label_set.codes)[probs.argmax(1)],
         confidence=probs.max(1),
         malignancy=np.where(stated, malignancy_probability(probs, label_set), np.nan),
         disagreement=member_disagreement(members),
+        **_decide(policy, probs, label_set, ood_score, known),
     )
-    columns = pd.DataFrame(probs, columns=[f'p_{code}' for code in codes])
+
+def _prediction_table(answers, label_set):
+    "Answers in the columns of a predictions table."
+    columns = pd.DataFrame(answers['probabilities'], columns=[f'p_{code}' for code in label_set.codes])
+    summary = {name: answers[name] for name in ('predicted', 'confidence', 'malignancy', 'disagreement')}
+    decided = _decision_table({name: answers[name] for name in DECISION_COLUMNS})
     return pd.concat([columns, pd.DataFrame(summary), decided], axis=1)
 
 # %% ../../nbs/evaluate/70_policy.ipynb #d828a7b6

@@ -250,9 +250,10 @@ def _predict(loaded, pixels, person, image_id):
     specs = loaded.bundle.head_specs
     pattern = loaded.bundle.encoder.known(metadata)[0] if loaded.takes_metadata else ''
     policy = loaded.policy.rules(pattern)
-    row = policy.predict(outputs.members, loaded.label_set, outputs.ood_score).to_dict('records')[0]
+    answers = policy.answers(outputs.members, loaded.label_set, outputs.ood_score)
+    row = {name: values[0] if values.dtype == object else values[0].tolist() for name, values in answers.items()}
     values = dict(
-        probabilities={code: row[f'p_{code}'] for code in loaded.label_set.codes},
+        probabilities=dict(zip(loaded.label_set.codes, row['probabilities'])),
         malignancy=None if np.isnan(row['malignancy']) else row['malignancy'],
         bundle_id=loaded.bundle_id,
         heads={head: dict(zip(specs[head].levels, probs[0].tolist())) for head, probs in outputs.heads.items()},
