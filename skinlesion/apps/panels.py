@@ -28,7 +28,7 @@ from ..images import IMAGE_TYPES, MAX_BYTES, encode_png, read_mask
 from ..model.bundle_files import member_of
 from ..report.templates import Picture, render
 from ..taxonomy import DISCLAIMER, SEXES, SITES, class_colours
-from ..use.predict import Prediction, Predictor, as_image, known_text
+from ..use.predict import Prediction, Predictor, as_image, known_text, triage_text
 
 # %% ../../nbs/apps/95_panels.ipynb #f5ba5fbe
 def _class_name(label_set, code):
@@ -99,6 +99,7 @@ def _answer_html(label_set, prediction, truth=''):
         _threshold_text(prediction),
         _set_text(label_set, prediction),
         '' if prediction.known is None else f'{known_text(prediction.known).capitalize()}.',
+        '' if prediction.triage is None else f'Triage: {triage_text(prediction.triage)}',
         f'Recorded diagnosis: {truth}.' if truth else '',
     ]
     name = _class_name(label_set, prediction.predicted)

@@ -29,6 +29,7 @@ from ..data.metadata import parse_person
 from ..images import IMAGE_TYPES, ImageError, encode_png, read_image, sniff_type
 from ..model.bundle_files import BundleError, verify_bundle
 from ..taxonomy import DISCLAIMER, nearest
+from ..use.descriptions import describe_class
 from ..use.predict import Prediction, Predictor
 
 # %% ../../nbs/apps/96_service.ipynb #bb3207e7
@@ -309,18 +310,20 @@ def _infer(answer, holder, store):
 # %% ../../nbs/apps/96_service.ipynb #4b73e05d
 _PREDICT_KEYS = (
     'confidence', 'probabilities', 'prediction_set', 'coverage', 'malignancy', 'flagged', 'threshold', 'disagreement',
-    'heads', 'metadata', 'known', 'bundle_id', 'disclaimer',
+    'triage', 'heads', 'metadata', 'known', 'bundle_id', 'disclaimer',
 ) # of a `Prediction`, in the order of the response
 
 def _predict(answer):
     "The response of /predict: the whole prediction, the abstention first."
     prediction = answer.prediction
     values = prediction.to_dict()
+    labels = answer.predictor.label_set
     first = {
         'abstain': prediction.abstain,
         'abstain_reason': prediction.abstain_reason,
         'class': prediction.predicted,
-        'name': answer.predictor.label_set.names[prediction.predicted],
+        'name': labels.names[prediction.predicted],
+        'description': describe_class(prediction.predicted, labels).what,
     }
     return first | {key: values[key] for key in _PREDICT_KEYS}
 

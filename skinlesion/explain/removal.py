@@ -140,13 +140,13 @@ def removal_areas(
     "The areas under deletion and insertion of several methods."
     fillings = {name: fill(images, masks) for name, fill in FILLINGS.items()}
     whole = _class_probability(predict, images, targets, BATCH_SIZE)
-    ends = {name: (whole, _class_probability(predict, filling, targets, BATCH_SIZE)) for name, filling in fillings.items()}
+    bare = {name: _class_probability(predict, filling, targets, BATCH_SIZE) for name, filling in fillings.items()}
     areas = {}
     for method, cams in maps.items():
         found = {}
         for name, filling in fillings.items():
             for insert, kind in ((False, 'deletion'), (True, 'insertion')):
-                curves = removal_curve(predict, images, cams, targets, filling, insert, steps, ends=ends[name])
+                curves = removal_curve(predict, images, cams, targets, filling, insert, steps, ends=(whole, bare[name]))
                 found[f'{kind}_{name}'] = curve_area(curves)
         gaps = [found[f'insertion_{name}'] - found[f'deletion_{name}'] for name in fillings]
         areas[method] = found | dict(insertion_less_deletion=np.mean(gaps, axis=0))
