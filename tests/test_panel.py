@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 import urllib.request
 from dataclasses import replace
 
@@ -59,7 +60,8 @@ def trained(tmp_path_factory):
     measured = dataset.table[["image_id"]]
     prepared = write_prepared(folder / "artifacts/prepared", dataset, dataset.table.split, pairs, measured, 64)
     bundle = Predictor(build_bundle(folder / "untrained")).bundle
-    cases = training_cases(prepared, bundle.members)
+    ensemble = SimpleNamespace(prepared=prepared, models=list(bundle.members), folded=False)
+    cases = training_cases(ensemble)
     kept = bundle.members, bundle.label_set, bundle.encoder, 64, {}
     save_bundle(folder / "artifacts/ensemble", *kept, cases=cases.to_files())
     return folder, dataset
