@@ -56,7 +56,7 @@ def plain_name(
     kept = ''.join(c if c.isalnum() or c in " '()/-" else ' ' for c in name)
     return ' '.join(kept.split())[:60]
 
-# %% ../../nbs/use/80_descriptions.ipynb #e96295ee
+# %% ../../nbs/use/80_descriptions.ipynb #b5e15c6a
 @dataclass(frozen=True)
 class ClassDescription:
     "A class in plain words."
@@ -67,6 +67,11 @@ class ClassDescription:
     visit:str # why a doctor should look at it
     sources:tuple # of str: name and address; () for a class that is not built in
 
+@cache
+def _sources():
+    "The sources by code, read once."
+    return read_yaml(PACKAGE / 'texts' / 'sources.yaml')
+
 def describe_class(
     code:str, # of `label_set`
     label_set:LabelSet, # whose class it is
@@ -76,5 +81,4 @@ def describe_class(
     label_set.index(code)
     texts = read_texts(language)
     other = texts['other'] | dict(name=plain_name(label_set.names[code]) or code)
-    sources = read_yaml(PACKAGE / 'texts' / 'sources.yaml').get(code, ())
-    return ClassDescription(code, **texts['classes'].get(code, other), sources=tuple(sources))
+    return ClassDescription(code, **texts['classes'].get(code, other), sources=tuple(_sources().get(code, ())))
