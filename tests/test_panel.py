@@ -2,9 +2,9 @@
 import json
 import re
 import shutil
-from types import SimpleNamespace
 import urllib.request
 from dataclasses import replace
+from types import SimpleNamespace
 
 import ipywidgets
 import pandas as pd

@@ -138,7 +138,7 @@ class _LoadedBundle:
         backend:str='auto', # one of BACKENDS; 'auto' is ONNX Runtime where the bundle was exported for it
         rules:RuleTable|Path|str|None=None, # of `triage`: a table or its file; None for that of the package
     ):
-        self.rules = rules if isinstance(rules, RuleTable) else read_rules(rules)
+        self.rules = read_rules(rules) if isinstance(rules, (str, Path)) else rules
         self.folder = Path(bundle_dir)
         self.bundle = read_bundle(bundle_dir, _builder(backend))
         self.policy = _policy(self.bundle, views, Path(bundle_dir)/'bundle.json')

@@ -6,7 +6,7 @@
 __all__ = ['TIERS', 'RISKS', 'RuleTable', 'read_rules', 'Triage', 'triage']
 
 # %% ../../nbs/use/81_triage.ipynb #8d42acc5
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import fsum
 from pathlib import Path
@@ -120,6 +120,13 @@ def _check_fit(table, prediction, label_set):
         for level in rule.get('levels', ()) if levels is not None else ():
             check_choice(level, tuple(levels), f"{where}: level of head '{rule['head']}'")
 
+def _without_other_levels(table, prediction):
+    "The table of the package without its rules on further outputs that have other levels here."
+    def fits(rule):
+        levels = (prediction.heads or {}).get(rule.get('head'))
+        return levels is None or set(rule['levels']) <= set(levels)
+    return replace(table, rules=tuple(rule for rule in table.rules if fits(rule)))
+
 # %% ../../nbs/use/81_triage.ipynb #86ad5b88
 def _known(number):
     "A number, None where it is None or NaN."
@@ -199,7 +206,7 @@ def triage(
 ) -> Triage:
     "The most urgent tier and the highest risk of all rules that fire."
     if rules is None:
-        rules = _own_rules()
+        rules = _without_other_levels(_own_rules(), prediction)
     elif not isinstance(rules, RuleTable):
         rules = read_rules(rules)
     _check_fit(rules, prediction, label_set)
