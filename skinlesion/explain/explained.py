@@ -114,7 +114,7 @@ def measure(self:ExplainedImages,
 ) -> pd.DataFrame: # of `measure_maps`
     "The maps, measured beside those that used no model."
     inputs = self.predict, self.images, maps, self.targets, self.masks
-    return measure_maps(*inputs, 5, few, seed, self.evidence, **options)
+    return measure_maps(*inputs, road=few, seed=seed, evidence=self.evidence, **options)
 
 @patch
 def measure_slow(self:ExplainedImages,

@@ -16,7 +16,7 @@ import torch
 
 from .cam import map_title
 from .faithfulness import baseline_maps, energy_inside, evidence_auroc, mask_overlap, peak_inside
-from .removal import removal_areas, road_scores
+from .removal import FILLINGS, removal_areas, road_scores
 from ..stats.intervals import format_leaf
 from ..stats.resamples import Resamples
 
@@ -51,6 +51,14 @@ def _check_methods(maps, masks):
         if len(cams) != len(masks):
             raise ValueError(f"method '{method}' has {len(cams)} maps for {len(masks)} images; give one for each")
 
+def _reversed(areas):
+    "The areas of the opposite map: to take its pixels away is to put the others in, backwards."
+    opposite = dict(insertion_less_deletion=-areas['insertion_less_deletion'])
+    for filling in FILLINGS:
+        opposite[f'deletion_{filling}'] = areas[f'insertion_{filling}']
+        opposite[f'insertion_{filling}'] = areas[f'deletion_{filling}']
+    return opposite
+
 def _on_lesion(cams, masks, evidence):
     "The measures that need an outline or the evidence, NaN where there is none."
     return dict(
@@ -67,7 +75,7 @@ def measure_maps(
     maps:dict, # method -> (N,H,W) maps in [0, 1]
     targets:np.ndarray, # (N,) int, the class that the maps explain
     masks:list, # N lesion masks (h,w) bool; None where there is none
-    steps:int=10, # equal shares of the pixels that are taken away
+    steps:int=5, # equal shares of the pixels that are taken away
     road:np.ndarray|None=None, # (N,) bool: images that are measured by ROAD as well, which is slow; None for none
     seed:int=0, # of the random maps and of ROAD's noise
     evidence:list|None=None, # N masks (h,w) bool of the pixels that cause the class, None where not known
@@ -76,7 +84,10 @@ def measure_maps(
     "Each map of each picture measured in every way, and the maps that used no model."
     _check_methods(maps, masks)
     every = maps | baseline_maps(masks, tuple(images.shape[2:]), seed) if baselines else maps
-    areas = removal_areas(predict, images, every, targets, masks, steps)
+    removed = {method: cams for method, cams in every.items() if method != 'edge'}
+    areas = removal_areas(predict, images, removed, targets, masks, steps)
+    if baselines:
+        areas['edge'] = _reversed(areas['centre'])
     few = np.flatnonzero(np.zeros(len(images), bool) if road is None else road)
     evidence = [None] * len(images) if evidence is None else evidence
     def predict_few(batch, rows):
