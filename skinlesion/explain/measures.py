@@ -30,10 +30,10 @@ class MapMeasure:
 
 MAP_MEASURES = dict(
     insertion_less_deletion=MapMeasure('insertion less deletion', True, 'centre'),
-    energy_inside=MapMeasure('energy inside the lesion', True, 'centre'),
-    peak_inside=MapMeasure('peak inside the lesion', True, 'centre'),
-    overlap=MapMeasure('overlap with the lesion (IoU)', True, 'centre'),
-    evidence_auroc=MapMeasure('AUROC for pixels of the evidence', True, 'lesion'),
+    energy_inside=MapMeasure('energy inside', True, 'centre'),
+    peak_inside=MapMeasure('peak inside', True, 'centre'),
+    overlap=MapMeasure('overlap (IoU)', True, 'centre'),
+    evidence_auroc=MapMeasure('evidence (AUROC)', True, 'lesion'),
     deletion_blur=MapMeasure('deletion, into blur', False, 'centre'),
     insertion_blur=MapMeasure('insertion, into blur', True, 'centre'),
     deletion_skin=MapMeasure('deletion, into skin', False, 'centre'),
@@ -175,7 +175,7 @@ def leaves_table(
     measures:tuple=('insertion_less_deletion', 'energy_inside', 'peak_inside', 'overlap', 'evidence_auroc'),
         # names of `MAP_MEASURES`; what no image has is left out
 ) -> pd.DataFrame: # one row per map, text
-    "The measures as a table, with a verdict in words on the first of them."
+    "The measures as a table, with a verdict in words on the first; empty maps are counted where there are any."
     first = MAP_MEASURES[measures[0]]
     known = [name for name in measures[1:] if any(found[name]['value'] is not None for found in leaves.values())]
     rows = []
@@ -187,7 +187,9 @@ def leaves_table(
         row |= {MAP_MEASURES[name].title: format_leaf(found[name]) for name in known}
         row['no map'] = f"{found['undefined']['value']} of {found['undefined']['n']}" if difference else ''
         rows.append(row)
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    complete = all(found.get('undefined', dict(value=0))['value'] == 0 for found in leaves.values())
+    return table.drop(columns='no map') if complete else table
 
 # %% ../../nbs/explain/130_measures.ipynb #18d97710
 def plot_leaves(
