@@ -99,6 +99,7 @@ def _answer_html(label_set, prediction, truth=''):
         _threshold_text(prediction),
         _set_text(label_set, prediction),
         '' if prediction.known is None else f'{known_text(prediction.known).capitalize()}.',
+        f'The picture is not fit for a prediction: {prediction.quality}.' if prediction.quality else '',
         '' if prediction.triage is None else f'Triage: {triage_text(prediction.triage)}',
         f'Recorded diagnosis: {truth}.' if truth else '',
     ]

@@ -310,7 +310,7 @@ def _infer(answer, holder, store):
 # %% ../../nbs/apps/96_service.ipynb #4b73e05d
 _PREDICT_KEYS = (
     'confidence', 'probabilities', 'prediction_set', 'coverage', 'malignancy', 'flagged', 'threshold', 'disagreement',
-    'triage', 'heads', 'metadata', 'known', 'bundle_id', 'disclaimer',
+    'quality', 'triage', 'heads', 'metadata', 'known', 'bundle_id', 'disclaimer',
 ) # of a `Prediction`, in the order of the response
 
 def _predict(answer):

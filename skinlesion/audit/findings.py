@@ -15,9 +15,6 @@ from dataclasses import asdict, dataclass, field
 import cv2
 import numpy as np
 import pandas as pd
-from IPython.display import Markdown, display
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ..images import read_image
@@ -131,6 +128,8 @@ def evidence_sheet(
     per_item:int=6, # at most so many images of each
 ) -> Image.Image|None: # one row per item, which a notebook shows; None where no item has images
     "The images behind a finding, captioned with their ids."
+    from matplotlib.backends.backend_agg import FigureCanvasAgg # imported late: measuring a picture needs neither
+    from matplotlib.figure import Figure
     rows = [i for i in finding.items if i['images']][:items]
     if not rows:
         return None
@@ -156,6 +155,7 @@ def show_evidence(
     per_item:int=5, # images of each item
 ) -> None:
     "Display the first items of each finding, with what to do about it."
+    from IPython.display import Markdown, display # imported late, as above
     def read(image_id):
         return read_image(image_path(image_id))
     for finding in findings:

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from ..audit.quality import quality_fault
 from ..checks import check_choice
 from ..colour import prepare_image
 from ..data.metadata import find_persons, image_ids, parse_person
@@ -59,6 +60,7 @@ class Prediction:
     threshold:float|None=None # locked on validation for a stated sensitivity
     metadata:dict|None=None # age, sex and site as they were read, None where unknown; None where no member takes them
     known:tuple|None=None # fields of `metadata` that were known, whose rules were used; None where no member takes them
+    quality:str='' # why the picture is not fit for a prediction, and what to do; '' where it is
     triage:Triage|None=None # how soon a doctor should see the lesion, by rules; None before it was asked for
 
     def to_dict(self) -> dict: # plain JSON values, the disclaimer among them
@@ -97,7 +99,7 @@ def triage_text(
 # %% ../../nbs/use/90_predict.ipynb #ad47fb28
 def prediction_text(
     prediction:Prediction, # of one image
-) -> str: # two to six lines
+) -> str: # two to seven lines
     "A prediction for the terminal and a notebook; an abstention and its reason come first."
     chosen = f'{prediction.predicted} ({prediction.confidence:.0%})'
     lines = [f'predicted: {chosen}']
@@ -110,6 +112,8 @@ def prediction_text(
         lines.append(f'malignancy {prediction.malignancy:.0%} {relation} the threshold of {prediction.threshold:.2g}')
     if prediction.known is not None:
         lines.append(known_text(prediction.known))
+    if prediction.quality:
+        lines.append(f'not fit for a prediction: {prediction.quality}')
     if prediction.triage is not None:
         lines.append(triage_text(prediction.triage))
     return '\n'.join(lines)
@@ -279,6 +283,7 @@ def _predict(loaded, pixels, person, image_id):
     if policy.conformal is not None:
         values |= dict(prediction_set=tuple(row['prediction_set'].split()), coverage=policy.conformal.coverage)
     same = ('predicted', 'confidence', 'disagreement', 'abstain', 'abstain_reason', 'flagged')
+    values['quality'] = quality_fault(pixels)
     prediction = Prediction(image_id, **values, **{key: row[key] for key in same})
     return replace(prediction, triage=triage(prediction, loaded.label_set, loaded.rules))
 
@@ -304,6 +309,7 @@ def _row(prediction):
         abstain=prediction.abstain,
         abstain_reason=prediction.abstain_reason,
         flagged=prediction.flagged,
+        quality=prediction.quality,
         urgency=prediction.triage.urgency,
         risk=prediction.triage.risk,
         known=None if prediction.known is None else ' '.join(prediction.known) or 'none',

@@ -163,6 +163,8 @@ def _floor(prediction, label_set):
     "The (risk, reason) of everything that makes a case at least `soon`."
     if prediction.abstain:
         yield 'unknown', 'the model abstains'
+    if getattr(prediction, 'quality', ''):
+        yield 'unknown', 'the picture is not fit for a prediction'
     if label_set.malignant is None:
         yield 'unknown', f"it is not known which classes of label set '{label_set.name}' are malignant"
         return
