@@ -93,6 +93,50 @@ def unsure(made):
     return save_bundle(made[0] / "unsure", members, *kept, policy=policy.to_dict())
 
 
+def test_an_exported_bundle_answers_alike_and_without_torch(made, tmp_path):
+    folder, bundle, pictures = made
+    out = tmp_path / "exported"
+    code, said, err = cli("export", *pictures.values(), "--bundle", bundle, "--out", out)
+    assert code == 0 and "on 3 images the same classes as in torch" in said, err
+    tables = {}
+    for name, where in (("torch", bundle), ("onnx", out)):
+        table = tmp_path / f"{name}.csv"
+        words = (*pictures.values(), "--bundle", where, "--metadata", folder / "people.csv", "--csv", table)
+        assert cli("predict", *words)[0] == 0
+        tables[name] = pd.read_csv(table)
+    both = tables["torch"].filter(like="p_"), tables["onnx"].filter(like="p_")
+    assert np.abs(both[0] - both[1]).to_numpy().max() < 1e-5 and len(both[0]) == 3
+    assert tables["onnx"].urgency.isin(["routine", "soon", "urgent"]).all()
+    assert "every member loads on ONNX Runtime" in cli("verify", out)[1]
+    assert "every member loads in torch" in cli("verify", bundle)[1]
+    # One flipped bit of a graph is found, and the bundle that is exported is never replaced.
+    graph = out / "image.image.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    code, _, err = cli("verify", out)
+    assert code == 1 and "'image.image.onnx' has changed" in err
+    code, _, err = cli("export", *pictures.values(), "--bundle", bundle, "--out", bundle)
+    assert code == 1 and "name a new folder, or an older export" in err
+
+
+def test_advise_writes_a_page_whose_urgency_is_that_of_the_rules(made, unsure):
+    picture = made[2]["a"]
+    for where, words in ((made[1], ("--age", 61)), (unsure, ())):
+        direct = Predictor(where).predict(picture, *words[1:])
+        code, page, err = cli("advise", picture, "--bundle", where, *words)
+        assert code == 0, err
+        assert f"**Urgency: {direct.triage.urgency}.** {direct.triage.referral}" in page
+        assert "never for diagnosis" in page and page.count("\n## ") == 9
+    german = cli("advise", picture, "--bundle", unsure, "--language", "de")[1]
+    assert "Dringlichkeit" in german and german.count("\n## ") == 9
+    code, _, err = cli("advise", picture, "--bundle", unsure, "--language", "fr")
+    assert code == 1 and "language 'fr' is not known" in err
+    code, _, err = cli("advise", picture, "--bundle", unsure, "--endpoint", "http://example.org/v1")
+    assert code == 1 and "unencrypted over a network" in err
+    # A server that does not answer leaves the page of the package, and says so.
+    code, page, _ = cli("advise", picture, "--bundle", unsure, "--endpoint", "http://127.0.0.1:9/v1")
+    assert code == 0 and "<!-- the endpoint: it gives no readable answer" in page and page.count("\n## ") == 9
+
+
 def test_predict_says_how_many_pictures_get_no_answer(made, unsure, tmp_path):
     _, bundle, pictures = made
     for name, told in ((bundle, False), (unsure, True)):

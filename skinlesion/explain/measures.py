@@ -29,7 +29,7 @@ class MapMeasure:
     reference:str # the map that used no model and that methods are held against
 
 MAP_MEASURES = dict(
-    insertion_less_deletion=MapMeasure('insertion less deletion', True, 'centre'),
+    insertion_less_deletion=MapMeasure('insertion - deletion', True, 'centre'),
     energy_inside=MapMeasure('energy inside', True, 'centre'),
     peak_inside=MapMeasure('peak inside', True, 'centre'),
     overlap=MapMeasure('overlap (IoU)', True, 'centre'),
@@ -154,16 +154,14 @@ def class_leaves(
 # %% ../../nbs/explain/130_measures.ipynb #8e168977
 def map_verdict(
     leaf:dict, # of a paired difference to a reference
-    reference:str='centre', # in words
     higher_is_better:bool=True, # of the measure
 ) -> str: # in words
     "What the interval of a difference says of a method."
     if leaf['low'] is None:
         return 'cannot be told'
     if leaf['low'] <= 0 <= leaf['high']:
-        return f'no different from the {reference}'
-    is_better = (leaf['low'] > 0) == higher_is_better
-    return f"{'better' if is_better else 'worse'} than the {reference}"
+        return 'no different'
+    return 'better' if (leaf['low'] > 0) == higher_is_better else 'worse'
 
 # %% ../../nbs/explain/130_measures.ipynb #0851a533
 def _row_name(method, leaves):
@@ -177,13 +175,13 @@ def leaves_table(
 ) -> pd.DataFrame: # one row per map, text
     "The measures as a table, with a verdict in words on the first; empty maps are counted where there are any."
     first = MAP_MEASURES[measures[0]]
+    against = f'against the {first.reference}'
     known = [name for name in measures[1:] if any(found[name]['value'] is not None for found in leaves.values())]
     rows = []
     for method, found in leaves.items():
         difference = found.get(f'{measures[0]}_less_{first.reference}')
-        row = {'map': _row_name(method, leaves), first.title: format_leaf(found[measures[0]]), 'verdict': ''}
-        if difference:
-            row['verdict'] = map_verdict(difference, first.reference, first.higher_is_better)
+        verdict = map_verdict(difference, first.higher_is_better) if difference else ''
+        row = {'map': _row_name(method, leaves), first.title: format_leaf(found[measures[0]]), against: verdict}
         row |= {MAP_MEASURES[name].title: format_leaf(found[name]) for name in known}
         row['no map'] = f"{found['undefined']['value']} of {found['undefined']['n']}" if difference else ''
         rows.append(row)
