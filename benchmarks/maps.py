@@ -249,7 +249,8 @@ def mean_difference(first, second, lesion_ids):
     difference = first - second
     defined = np.isfinite(difference)
     leaf = Resamples(lesion_ids).mean(np.nan_to_num(difference), defined, 'no picture has both maps', paired=True)
-    return {name: leaf[name] if name == 'n' else round(leaf[name], 4) for name in ('value', 'low', 'high', 'n')}
+    rounded = {name: leaf[name] if leaf[name] is None else round(leaf[name], 4) for name in ('value', 'low', 'high')}
+    return rounded | dict(n=leaf['n'])
 
 
 def measure_removal(dataset, backbone, weights, size, fidelity, count):

@@ -215,6 +215,7 @@ def test_an_ensemble_of_changed_models(predictor):
     for change in (compiled, quantised):
         other = deepcopy(original)
         other.members = tuple(replace(member, model=change(member.model)) for member in original.members)
+        other.torch_bundle = replace(original.bundle, members=other.members)
         expected = original.explain(picture, "eigencam", "layer3")
         np.testing.assert_allclose(other.explain(picture, "eigencam", "layer3").cam, expected.cam, atol=1e-4)
         assert other.layers() == original.layers()

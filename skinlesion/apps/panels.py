@@ -24,8 +24,8 @@ from ..data.schema import read_dataset
 from ..explain.cam import MAP_METHODS, is_flat
 from ..explain.metadata_part import plot_what_if
 from ..explain.traits import describe_traits, measure_traits, plot_traits
+from ..explain.neighbours import training_parts
 from ..images import IMAGE_TYPES, MAX_BYTES, encode_png, read_mask
-from ..model.bundle_files import member_of
 from ..report.templates import Picture, render
 from ..taxonomy import DISCLAIMER, SEXES, SITES, class_colours
 from ..use.predict import Prediction, Predictor, as_image, known_text, triage_text
@@ -660,11 +660,6 @@ def explorer_page(
     return page
 
 # %% ../../nbs/apps/95_panels.ipynb #4809c7a7
-def _training_parts(predictor):
-    "The splits that the models were fitted on: the fits of one member took turns on two."
-    folded = any(member_of(name) != name for name in predictor.member_names)
-    return ('train', 'valid') if folded else ('train',)
-
 def _project_images(root, predictor, per_class=6):
     "Images of the test split (of all data before `prepare`) as name -> path, the table of people, that of training."
     dataset = read_dataset(root / 'data')
@@ -673,7 +668,7 @@ def _project_images(root, predictor, per_class=6):
     training = None
     if (root / 'artifacts' / 'prepared').is_dir():
         prepared = Prepared.open(root / 'artifacts' / 'prepared')
-        training = table[ids.isin(prepared.rows(*_training_parts(predictor)).image_id)]
+        training = table[ids.isin(prepared.rows(*training_parts(predictor.member_names)).image_id)]
         table = table[ids.isin(prepared.rows('test').image_id)]
     table = table.groupby('diagnosis', sort=True).head(per_class).sort_values(['diagnosis', 'image_id'])
     return dict(zip(table.image_id, table.path)), table, training

@@ -323,7 +323,7 @@ def _predict(answer):
         'abstain_reason': prediction.abstain_reason,
         'class': prediction.predicted,
         'name': labels.names[prediction.predicted],
-        'description': describe_class(prediction.predicted, labels).what,
+        'description': '' if prediction.abstain else describe_class(prediction.predicted, labels).what,
     }
     return first | {key: values[key] for key in _PREDICT_KEYS}
 

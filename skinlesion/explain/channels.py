@@ -143,7 +143,7 @@ def ablation_weights(
     falls = run.ask(image, [run.images[image:image + 1]]) - scores
     rounding = 2 * torch.finfo(run.images.dtype).eps * run.logits[image].abs().max().item()
     if np.abs(falls).max() <= rounding:
-        raise ValueError(f"layer {layer!r} has no influence on the score; choose another layer")
+        return np.zeros(len(groups)) # the layer has no influence on this score
     sizes = np.abs(maps).mean((1, 2)).astype(np.float64)
     shares = sizes / np.maximum(np.bincount(groups, sizes)[groups], np.finfo(float).tiny)
     return np.concatenate([[0.], falls])[groups] * shares
@@ -153,5 +153,9 @@ def ablation_cam(
     layer:str, # one of the pass
     fidelity:float=ABLATION_FIDELITY, # of the groups of channels; 1 asks once per channel
 ) -> np.ndarray: # (B,h,w) float64, at the cells of the layer
-    "Ablation-CAM."
-    return _weighted(run, layer, lambda image: ablation_weights(run, image, layer, fidelity))
+    "Ablation-CAM; empty for an image on whose score the layer has no influence, an error where it has none on any."
+    weights = [ablation_weights(run, image, layer, fidelity) for image in range(len(run.images))]
+    is_active = any(np.abs(maps).max() > 0 for maps in run.activations(layer))
+    if is_active and not any(own.any() for own in weights):
+        raise ValueError(f"layer {layer!r} has no influence on the score; choose another layer")
+    return _weighted(run, layer, weights.__getitem__)

@@ -38,6 +38,7 @@ class ExplainedImages:
     metadata:torch.Tensor|None # (N,D) float32; None where the model reads none
     masks:list # N lesion masks (h,w) bool; None where there is none
     pixels:np.ndarray # (N,H,W,3) uint8
+    classes:np.ndarray # (N,) int, the diagnoses
     evidence:list # N masks (h,w) bool of the pixels that cause the class, of synthetic images; None where not known
 
     def __len__(self):
@@ -60,6 +61,12 @@ class ExplainedImages:
         "The class that the model predicts for each image."
         return self.probs.argmax(1)
 
+    @property
+    def causes_of_targets(self) -> list: # N masks, None where not known
+        "The evidence where the class predicted, which the maps explain, is the true one that it causes."
+        right = self.targets == self.classes
+        return [mask if is_right else None for mask, is_right in zip(self.evidence, right)]
+
 # %% ../../nbs/explain/132_explained.ipynb #5ec5dfbf
 def explain_rows(
     prepared, # data.prepared.Prepared
@@ -73,7 +80,8 @@ def explain_rows(
     files = [dataset.layer_path('evidence', image_id) if dataset else None for image_id in rows.image_id]
     evidence = [None if file is None else read_mask(file) for file in files]
     inputs = explained_inputs(prepared, rows, model)
-    return ExplainedImages(model, layers, rows.reset_index(drop=True), *inputs, pixels, evidence)
+    classes = rows.diagnosis.map(prepared.label_set.index).to_numpy()
+    return ExplainedImages(model, layers, rows.reset_index(drop=True), *inputs, pixels, classes, evidence)
 
 # %% ../../nbs/explain/132_explained.ipynb #d980d664
 @patch
@@ -85,6 +93,7 @@ def part(self:ExplainedImages,
     if keep.dtype != bool or len(keep) != len(self):
         raise ValueError(f'keep is {keep.dtype} of length {len(keep)} for {len(self)} images; give one bool for each')
     kept = dict(rows=self.rows[keep].reset_index(drop=True), images=self.images[keep], pixels=self.pixels[keep])
+    kept['classes'] = self.classes[keep]
     kept['metadata'] = None if self.metadata is None else self.metadata[keep]
     for name in ('masks', 'evidence'):
         kept[name] = [mask for mask, is_kept in zip(getattr(self, name), keep) if is_kept]
@@ -110,11 +119,11 @@ def measure(self:ExplainedImages,
     maps:dict, # of `maps`: method -> (N,H,W)
     few:np.ndarray, # (N,) bool: images that are measured by ROAD as well
     seed:int=0, # of the random maps and of ROAD's noise
-    **options, # of `measure_maps`
+    baselines:bool=True, # measure the maps that used no model too
 ) -> pd.DataFrame: # of `measure_maps`
     "The maps, measured beside those that used no model."
     inputs = self.predict, self.images, maps, self.targets, self.masks
-    return measure_maps(*inputs, road=few, seed=seed, evidence=self.evidence, **options)
+    return measure_maps(*inputs, road=few, seed=seed, evidence=self.causes_of_targets, baselines=baselines)
 
 @patch
 def measure_slow(self:ExplainedImages,
@@ -128,7 +137,8 @@ def measure_slow(self:ExplainedImages,
     rows = np.flatnonzero(few)
     own = part.measure(part.maps(methods), np.ones(len(part), bool), seed, baselines=False)
     own['image'] = rows[own.image]
-    return pd.concat([own, table[table.image.isin(rows)]], ignore_index=True)
+    both = pd.concat([own, table[table.image.isin(rows)]], ignore_index=True)
+    return both.assign(overlap=np.nan) # its threshold is that of all images for some, of the few for others
 
 # %% ../../nbs/explain/132_explained.ipynb #da32015d
 @patch
@@ -168,9 +178,8 @@ def probes(self:ExplainedImages,
     "The images as those tests take them; without an outline the mask is empty."
     size = self.pixels.shape[1:3]
     masks = np.stack([np.zeros(size, bool) if mask is None else mask for mask in self.masks])
-    classes = self.rows.diagnosis.map(label_set.index).to_numpy()
     return ProbeImages(
-        self.pixels, masks, classes, self.rows.image_id.to_numpy(), self.rows.lesion_id.to_numpy(), label_set
+        self.pixels, masks, self.classes, self.rows.image_id.to_numpy(), self.rows.lesion_id.to_numpy(), label_set
     )
 
 @patch

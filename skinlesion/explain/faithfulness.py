@@ -87,12 +87,14 @@ def mask_overlap(
 def evidence_auroc(
     cams:np.ndarray, # (N,H,W) maps, not negative
     evidence, # N masks (h,w) bool of the pixels that cause the class; None where not known
-) -> np.ndarray: # (N,) float64 in [0, 1]; NaN where the map is empty, or no pixel (or every one) is evidence
-    "Area under the ROC curve of each map's pixels for the evidence, ties by half."
-    inside = fit_masks(evidence, np.shape(cams)[1:]) > .5
-    found = np.full(len(inside), np.nan)
+    masks, # N lesion masks (h,w) bool; None where there is none
+) -> np.ndarray: # (N,) float64 in [0, 1]; NaN where the map is empty, or no or every pixel of the lesion is evidence
+    "Area under the ROC curve of the map's pixels in the lesion for the evidence, ties by half."
+    causes = fit_masks(evidence, np.shape(cams)[1:]) > .5
+    lesions = fit_masks(masks, np.shape(cams)[1:]) > .5
+    found = np.full(len(causes), np.nan)
     for i in np.flatnonzero(np.nan_to_num(cams).max((1, 2)) > 0):
-        found[i] = weighted_auroc(inside[i].ravel(), np.ravel(cams[i]))[0]
+        found[i] = weighted_auroc(causes[i][lesions[i]], np.asarray(cams[i])[lesions[i]])[0]
     return found
 
 # %% ../../nbs/explain/122_faithfulness.ipynb #3c662a69

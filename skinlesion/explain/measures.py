@@ -33,7 +33,7 @@ MAP_MEASURES = dict(
     energy_inside=MapMeasure('energy inside', True, 'centre'),
     peak_inside=MapMeasure('peak inside', True, 'centre'),
     overlap=MapMeasure('overlap (IoU)', True, 'centre'),
-    evidence_auroc=MapMeasure('evidence (AUROC)', True, 'lesion'),
+    evidence_auroc=MapMeasure('evidence (AUROC)', True, 'centre'),
     deletion_blur=MapMeasure('deletion, into blur', False, 'centre'),
     insertion_blur=MapMeasure('insertion, into blur', True, 'centre'),
     deletion_skin=MapMeasure('deletion, into skin', False, 'centre'),
@@ -65,7 +65,7 @@ def _on_lesion(cams, masks, evidence):
         energy_inside=energy_inside(cams, masks),
         peak_inside=peak_inside(cams, masks),
         overlap=mask_overlap(cams, masks)[0],
-        evidence_auroc=evidence_auroc(cams, evidence),
+        evidence_auroc=evidence_auroc(cams, evidence, masks),
     )
 
 # %% ../../nbs/explain/130_measures.ipynb #57eb3145
@@ -78,7 +78,7 @@ def measure_maps(
     steps:int=5, # equal shares of the pixels that are taken away
     road:np.ndarray|None=None, # (N,) bool: images that are measured by ROAD as well, which is slow; None for none
     seed:int=0, # of the random maps and of ROAD's noise
-    evidence:list|None=None, # N masks (h,w) bool of the pixels that cause the class, None where not known
+    evidence:list|None=None, # N masks (h,w) bool of the pixels that cause the class of `targets`, None where not known
     baselines:bool=True, # measure the maps that used no model too
 ) -> pd.DataFrame: # a row per method (those that used no model among them) and image: method, image, then the measures
     "Each map of each picture measured in every way, and the maps that used no model."
@@ -157,10 +157,8 @@ def map_verdict(
     higher_is_better:bool=True, # of the measure
 ) -> str: # in words
     "What the interval of a difference says of a method."
-    if leaf['low'] is None:
+    if leaf['low'] is None or leaf['low'] <= 0 <= leaf['high']:
         return 'cannot be told'
-    if leaf['low'] <= 0 <= leaf['high']:
-        return 'no different'
     return 'better' if (leaf['low'] > 0) == higher_is_better else 'worse'
 
 # %% ../../nbs/explain/130_measures.ipynb #0851a533
@@ -170,8 +168,8 @@ def _row_name(method, leaves):
 
 def leaves_table(
     leaves:dict, # of `map_leaves`
+    # names of `MAP_MEASURES`; what no image has is left out
     measures:tuple=('insertion_less_deletion', 'energy_inside', 'peak_inside', 'overlap', 'evidence_auroc'),
-        # names of `MAP_MEASURES`; what no image has is left out
 ) -> pd.DataFrame: # one row per map, text
     "The measures as a table, with a verdict in words on the first; empty maps are counted where there are any."
     first = MAP_MEASURES[measures[0]]

@@ -259,7 +259,10 @@ def what_if(
     table = _settings(encoder, person, training)
     people = pd.DataFrame([person | {field: value} for field, value in zip(table.field, table.value)])
     table['is_thin'] = table.n_training < FEWEST_LESIONS
-    table[probability_columns(label_set)] = _checked_probs(predict(encoder.encode(people, 'what if')), len(people))
+    probs = _checked_probs(predict(encoder.encode(people, 'what if')), len(people))
+    check_number(probs.shape[1], 'the number of classes that predict gives', 'that of the label set,',
+                 least=len(label_set), most=len(label_set))
+    table[probability_columns(label_set)] = probs
     return table
 
 # %% ../../nbs/explain/124_metadata_part.ipynb #f1ad5489

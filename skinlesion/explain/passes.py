@@ -7,7 +7,6 @@ __all__ = ['check_length', 'check_targets', 'class_score', 'plain_model', 'MapPa
 
 # %% ../../nbs/explain/117_passes.ipynb #5cd3f410
 from copy import copy
-
 from operator import index
 
 import numpy as np

@@ -344,10 +344,11 @@ def verdict_table(
         difference = parts['difference']
         row = {'this model reacts to': kind.replace('_', ' '), 'verdict': reliance_verdict(difference, smallest)}
         directed = [name for name in difference if name not in _BESIDE]
-        row |= {name.replace('_', ' '): format_leaf(difference[name]) for name in directed}
+        row |= {name.replace('_', ' '): format_leaf(difference[name], 3) for name in directed}
         if 'energy' in parts:
-            row['map on it'] = format_leaf(parts['energy']['difference'])
-        rows.append(row | dict(images=difference['true_class']['n']))
+            row['map on it'] = format_leaf(parts['energy']['difference'], 3)
+        leaf = difference['true_class']
+        rows.append(row | dict(images=leaf['n'], lesions=leaf['n_lesions']))
     return pd.DataFrame(rows).fillna('').set_index('this model reacts to')
 
 # %% ../../nbs/explain/125_reliance.ipynb #a9311d15

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..colour import prepare_image
-from ..files import read_json, scratch_folder, write_json, write_sums
+from ..files import read_json, scratch_folder, sha256_file, write_json, write_sums
 from ..images import read_image
 from .bundle import load_bundle
 from .bundle_files import Bundle, BundleError, verify_bundle
@@ -21,25 +21,52 @@ from .onnx_export import export_model
 from .onnx_models import OnnxMember
 
 # %% ../../nbs/model/154_onnx_bundle.ipynb #7480ecc4
-PARITY = 1e-4 # largest difference of a logit between torch and the graphs
+PARITY = 1e-4 # largest difference of a logit, probability or feature between torch and the graphs
 _PERSONS = (dict(), dict(age=55, sex='female', site='back'))
 
 def measure_parity(
     bundle:Bundle, # with models in torch
     exported:list, # the same models, as `OnnxMember`
     images:np.ndarray, # (N,S,S,3) uint8 RGB of the bundle's size, N >= 1
-) -> dict: # images, logit_difference (the largest), changed_classes (of images, models and persons together)
-    "How far the graphs are from torch."
+) -> dict: # images; the largest logit_, probability_ and feature_difference; changed_classes, of all models and persons
+    "How far the graphs are from torch, under the views of the bundle."
     encoder = bundle.encoder
     persons = [None] if encoder is None else [encoder.encode_one(**person) for person in _PERSONS]
     versions = [None if person is None else np.tile(person, (len(images), 1)) for person in persons]
-    difference = 0.
+    largest = dict(logit_difference=0., probability_difference=0., feature_difference=0.)
     changed = 0
     for member, graph in zip(bundle.members, exported, strict=True):
-        for one, other in zip(member.predict(images, versions), graph.predict(images, versions)):
-            difference = max(difference, float(np.abs(one.logits - other.logits).max()))
+        both = (each.predict(images, versions, views=bundle.views) for each in (member, graph))
+        for one, other in zip(*both):
+            for name, distance in _distances(one, other).items():
+                largest[name] = max(largest[name], distance)
             changed += int((one.logits.argmax(1) != other.logits.argmax(1)).sum())
-    return dict(images=len(images), logit_difference=difference, changed_classes=changed)
+    return dict(images=len(images), **largest, changed_classes=changed)
+
+def _distances(one, other):
+    "The largest differences of two `Outputs`; NaN counts as infinite."
+    pairs = dict(logit_difference=[(one.logits, other.logits)], feature_difference=[(one.features, other.features)])
+    pairs['probability_difference'] = [(one.heads[name], other.heads[name]) for name in one.heads]
+    worst = {name: max(np.abs(a - b).max() for a, b in each) for name, each in pairs.items()}
+    return {name: float(np.nan_to_num(value, nan=np.inf)) for name, value in worst.items()}
+
+# %% ../../nbs/model/154_onnx_bundle.ipynb #8eaf88b5
+def _check_place(out, bundle_dir):
+    "Refuse a folder that holds anything but an older export, and one within the bundle or around it."
+    inner = out.resolve()
+    outer = bundle_dir.resolve()
+    is_apart = inner != outer and outer not in inner.parents and inner not in outer.parents
+    older = out/'bundle.json'
+    if not is_apart or out.exists() and not (older.is_file() and read_json(older).get('onnx')):
+        raise ValueError(
+            f"{out}: lies in the bundle or around it, or holds something else; name a new folder, or an older export"
+        )
+
+def _versions():
+    "Of what made and ran the graphs."
+    import onnx
+    import onnxruntime
+    return dict(torch=torch.__version__, onnx=onnx.__version__, onnxruntime=onnxruntime.__version__)
 
 # %% ../../nbs/model/154_onnx_bundle.ipynb #b1a9d715
 def export_bundle(
@@ -53,31 +80,26 @@ def export_bundle(
         raise ValueError('no pictures are given; name some on which the exported models are held against torch')
     bundle_dir = Path(bundle_dir)
     out = Path(out)
-    if out.resolve() == bundle_dir.resolve() or out.exists() and not (out/'bundle.json').is_file():
-        raise ValueError(f"{out}: is the bundle itself, or holds something else; name a new folder, or an older export")
+    _check_place(out, bundle_dir)
     bundle = load_bundle(bundle_dir)
     images = np.stack([prepare_image(read_image(path), bundle.image_size, bundle.colour) for path in pictures])
     with scratch_folder(out) as scratch:
-        for name in verify_bundle(bundle_dir)['files']:
+        for name, digest in verify_bundle(bundle_dir)['files'].items():
             shutil.copyfile(bundle_dir/name, scratch/name)
+            if sha256_file(scratch/name) != digest:
+                raise BundleError(f"{bundle_dir/name}: changed while it was copied; export the bundle once more")
         for member in bundle.members:
             export_model(member, scratch, bundle.image_size)
             if progress:
                 progress(f'exported {member.name}')
         exported = [OnnxMember.load(m.name, m.model.config, scratch) for m in bundle.members]
         report = measure_parity(bundle, exported, images) | dict(parity=PARITY, versions=_versions())
-        if report['changed_classes'] or not report['logit_difference'] <= PARITY:
+        worst = max(report[name] for name in report if name.endswith('_difference'))
+        if report['changed_classes'] or worst > PARITY:
             raise BundleError(
-                f"the exported models differ from torch: {report['changed_classes']} classes changed, logits up to "
-                f"{report['logit_difference']:.2g} apart (at most {PARITY:g}) on {len(images)} pictures; keep the "
-                "bundle as it is"
+                f"the exported models differ from torch on {len(images)} pictures: {report['changed_classes']} classes "
+                f"changed, answers up to {worst:.2g} apart (at most {PARITY:g}); keep the bundle as it is"
             )
         write_json(scratch/'bundle.json', read_json(scratch/'bundle.json') | dict(onnx=report))
         write_sums(scratch)
     return report
-
-def _versions():
-    "Of what made and ran the graphs."
-    import onnx
-    import onnxruntime
-    return dict(torch=torch.__version__, onnx=onnx.__version__, onnxruntime=onnxruntime.__version__)

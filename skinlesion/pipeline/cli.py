@@ -579,7 +579,8 @@ def advise(image:Annotated[Path, typer.Argument(help='One image.')], bundle:_Bun
     """Write a page in plain words for the person whose picture it is; Markdown, to the terminal.
 
     How soon a doctor should see the lesion is set by the rules of triage, never by a language model. Without
-    --endpoint, and wherever its text does not keep to the facts and the urgency, the page is that of the package.
+    --endpoint, and wherever its text does not keep to the facts and the urgency, the page is that of the package. What
+    is wrong with the picture, why the bundle abstains, and why a model's text was not taken go to stderr.
 
     \b
     Examples:
@@ -596,7 +597,9 @@ def advise(image:Annotated[Path, typer.Argument(help='One image.')], bundle:_Bun
     predictor = Predictor(bundle, rules=options['rules'])
     prediction = predictor.predict(image, *(options[name] for name in ('age', 'sex', 'site')))
     advisory = advise(prediction, prediction.triage, predictor.label_set, endpoint, options['language'])
-    say('\n'.join([advisory.markdown, *(f'<!-- {fault} -->' for fault in advisory.faults)]))
+    beside = [prediction.quality, prediction.abstain_reason, *advisory.faults]
+    typer.echo('\n'.join(filter(None, beside)), err=True, nl=any(beside))
+    say(advisory.markdown)
 
 # %% ../../nbs/pipeline/112_cli.ipynb #ab4d3a52
 _EVALUATE = dict(
@@ -950,7 +953,8 @@ def export(images:_Pictures, bundle:_Bundle, out:_Exported):
     report = export_bundle(bundle, out, found.files, say)
     say(
         f"{out}: on {report['images']} images the same classes as in torch, logits at most "
-        f"{report['logit_difference']:.1g} apart (allowed: {report['parity']:g})"
+        f"{report['logit_difference']:.1g} and probabilities {report['probability_difference']:.1g} apart (allowed: "
+        f"{report['parity']:g})"
     )
 
 # %% ../../nbs/pipeline/112_cli.ipynb #18c42e3b

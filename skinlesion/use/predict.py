@@ -160,7 +160,10 @@ class _LoadedBundle:
         if not any(isinstance(member, OnnxMember) for member in self.members):
             return self.bundle
         from skinlesion.model.bundle import load_bundle # imported late: it takes seconds
-        return load_bundle(self.folder)
+        loaded = load_bundle(self.folder)
+        if loaded.bundle_id != self.bundle_id:
+            raise BundleError(f"{self.folder}: has changed since it was opened; open it anew")
+        return loaded
 
     @property
     def member_names(self) -> list: # of str

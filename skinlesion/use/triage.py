@@ -120,12 +120,10 @@ def _check_fit(table, prediction, label_set):
         for level in rule.get('levels', ()) if levels is not None else ():
             check_choice(level, tuple(levels), f"{where}: level of head '{rule['head']}'")
 
-def _without_other_levels(table, prediction):
-    "The table of the package without its rules on further outputs that have other levels here."
-    def fits(rule):
-        levels = (prediction.heads or {}).get(rule.get('head'))
-        return levels is None or set(rule['levels']) <= set(levels)
-    return replace(table, rules=tuple(rule for rule in table.rules if fits(rule)))
+def _is_read(rule, prediction):
+    "Whether a rule on a further output can read it: the output has the levels that the rule names."
+    levels = (prediction.heads or {}).get(rule.get('head'))
+    return levels is None or set(rule['levels']) <= set(levels)
 
 # %% ../../nbs/use/81_triage.ipynb #86ad5b88
 def _known(number):
@@ -159,12 +157,16 @@ def _reason(rule, prediction, label_set):
     return f'{reason} ({100 * value:.3g} %, from {100 * least:.3g} % on)'
 
 # %% ../../nbs/use/81_triage.ipynb #8d71be70
-def _floor(prediction, label_set):
+_UNDECIDED = .10 # summed probability of classes that may be malignant or not, from which on a case is not routine
+
+def _floor(prediction, label_set, unread):
     "The (risk, reason) of everything that makes a case at least `soon`."
     if prediction.abstain:
         yield 'unknown', 'the model abstains'
     if getattr(prediction, 'quality', ''):
         yield 'unknown', 'the picture is not fit for a prediction'
+    for head in unread:
+        yield 'unknown', f"no rule reads the levels of the further output '{head}'"
     if label_set.malignant is None:
         yield 'unknown', f"it is not known which classes of label set '{label_set.name}' are malignant"
         return
@@ -179,6 +181,10 @@ def _floor(prediction, label_set):
         yield 'raised', f"malignant, or a precursor, and possible: {', '.join(malignant)}"
     if undecided:
         yield 'unknown', f"possible, and malignant or not: {', '.join(undecided)}"
+    else:
+        share = fsum(prediction.probabilities[code] for code in label_set.undecided)
+        if share >= _UNDECIDED - 1e-9:
+            yield 'unknown', f"a class that may be malignant or not has {100 * share:.3g} %"
 
 # %% ../../nbs/use/81_triage.ipynb #69c08cf1
 @dataclass(frozen=True)
@@ -207,13 +213,17 @@ def triage(
     rules:RuleTable|Path|str|None=None, # a table or its file; None for the table of the package
 ) -> Triage:
     "The most urgent tier and the highest risk of all rules that fire."
+    unread = ()
     if rules is None:
-        rules = _without_other_levels(_own_rules(), prediction)
+        rules = _own_rules()
+        readable = tuple(rule for rule in rules.rules if _is_read(rule, prediction))
+        unread = dict.fromkeys(rule['head'] for rule in rules.rules if rule not in readable)
+        rules = replace(rules, rules=readable)
     elif not isinstance(rules, RuleTable):
         rules = read_rules(rules)
     _check_fit(rules, prediction, label_set)
     fired = [(rule['tier'], rule['risk'], _reason(rule, prediction, label_set)) for rule in rules.rules]
-    fired += [('soon', risk, reason) for risk, reason in _floor(prediction, label_set)]
+    fired += [('soon', risk, reason) for risk, reason in _floor(prediction, label_set, unread)]
     fired = sorted((each for each in fired if each[2]), key=lambda each: -TIERS.index(each[0]))
     urgency = max([rules.default, *(tier for tier, _, _ in fired)], key=TIERS.index)
     risk = max(['low', *(risk for _, risk, _ in fired)], key=RISKS.index)
