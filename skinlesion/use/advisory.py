@@ -16,7 +16,7 @@ from ..taxonomy import LabelSet
 from .descriptions import LANGUAGES, PACKAGE, describe_class, read_texts, read_yaml
 from .endpoint import Endpoint, EndpointFault, ask
 from .triage import Triage
-from .wording import advisory_facts, named_classes, text_faults
+from .wording import WRITTEN_SECTIONS, advisory_facts, named_classes, text_faults
 
 # %% ../../nbs/use/156_advisory.ipynb #26ef9ee3
 def _referral(triage, language):
@@ -109,16 +109,15 @@ class Advisory:
         return asdict(self) | dict(faults=list(self.faults))
 
 # %% ../../nbs/use/156_advisory.ipynb #16455eec
-def _prompt(facts, triage, language):
-    "What a model is asked; English, but for the names, the headings and the referral."
+def _prompt(facts, language):
+    "What a model is asked; English, but for the names and the headings."
     prompts = read_yaml(PACKAGE / 'texts' / 'prompt.yaml')
     texts = read_texts(language)
     case = prompts['abstained'] if facts['abstained'] else prompts['named'].format(name=facts['predicted']['name'])
     return prompts['task'].format(
         language=texts['language'],
         facts=json.dumps(facts, ensure_ascii=False),
-        headings='\n'.join(f'## {heading}' for heading in texts['sections'].values()),
-        referral=_referral(triage, language),
+        headings='\n'.join(f'## {heading}' for heading in map(texts['sections'].get, WRITTEN_SECTIONS)),
         case=case,
     )
 
@@ -128,10 +127,10 @@ def _retry(task, faults):
     return f"{task}\n\n{retry.format(faults='; '.join(faults))}"
 
 # %% ../../nbs/use/156_advisory.ipynb #28044dc3
-def _model_pieces(facts, triage, label_set, endpoint, language, timeout, cancel, faults):
+def _model_pieces(facts, label_set, endpoint, language, timeout, cancel, faults):
     "The pieces of a model's first text, then the bodies of a text without fault, or None; adds to `faults`."
     deadline = time.monotonic() + timeout
-    task = _prompt(facts, triage, language)
+    task = _prompt(facts, language)
     prompt = task
     for attempt in range(2):
         text = ''
@@ -164,14 +163,14 @@ def _stream(facts, triage, label_set, endpoint, language, timeout, cancel):
     if endpoint is not None and unknown:
         faults.append(f"no model was asked, since the package does not describe class '{unknown[0]}'")
     elif endpoint is not None:
-        for item in _model_pieces(facts, triage, label_set, endpoint, language, timeout, cancel, faults):
+        for item in _model_pieces(facts, label_set, endpoint, language, timeout, cancel, faults):
             if isinstance(item, str):
                 streamed += item
                 yield item
             else:
                 bodies = item
     source = 'template' if bodies is None else 'model'
-    page = _page(triage, language, bodies or _template_bodies(facts, label_set, language), source)
+    page = _page(triage, language, _template_bodies(facts, label_set, language) | (bodies or {}), source)
     if not streamed and bodies is None:
         yield page.removeprefix(_head(triage, language))
     yield Advisory(
