@@ -320,7 +320,18 @@ def ask(case, server, timeout):
         case.prediction, case.triage, case.label_set, server.address, case.language, timeout
     )
     assert all(isinstance(piece, str) for piece in pieces)
+    assert advisory.replaced or "".join(pieces) == advisory.markdown
     return "".join(pieces), advisory
+
+
+@pytest.mark.parametrize("language, words", [("en", "not fit"), ("de", "eignet sich nicht"), ("es", "no sirve")])
+def test_a_picture_that_is_not_fit_is_told_so(language, words):
+    case = random_case(random.Random(0))
+    pages = []
+    for quality in ("", "the picture is out of focus"):
+        case.prediction.quality = quality
+        pages.append(advise(case.prediction, case.triage, case.label_set, language=language).markdown)
+    assert words not in pages[0] and words in pages[1] and "out of focus" not in pages[1]
 
 
 @pytest.mark.parametrize("kind", SERVERS)

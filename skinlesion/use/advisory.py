@@ -82,7 +82,8 @@ def _template_bodies(facts, label_set, language):
     tier = facts['urgency']
     bodies = {key: ' '.join(template[key][part] for part in parts) for key, parts in _parts(facts).items()}
     bodies['confidence'] = '\n'.join(f"- {template['confidence'][part]}" for part in _parts(facts)['confidence'])
-    actions = [tier, 'abstained', 'all'] if facts['abstained'] else [tier, 'all']
+    known = [name for name in ('unfit', 'abstained') if facts.get(name)]
+    actions = [tier, *known, 'all']
     bodies['actions'] = '\n'.join(template['actions'][part] for part in actions)
     checklist = template['checklist']
     end = checklist['end']['without_date' if tier == 'routine' else 'with_date']
@@ -102,7 +103,7 @@ class Advisory:
     urgency:str # one of TIERS, as `use.triage` set it
     disclaimer:str # in the language; it stands in the page too
     faults:tuple=() # of str: why a model's text was refused
-    replaced:bool=False # whether text that was streamed was refused; show `markdown` in its place
+    replaced:bool=False # whether what was streamed is not the page, which it is where a model wrote: show `markdown`
 
     def to_dict(self) -> dict: # plain JSON values
         "The advisory as JSON holds it."
@@ -157,25 +158,27 @@ def _stream(facts, triage, label_set, endpoint, language, timeout, cancel):
     "The pieces of a page, then its `Advisory`."
     faults = []
     bodies = None
-    streamed = ''
-    yield _head(triage, language)
+    head = _head(triage, language)
+    shown = head
+    yield head
     unknown = [c['code'] for c in named_classes(facts) if not describe_class(c['code'], label_set).sources]
     if endpoint is not None and unknown:
         faults.append(f"no model was asked, since the package does not describe class '{unknown[0]}'")
     elif endpoint is not None:
         for item in _model_pieces(facts, label_set, endpoint, language, timeout, cancel, faults):
             if isinstance(item, str):
-                streamed += item
+                shown += item
                 yield item
             else:
                 bodies = item
     source = 'template' if bodies is None else 'model'
     page = _page(triage, language, _template_bodies(facts, label_set, language) | (bodies or {}), source)
-    if not streamed and bodies is None:
-        yield page.removeprefix(_head(triage, language))
+    if shown == head: # nothing of a model's first text
+        yield page.removeprefix(head)
+        shown = page
     yield Advisory(
         page, source, '' if bodies is None else endpoint.model, language, triage.urgency,
-        read_texts(language)['disclaimer'], tuple(faults), replaced=bool(streamed and faults),
+        read_texts(language)['disclaimer'], tuple(faults), replaced=shown != page,
     )
 
 # %% ../../nbs/use/156_advisory.ipynb #fd52c6a8
@@ -188,7 +191,7 @@ def advise_stream(
     timeout:float=60., # seconds for all that is asked of the server, above 0
     cancel:Event|None=None, # set it to stop asking; then the template serves
 ): # iterator of str, and at last the `Advisory`
-    "The page while it is written; what counts is the advisory at the end, which was checked."
+    "The page while it is written, unchecked where a model writes; what counts is the advisory at the end."
     check_choice(language, LANGUAGES, 'language')
     check_number(timeout, 'timeout', 'a number of seconds', above=0, most=3600)
     endpoint = Endpoint(endpoint) if isinstance(endpoint, str) else endpoint

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ..checks import check_choice
-from ..taxonomy import LabelSet
+from ..taxonomy import LABEL_SETS, LabelSet
 
 # %% ../../nbs/use/80_descriptions.ipynb #23787359
 LANGUAGES = ('en', 'de', 'es')
@@ -72,6 +72,15 @@ def _sources():
     "The sources by code, read once."
     return read_yaml(PACKAGE / 'texts' / 'sources.yaml')
 
+_OF_A_SET = ('benign', 'unk') # classes that mean whatever the other classes of their set leave
+
+def _is_built_in(code, label_set):
+    "Whether a class is that of a built-in set: of the same name, and one of `_OF_A_SET` in the same company."
+    for each in LABEL_SETS.values():
+        if code in each.codes and each.names[code] == label_set.names[code]:
+            return code not in _OF_A_SET or set(each.codes) == set(label_set.codes)
+    return False
+
 def describe_class(
     code:str, # of `label_set`
     label_set:LabelSet, # whose class it is
@@ -81,4 +90,6 @@ def describe_class(
     label_set.index(code)
     texts = read_texts(language)
     other = texts['other'] | dict(name=plain_name(label_set.names[code]) or code)
-    return ClassDescription(code, **texts['classes'].get(code, other), sources=tuple(_sources().get(code, ())))
+    if not _is_built_in(code, label_set):
+        return ClassDescription(code, **other, sources=())
+    return ClassDescription(code, **texts['classes'][code], sources=tuple(_sources()[code]))

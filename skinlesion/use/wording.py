@@ -45,6 +45,8 @@ def advisory_facts(
     check_choice(triage.urgency, TIERS, 'urgency')
     check_choice(triage.risk, RISKS, 'risk')
     facts = dict(urgency=triage.urgency, risk=triage.risk, abstained=bool(prediction.abstain))
+    if getattr(prediction, 'quality', ''):
+        facts['unfit'] = True
     if not facts['abstained']:
         codes = sorted(prediction.prediction_set or (), key=lambda code: -prediction.probabilities[code])
         classes = {c: _class_facts(c, prediction, label_set, language) for c in (prediction.predicted, *codes)}
