@@ -66,12 +66,14 @@ def _choice(data):
         raise TypeError
     return text, choice.get('finish_reason') == 'stop'
 
-def _events(response):
-    "The pieces of data of an answer."
+def _events(response, stop):
+    "The pieces of data of an answer; none more once `stop` is set, however slowly they drip."
     size = 0
     rest = b''
     in_events = 'event-stream' in response.headers.get('content-type', '')
     for chunk in response.iter_raw():
+        if stop.is_set():
+            return
         size += len(chunk)
         if size > _MAX_BYTES:
             raise EndpointFault(f'its answer is larger than {_MAX_BYTES} bytes')
@@ -98,7 +100,7 @@ def _read(endpoint, prompt, timeout, out, stop):
         ):
             if response.status_code != 200:
                 raise EndpointFault(f'it answers with status {response.status_code}')
-            for data in _events(response):
+            for data in _events(response, stop):
                 text, is_last = _choice(data)
                 whole = whole or is_last
                 out.put(text)
