@@ -28,7 +28,7 @@ from ..explain.neighbours import training_parts
 from ..images import IMAGE_TYPES, MAX_BYTES, encode_png, read_mask
 from ..report.templates import Picture, render
 from ..taxonomy import DISCLAIMER, SEXES, SITES, class_colours
-from ..use.predict import Prediction, Predictor, as_image, known_text, triage_text
+from ..use.predict import Prediction, Predictor, as_image, known_text
 
 # %% ../../nbs/apps/95_panels.ipynb #f5ba5fbe
 def _class_name(label_set, code):
@@ -87,6 +87,10 @@ _ANSWER = '''{% if p.abstain %}
 <div class="sk-answer">{{ 'It would have predicted' if p.abstain else 'Predicted:' }} <b>{{ name }}</b>, with a
 probability of {{ confidence }}.
 {%- for sentence in sentences if sentence %} {{ sentence }}{% endfor %}</div>
+{% if p.triage %}
+<div class="sk-caption">Triage: <b>{{ p.triage.urgency }}</b>, risk {{ p.triage.risk }}. {{ p.triage.referral }}
+Why: {{ p.triage.reasons | join('; ') }}.</div>
+{% endif %}
 '''
 
 def _answer_html(label_set, prediction, truth=''):
@@ -100,7 +104,6 @@ def _answer_html(label_set, prediction, truth=''):
         _set_text(label_set, prediction),
         '' if prediction.known is None else f'{known_text(prediction.known).capitalize()}.',
         f'The picture is not fit for a prediction: {prediction.quality}.' if prediction.quality else '',
-        '' if prediction.triage is None else f'Triage: {triage_text(prediction.triage)}',
         f'Recorded diagnosis: {truth}.' if truth else '',
     ]
     name = _class_name(label_set, prediction.predicted)
