@@ -358,7 +358,10 @@ def test_lies(server, lie):
     rng = random.Random(lie)
     for language in LANGUAGES:
         case = random_case(rng).replace(language=language)
-        text = with_sentence(good_text(case), lie, case)
+        good = good_text(case)
+        text = with_sentence(good, lie, case)
+        server.answer = lambda: reply(events(good))
+        assert ask(case, server, 20)[1].source == "model"  # it is the lie that is refused
         server.answer = lambda: reply(events(text))
         _, advisory = ask(case, server, 20)
         check(advisory, case)

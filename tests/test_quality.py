@@ -1,5 +1,6 @@
 """The quality gate on real pictures: what it lets pass and what it refuses."""
 import zipfile
+from dataclasses import astuple
 
 import cv2
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from madeup import ROOT
 from shares import report
-from skinlesion.audit.quality import quality_fault
+from skinlesion.audit.quality import measure_quality, quality_fault
 from skinlesion.images import read_image
 
 DATA = ROOT.parent / "shared" / "data"
@@ -73,4 +74,7 @@ def test_any_array_gets_a_verdict():
         height, width = rng.integers(1, 90, 2)
         image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
         image[: height // 2] = rng.integers(0, 256)
-        assert "nan" not in quality_fault(image[::-1, ::-1])
+        turned = image[::-1, ::-1]
+        measured = measure_quality(turned)
+        assert np.isfinite(astuple(measured)).all(), measured
+        assert quality_fault(measured) == quality_fault(turned)
